@@ -1,0 +1,8 @@
+"""`python -m datapipe`: the same as `datapipe`."""
+
+import sys
+
+from datapipe.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""The service, wired: a reader starts here.
+
+    POST /  ->  ingest  ->  buffer (lanes, mirrored)  ->  loader  ->  sink
+                              status, pages: read the books
+
+`create_app` gives an aiohttp application; `create_runner` the runner that serves it best.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+
+import structlog
+from aiohttp import web
+
+from datapipe import settings as settings_module
+from datapipe.access import Access
+from datapipe.buffer import Buffer
+from datapipe.housekeeping import new_process_id
+from datapipe.ingest import Ingest
+from datapipe.loader import Loader
+from datapipe.metrics import Metrics
+from datapipe.mirrors import Mirror, open_mirror
+from datapipe.pages import Pages, add_headers, errors_are_answers, fault
+from datapipe.registry import Registry, load_registry
+from datapipe.server import Runner, request_id
+from datapipe.settings import Settings
+from datapipe.sinks import Sink, open_sink
+from datapipe.status import Status
+
+OpenMirror = Callable[[Settings], AbstractAsyncContextManager[Mirror]]
+OpenSink = Callable[[Settings, str], AbstractAsyncContextManager[Sink]]
+
+REQUESTS_GRACE_S = 5.0  # at a stop, for requests that were already received
+
+log = structlog.stdlib.get_logger("datapipe.app")
+
+
+class Pipeline:
+    """One running service: opened from the far end, closed from the near one.
+
+    Attributes:
+        failed: ends with the exception of a background task that died.
+    """
+
+    def __init__(
+        self, settings: Settings, registry: Registry, open_mirror: OpenMirror, open_sink: OpenSink
+    ) -> None:
+        self.settings = settings
+        self.registry = registry
+        self.metrics = Metrics()
+        self.failed: asyncio.Future[None] | None = None
+        self._open_mirror = open_mirror
+        self._open_sink = open_sink
+        self._stopped = False
+        self.ingest: Ingest
+        self.buffer: Buffer
+        self.loader: Loader
+        self.status: Status
+
+    async def run(self, app: web.Application) -> AsyncIterator[None]:
+        """The application's one cleanup context."""
+        process = new_process_id()
+        self.failed = asyncio.get_running_loop().create_future()
+        async with AsyncExitStack() as stack:
+            sink = await stack.enter_async_context(self._open_sink(self.settings, process))
+            mirror = await stack.enter_async_context(self._open_mirror(self.settings))
+            self.buffer = Buffer(mirror, self.settings, self.metrics.append_seconds.observe)
+            self.loader = Loader(
+                self.buffer, sink, self.registry, self.settings, process,
+                self.metrics.load_seconds.observe,
+            )  # fmt: skip
+            self.ingest = Ingest(self.buffer, self.registry, self.settings)
+            self.status = Status(self.buffer, self.loader, self.ingest)
+            self.metrics.expose(self.status.snapshot)
+            access = Access(self.settings)
+            pages = Pages(self.status, self.loader, self.metrics, self.registry, access)
+            pages.add_to(app)
+            await stack.enter_async_context(self.loader.running(self._task_died))
+            try:
+                yield
+            finally:
+                await self.stop()
+
+    def _task_died(self, exc: BaseException) -> None:
+        log.critical("background task died", exc_info=exc)
+        if self.failed is not None and not self.failed.done():
+            self.failed.set_exception(exc)
+
+    async def stop(self, *, load: bool = True) -> None:
+        """Take nothing more, finish what was received, load what waits; bounded in time.
+
+        What is left stays in the mirror. A second call returns at once.
+        """
+        if self._stopped:
+            return
+        self._stopped = self.ingest.stopping = True
+        started = time.monotonic()
+        while self.ingest.under_way and time.monotonic() - started < REQUESTS_GRACE_S:
+            await asyncio.sleep(0.02)
+        self.buffer.closed = True
+        left = self.settings.shutdown_timeout - (time.monotonic() - started)
+        if load and left > 0 and self.failed is not None and not self.failed.done():
+            try:
+                async with asyncio.timeout(left):
+                    await self.loader.drain()
+            except TimeoutError:
+                log.warning("drain not done in time", seconds=self.settings.shutdown_timeout)
+        await self.buffer.settle(1.0)
+        waiting = {n: lane.waiting for n, lane in self.buffer.lanes.items() if lane.waiting}
+        log.info("stopped", waiting=sum(waiting.values()), lanes=waiting)
+
+    async def post(self, request: web.BaseRequest) -> web.StreamResponse:
+        """`POST /`."""
+        try:
+            response = await self.ingest.handle(request)
+        except Exception:
+            return fault(request)
+        response.headers["X-Request-ID"] = request_id(request)
+        return response
+
+
+PIPELINE = web.AppKey("pipeline", Pipeline)
+
+
+def create_app(
+    settings: Settings | None = None,
+    *,
+    open_mirror: OpenMirror = open_mirror,
+    open_sink: OpenSink = open_sink,
+) -> web.Application:
+    """The service as an aiohttp application.
+
+    Args:
+        settings: read from their usual sources when not given.
+        open_mirror, open_sink: what opens them; tests pass doubles.
+    Raises: ConfigError: a setting or an event type is wrong.
+    """
+    settings = settings or settings_module.load()
+    settings_module.check(settings)
+    pipeline = Pipeline(settings, load_registry(settings), open_mirror, open_sink)
+    app = web.Application(middlewares=[errors_are_answers], handler_args={"auto_decompress": False})
+    app[PIPELINE] = pipeline
+    app.router.add_post("/", pipeline.post)
+    app.cleanup_ctx.append(pipeline.run)
+    app.on_response_prepare.append(add_headers)
+    return app
+
+
+def create_runner(app: web.Application) -> web.AppRunner:
+    """The runner that gives `POST /` its short way in and bounds slow heads."""
+    pipeline = app[PIPELINE]
+    return Runner(
+        app, pipeline.post, pipeline.settings.request_timeout, access_log=None,
+        shutdown_timeout=1.0, handle_signals=False,
+    )  # fmt: skip

@@ -1,0 +1,282 @@
+"""A body's bytes -> COPY rows for each lane, and an error for each event that is no good.
+
+The straight way decodes everything in one go. Only when that fails is the body taken apart, event
+by event: so good bodies pay nothing for the exact errors of bad ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+import msgspec
+
+from datapipe.errors import EventRejected
+from datapipe.events import EventType
+from datapipe.registry import Registry
+
+# A keyed POST is cut into parts at each full 16 KiB of the body: a part must fit, whole, into the
+# smallest message of any mirror (64 KB with its envelope), and the cut must depend on nothing but
+# the body, so that a retry after a change of code or settings is cut alike.
+PART_BYTES = 16_384
+
+_BLANK = b" \t\r\n"
+_BROKEN = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+_TRAILING = re.compile(r"trailing characters \(byte (\d+)\)")
+_YIELD_EVERY = 256  # events looked at closely before other requests get a turn
+
+
+@dataclass(slots=True)
+class Rows:
+    """Rows of one lane from one POST; `part` numbers the run within a keyed POST, else 0."""
+
+    lane: str
+    part: int
+    data: bytes
+    events: int
+    indexes: Sequence[int]  # where in the body they stood
+
+
+@dataclass(slots=True)
+class Parsed:
+    """What a body holds; `total` events, of which `rows` are good and `errors` not."""
+
+    batch: bool
+    total: int
+    rows: list[Rows]
+    errors: list[tuple[int, EventRejected]] = field(default_factory=list)
+
+
+class _Event(msgspec.Struct):
+    event_name: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+
+_RAW = msgspec.json.Decoder(msgspec.Raw)
+_RAW_LIST = msgspec.json.Decoder(list[msgspec.Raw])
+_NAME = msgspec.json.Decoder(_Event)
+_TEXT = msgspec.json.Decoder(str)
+
+
+async def parse(
+    body: bytes, registry: Registry, max_events: int, received_at: str, keyed: bool
+) -> Parsed:
+    """Read one body: one JSON object, an array of objects, or NDJSON.
+
+    Args:
+        received_at: a timestamp as PostgreSQL reads it, for all its rows.
+        keyed: whether the rows are wanted in parts.
+    Raises: EventRejected: the body as a whole is no good.
+    """
+    first = body[:1]
+    if not first or first in _BLANK:
+        body = body.lstrip(_BLANK)
+        first = body[:1]
+    if not first:
+        raise EventRejected(2, "no_content", "the body is empty")
+    single = first != b"["
+    valid_text = body.isascii() or _is_utf8(body)
+    try:
+        events = [registry.one.decode(body)] if single else registry.many.decode(body)
+    except _BROKEN:
+        single = single and not _is_lines(body)
+        events = None
+        if first == b"{" and not single:
+            events = _decode_lines(body, registry, max_events)
+    if events is None or not valid_text:
+        return await _look_closer(body, first, single, registry, max_events, received_at, keyed)
+    if not events:
+        raise EventRejected(2, "no_content", "the batch is empty")
+    if len(events) > max_events:
+        raise _too_many(max_events)
+    rows = _rows(body, first, events, registry, received_at, keyed)
+    if rows is None:
+        return await _look_closer(body, first, single, registry, max_events, received_at, keyed)
+    return Parsed(not single, len(events), rows)
+
+
+def _is_utf8(body: bytes) -> bool:
+    try:
+        body.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _is_lines(body: bytes) -> bool:
+    """More than one line that is not blank, and not one value written over several of them."""
+    try:
+        _RAW.decode(body)
+    except _BROKEN:
+        lines = (line for line in body.split(b"\n", 64) if line.strip(_BLANK))
+        return next(lines, None) is not None and next(lines, None) is not None
+    return False
+
+
+def _too_many(max_events: int) -> EventRejected:
+    return EventRejected(6, "too_long", f"more than {max_events} events in a batch", 413)
+
+
+def _decode_lines(body: bytes, registry: Registry, max_events: int) -> list[Any] | None:
+    """The events of NDJSON, or None where a line (or a count of them) is odd."""
+    lines = body.count(b"\n") + (not body.endswith(b"\n"))
+    if lines > max_events:
+        return None  # blank lines among them may be why: count exactly
+    try:
+        events = registry.one.decode_lines(body)
+    except _BROKEN:
+        return None
+    return events if len(events) == lines else None
+
+
+def _rows(
+    body: bytes, first: bytes, events: list[Any], registry: Registry, at: str, keyed: bool
+) -> list[Rows] | None:
+    """The rows of a body in which every event decoded, or None: look closer."""
+    kinds = set(map(type, events))
+    try:
+        if len(kinds) == 1 and not (keyed and len(body) > PART_BYTES):
+            kind = registry.by_struct[kinds.pop()]
+            data = kind.rows(events, at)
+            indexes: Sequence[int] = range(len(events))
+            return [Rows(kind.name, 0, data, len(events), indexes)] if data else None
+        parts = _parts(body, first, len(events)) if keyed else [0] * len(events)
+        groups: dict[tuple[type, int], list[int]] = {}
+        for i, event in enumerate(events):
+            groups.setdefault((type(event), parts[i]), []).append(i)
+        rows = []
+        for (struct, part), indexes in groups.items():
+            kind = registry.by_struct[struct]
+            data = kind.rows([events[i] for i in indexes], at)
+            if data is None:
+                return None
+            rows.append(Rows(kind.name, part, data, len(indexes), indexes))
+    except EventRejected:
+        return None
+    return rows
+
+
+def _parts(body: bytes, first: bytes, events: int) -> list[int]:
+    """The part that each event falls into."""
+    if len(body) <= PART_BYTES or events == 1:
+        return [0] * events
+    raws = _RAW_LIST.decode(body) if first == b"[" else _lines(body)
+    return _part_numbers([len(memoryview(raw)) for raw in raws])
+
+
+def _part_numbers(sizes: list[int]) -> list[int]:
+    return [(end - size) // PART_BYTES for end, size in zip(accumulate(sizes), sizes, strict=True)]
+
+
+def _lines(body: bytes) -> Iterator[bytes]:
+    return (text for line in body.split(b"\n") if (text := line.strip(_BLANK)))
+
+
+async def _look_closer(
+    body: bytes,
+    first: bytes,
+    single: bool,
+    registry: Registry,
+    max_events: int,
+    received_at: str,
+    keyed: bool,
+) -> Parsed:
+    """Take a body apart, event by event."""
+    if single:
+        return Parsed(False, 1, [_one(body, registry, received_at)])
+    elements = _elements(body) if first == b"[" else _lines(body)
+    sizes: list[int] = []
+    good: list[tuple[str, int, bytes]] = []
+    errors: list[tuple[int, EventRejected]] = []
+    for index, raw in enumerate(elements):
+        if index >= max_events:
+            raise _too_many(max_events)
+        sizes.append(len(raw))
+        try:
+            rows = _one(raw, registry, received_at)
+            good.append((rows.lane, index, rows.data))
+        except EventRejected as exc:
+            errors.append((index, exc))
+        if index % _YIELD_EVERY == _YIELD_EVERY - 1:
+            await asyncio.sleep(0)
+    if not sizes:
+        raise EventRejected(2, "no_content", "the batch is empty")
+    parts = _part_numbers(sizes) if keyed else [0] * len(sizes)
+    groups: dict[tuple[str, int], tuple[list[int], list[bytes]]] = {}
+    for lane, index, data in good:
+        indexes, rows_of = groups.setdefault((lane, parts[index]), ([], []))
+        indexes.append(index)
+        rows_of.append(data)
+    return Parsed(
+        True,
+        len(sizes),
+        [
+            Rows(lane, part, b"".join(rows_of), len(indexes), indexes)
+            for (lane, part), (indexes, rows_of) in groups.items()
+        ],
+        errors,
+    )
+
+
+def _elements(body: bytes) -> Iterator[bytes]:
+    """The elements of a JSON array, one at a time, without making an object of any.
+
+    msgspec skips over a value at C speed and says at which byte another one begins; so 8 MiB of
+    `[1,1,...]` costs no memory. Raises: EventRejected: the array does not parse.
+    """
+    try:
+        _RAW.decode(body)
+    except _BROKEN as exc:
+        raise _not_json(exc) from None
+    if not _is_utf8(body):
+        raise _not_json("it is not UTF-8")
+    view, at = memoryview(body), 1
+    while (length := _length_of_value(view[at:])) > 0:
+        yield body[at : at + length].strip(_BLANK)
+        at += length + 1  # past the comma, or past the array's end
+
+
+def _length_of_value(rest: memoryview) -> int:
+    """Bytes up to the comma or bracket behind the first value; 0 where no value begins."""
+    try:
+        _RAW.decode(rest)
+    except msgspec.DecodeError as exc:
+        if found := _TRAILING.search(str(exc)):
+            return int(found[1]) - 1  # msgspec counts from 1
+    return 0
+
+
+def _one(raw: bytes, registry: Registry, received_at: str) -> Rows:
+    """The row of one JSON object. Raises: EventRejected: why it is refused."""
+    try:
+        if not _is_utf8(raw):
+            raise _not_json("it is not UTF-8")
+        kind = _kind(raw, registry)
+        return Rows(kind.name, 0, kind.look_closer(raw, received_at), 1, [0])
+    except _BROKEN as exc:
+        raise _not_json(exc) from None
+
+
+def _kind(raw: bytes, registry: Registry) -> EventType:
+    try:
+        name = _NAME.decode(raw).event_name
+    except msgspec.ValidationError as exc:
+        raise EventRejected(3, "bad_json", f"an event is a JSON object: {exc}") from None
+    if name is msgspec.UNSET:
+        raise EventRejected(4, "key_missing", "event_name: this key is missing")
+    try:
+        event_name = _TEXT.decode(name)
+    except msgspec.ValidationError as exc:
+        raise EventRejected(5, "bad_value", f"event_name: str wanted ({exc})") from None
+    if event_name not in registry.types:
+        shown = event_name if len(event_name) <= 64 else f"{event_name[:64]}..."
+        detail = f"event_name: unsupported event type {shown!r}"
+        raise EventRejected(7, "unsupported_event", detail)
+    return registry.types[event_name]
+
+
+def _not_json(why: object) -> EventRejected:
+    return EventRejected(3, "bad_json", f"not JSON: {why}")

@@ -1,0 +1,243 @@
+"""Buffer: lanes in memory, mirrored; memory is a cache of the mirror.
+
+Above `buffer_max_bytes` a segment is made durable all the same, but memory forgets its rows: it is
+parked. What stays is a position and totals per lane; parked segments are read back oldest first.
+The books are counted here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+import structlog
+import tenacity
+
+from datapipe.commit import Chunk, Group
+from datapipe.errors import BufferFull, MirrorFull, MirrorUnavailable
+from datapipe.lane import Lane
+from datapipe.mirrors import Mirror, Run
+from datapipe.segment import SEGMENT_OVERHEAD_BYTES, Segment
+from datapipe.settings import Settings
+
+log = structlog.stdlib.get_logger("datapipe.buffer")
+
+
+class Buffer:
+    """All lanes, and the one way in (`append`) and out (`take`, then `loaded` or `give_back`)."""
+
+    def __init__(
+        self, mirror: Mirror, settings: Settings, observe_append: Callable[[float], None]
+    ) -> None:
+        self.mirror = mirror
+        self.lanes: dict[str, Lane] = {}
+        self.mirror_up = True
+        self.on_change: Callable[[Lane], None] = lambda lane: None
+        self._max_bytes = settings.buffer_max_bytes
+        self._linger_s = settings.mirror_linger_ms / 1000
+        self._observe_append = observe_append
+        self._groups: dict[str, Group] = {}
+        self._removals: set[asyncio.Task[None]] = set()
+        self._removed: list[str] = []  # segments whose ledger rows may go
+        self.closed = False
+
+    def lane(self, name: str) -> Lane:
+        """The lane of this name, made if need be."""
+        if name not in self.lanes:
+            self.lanes[name] = Lane(name)
+        return self.lanes[name]
+
+    @property
+    def memory_bytes(self) -> int:
+        """Segments held in memory, with their overhead."""
+        return sum(lane.memory_bytes for lane in self.lanes.values())
+
+    # --- in ---
+
+    async def append(self, chunks: Sequence[Chunk]) -> None:
+        """Make rows durable; once this returns they are the buffer's.
+
+        Raises: BufferFull, MirrorUnavailable: nothing is promised; what was already stored in
+        another queue of the mirror may still be loaded.
+        """
+        if self.closed:
+            raise BufferFull("shutting down")
+        if not self.mirror.parks:
+            self._check_room(chunks)
+        by_queue: dict[str, list[Chunk]] = {}
+        for chunk in chunks:
+            by_queue.setdefault(self.mirror.queue_of(chunk.lane), []).append(chunk)
+        waiters = [self._group(queue).add(of_queue) for queue, of_queue in by_queue.items()]
+        if len(waiters) == 1:
+            await waiters[0]
+            return
+        outcomes = await asyncio.gather(*waiters, return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+
+    def is_full(self, lane: str) -> bool:
+        """Whether this lane has used up what lanes that can't be loaded may hold."""
+        return False
+
+    def _check_room(self, chunks: Sequence[Chunk]) -> None:
+        coming = sum(len(chunk.data) + SEGMENT_OVERHEAD_BYTES for chunk in chunks)
+        if self.memory_bytes + coming > self._max_bytes:
+            raise BufferFull("the buffer is full (buffer_max_bytes)")
+
+    def _group(self, queue: str) -> Group:
+        if queue not in self._groups:
+            self._groups[queue] = Group(
+                self.mirror, self._linger_s, self._stored, self._append_failed
+            )
+        return self._groups[queue]
+
+    def _stored(self, segments: Sequence[Segment], seconds: float) -> None:
+        self._observe_append(seconds)
+        self._mirror_works(True)
+        for segment in segments:
+            lane = self.lane(segment.lane)
+            lane.accepted += segment.events
+            if self._parks(lane, segment):
+                lane.park(segment)
+            else:
+                lane.hold(segment)
+                lane.queue.put_nowait(segment)
+            self.on_change(lane)
+
+    def _parks(self, lane: Lane, segment: Segment) -> bool:
+        if not self.mirror.parks:
+            return False
+        return (
+            bool(lane.runs)  # what lies behind parked segments is read after them
+            or lane.blocked is not None
+            or self.memory_bytes + segment.bytes > self._max_bytes
+        )
+
+    def _append_failed(self, exc: MirrorUnavailable) -> None:
+        if not isinstance(exc, MirrorFull):
+            self._mirror_works(False, exc.detail)
+
+    def _mirror_works(self, up: bool, error: str = "") -> None:
+        if up and not self.mirror_up:
+            log.info("mirror up", mirror=self.mirror.state().kind)
+        elif self.mirror_up and not up:
+            log.error("mirror down", mirror=self.mirror.state().kind, error=error)
+        self.mirror_up = up
+
+    async def recover(self) -> int:
+        """Take over what the mirror holds and no living process owns; how many events that is.
+
+        Raises: MirrorUnavailable: some of it may come with the next call.
+        """
+        runs = await self.mirror.recover()
+        for run in runs:
+            lane = self.lane(run.lane)
+            lane.recovered += run.events
+            lane.runs[run.source] = run
+            log.info(
+                "recovered", lane=run.lane, segments=run.segments, events=run.events,
+                bytes=run.bytes, source=run.source,
+            )  # fmt: skip
+            self.on_change(lane)
+        return sum(run.events for run in runs)
+
+    # --- out ---
+
+    async def take(self, lane: Lane, max_bytes: int) -> list[Segment]:
+        """The next segments of a lane, `max_bytes` of rows or a single one; they still wait.
+
+        Raises: MirrorUnavailable: parked ones can't be read now.
+        """
+        taken: list[Segment] = []
+        size = 0
+        while (segment := self._peek(lane)) is not None:
+            if taken and size + len(segment.data) > max_bytes:
+                return taken
+            self._pop(lane)
+            taken.append(segment)
+            size += len(segment.data)
+        if not taken and lane.runs:
+            run = min(lane.runs.values(), key=lambda run: run.oldest)
+            taken = await self._unpark(lane, run, max_bytes)
+        return taken
+
+    @staticmethod
+    def _peek(lane: Lane) -> Segment | None:
+        """The next segment in memory; the queue's first waits in `returned` until it is taken."""
+        if not lane.returned and not lane.queue.empty():
+            lane.returned.append(lane.queue.get_nowait())
+        return lane.returned[0] if lane.returned else None
+
+    @staticmethod
+    def _pop(lane: Lane) -> None:
+        lane.returned.popleft()
+
+    async def _unpark(self, lane: Lane, run: Run, max_bytes: int) -> list[Segment]:
+        segments = await self.mirror.read(run, max_bytes)
+        if not segments:
+            log.error("segments missing in the mirror", lane=lane.name, events=run.events)
+            del lane.runs[run.source]
+            return []
+        for segment in segments:
+            lane.hold(segment)
+            run.after = segment.position
+            run.segments -= 1
+            run.events -= segment.events
+            run.bytes -= len(segment.data)
+            run.oldest = segment.created_at
+        if run.after >= run.until:
+            del lane.runs[run.source]
+        return segments
+
+    def give_back(self, lane: Lane, segments: Sequence[Segment]) -> None:
+        """A load failed: they wait again, first in their lane."""
+        if self.mirror.parks and lane.blocked is not None:
+            for segment in segments:
+                lane.release(segment)
+                lane.park(segment)
+        else:
+            lane.returned.extendleft(reversed(segments))
+
+    def park_all(self, lane: Lane) -> None:
+        """Drop all rows of a lane from memory, but those under way."""
+        if not self.mirror.parks:
+            return
+        while (segment := self._peek(lane)) is not None:
+            self._pop(lane)
+            lane.release(segment)
+            lane.park(segment)
+
+    def loaded(
+        self, lane: Lane, segments: Sequence[Segment], loaded: int, duplicate: int, dead: int
+    ) -> None:
+        """A load has committed: book it, forget the segments, and have the mirror forget them."""
+        for segment in segments:
+            lane.release(segment)
+        lane.loaded += loaded
+        lane.duplicate += duplicate
+        lane.dead += dead
+        task = asyncio.create_task(self._remove(segments))
+        self._removals.add(task)
+        task.add_done_callback(self._removals.discard)
+
+    async def _remove(self, segments: Sequence[Segment]) -> None:
+        """Until it is done: a failure of the mirror never holds up loading."""
+        async for attempt in tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type(MirrorUnavailable),
+            wait=tenacity.wait_random_exponential(multiplier=0.2, max=30),
+        ):
+            with attempt:
+                await self.mirror.remove(segments)
+        self._removed += [segment.id for segment in segments]
+
+    def removed(self) -> list[str]:
+        """Ids of segments that the mirror has forgotten since the last call."""
+        removed, self._removed = self._removed, []
+        return removed
+
+    async def settle(self, timeout_s: float) -> None:
+        """Wait for appends and removals that are under way."""
+        waiting = [asyncio.ensure_future(group.settle()) for group in self._groups.values()]
+        if pending := [*waiting, *self._removals]:
+            await asyncio.wait(pending, timeout=timeout_s)

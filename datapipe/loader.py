@@ -1,0 +1,288 @@
+"""Loader: when to load which lane; retry, drain.
+
+A few workers share all lanes. A worker picks a lane that is due, loads one transaction of it, and
+picks again: so no lane waits behind a long one. A lane's turn ends when all that waited at its
+start is loaded; the intervals count from there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from contextlib import asynccontextmanager
+
+import structlog
+
+from datapipe.buffer import Buffer
+from datapipe.errors import LaneBlocked, MirrorUnavailable, SinkUnavailable
+from datapipe.housekeeping import Housekeeper
+from datapipe.lane import Lane
+from datapipe.registry import Registry
+from datapipe.schedule import Schedule
+from datapipe.settings import Settings
+from datapipe.sinks import Loaded, Sink, table_of
+
+log = structlog.stdlib.get_logger("datapipe.loader")
+
+
+class Loader:
+    """Moves what waits in the buffer into the sink."""
+
+    def __init__(
+        self,
+        buffer: Buffer,
+        sink: Sink,
+        registry: Registry,
+        settings: Settings,
+        process: str,
+        observe_load: Callable[[float], None],
+    ) -> None:
+        self.sink = sink
+        self.schedules: dict[str, Schedule] = {}
+        self._buffer = buffer
+        self._registry = registry
+        self._settings = settings
+        self._process = process
+        self._observe_load = observe_load
+        self._wake = asyncio.Event()
+        buffer.on_change = self._changed
+        for name in registry.types:
+            self._schedule(buffer.lane(name))
+
+    def _schedule(self, lane: Lane) -> Schedule:
+        if lane.name not in self.schedules:
+            self.schedules[lane.name] = Schedule(lane, time.monotonic())
+            if lane.name not in self._registry.types:
+                lane.blocked = (
+                    f"no event type {lane.name!r} is registered here; its events are kept: add its "
+                    "class (event_modules) or its fields (events)"
+                )
+                log.error("lane blocked", lane=lane.name, error=lane.blocked)
+        return self.schedules[lane.name]
+
+    @asynccontextmanager
+    async def running(self, failed: Callable[[BaseException], None]) -> AsyncIterator[None]:
+        """Load and keep house in the background.
+
+        A task that dies is told to `failed`: nothing dies in silence.
+        """
+        house = Housekeeper(self._buffer, self.sink, self._process, self.recovered)
+        async with _background([*self._workers(), house.recover(), house.beat()], failed):
+            try:
+                yield
+            finally:
+                self.sink.abort()
+
+    @asynccontextmanager
+    async def working(self) -> AsyncIterator[None]:
+        """Load what `load_now` asks for, and no more."""
+
+        def raise_it(exc: BaseException) -> None:
+            raise exc
+
+        async with _background(self._workers(), raise_it):
+            yield
+
+    def _workers(self) -> list[Coroutine[None, None, None]]:
+        return [self._work() for _ in range(self._settings.load_workers)]
+
+    # --- when ---
+
+    def _changed(self, lane: Lane) -> None:
+        """Something was stored in a lane."""
+        self._schedule(lane)
+        if (
+            lane.waiting_bytes >= self._settings.load_trigger_bytes
+            or self._buffer.memory_bytes * 2 >= self._settings.buffer_max_bytes
+        ):
+            self._wake.set()
+
+    def recovered(self, lanes: Iterable[str]) -> None:
+        """What was recovered is loaded without waiting for the interval."""
+        for name in lanes:
+            self._schedule(self._buffer.lane(name)).hurry()
+        self._wake.set()
+
+    def next_load_seconds(self, lane: str) -> float | None:
+        """Seconds until the lane is tried next; None while nothing waits there."""
+        schedule = self.schedules.get(lane)
+        if schedule is None or not schedule.lane.waiting or lane not in self._registry.types:
+            return None
+        return max(0.0, schedule.due_at(self._settings) - time.monotonic())
+
+    def _pick(self) -> Schedule | None:
+        """The lane to load now: of those that are due, the one served longest ago."""
+        now = time.monotonic()
+        if self._buffer.memory_bytes * 2 >= self._settings.buffer_max_bytes:
+            self._hurry_fullest()
+        ready = [
+            schedule
+            for schedule in self.schedules.values()
+            if not schedule.busy
+            and schedule.lane.name in self._registry.types
+            and schedule.lane.waiting
+            and schedule.due_at(self._settings) <= now
+        ]
+        failing_busy = any(s.busy and s.failures for s in self.schedules.values())
+        if failing_busy and self._settings.load_workers > 1:
+            ready = [schedule for schedule in ready if not schedule.failures]
+        return min(ready, key=lambda schedule: schedule.served_at, default=None)
+
+    def _hurry_fullest(self) -> None:
+        able = [s for s in self.schedules.values() if not s.failures and s.lane.memory_bytes]
+        if able:
+            max(able, key=lambda s: s.lane.memory_bytes).hurry()
+
+    async def _work(self) -> None:
+        while True:
+            self._wake.clear()
+            schedule = self._pick()
+            if schedule is None:
+                await self._sleep()
+                continue
+            schedule.busy = True
+            try:
+                await self._load(schedule)
+            finally:
+                schedule.busy = False
+                schedule.served_at = time.monotonic()
+                self._wake.set()
+
+    async def _sleep(self) -> None:
+        """Until a lane is due, or something happens."""
+        due = [
+            schedule.due_at(self._settings)
+            for schedule in self.schedules.values()
+            if not schedule.busy and schedule.lane.waiting
+            and schedule.lane.name in self._registry.types
+        ]  # fmt: skip
+        timeout = max(0.01, min(due, default=time.monotonic() + 1.0) - time.monotonic())
+        try:
+            async with asyncio.timeout(min(timeout, 1.0)):
+                await self._wake.wait()
+        except TimeoutError:
+            return
+
+    # --- one load ---
+
+    async def _load(self, schedule: Schedule) -> None:
+        lane = schedule.lane
+        schedule.begin(time.monotonic())
+        try:
+            segments = await self._buffer.take(lane, self._take_bytes())
+        except MirrorUnavailable as exc:
+            self._put_off(schedule, SinkUnavailable(exc.detail, everywhere=False))
+            return
+        if not segments:
+            schedule.end(time.monotonic())
+            return
+        started = time.perf_counter()
+        try:
+            result = await self.sink.load(
+                table_of(self._registry.types[lane.name]), segments,
+                accept_dead=schedule.accept_dead,
+            )  # fmt: skip
+        except SinkUnavailable as exc:
+            self._buffer.give_back(lane, segments)
+            self._put_off(schedule, exc)
+        except LaneBlocked as exc:
+            self._block(schedule, str(exc))
+            self._buffer.give_back(lane, segments)
+        except BaseException:
+            self._buffer.give_back(lane, segments)
+            raise
+        else:
+            seconds = time.perf_counter() - started
+            self._buffer.loaded(lane, segments, result.loaded, result.duplicate, result.dead)
+            self._loaded(schedule, result, seconds, len(segments))
+
+    def _take_bytes(self) -> int:
+        """Rows for one load: what all workers hold must fit the memory that is given."""
+        share = self._settings.buffer_max_bytes // (self._settings.load_workers + 1)
+        return max(1, min(self._settings.load_trigger_bytes, share))
+
+    def _loaded(self, schedule: Schedule, result: Loaded, seconds: float, segments: int) -> None:
+        lane = schedule.lane
+        self._observe_load(seconds)
+        log.info(
+            "segments loaded", lane=lane.name, segments=segments, rows=result.loaded,
+            duplicates=result.duplicate, dead=result.dead, seconds=round(seconds, 4),
+        )  # fmt: skip
+        if result.dead:
+            log.warning(
+                "rows refused", lane=lane.name, rows=result.dead, error="; ".join(result.refused)
+            )
+        if lane.blocked is not None:
+            log.info("lane healed", lane=lane.name)
+            lane.blocked = None
+        schedule.succeeded(result, seconds, time.monotonic())
+        for other in self.schedules.values():  # the database is back: no lane need wait for it
+            other.forgive_outage()
+
+    def _put_off(self, schedule: Schedule, exc: SinkUnavailable) -> None:
+        delay = schedule.failed(str(exc), everywhere=exc.everywhere, now=time.monotonic())
+        log.warning(
+            "load failed", lane=schedule.lane.name, error=str(exc), retry_seconds=round(delay, 2)
+        )
+
+    def _block(self, schedule: Schedule, why: str) -> None:
+        lane = schedule.lane
+        if lane.blocked != why:
+            log.error("lane blocked", lane=lane.name, error=why)
+        lane.blocked = why
+        interval = self._settings.load_interval * random.uniform(0.95, 1.05)
+        schedule.blocked(why, now=time.monotonic(), retry_s=interval)
+        self._buffer.park_all(lane)
+
+    # --- on demand ---
+
+    async def load_now(
+        self, lanes: Iterable[str] | None = None, *, accept_dead: bool = False
+    ) -> tuple[dict[str, int], dict[str, str]]:
+        """One try for each lane in which something waits: rows loaded, and what failed, by lane."""
+        wanted = list(self._buffer.lanes) if lanes is None else list(lanes)
+        loaded: dict[str, int] = {}
+        failed: dict[str, str] = {}
+        tries = {}
+        for name in wanted:
+            lane = self._buffer.lanes.get(name)
+            if lane is None or not lane.waiting:
+                continue
+            if name not in self._registry.types:
+                failed[name] = f"blocked: {self._buffer.lanes[name].blocked}"
+            else:
+                tries[name] = self._schedule(lane).try_now(accept_dead)
+        self._wake.set()
+        for name, outcome in tries.items():
+            rows, error = await outcome
+            if rows:
+                loaded[name] = rows
+            if error is not None:
+                failed[name] = error
+        return loaded, failed
+
+    async def drain(self) -> None:
+        """Load all that waits; ends when nothing does, or when what is left can't be loaded now."""
+        names = [n for n, lane in self._buffer.lanes.items() if lane.blocked is None]
+        await self.load_now(names)
+
+
+@asynccontextmanager
+async def _background(
+    work: Sequence[Coroutine[None, None, None]], failed: Callable[[BaseException], None]
+) -> AsyncIterator[None]:
+    def watch(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (exc := task.exception()) is not None:
+            failed(exc)
+
+    tasks = [asyncio.create_task(each) for each in work]
+    for task in tasks:
+        task.add_done_callback(watch)
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,101 @@
+"""`GET /metrics`: Prometheus text, read off the books at each scrape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+REASONS = (
+    "no_content", "bad_json", "key_missing", "bad_value", "too_long", "unsupported_event",
+    "unauthorized", "unsupported_encoding", "busy", "timeout",
+)  # fmt: skip
+
+_LANE_COUNTERS = {
+    "accepted": "Events answered with 200, or stored without an answer.",
+    "recovered": "Events found in the mirror, or adopted from a dead process.",
+    "loaded": "Events that are rows of their table.",
+    "duplicate": "Events skipped at loading: the ledger knew them.",
+    "dead": "Events that the database refused.",
+    "replayed": "Dead letters put back into their table.",
+}
+_LANE_GAUGES = {
+    "waiting": ("datapipe_waiting_events", "Events that are not loaded yet."),
+    "parked": ("datapipe_parked_events", "Events that wait in the mirror alone."),
+    "oldest_seconds": ("datapipe_oldest_waiting_seconds", "Age of the oldest event that waits."),
+}
+_APPEND_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
+_LOAD_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+
+
+class Metrics(Collector):
+    """The histograms, and a collector over what `/status.json` shows."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.load_seconds = Histogram(
+            "datapipe_load_seconds", "Time of one load, one transaction.",
+            buckets=_LOAD_BUCKETS, registry=self.registry,
+        )  # fmt: skip
+        self.append_seconds = Histogram(
+            "datapipe_mirror_append_seconds", "Time until the mirror had stored an append.",
+            buckets=_APPEND_BUCKETS, registry=self.registry,
+        )  # fmt: skip
+        self._status: Callable[[], Mapping[str, Any]] = dict
+
+    def expose(self, status: Callable[[], Mapping[str, Any]]) -> None:
+        """Serve these numbers from now on; `status` is called at each scrape."""
+        self._status = status
+        self.registry.register(self)
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+    def describe(self) -> Iterator[Metric]:
+        return iter(())
+
+    def collect(self) -> Iterator[Metric]:
+        status = self._status()
+        lanes = status["lanes"]
+        for key, text in _LANE_COUNTERS.items():
+            counter = CounterMetricFamily(f"datapipe_events_{key}", text, labels=["lane"])
+            for lane, numbers in lanes.items():
+                counter.add_metric([lane], numbers.get(key, 0))
+            yield counter
+        rejected = CounterMetricFamily(
+            "datapipe_events_rejected", "Events, or whole bodies, refused at the door.",
+            labels=["reason"],
+        )  # fmt: skip
+        for reason in REASONS:
+            rejected.add_metric([reason], status["rejected"].get(reason, 0))
+        yield rejected
+        for key, (name, text) in _LANE_GAUGES.items():
+            gauge = GaugeMetricFamily(name, text, labels=["lane"])
+            for lane, numbers in lanes.items():
+                gauge.add_metric([lane], numbers[key])
+            yield gauge
+        blocked = GaugeMetricFamily(
+            "datapipe_lane_blocked", "1 while a person must act for this lane.", labels=["lane"]
+        )
+        for lane, numbers in lanes.items():
+            blocked.add_metric([lane], float(numbers["blocked"] is not None))
+        yield blocked
+        waiting = sum(numbers["waiting_bytes"] for numbers in lanes.values())
+        yield GaugeMetricFamily("datapipe_waiting_bytes", "Bytes of waiting rows.", value=waiting)
+        calls = CounterMetricFamily(
+            "datapipe_mirror_requests", "Requests to the mirror.", labels=["call"]
+        )
+        for call, count in status["mirror"]["calls"].items():
+            calls.add_metric([call], count)
+        yield calls
+        yield GaugeMetricFamily(
+            "datapipe_database_up", "1 if the last work with the database succeeded.",
+            value=float(status["database"]["up"]),
+        )  # fmt: skip
+        yield GaugeMetricFamily(
+            "datapipe_mirror_up", "1 if the last work with the mirror succeeded.",
+            value=float(status["mirror"]["up"]),
+        )  # fmt: skip

@@ -1,0 +1,120 @@
+"""Mirror: where segments stay until their load has committed."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from datapipe.segment import Segment
+from datapipe.settings import Settings
+
+
+@dataclass(slots=True)
+class Run:
+    """Segments of one lane that lie one behind the other in one source of the mirror.
+
+    Of parked segments this is all that memory holds: where they lie, and their totals.
+
+    Attributes:
+        source: which store of the mirror (a journal file, a queue).
+        after, until: positions: all that lie behind `after`, up to and with `until`.
+        bytes: of their rows.
+        oldest: Unix time at which the first of them was sealed, or earlier.
+    """
+
+    lane: str
+    source: str
+    after: int
+    until: int
+    segments: int
+    events: int
+    bytes: int
+    oldest: float
+
+
+@dataclass(slots=True, frozen=True)
+class MirrorState:
+    """For the page: `up` is the outcome of the last real call; sizes in bytes.
+
+    `calls` counts the requests to a remote mirror, by kind.
+    """
+
+    kind: str
+    up: bool
+    error: str | None
+    bytes: int
+    max_bytes: int
+    calls: Mapping[str, int] = field(default_factory=dict)
+
+
+class Mirror(Protocol):
+    """Keeps segments until their load has committed.
+
+    Attributes:
+        parks: it holds the rows itself, so memory may drop them.
+        appends_at_once: how many appends may be under way for one `queue_of`.
+        segment_max_bytes: rows that go into one segment, unless a single event is larger.
+        identity: the store that only this process appends to.
+    """
+
+    parks: bool
+    appends_at_once: int
+    segment_max_bytes: int
+    identity: str
+
+    def queue_of(self, lane: str) -> str:
+        """The queue that the lane's segments go through; lanes that share one commit together."""
+
+    async def append(self, segments: Sequence[Segment]) -> None:
+        """Store them, and set `source` and `position` (rising within a source) of each.
+
+        Once this returns they survive the death of the process (and, where the mirror is remote,
+        of the machine). Raises: MirrorUnavailable: nothing is promised.
+        """
+
+    async def remove(self, segments: Sequence[Segment]) -> None:
+        """Forget them, durably. Unknown ones are ignored, so a repeat is harmless.
+
+        Raises: MirrorUnavailable: safe to call again.
+        """
+
+    async def read(self, run: Run, max_bytes: int) -> list[Segment]:
+        """The first segments of a run, oldest first, of `max_bytes` rows or a single one.
+
+        Fewer than asked for, but none only when the run has ended. Raises: MirrorUnavailable.
+        """
+
+    def drained(self) -> list[str]:
+        """Sources that held segments of dead processes and hold none any more, since last asked."""
+
+    async def recover(self) -> list[Run]:
+        """What waits here, belongs to no living process and was not told before: now it is ours.
+
+        Called at start and then regularly. Raises: MirrorUnavailable: some may come later.
+        """
+
+    def state(self) -> MirrorState: ...
+
+    async def check(self) -> list[tuple[str, str]]:
+        """Is it well? Findings as (ok, warn or fail; text). Changes nothing."""
+
+
+@asynccontextmanager
+async def open_mirror(settings: Settings) -> AsyncIterator[Mirror]:
+    """Open the mirror that the settings name; no remote server is needed for it."""
+    kind = settings.mirror_kind
+    if kind == "journal":
+        from datapipe.mirrors.journal import open_journal
+
+        async with open_journal(settings) as journal:
+            yield journal
+    elif kind == "none":
+        from datapipe.mirrors.memory import MemoryMirror
+
+        yield MemoryMirror(settings)
+    else:
+        from datapipe.errors import ConfigError
+
+        raise ConfigError("mirror: 'ironmq' is not there yet in this release; use 'journal'")

@@ -1,0 +1,386 @@
+"""The journal: segments in a local SQLite file, flushed to disk before `append` returns.
+
+One process owns one file, by `flock` on a lock file beside it that is never unlinked (to unlink a
+lock file is to let two processes hold two locks of one name). A dead owner's lock is free, so any
+living process can adopt its file and load what waits there.
+
+WAL with `synchronous=FULL`: one flush of the log per append. Source: SQLite documentation,
+"Write-Ahead Logging" and "PRAGMA synchronous". All writing is done by one thread, all reading of
+parked segments by another with its own connection, in short transactions: a long SELECT would keep
+the log from being reset.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import itertools
+import os
+import sqlite3
+import time
+import zlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+from uuid import uuid4
+
+import structlog
+
+from datapipe.errors import ConfigError, MirrorFull, MirrorUnavailable
+from datapipe.events import Column
+from datapipe.mirrors import MirrorState, Run
+from datapipe.segment import Segment, decode_head, encode_head
+from datapipe.settings import Settings
+
+MIN_FREE_BYTES = 64 * 1024 * 1024  # on a full disk even DELETE fails, so appends stop before
+SEGMENT_MAX_BYTES = 1_048_576
+
+_FORMAT = 1
+_SCHEMA = """
+CREATE TABLE meta (journal TEXT NOT NULL);
+CREATE TABLE segments (
+    position INTEGER PRIMARY KEY AUTOINCREMENT,
+    lane TEXT NOT NULL, id TEXT NOT NULL, events INTEGER NOT NULL, bytes INTEGER NOT NULL,
+    created_at REAL NOT NULL, crc INTEGER NOT NULL, head BLOB NOT NULL, data BLOB NOT NULL);
+CREATE INDEX waiting ON segments (lane, position, events, bytes, created_at);
+"""
+_VACUUM_PAGES = 2048  # given back to the file system in one go, at most
+_T = TypeVar("_T")
+log = structlog.stdlib.get_logger("datapipe.mirrors.journal")
+
+
+class JournalFile:
+    """One SQLite file and its lock. Every method blocks: call it in the thread that fits."""
+
+    def __init__(self, path: Path, lock: int) -> None:
+        self.path = path
+        self._lock = lock
+        try:
+            self._open()
+        except sqlite3.DatabaseError as exc:
+            if isinstance(exc, sqlite3.OperationalError):
+                raise  # a full or read-only disk: nothing is wrong with the file
+            self._set_aside(exc)
+            self._open()
+
+    def _open(self) -> None:
+        new = not self.path.exists() or self.path.stat().st_size == 0
+        self._write = self._connect()
+        if new:
+            self._write.execute("PRAGMA auto_vacuum=INCREMENTAL")
+        self._write.execute("PRAGMA journal_mode=WAL")
+        self._write.execute("PRAGMA synchronous=FULL")
+        self._write.execute("PRAGMA fullfsync=1")  # macOS: there fsync alone reaches no platter
+        self._write.execute("PRAGMA journal_size_limit=16777216")
+        version = self._write.execute("PRAGMA user_version").fetchone()[0]
+        if version == 0:
+            self._write.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version={_FORMAT};COMMIT")
+            self._write.execute("INSERT INTO meta VALUES (?)", (uuid4().hex,))
+        elif version != _FORMAT:
+            raise ConfigError(f"the journal {self.path} was written by a newer datapipe")
+        (self.source,) = self._write.execute("SELECT journal FROM meta").fetchone()
+        self._read = self._connect()
+        self.measure()
+
+    def _connect(self) -> sqlite3.Connection:
+        return sqlite3.connect(self.path, timeout=5, isolation_level=None, check_same_thread=False)
+
+    def _set_aside(self, why: Exception) -> None:
+        stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
+        for suffix in ("", "-wal", "-shm"):
+            file = self.path.with_name(self.path.name + suffix)
+            if file.exists():
+                file.rename(f"{file}.damaged-{stamp}")
+        log.error(
+            "journal damaged", path=str(self.path), kept=f"{self.path}.damaged-{stamp}",
+            error=str(why),
+        )  # fmt: skip
+
+    def measure(self) -> None:
+        """Set `used_bytes`: pages in use, without those that are free for the next segments."""
+        (pages,) = self._write.execute("PRAGMA page_count").fetchone()
+        (free,) = self._write.execute("PRAGMA freelist_count").fetchone()
+        (size,) = self._write.execute("PRAGMA page_size").fetchone()
+        self.free_pages = free
+        self.used_bytes: int = (pages - free) * size
+
+    def append(self, segments: Sequence[Segment]) -> None:
+        """One transaction, on disk when this returns. Raises: sqlite3.Error."""
+        positions = []
+        self._write.execute("BEGIN IMMEDIATE")
+        try:
+            for segment in segments:
+                head = encode_head(segment)
+                cursor = self._write.execute(
+                    "INSERT INTO segments (lane, id, events, bytes, created_at, crc, head, data)"
+                    " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                    (
+                        segment.lane, segment.id, segment.events, len(segment.data),
+                        segment.created_at, _crc(head, segment.data), head, segment.data,
+                    ),
+                )  # fmt: skip
+                positions.append(cursor.lastrowid or 0)
+            self._write.execute("COMMIT")
+        except BaseException:
+            self._rollback()
+            raise
+        for segment, position in zip(segments, positions, strict=True):
+            segment.source, segment.position = self.source, position
+        self.measure()
+
+    def remove(self, positions: Sequence[int]) -> None:
+        """One transaction, on disk when this returns. Raises: sqlite3.Error."""
+        self._write.execute("BEGIN IMMEDIATE")
+        try:
+            self._write.executemany(
+                "DELETE FROM segments WHERE position = ?", [(p,) for p in positions]
+            )
+            self._write.execute("COMMIT")
+        except BaseException:
+            self._rollback()
+            raise
+        self.measure()
+        if self.free_pages > _VACUUM_PAGES:  # after a burst: give the space back, bit by bit
+            self._write.execute(f"PRAGMA incremental_vacuum({_VACUUM_PAGES})").fetchall()
+            self.measure()
+
+    def _rollback(self) -> None:
+        if self._write.in_transaction:
+            self._write.execute("ROLLBACK")
+
+    def totals(self) -> list[Run]:
+        """What waits in this file, a run per lane; reads the index alone."""
+        rows = self._write.execute(
+            "SELECT lane, min(position), max(position), count(*), sum(events), sum(bytes),"
+            " min(created_at) FROM segments GROUP BY lane"
+        )
+        return [
+            Run(lane, self.source, first - 1, last, count, events, size, oldest)
+            for lane, first, last, count, events, size, oldest in rows
+        ]
+
+    def read(self, run: Run, max_bytes: int) -> list[Segment]:
+        """The first segments of a run, in the reading thread. Raises: sqlite3.Error."""
+        where = (run.lane, run.after, run.until)
+        last, size = 0, 0
+        for position, length in self._read.execute(
+            "SELECT position, bytes FROM segments"
+            " WHERE lane = ? AND position > ? AND position <= ? ORDER BY position",
+            where,
+        ):
+            if last and size + length > max_bytes:
+                break
+            last, size = position, size + length
+        rows = self._read.execute(
+            "SELECT position, id, events, created_at, crc, head, data FROM segments"
+            " WHERE lane = ? AND position > ? AND position <= ? ORDER BY position",
+            (run.lane, run.after, last),
+        ).fetchall()
+        return [self._segment(run.lane, row) for row in rows]
+
+    def _segment(self, lane: str, row: tuple[Any, ...]) -> Segment:
+        position, id, events, created_at, crc, head_text, data = row
+        if crc != _crc(head_text, data):
+            raise sqlite3.DatabaseError(f"segment {id} at position {position} is damaged")
+        head = decode_head(head_text)
+        return Segment(
+            lane, [Column(*c) for c in head.columns], data, events, head.parts,
+            id=id, created_at=created_at, source=self.source, position=position,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        self._read.close()
+        self._write.close()
+        os.close(self._lock)
+
+
+class Journal:
+    """The mirror of `mirror: journal`: our own file, and those adopted from dead processes."""
+
+    parks = True
+    appends_at_once = 1
+
+    def __init__(self, settings: Settings, folder: Path, own: JournalFile) -> None:
+        self.segment_max_bytes = min(SEGMENT_MAX_BYTES, settings.load_trigger_bytes)
+        self._folder = folder
+        self._max_bytes = settings.journal_max_bytes
+        self._own = own
+        self._files = {own.source: own}
+        self.identity = own.source
+        self._told: set[str] = set()
+        self._draining: dict[str, int] = {}  # by source: up to where dead processes wrote
+        self._drained: list[str] = []
+        self._writer = ThreadPoolExecutor(1, "journal-writer")
+        self._reader = ThreadPoolExecutor(1, "journal-reader")
+        self._error: str | None = None
+        self._others_bytes: int = 0
+        self._others_seen = 0.0
+
+    def queue_of(self, lane: str) -> str:
+        return ""
+
+    async def append(self, segments: Sequence[Segment]) -> None:
+        await self._run(self._writer, lambda: self._append(segments))
+
+    def _append(self, segments: Sequence[Segment]) -> None:
+        coming = sum(len(segment.data) for segment in segments)
+        if self._bytes() + coming > self._max_bytes:
+            raise MirrorFull("the journal is full (journal_max_bytes)")
+        disk = os.statvfs(self._folder)
+        if disk.f_bavail * disk.f_frsize < MIN_FREE_BYTES + coming:
+            raise MirrorFull("less than 64 MiB of disk is free for the journal")
+        self._own.append(segments)
+
+    async def remove(self, segments: Sequence[Segment]) -> None:
+        by_source: dict[str, list[int]] = {}
+        for segment in segments:
+            by_source.setdefault(segment.source, []).append(segment.position)
+        for source, positions in by_source.items():
+            if file := self._files.get(source):
+                await self._run(self._writer, lambda f=file, p=positions: f.remove(p))  # type: ignore[misc]
+
+    async def read(self, run: Run, max_bytes: int) -> list[Segment]:
+        file = self._files[run.source]
+        return await self._run(self._reader, lambda: file.read(run, max_bytes))
+
+    async def recover(self) -> list[Run]:
+        return await self._run(self._writer, self._recover)
+
+    def _recover(self) -> list[Run]:
+        runs: list[Run] = []
+        for path in sorted(self._folder.glob("*.sqlite")):
+            if any(path == file.path for file in self._files.values()):
+                continue
+            if (lock := _try_lock(path)) is None:
+                continue
+            file = JournalFile(path, lock)
+            if file.totals():
+                self._files[file.source] = file
+            else:
+                file.close()
+        for file in list(self._files.values()):
+            totals = file.totals()
+            if file.source not in self._told:
+                self._told.add(file.source)
+                self._draining[file.source] = max((run.until for run in totals), default=0)
+                runs += totals
+            elif not totals and file is not self._own:
+                del self._files[file.source]
+                self._told.discard(file.source)
+                file.close()
+            first = min((run.after + 1 for run in totals), default=None)
+            until = self._draining.get(file.source)
+            if until is not None and (first is None or first > until):
+                del self._draining[file.source]
+                self._drained.append(file.source)
+        return runs
+
+    def drained(self) -> list[str]:
+        drained, self._drained = self._drained, []
+        return drained
+
+    async def check(self) -> list[tuple[str, str]]:
+        return await self._run(self._writer, lambda: check_folder(self._folder))
+
+    async def _run(self, thread: ThreadPoolExecutor, call: Callable[[], _T]) -> _T:
+        try:
+            result = await asyncio.get_running_loop().run_in_executor(thread, call)
+        except (sqlite3.Error, OSError) as exc:
+            self._error = str(exc)
+            raise MirrorUnavailable(f"the journal does not work: {exc}") from exc
+        self._error = None
+        return result
+
+    def _bytes(self) -> int:
+        """All journals in the folder: ours as used, those of other processes as files."""
+        if time.monotonic() - self._others_seen > 1:
+            ours = {file.path for file in list(self._files.values())}
+            self._others_bytes = sum(
+                _size(path) for path in self._folder.glob("*.sqlite") if path not in ours
+            )
+            self._others_seen = time.monotonic()
+        return self._others_bytes + sum(file.used_bytes for file in list(self._files.values()))
+
+    def state(self) -> MirrorState:
+        return MirrorState(
+            "journal", self._error is None, self._error, self._bytes(), self._max_bytes
+        )
+
+    def close(self) -> None:
+        self._writer.shutdown()
+        self._reader.shutdown()
+        for file in self._files.values():
+            file.close()
+
+
+@asynccontextmanager
+async def open_journal(settings: Settings) -> AsyncIterator[Journal]:
+    """Open the first journal in `data_dir` that no living process owns; make it if need be.
+
+    Raises: ConfigError: the folder can't be written.
+    """
+    folder = Path(settings.data_dir) / "journal"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        own = _own_file(folder)
+    except (OSError, sqlite3.OperationalError) as exc:
+        raise ConfigError(f"data_dir: no journal can be kept in {folder}: {exc}") from exc
+    journal = Journal(settings, folder, own)
+    try:
+        yield journal
+    finally:
+        await asyncio.to_thread(journal.close)
+
+
+def _own_file(folder: Path) -> JournalFile:
+    for number in itertools.count():
+        path = folder / f"{number}.sqlite"
+        if (lock := _try_lock(path)) is not None:
+            return JournalFile(path, lock)
+    raise AssertionError  # count() never ends
+
+
+def _try_lock(path: Path) -> int | None:
+    """The lock's file descriptor, or None: its owner lives."""
+    lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        return None
+    return lock
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _crc(head: bytes, data: bytes) -> int:
+    return zlib.crc32(data, zlib.crc32(head))
+
+
+def check_folder(folder: Path) -> list[tuple[str, str]]:
+    """Verify every journal of a folder, also those of living processes; a line for each."""
+    found = []
+    for path in sorted(folder.glob("*.sqlite")):
+        try:
+            # read-only: `check` may run beside the service that owns the file
+            connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=5)
+            try:
+                (verdict,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
+                events = connection.execute("SELECT coalesce(sum(events), 0) FROM segments")
+                (waiting,) = events.fetchone()
+            finally:
+                connection.close()
+        except sqlite3.Error as exc:
+            verdict, waiting = str(exc), 0
+        level = "ok" if verdict == "ok" else "fail"
+        found.append((level, f"journal {path}: {verdict}, {waiting} events waiting"))
+    damaged = sorted(folder.glob("*.damaged-*"))
+    found += [("warn", f"journal {path}: set aside as damaged") for path in damaged]
+    return found

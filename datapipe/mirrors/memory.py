@@ -1,0 +1,52 @@
+"""`mirror: none`: segments live in the process's memory alone, by choice."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from uuid import uuid4
+
+from datapipe.mirrors import MirrorState, Run
+from datapipe.segment import Segment
+from datapipe.settings import Settings
+
+
+class MemoryMirror:
+    """Promises nothing beyond the life of the process; the buffer's bound is its bound."""
+
+    parks = False
+    appends_at_once = 1
+
+    def __init__(self, settings: Settings) -> None:
+        self.segment_max_bytes = min(1_048_576, settings.load_trigger_bytes)
+        self.identity = uuid4().hex
+        self._positions = itertools.count(1)
+        self._sizes: dict[str, int] = {}
+        self._max_bytes = settings.buffer_max_bytes
+
+    def queue_of(self, lane: str) -> str:
+        return ""
+
+    async def append(self, segments: Sequence[Segment]) -> None:
+        for segment in segments:
+            segment.source, segment.position = "memory", next(self._positions)
+            self._sizes[segment.id] = segment.bytes
+
+    async def remove(self, segments: Sequence[Segment]) -> None:
+        for segment in segments:
+            self._sizes.pop(segment.id, None)
+
+    async def read(self, run: Run, max_bytes: int) -> list[Segment]:
+        return []
+
+    def drained(self) -> list[str]:
+        return []
+
+    async def recover(self) -> list[Run]:
+        return []
+
+    def state(self) -> MirrorState:
+        return MirrorState("none", True, None, sum(self._sizes.values()), self._max_bytes)
+
+    async def check(self) -> list[tuple[str, str]]:
+        return [("warn", "mirror: none: events live in memory alone until they are loaded")]

@@ -1,0 +1,149 @@
+"""All paths but `POST /`: page, status, metrics, health, load now."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import aiohttp_jinja2
+import jinja2
+import msgspec
+import structlog
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from datapipe import answers, openapi
+from datapipe.access import Access, AccessDenied
+from datapipe.loader import Loader
+from datapipe.metrics import Metrics
+from datapipe.registry import Registry
+from datapipe.server import request_id
+from datapipe.status import Status
+from datapipe.templates import templates_folder
+
+log = structlog.stdlib.get_logger("datapipe.pages")
+
+_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Content-Security-Policy": (
+        "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self';"
+        " connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+    ),
+}
+
+
+class Pages:
+    """The handlers; they read `Status` and ask `Loader`."""
+
+    def __init__(
+        self,
+        status: Status,
+        loader: Loader,
+        metrics: Metrics,
+        registry: Registry,
+        access: Access,
+    ) -> None:
+        self._status = status
+        self._loader = loader
+        self._metrics = metrics
+        self._registry = registry
+        self._access = access
+
+    def add_to(self, app: web.Application) -> None:
+        """Add the routes, and the templates that they need."""
+        aiohttp_jinja2.setup(
+            app, loader=jinja2.FileSystemLoader(templates_folder()), autoescape=True
+        )
+        app.router.add_get("/", self.page)
+        app.router.add_get("/style.css", self.style)
+        app.router.add_get("/status.json", self.status_json)
+        app.router.add_get("/metrics", self.metrics)
+        app.router.add_get("/healthz", self.healthz)
+        app.router.add_get("/readyz", self.readyz)
+        app.router.add_get("/openapi.json", self.openapi)
+        app.router.add_post("/load", self.load)
+
+    async def page(self, request: web.Request) -> web.StreamResponse:
+        self._access.may_look(request)
+        return aiohttp_jinja2.render_template(
+            "status.html", request, self._status.snapshot()
+        )
+
+    async def style(self, request: web.Request) -> web.StreamResponse:
+        return web.FileResponse(templates_folder() / "style.css")
+
+    async def status_json(self, request: web.Request) -> web.StreamResponse:
+        self._access.may_look(request)
+        return _json(self._status.snapshot())
+
+    async def metrics(self, request: web.Request) -> web.StreamResponse:
+        self._access.may_look(request)
+        return web.Response(
+            body=self._metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST}
+        )
+
+    async def healthz(self, request: web.Request) -> web.StreamResponse:
+        return answers.answer(200, 0, "alive")
+
+    async def readyz(self, request: web.Request) -> web.StreamResponse:
+        why = self._status.not_ready()
+        return answers.answer(200, 0, "ready") if why is None else answers.answer(503, 9, why)
+
+    async def openapi(self, request: web.Request) -> web.StreamResponse:
+        return _json(openapi.document(self._registry))
+
+    async def load(self, request: web.Request) -> web.StreamResponse:
+        self._access.may_act(request)
+        lane = request.query.get("lane")
+        accept = request.query.get("accept")
+        if accept not in (None, "dead"):
+            return answers.answer(400, 5, "accept: only 'dead' can be accepted")
+        if lane is not None and lane not in self._loader.schedules:
+            return answers.answer(404, 7, f"lane: there is no lane {lane[:64]!r}")
+        loaded, failed = await self._loader.load_now(
+            None if lane is None else [lane], accept_dead=accept == "dead"
+        )
+        return _json({"loaded": loaded, "failed": failed})
+
+
+@web.middleware
+async def errors_are_answers(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """Every error leaves as JSON with `status_code` and `status_message`."""
+    try:
+        return await handler(request)
+    except AccessDenied as exc:
+        response = answers.answer(exc.status, 8, exc.detail)
+        if exc.status == 401:
+            response.headers["WWW-Authenticate"] = 'Basic realm="datapipe", charset="UTF-8"'
+        return response
+    except web.HTTPException as exc:
+        response = answers.answer(exc.status, exc.status, exc.reason)
+        for name in ("Allow", "Location"):
+            if name in exc.headers:
+                response.headers[name] = exc.headers[name]
+        return response
+    except Exception:
+        return fault(request)
+
+
+def fault(request: web.BaseRequest) -> web.Response:
+    """The answer to a fault of ours; call it where the exception is caught."""
+    id = request_id(request)
+    log.exception("fault", request_id=id, method=request.method, path=request.path)
+    response = answers.answer(500, 100, f"a fault of ours; request id {id}")
+    response.headers["X-Request-ID"] = id
+    return response
+
+
+async def add_headers(request: web.BaseRequest, response: web.StreamResponse) -> None:
+    """What every answer bears."""
+    response.headers.setdefault("X-Request-ID", request_id(request))
+    for name, value in _HEADERS.items():
+        response.headers.setdefault(name, value)
+
+
+def _json(content: Any) -> web.Response:
+    return web.Response(body=msgspec.json.encode(content), content_type="application/json")

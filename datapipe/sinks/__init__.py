@@ -1,0 +1,107 @@
+"""Sink: where segments are loaded into, exactly once."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from datapipe.events import Column, EventType
+from datapipe.segment import Segment
+from datapipe.settings import Settings
+
+
+@dataclass(slots=True, frozen=True)
+class Table:
+    """The table of a lane, as its event type wants it."""
+
+    name: str
+    columns: tuple[Column, ...]
+
+
+@dataclass(slots=True)
+class Loaded:
+    """What became of the events of one load: their sum is what the segments held.
+
+    `refused` names the first few SQLSTATEs and messages of dead letters, for the log.
+    """
+
+    loaded: int = 0
+    duplicate: int = 0
+    dead: int = 0
+    refused: tuple[str, ...] = ()
+
+
+@dataclass(slots=True, frozen=True)
+class SinkState:
+    """For the page; `up` is None until the first real work was tried."""
+
+    up: bool | None
+    error: str | None
+    version: str | None
+    schema: str
+
+
+@dataclass(slots=True, frozen=True)
+class Heartbeat:
+    """What a process tells the others.
+
+    Attributes:
+        mirror: the store that only this process appends to: a journal's id, or the process's own.
+        oldest_waiting: Unix time of its oldest event that is not loaded yet.
+    """
+
+    process: str
+    mirror: str
+    oldest_waiting: float | None
+
+
+class Sink(Protocol):
+    """Loads segments; every method that talks to the database can raise SinkUnavailable."""
+
+    async def load(
+        self, table: Table, segments: Sequence[Segment], *, accept_dead: bool = False
+    ) -> Loaded:
+        """Write all rows of the segments that the ledger does not know, in one transaction.
+
+        Safe to repeat. Raises: SinkUnavailable: again later; LaneBlocked: a person must act.
+        Refused rows are dead letters, counted and not raised.
+        """
+
+    async def keep_house(self, beat: Heartbeat, removed: Sequence[str]) -> None:
+        """Show that this process lives, and drop ledger rows that nothing can meet any more.
+
+        Args: removed: ids of segments that the mirror has forgotten for good.
+        """
+
+    async def forget_source(self, source: str, process: str) -> None:
+        """Drop the ledger rows that other processes wrote for a journal that is now drained."""
+
+    def abort(self) -> None:
+        """End loads that are under way, at once; what they did is rolled back or unknown."""
+
+    def state(self) -> SinkState: ...
+
+    async def hint(self) -> str:
+        """A line for the shell that shows rows. Raises: SinkUnavailable."""
+
+    async def check(self, tables: Sequence[Table]) -> list[tuple[str, str]]:
+        """Reach the database; findings as (ok, warn or fail; text). Changes nothing."""
+
+
+def table_of(kind: EventType) -> Table:
+    """The table that an event type's rows go into."""
+    return Table(kind.name, kind.columns)
+
+
+@asynccontextmanager
+async def open_sink(settings: Settings, process: str) -> AsyncIterator[Sink]:
+    """Open the sink that the settings name; the database need not be there yet.
+
+    Args: process: id of this process, for the ledger.
+    """
+    from datapipe.sinks.postgres import open_postgres
+
+    async with open_postgres(settings, process) as sink:
+        yield sink

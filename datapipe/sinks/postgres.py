@@ -1,0 +1,281 @@
+"""PostgreSQL: loads segments by COPY, exactly once, by way of the ledger.
+
+psycopg2 refuses COPY on an asynchronous connection, and a COPY sent with `execute` on one hangs
+(psycopg/psycopg2 issues 428 and 781). So aiopg's pool does all that is not COPY, and a load runs on
+a plain psycopg2 connection, aiopg's own driver, in a worker thread: libpq releases the GIL, the
+event loop stays free. A thread that waits for a silent server can't be cancelled; `abort` shuts its
+socket down, which frees it at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from itertools import groupby
+from typing import Any
+from uuid import uuid4
+
+import psycopg2
+import psycopg2.extensions
+
+from datapipe.segment import Segment
+from datapipe.settings import Settings
+from datapipe.sinks import Heartbeat, Loaded, SinkState, Table, letters
+from datapipe.sinks.copying import Copier, Refused, guard
+from datapipe.sinks.database import Database
+from datapipe.sinks.keys import Keys
+from datapipe.sinks.schema import quote
+from datapipe.sinks.sqlstate import Verdict, error_of, one_line, verdict
+
+# Each load states what it relies on, whatever the role or the database says. Without
+# synchronous_commit a crash of the server after COMMIT loses what the mirror has forgotten; without
+# lock_timeout one VACUUM FULL holds all workers. Deferred constraints would fail at COMMIT, where
+# no row can be named any more.
+_BEGIN = (
+    "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; SET LOCAL synchronous_commit = on;"
+    " SET LOCAL lock_timeout = '10s'; SET LOCAL statement_timeout = 0;"
+    " SET LOCAL idle_in_transaction_session_timeout = '60s'; SET LOCAL timezone = 'UTC';"
+    " SET LOCAL datestyle = 'ISO'; SET LOCAL standard_conforming_strings = on;"
+    " SET CONSTRAINTS ALL IMMEDIATE"
+)
+
+
+class PostgresSink:
+    """The sink: a thread and a plain connection per load under way, and aiopg for the rest."""
+
+    def __init__(self, settings: Settings, process: str, database: Database) -> None:
+        self._schema = settings.database_schema
+        self._chunk_bytes = settings.load_chunk_bytes
+        self._process = process
+        self._database = database
+        self._threads = ThreadPoolExecutor(settings.load_workers, "load")
+        self._idle: list[psycopg2.extensions.connection] = []
+        self._busy: set[psycopg2.extensions.connection] = set()
+        self._stopping = False
+
+    def _name(self, table: str) -> str:
+        return f"{quote(self._schema)}.{quote(table)}"
+
+    async def load(
+        self, table: Table, segments: Sequence[Segment], *, accept_dead: bool = False
+    ) -> Loaded:
+        """See `Sink.load`."""
+        for again in (False, True):
+            try:
+                wanted = _widened(table, segments) if again else table
+                await self._database.prepare(wanted, again=again)
+                dsn = await self._database.dsn()
+                loaded = await self._in_thread(
+                    lambda dsn=dsn: self._load(dsn, table, segments, accept_dead)  # type: ignore[misc]
+                )
+            except psycopg2.Error as exc:
+                if verdict(exc) is Verdict.MISSING and not again:
+                    continue  # somebody dropped it: one DDL pass, one retry
+                self._database.failed(exc)
+                raise error_of(exc, table.name) from exc
+            self._database.works()
+            return loaded
+        raise AssertionError  # the second pass returns or raises
+
+    async def _in_thread(self, call: Callable[[], Loaded]) -> Loaded:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+    def _load(
+        self, dsn: str, table: Table, segments: Sequence[Segment], accept_dead: bool
+    ) -> Loaded:
+        """One transaction, in a worker thread. Raises: psycopg2.Error, LaneBlocked."""
+        connection = self._connect(dsn)
+        self._busy.add(connection)
+        try:
+            with connection.cursor() as cursor:
+                loaded = self._transaction(cursor, table, segments, accept_dead)
+                cursor.execute("COMMIT")
+        except BaseException:
+            self._busy.discard(connection)
+            with suppress(psycopg2.Error):
+                if not connection.closed:
+                    connection.cursor().execute("ROLLBACK")
+                    self._idle.append(connection)
+            raise
+        self._busy.discard(connection)
+        self._idle.append(connection)
+        return loaded
+
+    def _connect(self, dsn: str) -> psycopg2.extensions.connection:
+        if self._stopping:
+            raise psycopg2.OperationalError("shutting down")
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection.closed:
+                return connection
+        try:
+            connection = psycopg2.connect(dsn)
+        except psycopg2.OperationalError as exc:
+            raise _ConnectError(one_line(exc)) from exc
+        connection.autocommit = True  # BEGIN and COMMIT are ours, sent with what belongs to them
+        connection.set_client_encoding("UTF8")
+        return connection
+
+    def _transaction(
+        self,
+        cursor: psycopg2.extensions.cursor,
+        table: Table,
+        segments: Sequence[Segment],
+        accept_dead: bool,
+    ) -> Loaded:
+        load = uuid4().hex
+        cursor.execute(_BEGIN)
+        new = self._enter(cursor, table.name, segments, load)
+        known = [segment for segment in segments if segment.id not in new]
+        result = self._known(cursor, known)
+        for segment in segments:
+            segment.tries.add(load)
+        fresh = [segment for segment in segments if segment.id in new]
+        ledger = self._name("datapipe_ledger")
+        rows, duplicates = Keys(cursor, ledger, self._process).rows(table.name, fresh)
+        columns_of = {segment.id: segment.columns for segment in fresh}
+        refused: list[Refused] = []
+        for columns, group in groupby(rows, key=lambda each: columns_of[each.segment]):
+            statement = self._copy_statement(table, columns)
+            copier = Copier(cursor, statement, table.name, self._chunk_bytes)
+            copier.copy(list(group))
+            refused += copier.refused
+        dead = dict.fromkeys(columns_of, 0)
+        if refused:
+            guard(refused, sum(segment.events for segment in fresh), accept_dead)
+            letters.write(
+                cursor, self._name("datapipe_dead_letters"), table.name, columns_of, refused
+            )
+            for each in refused:
+                dead[each.segment] += 1
+            result.refused = tuple(f"{each.sqlstate}: {each.message}" for each in refused[:3])
+        self._book(cursor, dead, duplicates)
+        result.dead += sum(dead.values())
+        result.duplicate += sum(duplicates.values())
+        result.loaded += (
+            sum(s.events for s in fresh) - sum(dead.values()) - sum(duplicates.values())
+        )
+        return result
+
+    def _copy_statement(self, table: Table, columns: Sequence[Any]) -> str:
+        names = ", ".join(quote(column.name) for column in columns)
+        return f"COPY {self._name(table.name)} ({names}) FROM STDIN"
+
+    def _enter(
+        self,
+        cursor: psycopg2.extensions.cursor,
+        lane: str,
+        segments: Sequence[Segment],
+        load: str,
+    ) -> set[str]:
+        """Write the segments into the ledger, in key order; the ids that were not there."""
+        ordered = sorted(segments, key=lambda segment: segment.id)
+        cursor.execute(
+            f"INSERT INTO {self._name('datapipe_ledger')}"
+            " (segment, kind, lane, events, source, process, load)"
+            " SELECT id, 'segment', %s, events, source, %s, %s"
+            " FROM unnest(%s::text[], %s::bigint[], %s::text[]) AS new (id, events, source)"
+            " ORDER BY id ON CONFLICT DO NOTHING RETURNING segment",
+            (
+                lane, self._process, load, [s.id for s in ordered],
+                [s.events for s in ordered], [s.source for s in ordered],
+            ),
+        )  # fmt: skip
+        return {segment for (segment,) in cursor.fetchall()}
+
+    def _known(self, cursor: psycopg2.extensions.cursor, segments: Sequence[Segment]) -> Loaded:
+        """What is in already. A commit of ours whose answer was lost counts as what it did."""
+        result = Loaded()
+        if not segments:
+            return result
+        cursor.execute(
+            "SELECT segment, load, dead, duplicates"
+            f" FROM {self._name('datapipe_ledger')} WHERE segment = ANY(%s)",
+            ([segment.id for segment in segments],),
+        )
+        rows = {segment: rest for segment, *rest in cursor.fetchall()}
+        for segment in segments:
+            load, dead, duplicates = rows[segment.id]
+            if load in segment.tries:
+                result.dead += dead
+                result.duplicate += duplicates
+                result.loaded += segment.events - dead - duplicates
+            else:
+                result.duplicate += segment.events
+        return result
+
+    def _book(
+        self, cursor: psycopg2.extensions.cursor, dead: dict[str, int], duplicates: dict[str, int]
+    ) -> None:
+        """Note in the ledger what was not loaded of each segment."""
+        odd = [id for id in dead if dead[id] or duplicates[id]]
+        if odd:
+            cursor.execute(
+                f"UPDATE {self._name('datapipe_ledger')} AS ledger"
+                " SET dead = new.dead, duplicates = new.duplicates"
+                " FROM unnest(%s::text[], %s::bigint[], %s::bigint[]) AS new (id, dead, duplicates)"
+                " WHERE ledger.segment = new.id",
+                (odd, [dead[id] for id in odd], [duplicates[id] for id in odd]),
+            )
+
+    async def keep_house(self, beat: Heartbeat, removed: Sequence[str]) -> None:
+        """See `Sink.keep_house`."""
+        await self._database.keep_house(beat, removed)
+
+    async def forget_source(self, source: str, process: str) -> None:
+        """See `Sink.forget_source`."""
+        await self._database.forget_source(source, process)
+
+    async def hint(self) -> str:
+        """See `Sink.hint`."""
+        return await self._database.hint()
+
+    async def check(self, tables: Sequence[Table]) -> list[tuple[str, str]]:
+        """See `Sink.check`."""
+        return await self._database.check(tables)
+
+    def state(self) -> SinkState:
+        return self._database.state()
+
+    def abort(self) -> None:
+        """See `Sink.abort`."""
+        self._stopping = True
+        for connection in list(self._busy):
+            with suppress(psycopg2.Error, OSError):
+                end = socket.socket(fileno=os.dup(connection.fileno()))
+                with end:
+                    end.shutdown(socket.SHUT_RDWR)
+
+    async def close(self) -> None:
+        self.abort()
+        await asyncio.to_thread(self._threads.shutdown)
+        for connection in self._idle:
+            connection.close()
+
+
+def _widened(table: Table, segments: Sequence[Segment]) -> Table:
+    """The table with the columns that segments of an older event class still bring."""
+    names = {column.name for column in table.columns}
+    brought = {c.name: c for s in segments for c in s.columns if c.name not in names}
+    return Table(table.name, (*table.columns, *brought.values()))
+
+
+class _ConnectError(psycopg2.OperationalError):  # type: ignore[misc]
+    """The connection could not be made: the database is down for all, whatever the reason."""
+
+
+@asynccontextmanager
+async def open_postgres(settings: Settings, process: str) -> AsyncIterator[PostgresSink]:
+    """Open the sink; the database itself is reached when there is something to do.
+
+    Raises: ConfigError: no database is named and none can be started.
+    """
+    async with AsyncExitStack() as stack:
+        database = await stack.enter_async_context(Database.opened(settings, process))
+        sink = PostgresSink(settings, process, database)
+        stack.push_async_callback(sink.close)
+        yield sink

@@ -1,0 +1,89 @@
+"""What follows from an SQLSTATE: the one table of it.
+
+Source of the classes: PostgreSQL documentation, appendix "PostgreSQL Error Codes".
+"""
+
+from __future__ import annotations
+
+import enum
+
+import psycopg2
+
+from datapipe.errors import LaneBlocked, SinkUnavailable
+
+
+class Verdict(enum.Enum):
+    """What an error of the database means for the load in hand."""
+
+    DOWN = "the whole database: again later"
+    LATER = "this lane: again later"
+    MISSING = "a table or column is missing: one DDL pass, then again"
+    BLOCKED = "this lane is blocked until a person acts"
+    ROW = "one row is refused"
+
+
+_BY_STATE = {
+    "42P01": Verdict.MISSING,  # undefined table
+    "42703": Verdict.MISSING,  # undefined column
+    "3F000": Verdict.MISSING,  # no such schema
+    "55P03": Verdict.LATER,  # lock not available
+    "55006": Verdict.LATER,  # object in use
+    "25P03": Verdict.LATER,  # idle in transaction for too long
+    "25P04": Verdict.LATER,  # transaction took too long
+    "57014": Verdict.LATER,  # query cancelled
+}
+
+_BY_CLASS = {
+    "08": Verdict.DOWN,  # connection
+    "25": Verdict.DOWN,  # read-only transaction and the like
+    "28": Verdict.DOWN,  # authorization
+    "3D": Verdict.DOWN,  # no such database
+    "40": Verdict.LATER,  # deadlock, serialization failure
+    "53": Verdict.DOWN,  # disk full, too many connections, out of memory
+    "57": Verdict.DOWN,  # shut down by the operator
+    "58": Verdict.DOWN,  # system error: an I/O error of the server
+    "XX": Verdict.DOWN,  # internal error
+    "3F": Verdict.BLOCKED,
+    "42": Verdict.BLOCKED,  # permission, wrong types, not a table
+    "22": Verdict.ROW,  # data
+    "23": Verdict.ROW,  # integrity
+    "54": Verdict.ROW,  # limit exceeded
+    "P0": Verdict.ROW,  # raised by a trigger
+}
+
+
+def verdict(exc: psycopg2.Error) -> Verdict:
+    """What an error means; one without a code is a lost connection."""
+    code = exc.pgcode
+    if code is None:
+        lost = isinstance(exc, psycopg2.OperationalError | psycopg2.InterfaceError)
+        return Verdict.DOWN if lost or not isinstance(exc, psycopg2.DataError) else Verdict.ROW
+    if code in _BY_STATE:
+        return _BY_STATE[code]
+    if code[:2] in _BY_CLASS:
+        return _BY_CLASS[code[:2]]
+    return Verdict.ROW if copy_line(exc) else Verdict.BLOCKED
+
+
+def copy_line(exc: psycopg2.Error) -> str | None:
+    """The line of the error's context that tells of the COPY, if any."""
+    context = exc.diag.context or ""
+    return next((line for line in context.split("\n") if line.startswith("COPY ")), None)
+
+
+def error_of(exc: psycopg2.Error, lane: str | None = None) -> SinkUnavailable | LaneBlocked:
+    """The error of ours that says what follows; one line, without the connection's secrets."""
+    text = one_line(exc)
+    kind = verdict(exc)
+    if kind is Verdict.DOWN or lane is None:
+        return SinkUnavailable(text)
+    if kind is Verdict.LATER:
+        return SinkUnavailable(text, everywhere=False)
+    return LaneBlocked(f"{text} (SQLSTATE {exc.pgcode})" if exc.pgcode else text)
+
+
+def one_line(exc: BaseException) -> str:
+    """The first line of what the database said."""
+    diag = getattr(exc, "diag", None)
+    text = (diag.message_primary if diag else None) or str(exc).strip() or type(exc).__name__
+    return " ".join(text.split("\n")[0].split())

@@ -1,0 +1,67 @@
+"""Fixtures that many tests share: a PostgreSQL server, databases in it, services."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.postgres import Postgres
+from tests.service import Service
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What needs root and has none is named and fails the run: nothing is skipped in silence."""
+    needing = [item.nodeid for item in session.items if item.get_closest_marker("needs_root")]
+    if needing and os.geteuid() != 0:
+        pytest.exit(f"these tests need root: {', '.join(needing)}", returncode=1)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A server for the whole run; tests that stop or freeze one take `own_postgres`."""
+    server = Postgres()
+    try:
+        server.start()
+        yield server
+    finally:
+        server.remove()
+
+
+@pytest.fixture
+def own_postgres() -> Iterator[Postgres]:
+    """A server for one test, to be hurt."""
+    server = Postgres(fsync="on")
+    try:
+        server.start()
+        yield server
+    finally:
+        server.remove()
+
+
+@pytest.fixture
+def database(postgres: Postgres) -> str:
+    """The URL of a new, empty database."""
+    return postgres.create_database()
+
+
+@pytest.fixture
+async def make_service(tmp_path: Path) -> AsyncIterator[Callable[..., Service]]:
+    """Makes services, not yet started; whatever still runs in the end is killed."""
+    made: list[Service] = []
+
+    def make(**settings: Any) -> Service:
+        service = Service(tmp_path, **settings)
+        made.append(service)
+        return service
+
+    async with AsyncExitStack() as stack:
+        yield make
+        for service in made:
+            stack.push_async_callback(service.close)
+            if service._process is not None and service._process.returncode is None:
+                stack.push_async_callback(service.kill)
