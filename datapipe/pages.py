@@ -19,7 +19,7 @@ from datapipe.metrics import Metrics
 from datapipe.registry import Registry
 from datapipe.server import request_id
 from datapipe.status import Status
-from datapipe.templates import templates_folder
+from datapipe.assets import templates_folder
 
 log = structlog.stdlib.get_logger("datapipe.pages")
 

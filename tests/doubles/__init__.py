@@ -1,0 +1,1 @@
+"""Stand-ins for services, as small real servers on port 0."""
