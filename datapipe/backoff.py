@@ -10,7 +10,7 @@ class Backoff:
 
     def __init__(self, max_s: float) -> None:
         self._strategy = tenacity.wait_exponential_jitter(
-            initial=0.25, max=max_s, jitter=min(1.0, max_s / 8)
+            multiplier=0.25, max=max_s, jitter=min(1.0, max_s / 8)
         )
 
     def seconds(self, failures: int) -> float:

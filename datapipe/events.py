@@ -121,6 +121,7 @@ class EventType:
         self.struct = self._make_struct(tag=name)
         self._loose = msgspec.json.Decoder(self._make_struct(tag=None))
         self._raw_fields = msgspec.json.Decoder(_raw_struct(self.fields))
+        self._has_nulls = any(f.nullable for f in self.fields)
         self._converters = [
             (i, convert) for i, f in enumerate(self.fields) if (convert := self._converter(f))
         ]
@@ -137,15 +138,14 @@ class EventType:
         )
 
     def _converter(self, field: _Field) -> Callable[[Any], Any] | None:
+        """What makes text of a value where `str` does not; None is for NULL and passes."""
         if field.kind in (dict, list):
             decoder = msgspec.json.Decoder(field.kind | None if field.nullable else field.kind)
             return lambda raw: self._json_text(field, decoder, raw)
         convert = _CONVERTERS.get(field.kind)
-        if not field.nullable:
-            return convert and (lambda value: _in_range(field, convert, value))
         if convert is None:
-            return lambda value: _NULL if value is None else value
-        return lambda value: _NULL if value is None else _in_range(field, convert, value)
+            return None
+        return lambda value: None if value is None else _in_range(field, convert, value)
 
     def rows(self, events: Sequence[Any], received_at: str) -> bytes | None:
         """The COPY rows of decoded events, or None: one of them needs `row` to look at it.
@@ -154,8 +154,11 @@ class EventType:
         Raises: EventRejected: a value is out of range.
         """
         template = f"{self._template}{received_at}{_ROW}"
-        if self._converters:
-            lines = [template % self._converted(event) for event in events]
+        nulls = 0
+        if self._has_nulls or self._converters:
+            values = [self._converted(event) for event in events]
+            nulls = sum(each.count(None) for each in values)
+            lines = [template % _mark_nulls(each) for each in values]
         else:
             lines = [template % msgspec.structs.astuple(event) for event in events]
         text = "".join(lines)
@@ -167,7 +170,7 @@ class EventType:
             data.count(b"\x1f") != len(lines) * len(self.fields)
             or data.count(b"\x1e") != len(lines)
             or b"\0" in data
-            or (b"\x1d" in data and not self._nulls_are_ours(data, events))
+            or data.count(b"\x1d") != nulls
         ):
             return None
         return _to_copy(data)
@@ -176,7 +179,7 @@ class EventType:
         """The COPY row of one decoded event. Raises: EventRejected: code 5 or 6."""
         size, texts = 0, []
         for field, value in zip(self.fields, self._converted(event), strict=True):
-            if value is _NULL:
+            if value is None:
                 texts.append(b"\\N")
                 continue
             text = str(value).encode()
@@ -213,11 +216,7 @@ class EventType:
             values[i] = convert(values[i])
         return tuple(values)
 
-    def _nulls_are_ours(self, data: bytes, events: Sequence[Any]) -> bool:
-        nulls = sum(self._converted(event).count(_NULL) for event in events)
-        return data.count(b"\x1d") == nulls
-
-    def _json_text(self, field: _Field, decoder: msgspec.json.Decoder[Any], raw: Any) -> str:
+    def _json_text(self, field: _Field, decoder: msgspec.json.Decoder[Any], raw: Any) -> str | None:
         """The JSON of a `dict` or `list` as it was sent; only looked through, and bounded first."""
         text = bytes(raw)
         if len(text) > self._max_len:
@@ -227,7 +226,7 @@ class EventType:
         except msgspec.ValidationError as exc:
             raise _wrong_value(field, str(exc)) from None
         if value is None:
-            return _NULL
+            return None
         if b"\\u0000" in text and _has_nul(value):
             raise EventRejected(5, "bad_value", f"{field.name}: U+0000 can't be stored")
         return text.decode()
@@ -360,6 +359,10 @@ def _has_nul(value: Any) -> bool:
         elif isinstance(item, list):
             pending += item
     return False
+
+
+def _mark_nulls(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple([_NULL if value is None else value for value in values])
 
 
 def _escape(value: bytes) -> bytes:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from uuid import uuid4
 
 import structlog
@@ -11,7 +12,7 @@ import structlog
 from datapipe.backoff import Backoff
 from datapipe.buffer import Buffer
 from datapipe.errors import LaneBlocked, MirrorUnavailable, SinkUnavailable
-from datapipe.sinks import Heartbeat, Sink
+from datapipe.sinks import Heartbeat, Sink, Table
 
 BEAT_S = 5.0
 RECOVER_S = 30.0
@@ -33,11 +34,13 @@ class Housekeeper:
         sink: Sink,
         process: str,
         recovered: Callable[[Iterable[str]], None],
+        tables: Sequence[Table] = (),
     ) -> None:
         self._buffer = buffer
         self._sink = sink
         self._process = process
         self._recovered = recovered
+        self._tables = tables
         self._looked = asyncio.Event()
         self._removed: list[str] = []
         self._drained: set[str] = set()
@@ -59,11 +62,18 @@ class Housekeeper:
         failures, backoff = 0, Backoff(BEAT_S)
         while True:
             try:
+                await self._prepare()
                 await self.tidy()
                 failures = 0
             except (SinkUnavailable, LaneBlocked):
                 failures += 1  # the sink has told it; loads ask again, and so does this
             await asyncio.sleep(backoff.seconds(failures) if failures else BEAT_S)
+
+    async def _prepare(self) -> None:
+        """Make the tables before the first event comes, so that who looks finds them."""
+        for table in self._tables:
+            with suppress(LaneBlocked):  # its lane will tell, once it has something to load
+                await self._sink.prepare(table)
 
     async def tidy(self) -> None:
         """One heartbeat; drop ledger rows of what the mirror has forgotten.

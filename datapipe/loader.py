@@ -68,7 +68,8 @@ class Loader:
 
         A task that dies is told to `failed`: nothing dies in silence.
         """
-        house = Housekeeper(self._buffer, self.sink, self._process, self.recovered)
+        tables = [table_of(kind) for kind in self._registry.types.values()]
+        house = Housekeeper(self._buffer, self.sink, self._process, self.recovered, tables)
         async with _background([*self._workers(), house.recover(), house.beat()], failed):
             try:
                 yield

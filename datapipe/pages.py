@@ -14,12 +14,12 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from datapipe import answers, openapi
 from datapipe.access import Access, AccessDenied
+from datapipe.assets import templates_folder
 from datapipe.loader import Loader
 from datapipe.metrics import Metrics
 from datapipe.registry import Registry
 from datapipe.server import request_id
 from datapipe.status import Status
-from datapipe.assets import templates_folder
 
 log = structlog.stdlib.get_logger("datapipe.pages")
 
@@ -66,9 +66,7 @@ class Pages:
 
     async def page(self, request: web.Request) -> web.StreamResponse:
         self._access.may_look(request)
-        return aiohttp_jinja2.render_template(
-            "status.html", request, self._status.snapshot()
-        )
+        return aiohttp_jinja2.render_template("status.html", request, self._status.snapshot())
 
     async def style(self, request: web.Request) -> web.StreamResponse:
         return web.FileResponse(templates_folder() / "style.css")

@@ -81,6 +81,8 @@ class JournalFile:
         elif version != _FORMAT:
             raise ConfigError(f"the journal {self.path} was written by a newer datapipe")
         (self.source,) = self._write.execute("SELECT journal FROM meta").fetchone()
+        (last,) = self._write.execute("SELECT max(position) FROM segments").fetchone()
+        self._inherited_until: int = last or 0
         self._read = self._connect()
         self.measure()
 
@@ -150,11 +152,12 @@ class JournalFile:
         if self._write.in_transaction:
             self._write.execute("ROLLBACK")
 
-    def totals(self) -> list[Run]:
-        """What waits in this file, a run per lane; reads the index alone."""
+    def inherited(self) -> list[Run]:
+        """What earlier owners left here and still waits, a run per lane; reads the index alone."""
         rows = self._write.execute(
             "SELECT lane, min(position), max(position), count(*), sum(events), sum(bytes),"
-            " min(created_at) FROM segments GROUP BY lane"
+            " min(created_at) FROM segments WHERE position <= ? GROUP BY lane",
+            (self._inherited_until,),
         )
         return [
             Run(lane, self.source, first - 1, last, count, events, size, oldest)
@@ -210,8 +213,8 @@ class Journal:
         self._files = {own.source: own}
         self.identity = own.source
         self._told: set[str] = set()
-        self._draining: dict[str, int] = {}  # by source: up to where dead processes wrote
-        self._drained: list[str] = []
+        self._drained: set[str] = set()
+        self._to_tell: list[str] = []
         self._writer = ThreadPoolExecutor(1, "journal-writer")
         self._reader = ThreadPoolExecutor(1, "journal-reader")
         self._error: str | None = None
@@ -256,29 +259,27 @@ class Journal:
             if (lock := _try_lock(path)) is None:
                 continue
             file = JournalFile(path, lock)
-            if file.totals():
+            if file.inherited():
                 self._files[file.source] = file
             else:
                 file.close()
         for file in list(self._files.values()):
-            totals = file.totals()
+            left = file.inherited()
             if file.source not in self._told:
                 self._told.add(file.source)
-                self._draining[file.source] = max((run.until for run in totals), default=0)
-                runs += totals
-            elif not totals and file is not self._own:
-                del self._files[file.source]
-                self._told.discard(file.source)
-                file.close()
-            first = min((run.after + 1 for run in totals), default=None)
-            until = self._draining.get(file.source)
-            if until is not None and (first is None or first > until):
-                del self._draining[file.source]
-                self._drained.append(file.source)
+                runs += left
+            if not left and file.source not in self._drained:
+                self._drained.add(file.source)
+                self._to_tell.append(file.source)
+                if file is not self._own:
+                    del self._files[file.source]
+                    self._told.discard(file.source)
+                    self._drained.discard(file.source)
+                    file.close()
         return runs
 
     def drained(self) -> list[str]:
-        drained, self._drained = self._drained, []
+        drained, self._to_tell = self._to_tell, []
         return drained
 
     async def check(self) -> list[tuple[str, str]]:

@@ -69,6 +69,12 @@ class Sink(Protocol):
         Refused rows are dead letters, counted and not raised.
         """
 
+    async def prepare(self, table: Table) -> None:
+        """Make the table, or its missing columns, if that was not done yet.
+
+        Raises: SinkUnavailable, LaneBlocked.
+        """
+
     async def keep_house(self, beat: Heartbeat, removed: Sequence[str]) -> None:
         """Show that this process lives, and drop ledger rows that nothing can meet any more.
 

@@ -222,6 +222,10 @@ class PostgresSink:
                 (odd, [dead[id] for id in odd], [duplicates[id] for id in odd]),
             )
 
+    async def prepare(self, table: Table) -> None:
+        """See `Sink.prepare`."""
+        await self._database.prepare(table)
+
     async def keep_house(self, beat: Heartbeat, removed: Sequence[str]) -> None:
         """See `Sink.keep_house`."""
         await self._database.keep_house(beat, removed)

@@ -1,0 +1,154 @@
+"""What every mirror must do; each implementation is a parameter of the one suite."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+
+from datapipe.events import Column
+from datapipe.mirrors import Mirror, Run, open_mirror
+from datapipe.segment import Part, Segment
+from datapipe.settings import Settings
+
+COLUMNS = (Column("user_id", "bigint"), Column("received_at", "timestamptz"))
+Opens = Callable[[], AsyncExitStack]
+
+
+def segment(number: int, lane: str = "install", size: int = 20) -> Segment:
+    data = f"{number:0{size - 1}}\n".encode()
+    parts = (Part("claim", "body", number, 0, size, 1),) if number % 2 else ()
+    return Segment(lane, COLUMNS, data, 1, parts)
+
+
+class World:
+    """One mirror service, which several processes open one after the other."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._stacks: list[AsyncExitStack] = []
+
+    async def open(self) -> Mirror:
+        stack = AsyncExitStack()
+        self._stacks.append(stack)
+        return await stack.enter_async_context(open_mirror(self.settings))
+
+    async def end(self) -> None:
+        """The process that opened it last is gone."""
+        await self._stacks.pop().aclose()
+
+    async def end_all(self) -> None:
+        while self._stacks:
+            await self.end()
+
+
+@pytest.fixture(params=["journal", "none"])
+async def world(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[World]:
+    made = World(Settings(mirror=request.param, data_dir=str(tmp_path)))
+    yield made
+    await made.end_all()
+
+
+def durable(world: World) -> bool:
+    return world.settings.mirror != "none"
+
+
+def same(found: Segment, stored: Segment) -> bool:
+    names = ("id", "lane", "data", "events", "columns", "parts", "created_at")
+    return all(getattr(found, name) == getattr(stored, name) for name in names)
+
+
+async def read_all(mirror: Mirror, run: Run, max_bytes: int = 1_000_000) -> list[Segment]:
+    found: list[Segment] = []
+    while run.after < run.until:
+        segments = await mirror.read(run, max_bytes)
+        assert segments
+        found += segments
+        run.after = segments[-1].position
+    return found
+
+
+async def test_positions_rise(world: World) -> None:
+    mirror = await world.open()
+    segments = [segment(n) for n in range(3)]
+    await mirror.append(segments)
+    more = segment(3)
+    await mirror.append([more])
+    positions = [each.position for each in (*segments, more)]
+    assert positions == sorted(set(positions))
+    assert all(each.source for each in segments)
+
+
+async def test_what_was_stored_is_recovered_by_the_next_process(world: World) -> None:
+    mirror = await world.open()
+    assert await mirror.recover() == []
+    stored = [segment(n, lane) for n in range(4) for lane in ("install", "purchase")]
+    await mirror.append(stored[:5])
+    await mirror.append(stored[5:])
+    await world.end()
+    again = await world.open()
+    runs = {run.lane: run for run in await again.recover()}
+    if not durable(world):
+        assert runs == {}
+        return
+    assert await again.recover() == []  # told once
+    for lane in ("install", "purchase"):
+        wanted = [each for each in stored if each.lane == lane]
+        assert (runs[lane].segments, runs[lane].events) == (4, 4)
+        assert runs[lane].bytes == sum(len(each.data) for each in wanted)
+        assert runs[lane].oldest <= wanted[0].created_at
+        found = await read_all(again, runs[lane])
+        assert all(same(f, w) for f, w in zip(found, wanted, strict=True))
+
+
+async def test_what_was_removed_does_not_come_back(world: World) -> None:
+    mirror = await world.open()
+    stored = [segment(n) for n in range(6)]
+    await mirror.append(stored)
+    await mirror.remove(stored[:2])
+    await mirror.remove(stored[:3])  # a repeat is harmless
+    await world.end()
+    again = await world.open()
+    runs = await again.recover()
+    assert sum(run.events for run in runs) == (3 if durable(world) else 0)
+    for run in runs:
+        assert [each.id for each in await read_all(again, run)] == [s.id for s in stored[3:]]
+
+
+async def test_reading_is_bounded_and_goes_on_from_a_position(world: World) -> None:
+    mirror = await world.open()
+    if not mirror.parks:
+        assert await mirror.read(Run("install", "", 0, 9, 9, 9, 9, 0.0), 1) == []
+        return
+    stored = [segment(n, size=100) for n in range(10)]
+    await mirror.append(stored)
+    run = Run("install", stored[0].source, stored[0].position, stored[-1].position, 9, 9, 900, 0.0)
+    first = await mirror.read(run, 250)
+    assert [each.id for each in first] == [each.id for each in stored[1:3]]
+    single = await mirror.read(run, 1)  # one at least, however large
+    assert [each.id for each in single] == [stored[1].id]
+    assert [each.id for each in await read_all(mirror, run, 250)] == [s.id for s in stored[1:]]
+
+
+async def test_the_state_tells_what_is_held(world: World) -> None:
+    mirror = await world.open()
+    before = mirror.state()
+    assert (before.kind, before.up, before.error) == (world.settings.mirror, True, None)
+    stored = [segment(n, size=50_000) for n in range(4)]
+    await mirror.append(stored)
+    assert mirror.state().bytes >= before.bytes + 200_000
+    await mirror.remove(stored)
+    assert mirror.state().bytes < before.bytes + 200_000
+
+
+async def test_two_living_processes_leave_each_other_alone(world: World) -> None:
+    one, two = await world.open(), await world.open()
+    await one.append([segment(1)])
+    await two.append([segment(2)])
+    assert await asyncio.gather(one.recover(), two.recover()) == [[], []]
+    await world.end()  # `two` is gone
+    adopted = await one.recover()
+    assert sum(run.events for run in adopted) == (1 if durable(world) else 0)

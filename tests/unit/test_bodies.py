@@ -1,0 +1,115 @@
+"""The way from a body to rows: what is one event, what is a batch, and which error is told."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from datapipe.bodies import PART_BYTES, Parsed, parse
+from datapipe.errors import EventRejected
+from datapipe.registry import Registry, load_registry
+from datapipe.settings import Settings
+
+AT = "2026-11-22 12:00:00+00:00"
+GOOD = b'{"event_name":"install","user_id":1,"timestamp":2}'
+ROW = f"1\t2\t{AT}\n".encode()
+
+
+@pytest.fixture(scope="module")
+def registry() -> Registry:
+    return load_registry(Settings())
+
+
+async def read(registry: Registry, body: bytes, *, keyed: bool = False, most: int = 100) -> Parsed:
+    return await parse(body, registry, most, AT, keyed)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [GOOD, b" \r\n" + GOOD + b"\n", json.dumps(json.loads(GOOD), indent=2).encode()],
+    ids=["plain", "white space around", "over several lines"],
+)
+async def test_one_object_is_one_event(registry: Registry, body: bytes) -> None:
+    parsed = await read(registry, body)
+    assert (parsed.batch, parsed.total, parsed.errors) == (False, 1, [])
+    assert [rows.data for rows in parsed.rows] == [ROW]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" + GOOD + b"," + GOOD + b"]",
+        b"\n [ " + GOOD + b" , " + GOOD + b" ] \n",
+        GOOD + b"\n" + GOOD,
+        GOOD + b"\r\n\r\n  \n" + GOOD + b"\r\n",
+    ],
+    ids=["array", "array with white space", "lines", "lines with CRLF and blank ones"],
+)
+async def test_a_batch(registry: Registry, body: bytes) -> None:
+    parsed = await read(registry, body)
+    assert (parsed.batch, parsed.total, parsed.errors) == (True, 2, [])
+    assert [(rows.data, list(rows.indexes)) for rows in parsed.rows] == [(ROW * 2, [0, 1])]
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        (b"", 2), (b" \n", 2), (b"[]", 2), (b"[ ]", 2), (b"foo", 3), (b"\xff", 3),
+        (b"\xef\xbb\xbf" + GOOD, 3), (b"[" + GOOD, 3), (b"[" + GOOD + b",]", 3), (b"5", 3),
+        (b"null", 3), (b'"x"', 3), (b"[" * 10_000 + b"]" * 10_000, 3), (GOOD + GOOD, 3),
+        (b"{}", 4), (b'{"event_name":5}', 5), (b'{"event_name":" install"}', 7),
+        (b'{"event_name":"install","user_id":1}', 4),
+        (b'{"event_name":"install","user_id":1.0,"timestamp":2}', 5),
+        (b'{"event_name":"install","user_id":true,"timestamp":2}', 5),
+        (b'{"event_name":"install","user_id":9223372036854775808,"timestamp":2}', 5),
+        (b'{"event_name":"install","user_id":NaN,"timestamp":2}', 3),
+    ],
+)  # fmt: skip
+async def test_what_a_single_body_is_refused_for(
+    registry: Registry, body: bytes, code: int
+) -> None:
+    with pytest.raises(EventRejected) as refused:
+        await read(registry, body)
+    assert refused.value.code == code
+
+
+async def test_a_bad_event_of_a_batch_costs_itself_only(registry: Registry) -> None:
+    for body in (b"[%b,5 , {},%b]", b"%b\n5\n{}\n%b"):
+        parsed = await read(registry, body % (GOOD, GOOD))
+        assert parsed.total == 4
+        assert [(rows.data, list(rows.indexes)) for rows in parsed.rows] == [(ROW * 2, [0, 3])]
+        assert [(index, error.code) for index, error in parsed.errors] == [(1, 3), (2, 4)]
+
+
+async def test_a_broken_line_costs_itself_only(registry: Registry) -> None:
+    parsed = await read(registry, GOOD + b'\n{"event_name":\n\xff\n' + GOOD)
+    assert [(index, error.code) for index, error in parsed.errors] == [(1, 3), (2, 3)]
+    assert [rows.data for rows in parsed.rows] == [ROW * 2]
+
+
+@pytest.mark.parametrize(
+    "body", [b"[" + b"1," * 101 + b"1]", b"\n".join([GOOD] * 101), b"[" + b"[]," * 101 + b"1]"]
+)
+async def test_more_events_than_allowed(registry: Registry, body: bytes) -> None:
+    with pytest.raises(EventRejected) as refused:
+        await read(registry, body)
+    assert (refused.value.code, refused.value.status) == (6, 413)
+
+
+async def test_parts_depend_on_the_body_alone(registry: Registry) -> None:
+    events = [{"event_name": "install", "user_id": i, "timestamp": 2} for i in range(1000)]
+    array = json.dumps(events).encode()
+    lines = b"\n".join(json.dumps(event).encode() for event in events)
+    with_a_bad_one = array[:-1] + b" , 5 ]"
+    cuts = []
+    for body in (array, lines, with_a_bad_one):
+        parsed = await read(registry, body, keyed=True, most=2000)
+        cuts.append([(rows.part, list(rows.indexes)) for rows in parsed.rows])
+    assert cuts[0] == cuts[1] == cuts[2]
+    assert len(cuts[0]) == -(-sum(len(json.dumps(event)) for event in events) // PART_BYTES)
+
+
+async def test_parts_of_a_small_body_are_one(registry: Registry) -> None:
+    parsed = await read(registry, b"[" + GOOD + b"," + GOOD + b"]", keyed=True)
+    assert [rows.part for rows in parsed.rows] == [0]

@@ -1,0 +1,167 @@
+"""Event types: classes and their rows, which COPY must read back exactly."""
+
+from __future__ import annotations
+
+import json
+import re
+from datetime import date, datetime
+from decimal import Decimal
+from typing import Any
+from uuid import UUID
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from datapipe.errors import ConfigError, EventRejected
+from datapipe.events import Event, EventType
+
+AT = "2026-11-22 12:00:00+00:00"
+
+
+class Note(Event):
+    text: str
+    more: str | None = None
+    tags: list = []
+
+
+class Everything(Event):
+    count: int
+    ratio: float
+    text: str
+    flag: bool
+    at: datetime
+    day: date
+    price: Decimal
+    key: UUID
+    properties: dict
+    tags: list
+    maybe: int | None
+
+
+def unescape(row: bytes) -> list[str | None]:
+    """A COPY row as PostgreSQL reads it."""
+    plain = {"\\\\": "\\", "\\t": "\t", "\\n": "\n", "\\r": "\r"}
+    values = row.decode().removesuffix("\n").split("\t")
+    return [
+        None if value == "\\N" else re.sub(r"\\.", lambda found: plain[found[0]], value)
+        for value in values
+    ]
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=40)
+ODD = st.text(st.sampled_from('\t\n\r\\N."\x1d\x1e\x1fé\U0001f600 '), max_size=8)
+
+
+@given(st.lists(st.tuples(TEXT | ODD, st.none() | TEXT | ODD), min_size=1, max_size=6))
+def test_text_survives_whichever_way_the_rows_are_made(values: list[tuple[str, Any]]) -> None:
+    kind = EventType("note", Note)
+    objects = [json.dumps({"text": text, "more": more}).encode() for text, more in values]
+    events = [kind._loose.decode(raw) for raw in objects]
+    singly = [kind.look_closer(raw, AT) for raw in objects]
+    together = kind.rows(events, AT)
+    assert [unescape(row) for row in singly] == [[text, more, "[]", AT] for text, more in values]
+    assert together is None or together == b"".join(singly)
+
+
+def test_the_straight_way_is_taken_for_ordinary_text() -> None:
+    """What falls back to the slow way on every body would be correct and useless."""
+    kind = EventType("note", Note)
+    events = [kind._loose.decode(json.dumps({"text": t}).encode()) for t in ("a\tb\\N", "é\n\r")]
+    assert kind.rows(events, AT) is not None
+
+
+@pytest.mark.parametrize(
+    ("values", "code"),
+    [
+        ({"text": "x" * 2048}, None), ({"text": "x" * 2049}, 6), ({"text": "é" * 1025}, 6),
+        ({"text": "x" * 1024, "more": "x" * 1022}, None),
+        ({"text": "x" * 1024, "more": "x" * 1025}, 6), ({"text": "a\0"}, 5),
+        ({"text": "", "tags": ["\0"]}, 5), ({"text": "", "tags": [{"\0": 1}]}, 5),
+        ({"text": "", "tags": ["\\u0000"]}, None), ({"text": "", "tags": {}}, 5),
+        ({"text": "", "more": 1}, 5), ({"more": ""}, 4),
+    ],
+)  # fmt: skip
+def test_limits_and_wrong_values(values: dict[str, Any], code: int | None) -> None:
+    kind = EventType("note", Note, input_max_len=2050 if "tags" in values else 2048)
+    raw = json.dumps(values).encode()
+    if code is None:
+        kind = EventType("note", Note, input_max_len=2050)
+        assert kind.look_closer(raw, AT)
+        return
+    with pytest.raises(EventRejected) as refused:
+        kind.look_closer(raw, AT)
+    assert refused.value.code == code
+
+
+def test_numbers_in_json_columns_lose_nothing() -> None:
+    row = EventType("note", Note).look_closer(
+        b'{"text":"","tags":[1.10, 12345678901234567890]}', AT
+    )
+    assert unescape(row)[2] == "[1.10, 12345678901234567890]"
+
+
+EVERYTHING = {
+    "count": 1, "ratio": 1, "text": "x", "flag": True, "at": "2020-01-01T00:00:00", "price": 1.10,
+    "day": "2020-01-01", "key": "12345678-1234-5678-1234-567812345678", "properties": {},
+    "tags": [], "maybe": None,
+}  # fmt: skip
+
+
+def test_every_column_type() -> None:
+    row = EventType("everything", Everything).look_closer(json.dumps(EVERYTHING).encode(), AT)
+    assert unescape(row) == [
+        "1", "1.0", "x", "True", "2020-01-01 00:00:00+00:00", "2020-01-01", "1.1",
+        "12345678-1234-5678-1234-567812345678", "{}", "[]", None, AT,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("count", "1"), ("count", 2**63), ("ratio", "1"), ("text", 1), ("flag", 1), ("flag", None),
+        ("at", "yesterday"), ("at", 0), ("at", "0001-01-01T00:00:00+23:00"), ("day", "2020-13-01"),
+        ("price", "NaN"), ("price", "Infinity"), ("price", "1e131072"), ("price", True),
+        ("key", "x"), ("properties", []), ("tags", None), ("maybe", "1"),
+    ],
+)  # fmt: skip
+def test_the_message_names_the_key_and_the_type_wanted(key: str, value: Any) -> None:
+    kind = EventType("everything", Everything)
+    with pytest.raises(EventRejected) as refused:
+        kind.look_closer(json.dumps(EVERYTHING | {key: value}).encode(), AT)
+    assert refused.value.code == 5
+    wanted = next(field.wanted for field in kind.fields if field.name == key)
+    assert refused.value.detail.startswith(f"{key}: {wanted} wanted")
+
+
+def make(**fields: Any) -> type[Event]:
+    hints = {name: hint for name, (hint, *_) in fields.items()}
+    defaults = {name: rest[0] for name, (_, *rest) in fields.items() if rest}
+    return type("Made", (Event,), {"__annotations__": hints, **defaults})
+
+
+@pytest.mark.parametrize("name", ["", "X", "1a", "a-b", "a" * 49, "datapipe_x", "a b", "é"])
+def test_names_that_are_no_event_types(name: str) -> None:
+    with pytest.raises(ConfigError, match="event type"):
+        EventType(name, Note)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"received_at": (int,)}, {"event_name": (str,)}, {"xmin": (int,)}, {"a" * 64: (int,)},
+        {"x": (bytes,)}, {"x": (int | str,)}, {"x": (int, "1")}, {"x": (int, None)},
+        {"x": (str, "\0")}, {"x": (int, 2**63)}, {"x": (dict, {"a": "\0"})},
+    ],
+)  # fmt: skip
+def test_fields_that_are_no_columns(fields: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="field"):
+        EventType("made", make(**fields))
+
+
+def test_defaults_become_column_defaults() -> None:
+    kind = EventType("made", make(a=(str, "it's"), b=(dict, {"x": [1]}), c=(int | None, None)))
+    assert [column.default for column in kind.columns] == [
+        "'it''s'::text", "'{\"x\":[1]}'::jsonb", None, None,
+    ]  # fmt: skip
+    assert unescape(kind.look_closer(b"{}", AT)) == ["it's", '{"x":[1]}', None, AT]

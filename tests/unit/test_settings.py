@@ -1,0 +1,99 @@
+"""Settings: where they come from, and what is told when one is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from datapipe import settings
+from datapipe.errors import ConfigError
+from datapipe.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+
+
+def load(content: Any = None, tmp: Path | None = None, **env: str) -> Settings:
+    if content is not None and tmp is not None:
+        file = tmp / "datapipe.json"
+        file.write_text(content if isinstance(content, str) else json.dumps(content))
+        env["DATAPIPE_CNF"] = str(file)
+    return settings.load(environ=env)
+
+
+def test_the_sample_has_every_key_with_its_default() -> None:
+    sample = json.loads((ROOT / "datapipe.json").read_text())
+    assert list(sample) == list(Settings.__struct_fields__)
+    assert settings.load(environ={"DATAPIPE_CNF": str(ROOT / "datapipe.json")}) == Settings()
+
+
+def test_later_sources_win(tmp_path: Path) -> None:
+    content = {"port": 1, "admin_key": "file", "load_workers": 7}
+    found = load(content, tmp_path, PORT="2", DATAPIPE_ADMIN_KEY="env", DATAPIPE_LOAD_WORKERS="")
+    assert (found.port, found.admin_key, found.load_workers) == (2, "env", 7)
+    over = settings.load({"port": 3, "host": None}, {"PORT": "2", "DATAPIPE_PORT": "4"})
+    assert (over.port, over.host) == (3, "0.0.0.0")
+    assert load(PORT="2", DATAPIPE_PORT="4").port == 4
+
+
+def test_variables_are_text_and_json() -> None:
+    found = load(
+        DATAPIPE_REUSE_PORT="true", DATAPIPE_LOAD_INTERVAL="1.5", DATAPIPE_INGEST_KEYS='["a"]',
+        DATAPIPE_EVENTS='{"x": {"y": "int"}}', DATABASE_URL="postgres://h/d", IRON_MQ_HOST="h",
+        IRON_MQ_PROJECT_ID="p", IRON_MQ_TOKEN="t",
+    )  # fmt: skip
+    assert found.reuse_port is True
+    assert found.load_interval == 1.5
+    assert (found.ingest_keys, found.events) == (["a"], {"x": {"y": "int"}})
+    assert (found.database_url, found.ironmq_host) == ("postgres://h/d", "h")
+    assert found.mirror_kind == "ironmq"
+
+
+@pytest.mark.parametrize(
+    ("content", "env", "words"),
+    [
+        ({"prot": 1}, {}, ["prot", "'port'", "datapipe.json"]),
+        ({"port": "x"}, {}, ["port", "int", "datapipe.json"]),
+        ({"port": True}, {}, ["port", "int"]),
+        ({"port": 65536}, {}, ["port", "65535", "datapipe.json"]),
+        ({"load_workers": 0}, {}, ["load_workers", "at least 1"]),
+        ({"mirror": "disk"}, {}, ["mirror", "journal"]),
+        ({"mirror": "ironmq"}, {}, ["ironmq_project_id", "ironmq_token"]),
+        ({"database_url": "mysql://x"}, {}, ["database_url", "postgres://"]),
+        ({"ingest_keys": [""]}, {}, ["ingest_keys"]),
+        ({"ingest_keys": "k"}, {}, ["ingest_keys", "JSON list"]),
+        ({"log_level": "loud"}, {}, ["log_level", "warning"]),
+        ({"load_interval": -1}, {}, ["load_interval"]),
+        ("[1]", {}, ["one JSON object"]),
+        ("{", {}, ["not JSON"]),
+        (None, {"DATAPIPE_PROT": "1"}, ["DATAPIPE_PROT", "'port'"]),
+        (None, {"PORT": "x"}, ["port", "PORT", "whole number"]),
+        (None, {"DATAPIPE_REUSE_PORT": "perhaps"}, ["reuse_port", "true or false"]),
+        (None, {"DATAPIPE_EVENTS": "{"}, ["events", "JSON"]),
+        (None, {"DATAPIPE_LOAD_INTERVAL": "nan"}, ["load_interval"]),
+        (None, {"DATAPIPE_CNF": "/nowhere.json"}, ["/nowhere.json", "can't be read"]),
+        (None, {"DYNO": "web.1"}, ["mirror", "IRON_MQ_TOKEN"]),
+    ],
+)
+def test_a_wrong_setting_is_one_clear_line(
+    tmp_path: Path, content: Any, env: dict[str, str], words: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load(content, tmp_path, **env)
+    text = str(refused.value)
+    assert "\n" not in text
+    for word in words:
+        assert word in text
+
+
+def test_secrets_are_not_shown() -> None:
+    found = load(
+        DATAPIPE_ADMIN_KEY="s3cret", DATAPIPE_INGEST_KEYS='["s3cret"]', IRON_MQ_TOKEN="s3cret",
+        DATABASE_URL="postgres://u:s3cret@h/d", IRON_MQ_PROJECT_ID="p",
+    )  # fmt: skip
+    assert "s3cret" not in repr(found)
+    with pytest.raises(ConfigError) as refused:
+        load(DATAPIPE_INGEST_KEYS='{"s3cret": 1}')
+    assert "s3cret" not in str(refused.value)
