@@ -35,6 +35,8 @@ class Buffer:
         self.on_change: Callable[[Lane], None] = lambda lane: None
         self._max_bytes = settings.buffer_max_bytes
         self._linger_s = settings.mirror_linger_ms / 1000
+        # the mirror gives up by itself; this is for a disk that does not even say no
+        self._timeout_s = settings.mirror_timeout + self._linger_s + 1.0
         self._observe_append = observe_append
         self._groups: dict[str, Group] = {}
         self._removals: set[asyncio.Task[None]] = set()
@@ -68,13 +70,22 @@ class Buffer:
         for chunk in chunks:
             by_queue.setdefault(self.mirror.queue_of(chunk.lane), []).append(chunk)
         waiters = [self._group(queue).add(of_queue) for queue, of_queue in by_queue.items()]
-        if len(waiters) == 1:
-            await waiters[0]
-            return
-        outcomes = await asyncio.gather(*waiters, return_exceptions=True)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                outcomes = await self._all(waiters)
+        except TimeoutError:
+            raise MirrorUnavailable("the mirror does not answer (mirror_timeout)") from None
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
                 raise outcome
+
+    @staticmethod
+    async def _all(waiters: list[asyncio.Future[None]]) -> list[BaseException | None]:
+        """Until each has ended: what is still under way must not be called refused."""
+        if len(waiters) == 1:
+            await waiters[0]
+            return []
+        return await asyncio.gather(*waiters, return_exceptions=True)
 
     def is_full(self, lane: str) -> bool:
         """Whether this lane has used up what lanes that can't be loaded may hold."""

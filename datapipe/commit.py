@@ -1,7 +1,8 @@
 """Group commit: rows that arrive while an append is under way share the next one.
 
-A lone request waits for one append, a crowd shares one; no timer is needed. There is one group for
-each queue of the mirror, so that a sick queue holds up nobody else.
+A lone request waits for one append, a crowd shares one. There is one group for each queue of the
+mirror, so that a sick queue holds up nobody else. A local mirror needs no timer; a remote one,
+where each append costs money and a round trip, gathers for a small part of that round trip first.
 """
 
 from __future__ import annotations
@@ -51,31 +52,54 @@ class Group:
         self._on_stored = on_stored
         self._on_failed = on_failed
         self._chunks: list[Chunk] = []
+        self._bytes = 0
         self._waiters: list[asyncio.Future[None]] = []
         self._running: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
 
     def add(self, chunks: Sequence[Chunk]) -> asyncio.Future[None]:
         """Take rows in. The future ends once they are durable, or with MirrorUnavailable."""
         waiter = asyncio.get_running_loop().create_future()
         self._chunks += chunks
+        self._bytes += sum(len(chunk.data) for chunk in chunks)
         self._waiters.append(waiter)
-        if len(self._running) < self._mirror.appends_at_once:
-            task = asyncio.create_task(self._commit())
-            self._running.add(task)
+        self._schedule()
         return waiter
 
+    def _delay_s(self) -> float:
+        """How long to gather before an append: no longer than until one is full."""
+        if self._bytes >= self._mirror.segment_max_bytes:
+            return 0.0
+        return max(self._linger_s, self._mirror.gather_s)
+
+    def _schedule(self) -> None:
+        if not self._chunks or len(self._running) >= self._mirror.appends_at_once:
+            return
+        delay_s = self._delay_s()
+        if delay_s == 0.0:
+            self._start()
+        elif self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self._start)
+
+    def _start(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        task = asyncio.create_task(self._commit())
+        self._running.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._running.discard(task)
+        self._schedule()
+
     async def _commit(self) -> None:
-        try:
-            while self._chunks:
-                if self._linger_s:
-                    await asyncio.sleep(self._linger_s)
-                chunks, self._chunks = self._chunks, []
-                waiters, self._waiters = self._waiters, []
-                await self._append(seal(chunks, self._mirror.segment_max_bytes), waiters)
-        finally:
-            task = asyncio.current_task()
-            assert task is not None
-            self._running.discard(task)
+        while self._chunks:
+            chunks, self._chunks, self._bytes = self._chunks, [], 0
+            waiters, self._waiters = self._waiters, []
+            await self._append(seal(chunks, self._mirror.segment_max_bytes), waiters)
+            if self._delay_s():
+                return
 
     async def _append(self, segments: list[Segment], waiters: list[asyncio.Future[None]]) -> None:
         started = time.perf_counter()
@@ -95,8 +119,10 @@ class Group:
                 waiter.set_result(None)
 
     async def settle(self) -> None:
-        """Wait until nothing is under way."""
-        while self._running:
+        """Append what waits, without lingering, and wait until nothing is under way."""
+        while self._chunks or self._running:
+            if self._timer is not None:
+                self._start()
             await asyncio.wait(self._running)
 
 
@@ -108,33 +134,36 @@ def seal(chunks: Sequence[Chunk], max_bytes: int) -> list[Segment]:
     segments = []
     for (lane, columns), of_lane in by_lane.items():
         gathered: list[Chunk] = []
-        size = 0
-        for chunk in _pieces(of_lane, max_bytes):
-            if gathered and size + len(chunk.data) > max_bytes:
-                segments.append(_segment(lane, columns, gathered))
-                gathered, size = [], 0
-            gathered.append(chunk)
-            size += len(chunk.data)
+        room = max_bytes
+        for chunk in of_lane:
+            rest: Chunk | None = chunk
+            while rest is not None:
+                piece, rest = _fitting(rest, room, max_bytes)
+                if len(piece.data) > room and gathered:
+                    segments.append(_segment(lane, columns, gathered))
+                    gathered, room = [], max_bytes
+                gathered.append(piece)
+                room -= len(piece.data)
         segments.append(_segment(lane, columns, gathered))
     return segments
 
 
-def _pieces(chunks: Sequence[Chunk], max_bytes: int) -> list[Chunk]:
-    """Cut chunks without a claim at row ends, so that none is larger than `max_bytes`."""
-    pieces = []
-    for chunk in chunks:
-        if chunk.claim or len(chunk.data) <= max_bytes:
-            pieces.append(chunk)
-            continue
-        start = 0
-        while start < len(chunk.data):
-            end = chunk.data.rfind(b"\n", start, start + max_bytes) + 1
-            if end <= start:  # one row alone is larger
-                end = chunk.data.index(b"\n", start) + 1
-            data = chunk.data[start:end]
-            pieces.append(Chunk(chunk.lane, chunk.columns, data, data.count(b"\n")))
-            start = end
-    return pieces
+def _fitting(chunk: Chunk, room: int, max_bytes: int) -> tuple[Chunk, Chunk | None]:
+    """The rows of a chunk that fill the room, and the rest; whole where it may not be cut."""
+    size = len(chunk.data)
+    if size <= room or chunk.claim or (size <= max_bytes and room < max_bytes // 8):
+        return chunk, None
+    cut = chunk.data.rfind(b"\n", 0, max(room, 0)) + 1
+    if cut == 0:  # not even one row fits: into a segment of its own start
+        cut = chunk.data.rfind(b"\n", 0, max_bytes) + 1 or chunk.data.index(b"\n") + 1
+    if cut == size:
+        return chunk, None
+    first = chunk.data[:cut]
+    events = first.count(b"\n")
+    return (
+        Chunk(chunk.lane, chunk.columns, first, events),
+        Chunk(chunk.lane, chunk.columns, chunk.data[cut:], chunk.events - events),
+    )
 
 
 def _segment(lane: str, columns: tuple[Column, ...], chunks: Sequence[Chunk]) -> Segment:

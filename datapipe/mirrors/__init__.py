@@ -56,12 +56,14 @@ class Mirror(Protocol):
         parks: it holds the rows itself, so memory may drop them.
         appends_at_once: how many appends may be under way for one `queue_of`.
         segment_max_bytes: rows that go into one segment, unless a single event is larger.
+        gather_s: seconds to gather rows before an append, unless there is a segment full.
         identity: the store that only this process appends to.
     """
 
     parks: bool
     appends_at_once: int
     segment_max_bytes: int
+    gather_s: float
     identity: str
 
     def queue_of(self, lane: str) -> str:

@@ -204,6 +204,7 @@ class Journal:
 
     parks = True
     appends_at_once = 1
+    gather_s = 0.0
 
     def __init__(self, settings: Settings, folder: Path, own: JournalFile) -> None:
         self.segment_max_bytes = min(SEGMENT_MAX_BYTES, settings.load_trigger_bytes)

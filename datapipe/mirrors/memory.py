@@ -16,6 +16,7 @@ class MemoryMirror:
 
     parks = False
     appends_at_once = 1
+    gather_s = 0.0
 
     def __init__(self, settings: Settings) -> None:
         self.segment_max_bytes = min(1_048_576, settings.load_trigger_bytes)
