@@ -31,7 +31,7 @@ from datapipe.settings import Settings
 from datapipe.sinks import Sink, open_sink
 from datapipe.status import Status
 
-OpenMirror = Callable[[Settings], AbstractAsyncContextManager[Mirror]]
+OpenMirror = Callable[[Settings, str], AbstractAsyncContextManager[Mirror]]
 OpenSink = Callable[[Settings, str], AbstractAsyncContextManager[Sink]]
 
 REQUESTS_GRACE_S = 5.0  # at a stop, for requests that were already received
@@ -67,7 +67,7 @@ class Pipeline:
         self.failed = asyncio.get_running_loop().create_future()
         async with AsyncExitStack() as stack:
             sink = await stack.enter_async_context(self._open_sink(self.settings, process))
-            mirror = await stack.enter_async_context(self._open_mirror(self.settings))
+            mirror = await stack.enter_async_context(self._open_mirror(self.settings, process))
             self.buffer = Buffer(mirror, self.settings, self.metrics.append_seconds.observe)
             self.loader = Loader(
                 self.buffer, sink, self.registry, self.settings, process,
@@ -109,7 +109,8 @@ class Pipeline:
                     await self.loader.drain()
             except TimeoutError:
                 log.warning("drain not done in time", seconds=self.settings.shutdown_timeout)
-        await self.buffer.settle(1.0)
+        await self.buffer.settle(2.0)
+        await self.loader.farewell()
         waiting = {n: lane.waiting for n, lane in self.buffer.lanes.items() if lane.waiting}
         log.info("stopped", waiting=sum(waiting.values()), lanes=waiting)
 

@@ -25,6 +25,7 @@ from datapipe.registry import Registry
 PART_BYTES = 16_384
 
 _BLANK = b" \t\r\n"
+_LINE = re.compile(rb"[^ \t\r\n][^\n]*")
 _BROKEN = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _TRAILING = re.compile(r"trailing characters \(byte (\d+)\)")
 _YIELD_EVERY = 256  # events looked at closely before other requests get a turn
@@ -111,7 +112,7 @@ def _is_lines(body: bytes) -> bool:
     try:
         _RAW.decode(body)
     except _BROKEN:
-        lines = (line for line in body.split(b"\n", 64) if line.strip(_BLANK))
+        lines = _lines(body)
         return next(lines, None) is not None and next(lines, None) is not None
     return False
 
@@ -172,7 +173,8 @@ def _part_numbers(sizes: list[int]) -> list[int]:
 
 
 def _lines(body: bytes) -> Iterator[bytes]:
-    return (text for line in body.split(b"\n") if (text := line.strip(_BLANK)))
+    """The lines that are not blank, cut off one by one: a body can have millions."""
+    return (found[0].rstrip(_BLANK) for found in _LINE.finditer(body))
 
 
 async def _look_closer(

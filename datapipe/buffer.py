@@ -16,7 +16,7 @@ import tenacity
 from datapipe.commit import Chunk, Group
 from datapipe.errors import BufferFull, MirrorFull, MirrorUnavailable
 from datapipe.lane import Lane
-from datapipe.mirrors import Mirror, Run
+from datapipe.mirrors import Found, Mirror, Neighbours, Run
 from datapipe.segment import SEGMENT_OVERHEAD_BYTES, Segment
 from datapipe.settings import Settings
 
@@ -136,13 +136,29 @@ class Buffer:
             log.error("mirror down", mirror=self.mirror.state().kind, error=error)
         self.mirror_up = up
 
-    async def recover(self) -> int:
-        """Take over what the mirror holds and no living process owns; how many events that is.
+    async def recover(self, neighbours: Neighbours) -> Found:
+        """Take over what the mirror holds and no living process owns.
 
         Raises: MirrorUnavailable: some of it may come with the next call.
         """
-        runs = await self.mirror.recover()
-        for run in runs:
+        found = await self.mirror.recover(neighbours)
+        self._mirror_works(True)
+        for name in found.strangers:
+            self.on_change(self.lane(name))
+        for segment in found.segments:
+            lane = self.lane(segment.lane)
+            lane.recovered += segment.events
+            lane.hold(segment)
+            lane.queue.put_nowait(segment)
+        for name in {segment.lane for segment in found.segments}:
+            of_lane = [segment for segment in found.segments if segment.lane == name]
+            log.info(
+                "recovered", lane=name, segments=len(of_lane),
+                events=sum(segment.events for segment in of_lane),
+                bytes=sum(len(segment.data) for segment in of_lane), source=of_lane[0].source,
+            )  # fmt: skip
+            self.on_change(self.lane(name))
+        for run in found.runs:
             lane = self.lane(run.lane)
             lane.recovered += run.events
             lane.runs[run.source] = run
@@ -151,7 +167,7 @@ class Buffer:
                 bytes=run.bytes, source=run.source,
             )  # fmt: skip
             self.on_change(lane)
-        return sum(run.events for run in runs)
+        return found
 
     # --- out ---
 
@@ -240,7 +256,8 @@ class Buffer:
         ):
             with attempt:
                 await self.mirror.remove(segments)
-        self._removed += [segment.id for segment in segments]
+        if self.mirror.forgets_for_good:
+            self._removed += [segment.id for segment in segments]
 
     def removed(self) -> list[str]:
         """Ids of segments that the mirror has forgotten since the last call."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 
 from datapipe import logs
 from datapipe.buffer import Buffer
-from datapipe.housekeeping import Housekeeper, new_process_id
+from datapipe.housekeeping import new_process_id
 from datapipe.loader import Loader
 from datapipe.mirrors import open_mirror
 from datapipe.registry import load_registry
@@ -27,7 +28,7 @@ async def check(settings: Settings, args: argparse.Namespace) -> int:
     async with open_sink(settings, new_process_id()) as sink:
         for line in await sink.check([table_of(kind) for kind in registry.types.values()]):
             problems += _tell(line)
-    async with open_mirror(settings) as mirror:
+    async with open_mirror(settings, new_process_id()) as mirror:
         for line in await mirror.check():
             problems += _tell(line)
     return 1 if problems else 0
@@ -45,18 +46,19 @@ async def load(settings: Settings, args: argparse.Namespace) -> int:
     logs.configure("warning", settings.log_format)
     registry = load_registry(settings)
     process = new_process_id()
-    async with open_sink(settings, process) as sink, open_mirror(settings) as mirror:
+    loaded: Counter[str] = Counter()
+    failed: dict[str, str] = {}
+    async with open_sink(settings, process) as sink, open_mirror(settings, process) as mirror:
         buffer = Buffer(mirror, settings, lambda seconds: None)
         loader = Loader(buffer, sink, registry, settings, process, lambda seconds: None)
-        house = Housekeeper(buffer, sink, process, loader.recovered)
         async with loader.working():
-            await buffer.recover()
-            loaded, failed = await loader.load_now(accept_dead=args.accept_dead)
+            async for _ in loader.house.looks():
+                rows, failed = await loader.load_now(accept_dead=args.accept_dead)
+                loaded.update(rows)
             await buffer.settle(10.0)
-            if not failed:
-                await house.tidy()
-    for lane, rows in sorted(loaded.items()):
-        print(f"loaded {lane}: {rows} rows")
+            await loader.farewell()
+    for lane, count in sorted(loaded.items()):
+        print(f"loaded {lane}: {count} rows")
     for lane, why in sorted(failed.items()):
         print(f"failed {lane}: {why}", file=sys.stderr)
     waiting = sum(lane.waiting for lane in buffer.lanes.values())

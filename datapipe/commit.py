@@ -104,16 +104,18 @@ class Group:
     async def _append(self, segments: list[Segment], waiters: list[asyncio.Future[None]]) -> None:
         started = time.perf_counter()
         try:
-            await self._mirror.append(segments)
+            stored = await self._mirror.append(segments)
         except BaseException as exc:
             for waiter in waiters:
                 if not waiter.done():
                     waiter.set_exception(exc)
             if not isinstance(exc, MirrorUnavailable):
                 raise
+            if exc.stored:  # unanswered, yet they will be loaded: into the books with them
+                self._on_stored(exc.stored, time.perf_counter() - started)
             self._on_failed(exc)
             return
-        self._on_stored(segments, time.perf_counter() - started)
+        self._on_stored(stored, time.perf_counter() - started)
         for waiter in waiters:
             if not waiter.done():
                 waiter.set_result(None)

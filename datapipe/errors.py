@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from datapipe.segment import Segment
+
 
 class DatapipeError(Exception):
     """The root: catch this to catch what datapipe itself raises."""
@@ -40,7 +46,16 @@ class BufferFull(Busy):
 
 
 class MirrorUnavailable(Busy):
-    """The mirror did not store the segments in time, or says that it can't."""
+    """The mirror did not do it in time, or says that it can't.
+
+    `stored` are segments of a failed append that it stored all the same.
+    """
+
+    def __init__(
+        self, detail: str, retry_after_s: float = 5.0, stored: Sequence[Segment] = ()
+    ) -> None:
+        super().__init__(detail, retry_after_s)
+        self.stored = stored
 
 
 class MirrorFull(MirrorUnavailable, BufferFull):

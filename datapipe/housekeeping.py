@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import suppress
 from uuid import uuid4
 
@@ -13,9 +13,11 @@ from datapipe.backoff import Backoff
 from datapipe.buffer import Buffer
 from datapipe.errors import LaneBlocked, MirrorUnavailable, SinkUnavailable
 from datapipe.sinks import Heartbeat, Sink, Table
+from datapipe.watch import Watch
 
 BEAT_S = 5.0
-RECOVER_S = 30.0
+SILENT_S = 30.0  # six beats missed
+_MORE_S = 0.2  # until the next look, where there was more than one look could take
 
 log = structlog.stdlib.get_logger("datapipe.housekeeping")
 
@@ -26,7 +28,10 @@ def new_process_id() -> str:
 
 
 class Housekeeper:
-    """Recovers at start and every 30 s; shows that we live, and tidies up, every 5 s."""
+    """Recovers at start and regularly; shows that we live, and tidies up, every 5 s.
+
+    It is the mirror's `Neighbours`: what it needs to know of other processes.
+    """
 
     def __init__(
         self,
@@ -42,23 +47,75 @@ class Housekeeper:
         self._recovered = recovered
         self._tables = tables
         self._looked = asyncio.Event()
+        self._look_now = asyncio.Event()
+        self._watch = Watch(SILENT_S)
+        self._suspects: set[str] = set()
         self._removed: list[str] = []
         self._drained: set[str] = set()
 
+    # --- the mirror's Neighbours ---
+
+    def silent(self, process: str) -> bool:
+        return self._watch.silent(process)
+
+    def loads(self, lane: str) -> bool:
+        known = any(table.name == lane for table in self._tables)
+        return known and self._buffer.lane(lane).blocked is None
+
+    async def loaded(self, segments: Sequence[str]) -> set[str]:
+        return await self._sink.loaded(segments)
+
+    # --- recovery ---
+
     async def recover(self) -> None:
         """For ever: take over what waits in the mirror and has no living owner."""
+        failures, backoff = 0, Backoff(30.0)
         while True:
+            wait_s = self._buffer.mirror.recover_interval_s
             try:
-                if await self._buffer.recover():
-                    self._recovered([n for n, lane in self._buffer.lanes.items() if lane.runs])
-            except MirrorUnavailable as exc:
-                log.warning("recovery failed", error=exc.detail)
+                if await self.look():
+                    wait_s = _MORE_S
+                failures = 0
+            except (MirrorUnavailable, SinkUnavailable, LaneBlocked) as exc:
+                failures += 1
+                wait_s = backoff.seconds(failures)
+                log.warning("recovery failed", error=str(exc), retry_seconds=round(wait_s, 2))
             self._looked.set()
-            await asyncio.sleep(RECOVER_S)
+            self._look_now.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    await self._look_now.wait()
+
+    async def look(self) -> bool:
+        """Recover once; whether there is more. Raises: MirrorUnavailable, SinkUnavailable."""
+        found = await self._buffer.recover(self)
+        self._suspects = found.suspects
+        if lanes := {*(run.lane for run in found.runs), *(s.lane for s in found.segments)}:
+            self._recovered(lanes)
+        return found.more
+
+    async def looks(self) -> AsyncIterator[None]:
+        """Recover until no more is to be had; gives a turn after each look, to load it.
+
+        Whether a process is dead takes half a minute to tell, where its messages are suspect.
+        Raises: MirrorUnavailable, SinkUnavailable, LaneBlocked.
+        """
+        patience = int(SILENT_S / BEAT_S) + 2
+        while True:
+            more = await self.look()
+            self._looked.set()
+            yield
+            if not more:
+                if not self._suspects or not patience:
+                    return
+                patience -= 1
+                await self.tidy()
+                await asyncio.sleep(BEAT_S)
+
+    # --- heartbeat ---
 
     async def beat(self) -> None:
         """For ever: heartbeat and ledger."""
-        await self._looked.wait()  # what waits here bears on which keys must stay
         failures, backoff = 0, Backoff(BEAT_S)
         while True:
             try:
@@ -67,6 +124,9 @@ class Housekeeper:
                 failures = 0
             except (SinkUnavailable, LaneBlocked):
                 failures += 1  # the sink has told it; loads ask again, and so does this
+                self._watch.lost_sight()
+            except MirrorUnavailable as exc:
+                log.warning("mirror not kept", error=exc.detail)
             await asyncio.sleep(backoff.seconds(failures) if failures else BEAT_S)
 
     async def _prepare(self) -> None:
@@ -75,19 +135,25 @@ class Housekeeper:
             with suppress(LaneBlocked):  # its lane will tell, once it has something to load
                 await self._sink.prepare(table)
 
-    async def tidy(self) -> None:
-        """One heartbeat; drop ledger rows of what the mirror has forgotten.
+    async def tidy(self, *, ended: bool = False) -> None:
+        """One heartbeat; drop ledger rows of what the mirror has forgotten; watch the others.
 
         Raises: SinkUnavailable, LaneBlocked: what was to go is kept for the next time.
+        MirrorUnavailable.
         """
+        await self._looked.wait()  # what waits here bears on which keys must stay
         self._removed += self._buffer.removed()
         self._drained.update(self._buffer.mirror.drained())
         lanes = self._buffer.lanes.values()
         oldest = min((lane.oldest for lane in lanes if lane.oldest is not None), default=None)
         sent = len(self._removed)
-        beat = Heartbeat(self._process, self._buffer.mirror.identity, oldest)
-        await self._sink.keep_house(beat, self._removed)
+        beat = Heartbeat(self._process, self._buffer.mirror.identity, oldest, ended)
+        beats = await self._sink.keep_house(beat, self._removed)
         del self._removed[:sent]
         for source in list(self._drained):
             await self._sink.forget_source(source, self._process)
             self._drained.discard(source)
+        self._watch.note(beats, asyncio.get_running_loop().time())
+        if self._buffer.mirror.given_up or any(map(self._watch.silent, self._suspects)):
+            self._look_now.set()
+        await self._buffer.mirror.keep()

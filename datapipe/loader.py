@@ -11,16 +11,17 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import structlog
 
 from datapipe.buffer import Buffer
-from datapipe.errors import LaneBlocked, MirrorUnavailable, SinkUnavailable
+from datapipe.errors import DatapipeError, LaneBlocked, MirrorUnavailable, SinkUnavailable
 from datapipe.housekeeping import Housekeeper
 from datapipe.lane import Lane
 from datapipe.registry import Registry
 from datapipe.schedule import Schedule
+from datapipe.segment import Segment
 from datapipe.settings import Settings
 from datapipe.sinks import Loaded, Sink, table_of
 
@@ -44,16 +45,17 @@ class Loader:
         self._buffer = buffer
         self._registry = registry
         self._settings = settings
-        self._process = process
         self._observe_load = observe_load
         self._wake = asyncio.Event()
         buffer.on_change = self._changed
         for name in registry.types:
             self._schedule(buffer.lane(name))
+        tables = [table_of(kind) for kind in registry.types.values()]
+        self.house = Housekeeper(buffer, sink, process, self.recovered, tables)
 
     def _schedule(self, lane: Lane) -> Schedule:
         if lane.name not in self.schedules:
-            self.schedules[lane.name] = Schedule(lane, time.monotonic())
+            self.schedules[lane.name] = Schedule(lane, _now())
             if lane.name not in self._registry.types:
                 lane.blocked = (
                     f"no event type {lane.name!r} is registered here; its events are kept: add its "
@@ -68,9 +70,8 @@ class Loader:
 
         A task that dies is told to `failed`: nothing dies in silence.
         """
-        tables = [table_of(kind) for kind in self._registry.types.values()]
-        house = Housekeeper(self._buffer, self.sink, self._process, self.recovered, tables)
-        async with _background([*self._workers(), house.recover(), house.beat()], failed):
+        work = [*self._workers(), self.house.recover(), self.house.beat()]
+        async with _background(work, failed):
             try:
                 yield
             finally:
@@ -111,11 +112,11 @@ class Loader:
         schedule = self.schedules.get(lane)
         if schedule is None or not schedule.lane.waiting or lane not in self._registry.types:
             return None
-        return max(0.0, schedule.due_at(self._settings) - time.monotonic())
+        return max(0.0, schedule.due_at(self._settings) - _now())
 
     def _pick(self) -> Schedule | None:
         """The lane to load now: of those that are due, the one served longest ago."""
-        now = time.monotonic()
+        now = _now()
         if self._buffer.memory_bytes * 2 >= self._settings.buffer_max_bytes:
             self._hurry_fullest()
         ready = [
@@ -148,7 +149,7 @@ class Loader:
                 await self._load(schedule)
             finally:
                 schedule.busy = False
-                schedule.served_at = time.monotonic()
+                schedule.served_at = _now()
                 self._wake.set()
 
     async def _sleep(self) -> None:
@@ -159,7 +160,7 @@ class Loader:
             if not schedule.busy and schedule.lane.waiting
             and schedule.lane.name in self._registry.types
         ]  # fmt: skip
-        timeout = max(0.01, min(due, default=time.monotonic() + 1.0) - time.monotonic())
+        timeout = max(0.01, min(due, default=_now() + 1.0) - _now())
         try:
             async with asyncio.timeout(min(timeout, 1.0)):
                 await self._wake.wait()
@@ -170,15 +171,20 @@ class Loader:
 
     async def _load(self, schedule: Schedule) -> None:
         lane = schedule.lane
-        schedule.begin(time.monotonic())
+        schedule.begin(_now())
         try:
             segments = await self._buffer.take(lane, self._take_bytes())
         except MirrorUnavailable as exc:
             self._put_off(schedule, SinkUnavailable(exc.detail, everywhere=False))
             return
         if not segments:
-            schedule.end(time.monotonic())
+            schedule.end(_now())
             return
+        if gone := [segment for segment in segments if segment.gone]:
+            await self._look_up(schedule, gone)
+            segments = [segment for segment in segments if not segment.gone]
+            if not segments:
+                return
         started = time.perf_counter()
         try:
             result = await self.sink.load(
@@ -199,6 +205,23 @@ class Loader:
             self._buffer.loaded(lane, segments, result.loaded, result.duplicate, result.dead)
             self._loaded(schedule, result, seconds, len(segments))
 
+    async def _look_up(self, schedule: Schedule, gone: Sequence[Segment]) -> None:
+        """Segments that the mirror lost sight of: loaded by another process, or lost."""
+        lane = schedule.lane
+        try:
+            known = await self.sink.loaded([segment.id for segment in gone])
+        except (SinkUnavailable, LaneBlocked) as exc:
+            self._buffer.give_back(lane, gone)
+            self._put_off(schedule, SinkUnavailable(str(exc)))
+            return
+        theirs = [segment for segment in gone if segment.id in known]
+        self._buffer.loaded(lane, theirs, 0, sum(s.events for s in theirs), 0)
+        if lost := [segment for segment in gone if segment.id not in known]:
+            # the books stay out of balance, as they should: these events are nowhere
+            self._buffer.loaded(lane, lost, 0, 0, 0)
+            events = sum(segment.events for segment in lost)
+            log.error("segments missing in the mirror", lane=lane.name, events=events)
+
     def _take_bytes(self) -> int:
         """Rows for one load: what all workers hold must fit the memory that is given."""
         share = self._settings.buffer_max_bytes // (self._settings.load_workers + 1)
@@ -218,12 +241,12 @@ class Loader:
         if lane.blocked is not None:
             log.info("lane healed", lane=lane.name)
             lane.blocked = None
-        schedule.succeeded(result, seconds, time.monotonic())
+        schedule.succeeded(result, seconds, _now())
         for other in self.schedules.values():  # the database is back: no lane need wait for it
             other.forgive_outage()
 
     def _put_off(self, schedule: Schedule, exc: SinkUnavailable) -> None:
-        delay = schedule.failed(str(exc), everywhere=exc.everywhere, now=time.monotonic())
+        delay = schedule.failed(str(exc), everywhere=exc.everywhere, now=_now())
         log.warning(
             "load failed", lane=schedule.lane.name, error=str(exc), retry_seconds=round(delay, 2)
         )
@@ -234,7 +257,7 @@ class Loader:
             log.error("lane blocked", lane=lane.name, error=why)
         lane.blocked = why
         interval = self._settings.load_interval * random.uniform(0.95, 1.05)
-        schedule.blocked(why, now=time.monotonic(), retry_s=interval)
+        schedule.blocked(why, now=_now(), retry_s=interval)
         self._buffer.park_all(lane)
 
     # --- on demand ---
@@ -264,10 +287,22 @@ class Loader:
                 failed[name] = error
         return loaded, failed
 
+    async def farewell(self) -> None:
+        """Tell the others that this process beats no more, if the database listens."""
+        if self.sink.state().up:
+            with suppress(DatapipeError, TimeoutError):
+                async with asyncio.timeout(2.0):
+                    await self.house.tidy(ended=True)
+
     async def drain(self) -> None:
         """Load all that waits; ends when nothing does, or when what is left can't be loaded now."""
         names = [n for n, lane in self._buffer.lanes.items() if lane.blocked is None]
         await self.load_now(names)
+
+
+def _now() -> float:
+    """Seconds on the event loop's clock."""
+    return asyncio.get_running_loop().time()
 
 
 @asynccontextmanager

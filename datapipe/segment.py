@@ -52,11 +52,12 @@ class Segment:
         created_at: when it was sealed, Unix time.
         parts: runs of rows with an idempotency key; rows outside of them have none.
         source, position: set by the mirror that holds it: where, and how far along.
+        gone: the mirror no longer holds it, so `data` is empty: the ledger may know why.
         tries: ids of the loads that took it, so that a commit of unknown outcome is known again.
     """
 
     __slots__ = (
-        "columns", "created_at", "data", "events", "id", "lane",
+        "columns", "created_at", "data", "events", "gone", "id", "lane",
         "parts", "position", "source", "tries",
     )  # fmt: skip
 
@@ -82,12 +83,41 @@ class Segment:
         self.parts = parts
         self.source = source
         self.position = position
+        self.gone = False
         self.tries: set[str] = set()
 
     @property
     def bytes(self) -> int:
         """What it costs in memory."""
         return len(self.data) + SEGMENT_OVERHEAD_BYTES
+
+    def cut(self, at: int) -> tuple[Segment, Segment | None]:
+        """In two, at the last row or part that ends at byte `at` or before; None: it has but one.
+
+        The pieces are new segments: only one that was never sent may be cut.
+        """
+        ends = [part.end for part in self.parts]
+        starts = {part.start for part in self.parts}
+        cut = self.data.rfind(b"\n", 0, at) + 1
+        inside = next((p for p in self.parts if p.start < cut < p.end), None)
+        if inside is not None:
+            cut = inside.start
+        if cut == 0:
+            cut = ends[0] if 0 in starts else self.data.index(b"\n") + 1
+        if cut >= len(self.data):
+            return self, None
+        return self._piece(0, cut), self._piece(cut, len(self.data))
+
+    def _piece(self, start: int, end: int) -> Segment:
+        data = self.data[start:end]
+        parts = tuple(
+            msgspec.structs.replace(part, start=part.start - start, end=part.end - start)
+            for part in self.parts
+            if start <= part.start < end
+        )
+        return Segment(
+            self.lane, self.columns, data, data.count(b"\n"), parts, created_at=self.created_at
+        )
 
     def __repr__(self) -> str:
         return f"<Segment {self.id} {self.lane} events={self.events} bytes={len(self.data)}>"

@@ -14,6 +14,7 @@ from aiohttp import web
 from datapipe.errors import BufferFull, EventRejected
 
 SMALL_BODY_BYTES = 65_536
+_FIRST_FEED_BYTES = 256
 _STEP_BYTES = 262_144  # unpacked before other requests get a turn
 
 # Source: zlib manual, inflateInit2: 16 + 15 reads a gzip header, 15 a zlib one, -15 none
@@ -103,7 +104,7 @@ async def _read_slowly(
     except TimeoutError:
         detail = f"the body was not complete within {timeout_s:g} s"
         raise EventRejected(3, "timeout", detail, 408) from None
-    except web.RequestPayloadError as exc:
+    except (web.RequestPayloadError, ConnectionError) as exc:  # the latter: the client has left
         raise EventRejected(3, "bad_json", f"the body is broken: {exc}") from None
     return bytes(body)
 
@@ -113,17 +114,21 @@ async def _unpack(packed: bytes, encoding: str, max_bytes: int, lease: Lease) ->
     if encoding == "deflate" and not _has_zlib_header(packed):
         wbits = -15  # many clients mean the bare stream
     body = bytearray()
-    rest, since_turn = packed, 0
+    view, at, since_turn = memoryview(packed), 0, 0
     while True:
         unpacker = zlib.decompressobj(wbits)
+        feed = _FIRST_FEED_BYTES  # zlib copies what it is given and leaves: little, at first
         while not unpacker.eof:
+            given = view[at : at + feed]
             try:
-                step = unpacker.decompress(rest, _STEP_BYTES)
+                step = unpacker.decompress(given, _STEP_BYTES)
             except zlib.error as exc:
                 raise _broken(encoding, str(exc)) from None
-            rest = unpacker.unconsumed_tail
-            if not step and not rest and not unpacker.eof:
+            taken = len(given) - len(unpacker.unconsumed_tail) - len(unpacker.unused_data)
+            if not step and not taken and not unpacker.eof:
                 raise _broken(encoding, "it is cut off")
+            at += taken
+            feed = min(2 * feed, _STEP_BYTES)
             lease.take(len(step))
             body += step
             if len(body) > max_bytes:
@@ -132,8 +137,7 @@ async def _unpack(packed: bytes, encoding: str, max_bytes: int, lease: Lease) ->
             if since_turn >= _STEP_BYTES:
                 since_turn = 0
                 await asyncio.sleep(0)
-        rest = unpacker.unused_data
-        if not rest:
+        if at == len(packed):
             return bytes(body)
         if encoding != "gzip":  # only gzip may go on with another member
             raise _broken(encoding, "something follows its end")

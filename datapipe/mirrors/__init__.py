@@ -49,6 +49,38 @@ class MirrorState:
     calls: Mapping[str, int] = field(default_factory=dict)
 
 
+@dataclass(slots=True)
+class Found:
+    """What a recovery brought.
+
+    Attributes:
+        runs: parked where they lie.
+        segments: taken into memory.
+        strangers: lanes seen that are not loaded here.
+        suspects: processes whose messages were seen and left, because they may live.
+        more: there is more to be had, once this is loaded.
+    """
+
+    runs: list[Run] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
+    strangers: set[str] = field(default_factory=set)
+    suspects: set[str] = field(default_factory=set)
+    more: bool = False
+
+
+class Neighbours(Protocol):
+    """What a mirror that is shared by processes must know of them."""
+
+    def silent(self, process: str) -> bool:
+        """Whether this process is taken to be dead."""
+
+    def loads(self, lane: str) -> bool:
+        """Whether this process can load that lane now."""
+
+    async def loaded(self, segments: Sequence[str]) -> set[str]:
+        """Which of these segments the ledger knows. Raises: SinkUnavailable."""
+
+
 class Mirror(Protocol):
     """Keeps segments until their load has committed.
 
@@ -58,22 +90,33 @@ class Mirror(Protocol):
         segment_max_bytes: rows that go into one segment, unless a single event is larger.
         gather_s: seconds to gather rows before an append, unless there is a segment full.
         identity: the store that only this process appends to.
+        forgets_for_good: what was removed can't come back, so its ledger row may go.
+        recover_interval_s: seconds between two recoveries, while nothing asks for one sooner.
+        given_up: a segment may be stored although its append failed: recover soon.
     """
 
     parks: bool
     appends_at_once: int
-    segment_max_bytes: int
-    gather_s: float
     identity: str
+    forgets_for_good: bool
+    recover_interval_s: float
+    given_up: bool
+
+    @property
+    def segment_max_bytes(self) -> int: ...
+
+    @property
+    def gather_s(self) -> float: ...
 
     def queue_of(self, lane: str) -> str:
         """The queue that the lane's segments go through; lanes that share one commit together."""
 
-    async def append(self, segments: Sequence[Segment]) -> None:
+    async def append(self, segments: Sequence[Segment]) -> Sequence[Segment]:
         """Store them, and set `source` and `position` (rising within a source) of each.
 
         Once this returns they survive the death of the process (and, where the mirror is remote,
-        of the machine). Raises: MirrorUnavailable: nothing is promised.
+        of the machine). Returns: what was stored: the same, or pieces of what did not fit.
+        Raises: MirrorUnavailable: nothing is promised; it names what was stored all the same.
         """
 
     async def remove(self, segments: Sequence[Segment]) -> None:
@@ -91,10 +134,16 @@ class Mirror(Protocol):
     def drained(self) -> list[str]:
         """Sources that held segments of dead processes and hold none any more, since last asked."""
 
-    async def recover(self) -> list[Run]:
+    async def recover(self, neighbours: Neighbours) -> Found:
         """What waits here, belongs to no living process and was not told before: now it is ours.
 
         Called at start and then regularly. Raises: MirrorUnavailable: some may come later.
+        """
+
+    async def keep(self) -> None:
+        """Do what keeps waiting segments from being lost by age; called every few seconds.
+
+        Raises: MirrorUnavailable.
         """
 
     def state(self) -> MirrorState: ...
@@ -104,19 +153,23 @@ class Mirror(Protocol):
 
 
 @asynccontextmanager
-async def open_mirror(settings: Settings) -> AsyncIterator[Mirror]:
-    """Open the mirror that the settings name; no remote server is needed for it."""
+async def open_mirror(settings: Settings, process: str) -> AsyncIterator[Mirror]:
+    """Open the mirror that the settings name; no remote server is needed for it.
+
+    Args: process: id of this process; a shared mirror keeps apart whose segments are whose.
+    """
     kind = settings.mirror_kind
     if kind == "journal":
         from datapipe.mirrors.journal import open_journal
 
         async with open_journal(settings) as journal:
             yield journal
-    elif kind == "none":
+    elif kind == "ironmq":
+        from datapipe.mirrors.ironmq_recovery import open_ironmq
+
+        async with open_ironmq(settings, process) as ironmq:
+            yield ironmq
+    else:
         from datapipe.mirrors.memory import MemoryMirror
 
         yield MemoryMirror(settings)
-    else:
-        from datapipe.errors import ConfigError
-
-        raise ConfigError("mirror: 'ironmq' is not there yet in this release; use 'journal'")

@@ -30,7 +30,7 @@ import structlog
 
 from datapipe.errors import ConfigError, MirrorFull, MirrorUnavailable
 from datapipe.events import Column
-from datapipe.mirrors import MirrorState, Run
+from datapipe.mirrors import Found, MirrorState, Neighbours, Run
 from datapipe.segment import Segment, decode_head, encode_head
 from datapipe.settings import Settings
 
@@ -205,6 +205,9 @@ class Journal:
     parks = True
     appends_at_once = 1
     gather_s = 0.0
+    forgets_for_good = True
+    recover_interval_s = 30.0
+    given_up = False
 
     def __init__(self, settings: Settings, folder: Path, own: JournalFile) -> None:
         self.segment_max_bytes = min(SEGMENT_MAX_BYTES, settings.load_trigger_bytes)
@@ -225,8 +228,9 @@ class Journal:
     def queue_of(self, lane: str) -> str:
         return ""
 
-    async def append(self, segments: Sequence[Segment]) -> None:
+    async def append(self, segments: Sequence[Segment]) -> Sequence[Segment]:
         await self._run(self._writer, lambda: self._append(segments))
+        return segments
 
     def _append(self, segments: Sequence[Segment]) -> None:
         coming = sum(len(segment.data) for segment in segments)
@@ -249,8 +253,11 @@ class Journal:
         file = self._files[run.source]
         return await self._run(self._reader, lambda: file.read(run, max_bytes))
 
-    async def recover(self) -> list[Run]:
-        return await self._run(self._writer, self._recover)
+    async def recover(self, neighbours: Neighbours) -> Found:
+        return Found(runs=await self._run(self._writer, self._recover))
+
+    async def keep(self) -> None:
+        return
 
     def _recover(self) -> list[Run]:
         runs: list[Run] = []

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from uuid import uuid4
 
-from datapipe.mirrors import MirrorState, Run
+from datapipe.mirrors import Found, MirrorState, Neighbours, Run
 from datapipe.segment import Segment
 from datapipe.settings import Settings
 
@@ -17,6 +17,9 @@ class MemoryMirror:
     parks = False
     appends_at_once = 1
     gather_s = 0.0
+    forgets_for_good = True
+    recover_interval_s = 3600.0
+    given_up = False
 
     def __init__(self, settings: Settings) -> None:
         self.segment_max_bytes = min(1_048_576, settings.load_trigger_bytes)
@@ -28,10 +31,11 @@ class MemoryMirror:
     def queue_of(self, lane: str) -> str:
         return ""
 
-    async def append(self, segments: Sequence[Segment]) -> None:
+    async def append(self, segments: Sequence[Segment]) -> Sequence[Segment]:
         for segment in segments:
             segment.source, segment.position = "memory", next(self._positions)
             self._sizes[segment.id] = segment.bytes
+        return segments
 
     async def remove(self, segments: Sequence[Segment]) -> None:
         for segment in segments:
@@ -43,8 +47,11 @@ class MemoryMirror:
     def drained(self) -> list[str]:
         return []
 
-    async def recover(self) -> list[Run]:
-        return []
+    async def recover(self, neighbours: Neighbours) -> Found:
+        return Found()
+
+    async def keep(self) -> None:
+        return
 
     def state(self) -> MirrorState:
         return MirrorState("none", True, None, sum(self._sizes.values()), self._max_bytes)

@@ -50,11 +50,21 @@ class Heartbeat:
     Attributes:
         mirror: the store that only this process appends to: a journal's id, or the process's own.
         oldest_waiting: Unix time of its oldest event that is not loaded yet.
+        ended: it stops now, and beats no more.
     """
 
     process: str
     mirror: str
     oldest_waiting: float | None
+    ended: bool = False
+
+
+@dataclass(slots=True, frozen=True)
+class Beat:
+    """What the database says of a process: a count that rises while it lives."""
+
+    count: int
+    ended: bool
 
 
 class Sink(Protocol):
@@ -75,11 +85,15 @@ class Sink(Protocol):
         Raises: SinkUnavailable, LaneBlocked.
         """
 
-    async def keep_house(self, beat: Heartbeat, removed: Sequence[str]) -> None:
+    async def keep_house(self, beat: Heartbeat, removed: Sequence[str]) -> dict[str, Beat]:
         """Show that this process lives, and drop ledger rows that nothing can meet any more.
 
         Args: removed: ids of segments that the mirror has forgotten for good.
+        Returns: the beats of all processes, by their ids.
         """
+
+    async def loaded(self, segments: Sequence[str]) -> set[str]:
+        """Which of these segments the ledger knows."""
 
     async def forget_source(self, source: str, process: str) -> None:
         """Drop the ledger rows that other processes wrote for a journal that is now drained."""

@@ -21,7 +21,7 @@ import structlog
 
 from datapipe.errors import ConfigError, LaneBlocked, SinkUnavailable
 from datapipe.settings import Settings
-from datapipe.sinks import Heartbeat, SinkState, Table
+from datapipe.sinks import Beat, Heartbeat, SinkState, Table
 from datapipe.sinks.schema import (
     DDL_LOCK,
     OWN_TABLES,
@@ -61,6 +61,19 @@ def connection_dsn(url: str) -> str:
         raise ConfigError("database_url: can't be read as a PostgreSQL URL") from None
     dsn: str = psycopg2.extensions.make_dsn(**{**_CONNECTION, **given})
     return dsn
+
+
+class _Connection(psycopg2.extensions.connection):  # type: ignore[misc]
+    """A connection of the pool.
+
+    libpq closes the socket of a refused connection itself; uvloop then keeps a dead handle under
+    its number, and the next connection, which gets the same number, can't be watched. (Source:
+    uvloop, `handles/poll.pyx`: `_fatal_error` closes a handle that `Loop._polls` still holds.)
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        asyncio.get_running_loop().remove_reader(self.fileno())
 
 
 class Database:
@@ -200,7 +213,7 @@ class Database:
         if self._pool is None:
             self._pool = await aiopg.create_pool(
                 await self.dsn(), minsize=0, maxsize=2, timeout=20.0, enable_json=False,
-                enable_hstore=False, enable_uuid=False,
+                enable_hstore=False, enable_uuid=False, connection_factory=_Connection,
             )  # fmt: skip
         async with self._pool.acquire() as connection, connection.cursor() as cursor:
             result = await work(cursor)
@@ -272,22 +285,23 @@ class Database:
 
     # --- housekeeping ---
 
-    async def keep_house(self, beat: Heartbeat, removed: Sequence[str]) -> None:
+    async def keep_house(self, beat: Heartbeat, removed: Sequence[str]) -> dict[str, Beat]:
         """See `Sink.keep_house`. Raises: SinkUnavailable, LaneBlocked."""
         for table in OWN_TABLES:
             await self.prepare(table)
-        await self.run(lambda cursor: self._keep_house(cursor, beat, removed))
+        return await self.run(lambda cursor: self._keep_house(cursor, beat, removed))
 
     async def _keep_house(
         self, cursor: aiopg.Cursor, beat: Heartbeat, removed: Sequence[str]
-    ) -> None:
+    ) -> dict[str, Beat]:
         schema = quote(self._schema)
         await cursor.execute(
-            f"INSERT INTO {schema}.datapipe_processes (process, mirror, oldest_waiting, beats)"
-            " VALUES (%s, %s, to_timestamp(%s), 1) ON CONFLICT (process) DO UPDATE SET"
-            " seen_at = now(), beats = datapipe_processes.beats + 1,"
+            f"INSERT INTO {schema}.datapipe_processes"
+            " (process, mirror, oldest_waiting, ended, beats)"
+            " VALUES (%s, %s, to_timestamp(%s), %s, 1) ON CONFLICT (process) DO UPDATE SET"
+            " seen_at = now(), beats = datapipe_processes.beats + 1, ended = excluded.ended,"
             " oldest_waiting = excluded.oldest_waiting",
-            (beat.process, beat.mirror, beat.oldest_waiting),
+            (beat.process, beat.mirror, beat.oldest_waiting, beat.ended),
         )
         if removed:
             await cursor.execute(
@@ -311,6 +325,21 @@ class Database:
             " '1 hour') OR (mirror = %s AND process <> %s)",
             (beat.mirror, beat.process),
         )
+        await cursor.execute(f"SELECT process, beats, ended FROM {schema}.datapipe_processes")
+        return {process: Beat(beats, ended) for process, beats, ended in await cursor.fetchall()}
+
+    async def loaded(self, segments: Sequence[str]) -> set[str]:
+        """See `Sink.loaded`. Raises: SinkUnavailable, LaneBlocked."""
+
+        async def look(cursor: Any) -> set[str]:
+            await cursor.execute(
+                f"SELECT segment FROM {quote(self._schema)}.datapipe_ledger"
+                " WHERE segment = ANY(%s)",
+                (list(segments),),
+            )
+            return {segment for (segment,) in await cursor.fetchall()}
+
+        return await self.run(look)
 
     async def forget_source(self, source: str, process: str) -> None:
         """See `Sink.forget_source`. Raises: SinkUnavailable, LaneBlocked."""

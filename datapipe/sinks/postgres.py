@@ -24,7 +24,7 @@ import psycopg2.extensions
 
 from datapipe.segment import Segment
 from datapipe.settings import Settings
-from datapipe.sinks import Heartbeat, Loaded, SinkState, Table, letters
+from datapipe.sinks import Beat, Heartbeat, Loaded, SinkState, Table, letters
 from datapipe.sinks.copying import Copier, Refused, guard
 from datapipe.sinks.database import Database
 from datapipe.sinks.keys import Keys
@@ -226,9 +226,13 @@ class PostgresSink:
         """See `Sink.prepare`."""
         await self._database.prepare(table)
 
-    async def keep_house(self, beat: Heartbeat, removed: Sequence[str]) -> None:
+    async def keep_house(self, beat: Heartbeat, removed: Sequence[str]) -> dict[str, Beat]:
         """See `Sink.keep_house`."""
-        await self._database.keep_house(beat, removed)
+        return await self._database.keep_house(beat, removed)
+
+    async def loaded(self, segments: Sequence[str]) -> set[str]:
+        """See `Sink.loaded`."""
+        return await self._database.loaded(segments)
 
     async def forget_source(self, source: str, process: str) -> None:
         """See `Sink.forget_source`."""

@@ -50,6 +50,7 @@ OWN_TABLES = (
             Column("started_at", "timestamptz NOT NULL", "now()"),
             Column("seen_at", "timestamptz NOT NULL", "now()"),
             Column("beats", "bigint NOT NULL", "0"),
+            Column("ended", "boolean NOT NULL", "false"),
         ),
     ),
 )
