@@ -17,6 +17,7 @@ from datapipe.commit import Chunk, Group
 from datapipe.errors import BufferFull, MirrorFull, MirrorUnavailable
 from datapipe.lane import Lane
 from datapipe.mirrors import Found, Mirror, Neighbours, Run
+from datapipe.rate import Rate
 from datapipe.segment import SEGMENT_OVERHEAD_BYTES, Segment
 from datapipe.settings import Settings
 
@@ -41,6 +42,7 @@ class Buffer:
         self._groups: dict[str, Group] = {}
         self._removals: set[asyncio.Task[None]] = set()
         self._removed: list[str] = []  # segments whose ledger rows may go
+        self._drained = Rate()
         self.closed = False
 
     def lane(self, name: str) -> Lane:
@@ -69,11 +71,14 @@ class Buffer:
         by_queue: dict[str, list[Chunk]] = {}
         for chunk in chunks:
             by_queue.setdefault(self.mirror.queue_of(chunk.lane), []).append(chunk)
-        waiters = [self._group(queue).add(of_queue) for queue, of_queue in by_queue.items()]
+        groups = [(self._group(queue), of_queue) for queue, of_queue in by_queue.items()]
+        waiters = [group.add(of_queue) for group, of_queue in groups]
         try:
             async with asyncio.timeout(self._timeout_s):
                 outcomes = await self._all(waiters)
         except TimeoutError:
+            for (group, _), waiter in zip(groups, waiters, strict=True):
+                group.forget(waiter)
             raise MirrorUnavailable("the mirror does not answer (mirror_timeout)") from None
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
@@ -88,8 +93,14 @@ class Buffer:
         return await asyncio.gather(*waiters, return_exceptions=True)
 
     def is_full(self, lane: str) -> bool:
-        """Whether this lane has used up what lanes that can't be loaded may hold."""
-        return False
+        """Whether this lane has used up what lanes that can't be loaded may hold.
+
+        Together that is half of the mirror: the other half is for those that can.
+        """
+        if lane not in self.lanes or not self.lanes[lane].stuck:
+            return False
+        held = sum(each.waiting_bytes for each in self.lanes.values() if each.stuck)
+        return held * 2 >= self.mirror.state().max_bytes
 
     def _check_room(self, chunks: Sequence[Chunk]) -> None:
         coming = sum(len(chunk.data) + SEGMENT_OVERHEAD_BYTES for chunk in chunks)
@@ -121,13 +132,21 @@ class Buffer:
             return False
         return (
             bool(lane.runs)  # what lies behind parked segments is read after them
-            or lane.blocked is not None
+            or lane.stuck
             or self.memory_bytes + segment.bytes > self._max_bytes
         )
 
     def _append_failed(self, exc: MirrorUnavailable) -> None:
-        if not isinstance(exc, MirrorFull):
+        if isinstance(exc, MirrorFull):
+            exc.retry_after_s = self._until_room_s()
+        else:
             self._mirror_works(False, exc.detail)
+
+    def _until_room_s(self) -> float:
+        """How long until a twentieth of the mirror is free, at the rate of the last loads."""
+        wanted = self.mirror.state().max_bytes / 20
+        rate = self._drained.per_second()
+        return min(max(wanted / rate, 1.0), 300.0) if rate else 30.0
 
     def _mirror_works(self, up: bool, error: str = "") -> None:
         if up and not self.mirror_up:
@@ -219,7 +238,7 @@ class Buffer:
 
     def give_back(self, lane: Lane, segments: Sequence[Segment]) -> None:
         """A load failed: they wait again, first in their lane."""
-        if self.mirror.parks and lane.blocked is not None:
+        if self.mirror.parks and lane.stuck:
             for segment in segments:
                 lane.release(segment)
                 lane.park(segment)
@@ -241,6 +260,7 @@ class Buffer:
         """A load has committed: book it, forget the segments, and have the mirror forget them."""
         for segment in segments:
             lane.release(segment)
+        self._drained.add(sum(len(segment.data) for segment in segments))
         lane.loaded += loaded
         lane.duplicate += duplicate
         lane.dead += dead

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from datapipe.errors import MirrorUnavailable
 from datapipe.events import Column
@@ -51,20 +51,22 @@ class Group:
         self._linger_s = linger_s
         self._on_stored = on_stored
         self._on_failed = on_failed
-        self._chunks: list[Chunk] = []
+        self._waiting: dict[asyncio.Future[None], Sequence[Chunk]] = {}
         self._bytes = 0
-        self._waiters: list[asyncio.Future[None]] = []
         self._running: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
 
     def add(self, chunks: Sequence[Chunk]) -> asyncio.Future[None]:
         """Take rows in. The future ends once they are durable, or with MirrorUnavailable."""
         waiter = asyncio.get_running_loop().create_future()
-        self._chunks += chunks
-        self._bytes += sum(len(chunk.data) for chunk in chunks)
-        self._waiters.append(waiter)
+        self._waiting[waiter] = chunks
+        self._bytes += _size(chunks)
         self._schedule()
         return waiter
+
+    def forget(self, waiter: asyncio.Future[None]) -> None:
+        """Its request has given up: rows that are not on their way yet must not pile up."""
+        self._bytes -= _size(self._waiting.pop(waiter, ()))
 
     def _delay_s(self) -> float:
         """How long to gather before an append: no longer than until one is full."""
@@ -73,7 +75,7 @@ class Group:
         return max(self._linger_s, self._mirror.gather_s)
 
     def _schedule(self) -> None:
-        if not self._chunks or len(self._running) >= self._mirror.appends_at_once:
+        if not self._waiting or len(self._running) >= self._mirror.appends_at_once:
             return
         delay_s = self._delay_s()
         if delay_s == 0.0:
@@ -94,14 +96,16 @@ class Group:
         self._schedule()
 
     async def _commit(self) -> None:
-        while self._chunks:
-            chunks, self._chunks, self._bytes = self._chunks, [], 0
-            waiters, self._waiters = self._waiters, []
-            await self._append(seal(chunks, self._mirror.segment_max_bytes), waiters)
+        while self._waiting:
+            taken, self._waiting, self._bytes = self._waiting, {}, 0
+            chunks = [chunk for of_one in taken.values() for chunk in of_one]
+            await self._append(seal(chunks, self._mirror.segment_max_bytes), taken)
             if self._delay_s():
                 return
 
-    async def _append(self, segments: list[Segment], waiters: list[asyncio.Future[None]]) -> None:
+    async def _append(
+        self, segments: list[Segment], waiters: Iterable[asyncio.Future[None]]
+    ) -> None:
         started = time.perf_counter()
         try:
             stored = await self._mirror.append(segments)
@@ -122,10 +126,14 @@ class Group:
 
     async def settle(self) -> None:
         """Append what waits, without lingering, and wait until nothing is under way."""
-        while self._chunks or self._running:
+        while self._waiting or self._running:
             if self._timer is not None:
                 self._start()
             await asyncio.wait(self._running)
+
+
+def _size(chunks: Sequence[Chunk]) -> int:
+    return sum(len(chunk.data) for chunk in chunks)
 
 
 def seal(chunks: Sequence[Chunk], max_bytes: int) -> list[Segment]:

@@ -35,6 +35,11 @@ class Lane:
         self.rows_bytes = 0
 
     @property
+    def stuck(self) -> bool:
+        """It can't be loaded while others can: it holds no memory, and only part of the mirror."""
+        return self.blocked is not None or self.deferred
+
+    @property
     def parked(self) -> int:
         return sum(run.events for run in self.runs.values())
 

@@ -192,8 +192,8 @@ class Loader:
                 accept_dead=schedule.accept_dead,
             )  # fmt: skip
         except SinkUnavailable as exc:
-            self._buffer.give_back(lane, segments)
             self._put_off(schedule, exc)
+            self._buffer.give_back(lane, segments)
         except LaneBlocked as exc:
             self._block(schedule, str(exc))
             self._buffer.give_back(lane, segments)
@@ -240,12 +240,15 @@ class Loader:
             )
         if lane.blocked is not None:
             log.info("lane healed", lane=lane.name)
-            lane.blocked = None
+        lane.blocked, lane.deferred = None, False
         schedule.succeeded(result, seconds, _now())
         for other in self.schedules.values():  # the database is back: no lane need wait for it
             other.forgive_outage()
 
     def _put_off(self, schedule: Schedule, exc: SinkUnavailable) -> None:
+        if not exc.everywhere:  # others can be loaded: this one must not hold what they need
+            schedule.lane.deferred = True
+            self._buffer.park_all(schedule.lane)
         delay = schedule.failed(str(exc), everywhere=exc.everywhere, now=_now())
         log.warning(
             "load failed", lane=schedule.lane.name, error=str(exc), retry_seconds=round(delay, 2)

@@ -144,8 +144,12 @@ class JournalFile:
             self._rollback()
             raise
         self.measure()
-        if self.free_pages > _VACUUM_PAGES:  # after a burst: give the space back, bit by bit
-            self._write.execute(f"PRAGMA incremental_vacuum({_VACUUM_PAGES})").fetchall()
+
+    def give_back(self) -> None:
+        """Shorten the file by a bounded number of free pages, if there are many."""
+        if self.free_pages > _VACUUM_PAGES:
+            pages = max(_VACUUM_PAGES, self.free_pages // 4)
+            self._write.execute(f"PRAGMA incremental_vacuum({pages})").fetchall()
             self.measure()
 
     def _rollback(self) -> None:
@@ -257,7 +261,8 @@ class Journal:
         return Found(runs=await self._run(self._writer, self._recover))
 
     async def keep(self) -> None:
-        return
+        """Give space back that a burst has taken, bit by bit."""
+        await self._run(self._writer, lambda: [f.give_back() for f in self._files.values()])
 
     def _recover(self) -> list[Run]:
         runs: list[Run] = []
