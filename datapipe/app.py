@@ -18,7 +18,9 @@ from aiohttp import web
 
 from datapipe import settings as settings_module
 from datapipe.access import Access
+from datapipe.admin import Admin
 from datapipe.buffer import Buffer
+from datapipe.dead import DeadLetters
 from datapipe.housekeeping import new_process_id
 from datapipe.ingest import Ingest
 from datapipe.loader import Loader
@@ -74,11 +76,12 @@ class Pipeline:
                 self.metrics.load_seconds.observe,
             )  # fmt: skip
             self.ingest = Ingest(self.buffer, self.registry, self.settings)
-            self.status = Status(self.buffer, self.loader, self.ingest)
+            dead = DeadLetters(sink, self.registry)
+            self.status = Status(self.buffer, self.loader, self.ingest, dead)
             self.metrics.expose(self.status.snapshot)
             access = Access(self.settings)
-            pages = Pages(self.status, self.loader, self.metrics, self.registry, access)
-            pages.add_to(app)
+            Pages(self.status, self.metrics, self.registry, access).add_to(app)
+            Admin(self.loader, dead, access).add_to(app)
             await stack.enter_async_context(self.loader.running(self._task_died))
             try:
                 yield
@@ -98,6 +101,15 @@ class Pipeline:
         if self._stopped:
             return
         self._stopped = self.ingest.stopping = True
+        try:
+            await self._finish(load=load)
+        finally:  # a second signal cancels the loading, not this
+            self.buffer.closed = True
+            await self.buffer.settle(2.0)
+            waiting = {n: lane.waiting for n, lane in self.buffer.lanes.items() if lane.waiting}
+            log.info("stopped", waiting=sum(waiting.values()), lanes=waiting)
+
+    async def _finish(self, *, load: bool) -> None:
         started = time.monotonic()
         while self.ingest.under_way and time.monotonic() - started < REQUESTS_GRACE_S:
             await asyncio.sleep(0.02)
@@ -107,12 +119,10 @@ class Pipeline:
             try:
                 async with asyncio.timeout(left):
                     await self.loader.drain()
+                    await self.buffer.settle(2.0)
+                    await self.loader.farewell()
             except TimeoutError:
                 log.warning("drain not done in time", seconds=self.settings.shutdown_timeout)
-        await self.buffer.settle(2.0)
-        await self.loader.farewell()
-        waiting = {n: lane.waiting for n, lane in self.buffer.lanes.items() if lane.waiting}
-        log.info("stopped", waiting=sum(waiting.values()), lanes=waiting)
 
     async def post(self, request: web.BaseRequest) -> web.StreamResponse:
         """`POST /`."""

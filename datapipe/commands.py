@@ -1,19 +1,22 @@
-"""The commands that are not the service: check, load, schema."""
+"""The commands that are not the service: check, load, schema, dead."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections import Counter
+from typing import Any
 
 from datapipe import logs
 from datapipe.buffer import Buffer
+from datapipe.dead import DeadLetters, selection_of
+from datapipe.errors import ConfigError, EventRejected
 from datapipe.housekeeping import new_process_id
 from datapipe.loader import Loader
 from datapipe.mirrors import open_mirror
 from datapipe.registry import load_registry
 from datapipe.settings import Settings
-from datapipe.sinks import open_sink, table_of
+from datapipe.sinks import Selection, open_sink, table_of
 from datapipe.sinks.schema import ddl
 
 
@@ -71,3 +74,40 @@ async def schema(settings: Settings, args: argparse.Namespace) -> int:
     kinds = load_registry(settings).types.values()
     print(ddl(settings.database_schema, [table_of(kind) for kind in kinds]), end="")
     return 0
+
+
+async def dead(settings: Settings, args: argparse.Namespace) -> int:
+    """Dead letters: list, replay, drop; 1 if some of those replayed are refused again."""
+    logs.configure("warning", settings.log_format)
+    async with open_sink(settings, new_process_id()) as sink:
+        letters = DeadLetters(sink, load_registry(settings))
+        if args.action == "list":
+            selection = Selection(lane=args.lane, sqlstate=args.sqlstate)
+            _print_letters(await letters.look(selection, args.limit))
+            return 0
+        wanted = {
+            "ids": args.id, "all": args.all or None, "lane": args.lane, "sqlstate": args.sqlstate,
+        }  # fmt: skip
+        try:
+            selection = selection_of({k: v for k, v in wanted.items() if v is not None})
+        except EventRejected:
+            raise ConfigError("say which: --id N, --lane L, --sqlstate S, or --all") from None
+        if args.action == "drop":
+            print(f"dropped: {(await letters.drop(selection))['dropped']}")
+            return 0
+        result = await letters.replay(selection)
+    for lane, rows in sorted(result["replayed"].items()):
+        print(f"replayed {lane}: {rows} rows")
+    print(f"still dead: {result['dead']}")
+    return 1 if result["dead"] else 0
+
+
+def _print_letters(found: dict[str, Any]) -> None:
+    for group in found["groups"]:
+        print("{count:>8}  {lane}  {sqlstate}  {message}".format(**group))
+    for letter in found["letters"]:
+        event = bytes(letter["event"]).decode()
+        print(f"#{letter['id']}  {letter['created_at']:%Y-%m-%d %H:%M:%S}  {letter['lane']}")
+        print(f"    {letter['sqlstate']}: {letter['message']}")
+        print(f"    {event}")
+    print(f"total: {found['total']}")

@@ -322,6 +322,17 @@ async def _background(
     try:
         yield
     finally:
-        for task in tasks:
+        await _end(tasks)
+
+
+async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Cancel tasks until they end.
+
+    `asyncio.wait_for` of Python 3.11, on which aiopg waits, drops a cancellation that comes at the
+    moment at which what it waits for ends (python/cpython issue 81839).
+    """
+    pending: set[asyncio.Task[None]] = set(tasks)
+    while pending:
+        for task in pending:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        _, pending = await asyncio.wait(pending, timeout=0.2)

@@ -1,13 +1,11 @@
-"""All paths but `POST /`: page, status, metrics, health, load now."""
+"""All paths but `POST /`: page, status, metrics, health."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 import aiohttp_jinja2
 import jinja2
-import msgspec
 import structlog
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -15,7 +13,6 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from datapipe import answers, openapi
 from datapipe.access import Access, AccessDenied
 from datapipe.assets import templates_folder
-from datapipe.loader import Loader
 from datapipe.metrics import Metrics
 from datapipe.registry import Registry
 from datapipe.server import request_id
@@ -34,18 +31,16 @@ _HEADERS = {
 
 
 class Pages:
-    """The handlers; they read `Status` and ask `Loader`."""
+    """The handlers; they read `Status`."""
 
     def __init__(
         self,
         status: Status,
-        loader: Loader,
         metrics: Metrics,
         registry: Registry,
         access: Access,
     ) -> None:
         self._status = status
-        self._loader = loader
         self._metrics = metrics
         self._registry = registry
         self._access = access
@@ -62,7 +57,6 @@ class Pages:
         app.router.add_get("/healthz", self.healthz)
         app.router.add_get("/readyz", self.readyz)
         app.router.add_get("/openapi.json", self.openapi)
-        app.router.add_post("/load", self.load)
 
     async def page(self, request: web.Request) -> web.StreamResponse:
         self._access.may_look(request)
@@ -73,7 +67,7 @@ class Pages:
 
     async def status_json(self, request: web.Request) -> web.StreamResponse:
         self._access.may_look(request)
-        return _json(self._status.snapshot())
+        return answers.plain(self._status.snapshot())
 
     async def metrics(self, request: web.Request) -> web.StreamResponse:
         self._access.may_look(request)
@@ -89,20 +83,7 @@ class Pages:
         return answers.answer(200, 0, "ready") if why is None else answers.answer(503, 9, why)
 
     async def openapi(self, request: web.Request) -> web.StreamResponse:
-        return _json(openapi.document(self._registry))
-
-    async def load(self, request: web.Request) -> web.StreamResponse:
-        self._access.may_act(request)
-        lane = request.query.get("lane")
-        accept = request.query.get("accept")
-        if accept not in (None, "dead"):
-            return answers.answer(400, 5, "accept: only 'dead' can be accepted")
-        if lane is not None and lane not in self._loader.schedules:
-            return answers.answer(404, 7, f"lane: there is no lane {lane[:64]!r}")
-        loaded, failed = await self._loader.load_now(
-            None if lane is None else [lane], accept_dead=accept == "dead"
-        )
-        return _json({"loaded": loaded, "failed": failed})
+        return answers.plain(openapi.document(self._registry))
 
 
 @web.middleware
@@ -141,7 +122,3 @@ async def add_headers(request: web.BaseRequest, response: web.StreamResponse) ->
     response.headers.setdefault("X-Request-ID", request_id(request))
     for name, value in _HEADERS.items():
         response.headers.setdefault(name, value)
-
-
-def _json(content: Any) -> web.Response:
-    return web.Response(body=msgspec.json.encode(content), content_type="application/json")

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from datapipe.buffer import Buffer
+from datapipe.dead import DeadLetters
 from datapipe.ingest import Ingest
 from datapipe.lane import Lane
 from datapipe.loader import Loader
@@ -18,7 +19,8 @@ _BOOKS = ("accepted", "recovered", "loaded", "duplicate", "dead", "waiting")
 class Status:
     """Puts `/status.json` together; see the README for its keys."""
 
-    def __init__(self, buffer: Buffer, loader: Loader, ingest: Ingest) -> None:
+    def __init__(self, buffer: Buffer, loader: Loader, ingest: Ingest, dead: DeadLetters) -> None:
+        self._dead = dead
         self._buffer = buffer
         self._loader = loader
         self._ingest = ingest
@@ -83,6 +85,7 @@ class Status:
             "loaded": lane.loaded,
             "duplicate": lane.duplicate,
             "dead": lane.dead,
+            "replayed": self._dead.replayed[lane.name],
             "waiting": lane.waiting,
             "in_memory": lane.in_memory,
             "parked": lane.parked,

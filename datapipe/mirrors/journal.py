@@ -262,7 +262,8 @@ class Journal:
 
     async def keep(self) -> None:
         """Give space back that a burst has taken, bit by bit."""
-        await self._run(self._writer, lambda: [f.give_back() for f in self._files.values()])
+        for file in list(self._files.values()):
+            await self._run(self._writer, file.give_back)
 
     def _recover(self) -> list[Run]:
         runs: list[Run] = []
