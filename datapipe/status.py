@@ -35,11 +35,7 @@ class Status:
         mirror = self._buffer.mirror.state()
         if not mirror.up or not self._buffer.mirror_up:
             return f"the mirror does not work: {mirror.error or 'no answer'}"
-        if self._buffer.mirror.parks and mirror.bytes >= mirror.max_bytes:
-            return "the mirror is full"
-        if not self._buffer.mirror.parks and mirror.bytes >= mirror.max_bytes:
-            return "the buffer is full"
-        return None
+        return mirror.full
 
     def snapshot(self) -> dict[str, Any]:
         """All numbers at one moment."""

@@ -38,7 +38,7 @@ class Run:
 class MirrorState:
     """For the page: `up` is the outcome of the last real call; sizes in bytes.
 
-    `calls` counts the requests to a remote mirror, by kind.
+    `full` says why no more can be stored now. `calls` counts the requests to a remote mirror.
     """
 
     kind: str
@@ -46,6 +46,7 @@ class MirrorState:
     error: str | None
     bytes: int
     max_bytes: int
+    full: str | None = None
     calls: Mapping[str, int] = field(default_factory=dict)
 
 

@@ -31,7 +31,7 @@ import structlog
 from datapipe.errors import ConfigError, MirrorFull, MirrorUnavailable
 from datapipe.events import Column
 from datapipe.mirrors import Found, MirrorState, Neighbours, Run
-from datapipe.segment import Segment, decode_head, encode_head
+from datapipe.segment import SEGMENT_OVERHEAD_BYTES, Segment, decode_head, encode_head
 from datapipe.settings import Settings
 
 MIN_FREE_BYTES = 64 * 1024 * 1024  # on a full disk even DELETE fails, so appends stop before
@@ -237,13 +237,18 @@ class Journal:
         return segments
 
     def _append(self, segments: Sequence[Segment]) -> None:
-        coming = sum(len(segment.data) for segment in segments)
+        if (why := self._full(sum(len(segment.data) for segment in segments))) is not None:
+            raise MirrorFull(why)
+        self._own.append(segments)
+
+    def _full(self, coming: int) -> str | None:
+        """Why so many bytes more can't be stored."""
         if self._bytes() + coming > self._max_bytes:
-            raise MirrorFull("the journal is full (journal_max_bytes)")
+            return "the journal is full (journal_max_bytes)"
         disk = os.statvfs(self._folder)
         if disk.f_bavail * disk.f_frsize < MIN_FREE_BYTES + coming:
-            raise MirrorFull("less than 64 MiB of disk is free for the journal")
-        self._own.append(segments)
+            return "less than 64 MiB of disk is free for the journal"
+        return None
 
     async def remove(self, segments: Sequence[Segment]) -> None:
         by_source: dict[str, list[int]] = {}
@@ -320,7 +325,12 @@ class Journal:
 
     def state(self) -> MirrorState:
         return MirrorState(
-            "journal", self._error is None, self._error, self._bytes(), self._max_bytes
+            "journal",
+            self._error is None,
+            self._error,
+            self._bytes(),
+            self._max_bytes,
+            self._full(SEGMENT_OVERHEAD_BYTES),
         )
 
     def close(self) -> None:
