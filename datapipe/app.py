@@ -166,5 +166,6 @@ def create_runner(app: web.Application) -> web.AppRunner:
     pipeline = app[PIPELINE]
     return Runner(
         app, pipeline.post, pipeline.settings.request_timeout, access_log=None,
-        shutdown_timeout=1.0, handle_signals=False,
+        shutdown_timeout=1.0,
+        lingering_time=3.0, handle_signals=False,
     )  # fmt: skip

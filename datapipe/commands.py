@@ -13,7 +13,7 @@ from datapipe.dead import DeadLetters, selection_of
 from datapipe.errors import ConfigError, EventRejected
 from datapipe.housekeeping import new_process_id
 from datapipe.loader import Loader
-from datapipe.mirrors import open_mirror
+from datapipe.mirrors import check_mirror, open_mirror
 from datapipe.registry import load_registry
 from datapipe.settings import Settings
 from datapipe.sinks import Selection, open_sink, table_of
@@ -25,15 +25,15 @@ async def check(settings: Settings, args: argparse.Namespace) -> int:
 
     Raises: ConfigError, DatapipeError.
     """
+    logs.configure("critical", settings.log_format)
     registry = load_registry(settings)
     print(f"ok    settings: {len(registry.types)} event types: {', '.join(sorted(registry.types))}")
     problems = 0
     async with open_sink(settings, new_process_id()) as sink:
         for line in await sink.check([table_of(kind) for kind in registry.types.values()]):
             problems += _tell(line)
-    async with open_mirror(settings, new_process_id()) as mirror:
-        for line in await mirror.check():
-            problems += _tell(line)
+    for line in await check_mirror(settings):
+        problems += _tell(line)
     return 1 if problems else 0
 
 

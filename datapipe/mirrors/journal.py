@@ -198,8 +198,11 @@ class JournalFile:
         )  # fmt: skip
 
     def close(self) -> None:
+        (last,) = self._write.execute("SELECT max(seq) FROM sqlite_sequence").fetchone()
         self._read.close()
         self._write.close()
+        if not last:  # never used: a command that only looked leaves nothing behind
+            self.path.unlink()
         os.close(self._lock)
 
 
@@ -301,9 +304,6 @@ class Journal:
         drained, self._to_tell = self._to_tell, []
         return drained
 
-    async def check(self) -> list[tuple[str, str]]:
-        return await self._run(self._writer, lambda: check_folder(self._folder))
-
     async def _run(self, thread: ThreadPoolExecutor, call: Callable[[], _T]) -> _T:
         try:
             result = await asyncio.get_running_loop().run_in_executor(thread, call)
@@ -389,9 +389,12 @@ def _crc(head: bytes, data: bytes) -> int:
     return zlib.crc32(data, zlib.crc32(head))
 
 
-def check_folder(folder: Path) -> list[tuple[str, str]]:
-    """Verify every journal of a folder, also those of living processes; a line for each."""
-    found = []
+def check_journals(settings: Settings) -> list[tuple[str, str]]:
+    """Verify every journal in `data_dir`, also those of living processes; a line for each."""
+    folder = Path(settings.data_dir) / "journal"
+    if not folder.is_dir():
+        return [("ok", f"journal: none yet in {folder}")]
+    found = [] if os.access(folder, os.W_OK) else [("fail", f"journal {folder}: can't be written")]
     for path in sorted(folder.glob("*.sqlite")):
         try:
             # read-only: `check` may run beside the service that owns the file
