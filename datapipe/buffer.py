@@ -8,6 +8,7 @@ The books are counted here and nowhere else.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 
 import structlog
@@ -18,7 +19,7 @@ from datapipe.errors import BufferFull, MirrorFull, MirrorUnavailable
 from datapipe.lane import Lane
 from datapipe.mirrors import Found, Mirror, Neighbours, Run
 from datapipe.rate import Rate
-from datapipe.segment import SEGMENT_OVERHEAD_BYTES, Segment
+from datapipe.segment import SEGMENT_OVERHEAD_BYTES, SEGMENTS_AT_ONCE, Segment
 from datapipe.settings import Settings
 
 _REMOVALS_S = 1.0  # how long reading back waits for them
@@ -35,6 +36,7 @@ class Buffer:
         self.mirror = mirror
         self.lanes: dict[str, Lane] = {}
         self.mirror_up = True
+        self._worked_at = 0.0
         self.on_change: Callable[[Lane], None] = lambda lane: None
         self._max_bytes = settings.buffer_max_bytes
         self._linger_s = settings.mirror_linger_ms / 1000
@@ -128,10 +130,10 @@ class Buffer:
             or self.memory_bytes + segment.bytes > self._max_bytes
         )
 
-    def _append_failed(self, exc: MirrorUnavailable) -> None:
+    def _append_failed(self, exc: MirrorUnavailable, seconds: float) -> None:
         if isinstance(exc, MirrorFull):
             exc.retry_after_s = self._until_room_s()
-        else:
+        elif time.perf_counter() - seconds > self._worked_at:  # else it heals already
             self._mirror_works(False, exc.detail)
 
     def _until_room_s(self) -> float:
@@ -146,6 +148,8 @@ class Buffer:
         elif self.mirror_up and not up:
             log.error("mirror down", mirror=self.mirror.state().kind, error=error)
         self.mirror_up = up
+        if up:
+            self._worked_at = time.perf_counter()
 
     async def recover(self, neighbours: Neighbours) -> Found:
         """Take over what the mirror holds and no living process owns.
@@ -153,7 +157,8 @@ class Buffer:
         Raises: MirrorUnavailable: some of it may come with the next call.
         """
         found = await self.mirror.recover(neighbours)
-        self._mirror_works(True)
+        if found.segments or not found.more:  # else nothing was asked: there was no room
+            self._mirror_works(True)
         for name in found.strangers:
             self.on_change(self.lane(name))
         for segment in found.segments:
@@ -190,7 +195,7 @@ class Buffer:
         taken: list[Segment] = []
         size = 0
         while (segment := self._peek(lane)) is not None:
-            if taken and size + len(segment.data) > max_bytes:
+            if (taken and size + len(segment.data) > max_bytes) or len(taken) == SEGMENTS_AT_ONCE:
                 return taken
             self._pop(lane)
             taken.append(segment)

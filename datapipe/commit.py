@@ -48,7 +48,7 @@ class Group:
         linger_s: float,
         timeout_s: float,
         on_stored: Callable[[Sequence[Segment], float], None],
-        on_failed: Callable[[MirrorUnavailable], None],
+        on_failed: Callable[[MirrorUnavailable, float], None],
     ) -> None:
         self._mirror = mirror
         self._linger_s = linger_s
@@ -126,7 +126,7 @@ class Group:
                 raise
             if exc.stored:  # unanswered, yet they will be loaded: into the books with them
                 self._on_stored(exc.stored, time.perf_counter() - started)
-            self._on_failed(exc)
+            self._on_failed(exc, time.perf_counter() - started)
         else:
             self._on_stored(stored, time.perf_counter() - started)
             for waiter in waiters:
@@ -142,7 +142,7 @@ class Group:
 
         self._hung = append
         append.add_done_callback(ended)
-        self._on_failed(MirrorUnavailable(_NO_ANSWER))
+        self._on_failed(MirrorUnavailable(_NO_ANSWER), time.perf_counter() - started)
         waiting, self._waiting, self._bytes = self._waiting, {}, 0
         _fail(waiting, MirrorUnavailable(_NO_ANSWER))
 

@@ -54,6 +54,7 @@ class Housekeeper:
         self._watch = Watch(SILENT_S)
         self._suspects: set[str] = set()
         self._dead: set[str] = set()
+        self._ended = False
         self._removed: list[str] = []
         self._drained: set[str] = set()
 
@@ -149,14 +150,15 @@ class Housekeeper:
         lanes = self._buffer.lanes.values()
         oldest = min((lane.oldest for lane in lanes if lane.oldest is not None), default=None)
         sent = len(self._removed)
-        beat = Heartbeat(self._process, self._buffer.mirror.identity, oldest, ended)
+        self._ended |= ended  # no beat may follow the last one
+        beat = Heartbeat(self._process, self._buffer.mirror.identity, oldest, self._ended)
         beats = await self._sink.keep_house(beat, self._removed)
         del self._removed[:sent]
         for source in list(self._drained):
             await self._sink.forget_source(source, self._process)
             self._drained.discard(source)
         self._watch.note(beats, asyncio.get_running_loop().time())
-        newly_dead = self._watch.dead() - self._dead
+        newly_dead = self._watch.dead() - self._dead - {self._process}
         self._dead |= newly_dead
         given_up = self._buffer.mirror.given_up
         if newly_dead or given_up or any(map(self._watch.silent, self._suspects)):

@@ -248,10 +248,9 @@ class Loader:
             other.forgive_outage()
 
     def _put_off(self, schedule: Schedule, exc: SinkUnavailable) -> None:
-        if not exc.everywhere:  # others can be loaded: this one must not hold what they need
-            schedule.lane.deferred = True
-            self._buffer.park_all(schedule.lane)
         delay = schedule.failed(str(exc), everywhere=exc.everywhere, now=_now())
+        if schedule.lane.deferred:  # others can be loaded: it must not hold what they need
+            self._buffer.park_all(schedule.lane)
         log.warning(
             "load failed", lane=schedule.lane.name, error=str(exc), retry_seconds=round(delay, 2)
         )

@@ -31,15 +31,15 @@ def class_text(name: str, fields: Sequence[str]) -> str:
             raise ConfigError(f"{key}: this field is given twice")
         declared[key] = text
     kind = EventType(name, declared_class(name, declared))
-    used = {field.kind.__name__ for field in kind.fields}
+    used = {each.kind.__name__ for each in kind.fields}
     lines = [_IMPORTS[each] for each in ("datetime", "date", "Decimal", "UUID") if each in used]
     lines += ["", "from datapipe import Event, register"] if lines else [
         "from datapipe import Event, register"
     ]  # fmt: skip
     lines += ["", "", f'@register("{name}")', f"class {_camel(name)}(Event):"]
-    for field in kind.fields:
-        hint = field.kind.__name__ + (" | None" if field.nullable else "")
-        lines.append(f"    {field.name}: {hint}{_default(field.default, declared[field.name])}")
+    for each in kind.fields:
+        hint = each.kind.__name__ + (" | None" if each.nullable else "")
+        lines.append(f"    {each.name}: {hint}{_default(each.default, declared[each.name])}")
     if not kind.fields:
         lines.append("    pass")
     return "\n".join(lines) + "\n"

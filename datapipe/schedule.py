@@ -41,6 +41,7 @@ class Schedule:
         self._turn: int | None = None  # what will have gone when this turn is over
         self._retry_at = 0.0
         self._everywhere = False
+        self._alone = False  # others could be loaded since it failed
         self._hurry = False
         self._rows_of_turn = 0
         self._callers: list[asyncio.Future[tuple[int, str | None]]] = []
@@ -87,7 +88,7 @@ class Schedule:
 
     def succeeded(self, result: Loaded, seconds: float, now: float) -> None:
         """A load has committed."""
-        self.failures, self.error = 0, None
+        self.failures, self.error, self._alone = 0, None, False
         self.last_load = LastLoad(time.time(), result.loaded, seconds)
         self._rows_of_turn += result.loaded
         self.went_on(now)
@@ -98,10 +99,15 @@ class Schedule:
             self.end(now)
 
     def failed(self, error: str, *, everywhere: bool, now: float) -> float:
-        """A load failed and will be tried again; the seconds until then."""
+        """A load failed and will be tried again; the seconds until then.
+
+        What is said to be the whole database and yet concerns this lane alone (the disk of its
+        table is full) puts off this lane alone.
+        """
         self.failures += 1
         self.error = error
-        self._everywhere = everywhere
+        self._everywhere = everywhere and not self._alone
+        self.lane.deferred = self.lane.deferred or not self._everywhere
         delay = (_OUTAGE if everywhere else _LANE).seconds(self.failures)
         self._retry_at = now + delay
         self._tell(error)
@@ -119,7 +125,7 @@ class Schedule:
     def forgive_outage(self) -> None:
         """The database answers again: what failed only because it did not may go at once."""
         if self.failures and self._everywhere:
-            self.failures, self._everywhere = 0, False
+            self.failures, self._everywhere, self._alone = 0, False, True
             self._hurry = True
 
     def _tell(self, error: str | None) -> None:

@@ -15,6 +15,9 @@ from datapipe.events import Column
 # Measured with tracemalloc, rounded up.
 SEGMENT_OVERHEAD_BYTES = 1024
 
+# In one load: so that booking them never holds up the event loop, however small they are.
+SEGMENTS_AT_ONCE = 4096
+
 
 class Part(msgspec.Struct, array_like=True, frozen=True):
     """A run of rows of a POST that had an `Idempotency-Key`, whole in one segment.

@@ -128,7 +128,7 @@ class Mirror(Protocol):
         """
 
     async def read(self, run: Run, max_bytes: int) -> list[Segment]:
-        """The first segments of a run, oldest first, of `max_bytes` rows or a single one.
+        """The first segments of a run, oldest first: `max_bytes` of memory, or a single one.
 
         Fewer than asked for, but none only when the run has ended. Raises: MirrorUnavailable.
         """

@@ -61,6 +61,7 @@ LEASE_MAX_S = 86_400
 ANEW_S = EXPIRATION_S * 0.8  # the age at which a message is posted anew
 BATCH = 100  # the most messages that one reserve or peek gives
 _HELD_BYTES = 512  # what a message costs in memory though its rows are parked; measured, rounded up
+_HELD_LEAST = 100_000  # messages that may be listed, however small the buffer
 _PACK_INLINE_BYTES = 4_096  # more is packed in a thread
 _APPENDS = 16  # under way at once, per lane
 _FULL = "no room for more in IronMQ (ironmq_max_bytes)"
@@ -137,11 +138,13 @@ class IronMQ:
         self.recovered: Counter[str] = Counter()  # by queue: messages of others in our books
         self.recovered_bytes: Counter[str] = Counter()
         self._max_bytes = settings.ironmq_max_bytes
-        self._most_held = max(BATCH, settings.buffer_max_bytes // _HELD_BYTES)
+        self._most_held = max(_HELD_LEAST, settings.buffer_max_bytes // _HELD_BYTES)
         self._bytes = 0
         self._positions = itertools.count(1)
         self._made: dict[str, asyncio.Task[None]] = {}  # queues, by name
         self._error: str | None = None
+        self._worked_at = 0.0
+        self._timeout_s = settings.mirror_timeout
         self._latency_s = 0.05
         self._ratio = 2.0  # bytes of rows for each byte of a request
         self._most = settings.load_trigger_bytes
@@ -154,7 +157,7 @@ class IronMQ:
     @property
     def gather_s(self) -> float:
         """A small part of the round trip; all of it while many messages wait to be loaded."""
-        return min(self._latency_s * min(1.0, 1 / 16 + len(self.known) / 20_000), 0.25)
+        return min(self._latency_s * min(1.0, 1 / 32 + len(self.known) / 20_000), 0.25)
 
     def queue_of(self, lane: str) -> str:
         return self.prefix + lane
@@ -165,39 +168,44 @@ class IronMQ:
         """See `Mirror.append`. What does not fit into one message is cut."""
         if (why := self.state().full) is not None:
             raise MirrorFull(why)
-        outcomes = await asyncio.gather(
-            *(self._append(segment) for segment in segments), return_exceptions=True
-        )
-        stored: list[Segment] = []
-        failed: BaseException | None = None
-        for outcome in outcomes:
-            if isinstance(outcome, BaseException):
-                failed = outcome
-                stored += getattr(outcome, "stored", ())
-            else:
-                stored += outcome
+        began = time.perf_counter()
+        pieces: list[list[Segment]] = [[] for _ in segments]
+        tasks = [
+            asyncio.create_task(self._append(segment, into))
+            for segment, into in zip(segments, pieces, strict=True)
+        ]
+        _, late = await asyncio.wait(tasks, timeout=self._timeout_s)
+        for task in late:
+            task.cancel()
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        stored = [piece for into in pieces for piece in into]
+        failed = next((each for each in outcomes if each is not None), None)
+        if isinstance(failed, asyncio.CancelledError):
+            failed = MirrorUnavailable(f"IronMQ does not answer within {self._timeout_s:g} s")
+        self.given_up |= failed is not None and not isinstance(failed, MirrorFull)
         if failed is not None and not isinstance(failed, MirrorUnavailable):
-            for segment in stored:  # unknown to our books: to be recovered
-                del self.known[segment.id]
+            for piece in stored:  # nobody will book them: to be recovered
+                del self.known[piece.id]
             raise failed
         self.place(stored)
         if failed is None:
-            self._error = None
+            self._works()
             return stored
-        if isinstance(failed, MirrorFull):
-            raise MirrorFull(failed.detail, stored=stored)
-        self.given_up = True
-        self._error = failed.detail
-        raise MirrorUnavailable(failed.detail, stored=stored)
+        failed.stored = stored
+        if not isinstance(failed, MirrorFull):
+            self._failed(failed, began)
+        raise failed
 
-    async def _append(self, segment: Segment) -> list[Segment]:
+    async def _append(self, segment: Segment, stored: list[Segment]) -> None:
+        """Post a segment, or the pieces that it takes; what is stored goes into the list."""
         queue, posted = self.queue_of(segment.lane), self.clock()
         if len(segment.data) <= _PACK_INLINE_BYTES:
             content = self._pack(segment, posted)
         else:
             content = await asyncio.to_thread(self._pack, segment, posted)
         if len(content) > self.client.room(queue):
-            return await self._append_halves(segment, self.client.room(queue) / len(content))
+            await self._append_halves(segment, stored, self.client.room(queue) / len(content))
+            return
         if len(segment.data) > _PACK_INLINE_BYTES:
             self._ratio = max(0.5, min(len(segment.data) / len(content), self._ratio * 1.1))
         self.appending.add(segment.id)
@@ -209,7 +217,7 @@ class IronMQ:
             self.appending.discard(segment.id)
         self._latency_s += (time.perf_counter() - started - self._latency_s) / 8
         self.known[segment.id] = held_of(id, segment, len(content), posted)
-        return [segment]
+        stored.append(segment)
 
     async def _make(self, queue: str) -> None:
         """Make the queue, once; those that come meanwhile wait for the one call."""
@@ -221,17 +229,13 @@ class IronMQ:
     def _pack(self, segment: Segment, posted: float) -> bytes:
         return encode_post(pack(segment, self.process, posted))
 
-    async def _append_halves(self, segment: Segment, fits: float) -> list[Segment]:
+    async def _append_halves(self, segment: Segment, stored: list[Segment], fits: float) -> None:
         self._ratio *= 0.9
         first, rest = segment.cut(int(len(segment.data) * fits * 0.9))
         if rest is None:
             raise MirrorFull("an event, or a part of a POST with a key, is too large for IronMQ")
-        stored = await self._append(first)
-        try:
-            return stored + await self._append(rest)
-        except MirrorUnavailable as exc:
-            exc.stored = [*stored, *exc.stored]
-            raise
+        await self._append(first, stored)
+        await self._append(rest, stored)
 
     def place(self, segments: Sequence[Segment]) -> None:
         """Give known segments their positions, at the moment when the buffer gets them."""
@@ -400,14 +404,23 @@ class IronMQ:
 
     async def _noting(self, call: Awaitable[_T]) -> _T:
         """Await a call, and note whether IronMQ works."""
+        began = time.perf_counter()
         try:
             result = await call
         except MirrorUnavailable as exc:
             if not isinstance(exc, Refused) or exc.status == 401:
-                self._error = exc.detail
+                self._failed(exc, began)
             raise
-        self._error = None
+        self._works()
         return result
+
+    def _works(self) -> None:
+        self._error = None
+        self._worked_at = time.perf_counter()
+
+    def _failed(self, exc: MirrorUnavailable, began: float) -> None:
+        if began > self._worked_at:  # else it heals already
+            self._error = exc.detail
 
     # --- for the page ---
 

@@ -32,7 +32,13 @@ import structlog
 from datapipe.errors import ConfigError, MirrorFull, MirrorUnavailable
 from datapipe.events import Column
 from datapipe.mirrors import Found, MirrorState, Neighbours, Run
-from datapipe.segment import Segment, decode_head, encode_head
+from datapipe.segment import (
+    SEGMENT_OVERHEAD_BYTES,
+    SEGMENTS_AT_ONCE,
+    Segment,
+    decode_head,
+    encode_head,
+)
 from datapipe.settings import Settings
 
 MIN_FREE_BYTES = 64 * 1024 * 1024  # on a full disk even DELETE fails, so appends stop before
@@ -190,12 +196,13 @@ class JournalFile:
         last, size = 0, 0
         for position, length in self._read.execute(
             "SELECT position, bytes FROM segments"
-            " WHERE lane = ? AND position > ? AND position <= ? ORDER BY position",
-            where,
+            " WHERE lane = ? AND position > ? AND position <= ? ORDER BY position LIMIT ?",
+            (*where, SEGMENTS_AT_ONCE),
         ):
-            if last and size + length > max_bytes:
+            size += length + SEGMENT_OVERHEAD_BYTES
+            if last and size > max_bytes:
                 break
-            last, size = position, size + length
+            last = position
         rows = self._read.execute(
             "SELECT position, id, events, created_at, crc, head, data FROM segments"
             " WHERE lane = ? AND position > ? AND position <= ? ORDER BY position",

@@ -50,7 +50,7 @@ from datapipe.sinks.threads import in_thread
 # lock_timeout one VACUUM FULL holds all workers. Deferred constraints would fail at COMMIT, where
 # no row can be named any more.
 _BEGIN = (
-    "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; SET LOCAL synchronous_commit = on;"
+    "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL synchronous_commit = on;"
     " SET LOCAL lock_timeout = '10s'; SET LOCAL statement_timeout = 0;"
     " SET LOCAL idle_in_transaction_session_timeout = '60s'; SET LOCAL timezone = 'UTC';"
     " SET LOCAL datestyle = 'ISO'; SET LOCAL standard_conforming_strings = on;"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import selectors
 
-_QUIET = 3  # looks of a millisecond at the sockets, before time goes on after they were busy
+_QUIET = 1  # looks of a millisecond at the sockets, before time goes on after they were busy
 
 
 class _Selector(selectors.DefaultSelector):

@@ -1,0 +1,126 @@
+"""`make torture`: the long fault run; prints the table of docs/torture.md.
+
+    python -m tests.fault.torture [kills] [outage] [bodies]
+
+Everything happens in a temporary folder. A part that fails ends the run with exit code 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tests.fault.kills import kill_many
+from tests.fault.outage import LIMIT_BYTES, outage
+from tests.postgres import Postgres
+from tests.service import Service
+
+PARTS = ("kills", "outage")
+_ROUND = 50  # kills to a database; then all is compared
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+async def run_kills(make: Callable[..., Service], args: argparse.Namespace) -> list[str]:
+    """Rounds of kills, each compared with the tables; the database restarts among them."""
+    sums: Counter[str] = Counter()
+    postgres, chance = Postgres(fsync="on"), random.Random(args.seed)
+    started = time.monotonic()
+    try:
+        postgres.start()
+        while sums["kills"] < args.kills:
+            count = min(_ROUND, args.kills - sums["kills"])
+            found = await kill_many(postgres, make, chance, count, restart_every=10)
+            sums.update({"kills": count, **found})
+            _say(f"kills: {dict(sums)}")
+    finally:
+        postgres.remove()
+    minutes = (time.monotonic() - started) / 60
+    return [
+        f"| kills at random moments under load | {sums['kills']:,} |",
+        f"| database restarts among them | {sums['restarts']:,} |",
+        f"| events answered 200 | {sums['answered']:,} |",
+        f"| of these sent twice under one key, counted once | {sums['duplicates_by_key']:,} |",
+        f"| lost | {sums['lost']} |",
+        f"| doubled | {sums['doubled']} |",
+        f"| books out of balance, looked at after each kill | {sums['unbalanced']} |",
+        f"| minutes, seed | {minutes:.0f}, {args.seed} |",
+    ]
+
+
+async def run_outage(make: Callable[..., Service], args: argparse.Namespace) -> list[str]:
+    """The database away, events coming."""
+    postgres = Postgres(fsync="on")
+    try:
+        postgres.start()
+        result = await outage(
+            postgres, make, args.minutes * 60, events_a_second=args.rate, batch=args.batch, say=_say
+        )
+    finally:
+        postgres.remove()
+    _say(f"outage: {asdict(result)}")
+    assert result.rows == result.distinct == result.posted, "lost or doubled"
+    return [
+        f"| outage | {result.seconds / 60:g} minutes at {result.rate:,.0f} events/s |",
+        f"| process limit (RLIMIT_DATA) | {LIMIT_BYTES // 2**20} MiB |",
+        f"| events answered 200; refused | {result.posted:,}; {result.refused} |",
+        f"| resident memory early, at the end | "
+        f"{result.rss_start_mb:.0f}, {result.rss_end_mb:.0f} MB |",
+        f"| highest mark, the loading included | {result.peak_mb:.0f} MB |",
+        f"| waiting in the journal at the end | {result.journal_mb:.0f} MB |",
+        f"| slowest answer | {result.slowest_answer_s:.2f} s |",
+        f"| all loaded, once, after the database was back | {result.loaded_in_s:.1f} s |",
+    ]
+
+
+async def run(args: argparse.Namespace) -> int:
+    folder = Path(tempfile.mkdtemp(prefix="datapipe-torture-", dir="/var/tmp"))
+    made: list[Service] = []
+
+    def make(**settings: Any) -> Service:
+        home = folder / str(len(made))
+        home.mkdir()
+        made.append(Service(home, **settings))
+        return made[-1]
+
+    runs = {"kills": run_kills, "outage": run_outage}
+    try:
+        for part in args.parts or PARTS:
+            lines = await runs[part](make, args)
+            print("\n".join([f"\n| {part} | |", "| --- | --- |", *lines]), flush=True)
+    finally:
+        for service in made:
+            if service._process is not None and service._process.returncode is None:
+                await service.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.fault.torture", description=__doc__)
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all if none is named")
+    parser.add_argument("--kills", type=int, default=1000)
+    parser.add_argument("--minutes", type=float, default=30, help="of the outage")
+    parser.add_argument("--rate", type=int, default=2000, help="events a second in the outage")
+    parser.add_argument("--batch", type=int, default=100, help="events of every second POST there")
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(32))
+    args = parser.parse_args()
+    if unknown := set(args.parts) - set(PARTS):
+        parser.error(f"no such part: {', '.join(unknown)}")
+    return asyncio.run(run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
