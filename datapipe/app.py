@@ -19,6 +19,7 @@ from aiohttp import web
 from datapipe import settings as settings_module
 from datapipe.access import Access
 from datapipe.buffer import Buffer
+from datapipe.feed import Feed, running
 from datapipe.housekeeping import new_process_id
 from datapipe.ingest import Ingest
 from datapipe.loader import Loader
@@ -60,6 +61,7 @@ class Pipeline:
         self.buffer: Buffer
         self.loader: Loader
         self.status: Status
+        self.feed: Feed
 
     async def run(self, app: web.Application) -> AsyncIterator[None]:
         """The application's one cleanup context."""
@@ -77,7 +79,8 @@ class Pipeline:
             self.status = Status(self.buffer, self.loader, self.ingest)
             self.metrics.expose(self.status.snapshot)
             access = Access(self.settings)
-            pages = Pages(self.status, self.loader, self.metrics, self.registry, access)
+            self.feed = await stack.enter_async_context(running(self.status, self._task_died))
+            pages = Pages(self.status, self.feed, self.loader, self.metrics, self.registry, access)
             pages.add_to(app)
             await stack.enter_async_context(self.loader.running(self._task_died))
             try:
@@ -98,6 +101,7 @@ class Pipeline:
         if self._stopped:
             return
         self._stopped = self.ingest.stopping = True
+        self.feed.end()
         started = time.monotonic()
         while self.ingest.under_way and time.monotonic() - started < REQUESTS_GRACE_S:
             await asyncio.sleep(0.02)
@@ -120,7 +124,7 @@ class Pipeline:
             response = await self.ingest.handle(request)
         except Exception:
             return fault(request)
-        response.headers["X-Request-ID"] = request_id(request)
+        response.headers.setdefault("X-Request-ID", request_id(request))
         return response
 
 

@@ -33,6 +33,7 @@ class Buffer:
         self.mirror = mirror
         self.lanes: dict[str, Lane] = {}
         self.mirror_up = True
+        self.append_seconds: float | None = None  # of the last append
         self.on_change: Callable[[Lane], None] = lambda lane: None
         self._max_bytes = settings.buffer_max_bytes
         self._linger_s = settings.mirror_linger_ms / 1000
@@ -116,6 +117,7 @@ class Buffer:
 
     def _stored(self, segments: Sequence[Segment], seconds: float) -> None:
         self._observe_append(seconds)
+        self.append_seconds = seconds
         self._mirror_works(True)
         for segment in segments:
             lane = self.lane(segment.lane)

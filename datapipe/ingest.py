@@ -18,7 +18,9 @@ from datapipe.bodies import Parsed, Rows, parse
 from datapipe.buffer import Buffer
 from datapipe.commit import Chunk
 from datapipe.errors import BufferFull, Busy, EventRejected
+from datapipe.recent import Recent, Refusal, shown
 from datapipe.registry import Registry
+from datapipe.server import request_id
 from datapipe.settings import Settings
 from datapipe.unpack import Inflight, Lease, read_body
 
@@ -36,6 +38,7 @@ class Ingest:
         self.buffer = buffer
         self.stopping = False
         self.rejected: Counter[str] = Counter()
+        self.recent = Recent()
         self.under_way = 0
         self._registry = registry
         self._settings = settings
@@ -52,10 +55,13 @@ class Ingest:
             return await self._take(request, lease)
         except EventRejected as exc:
             self.rejected[exc.reason] += 1
-            return answers.rejected(exc)
+            response = answers.rejected(exc)
+            self._note(request, response, [(0, exc)])
+            return response
         except Busy as exc:
             self.rejected["busy"] += 1
             response = answers.busy(exc)
+            self._note(request, response, [(0, EventRejected(9, "busy", exc.detail, 503))])
             if self.stopping:
                 response.force_close()
             return response
@@ -69,9 +75,13 @@ class Ingest:
         claim = _idempotency_key(request, ingest_key)
         body = await read_body(request, settings.body_max_len, settings.request_timeout, lease)
         received_at = datetime.now(UTC).isoformat(" ")
-        parsed = await parse(
-            body, self._registry, settings.batch_max_events, received_at, claim is not None
-        )
+        try:
+            parsed = await parse(
+                body, self._registry, settings.batch_max_events, received_at, claim is not None
+            )
+        except EventRejected as exc:
+            exc.body = exc.body or body
+            raise
         full = self._refuse_full(parsed)
         for _, error in parsed.errors:
             self.rejected[error.reason] += 1
@@ -81,7 +91,23 @@ class Ingest:
         if not parsed.batch:
             return answers.ok() if parsed.rows else _single_refused(full)
         accepted = sum(rows.events for rows in parsed.rows)
-        return answers.batch(accepted, parsed.errors, full)
+        response = answers.batch(accepted, parsed.errors, full)
+        if parsed.errors:
+            self._note(request, response, parsed.errors)
+        return response
+
+    def _note(
+        self,
+        request: web.BaseRequest,
+        response: web.Response,
+        errors: Sequence[tuple[int, EventRejected]],
+    ) -> None:
+        """Keep what was refused, for admins to see, under the id that the client gets."""
+        id = response.headers["X-Request-ID"] = request_id(request)
+        first = min(errors, key=lambda error: error[0])[1]
+        self.recent.refused(
+            Refusal(first.reason, first.code, first.detail, id, len(errors), shown(first.body))
+        )
 
     def _authorize(self, request: web.BaseRequest) -> bytes:
         """The ingest key that was given, empty when none is wanted. Raises: EventRejected."""

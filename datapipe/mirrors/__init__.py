@@ -38,7 +38,8 @@ class Run:
 class MirrorState:
     """For the page: `up` is the outcome of the last real call; sizes in bytes.
 
-    `calls` counts the requests to a remote mirror, by kind.
+    `calls` counts the requests to a remote mirror, by kind; `expires_s` is how long it keeps a
+    message that nobody takes.
     """
 
     kind: str
@@ -47,6 +48,7 @@ class MirrorState:
     bytes: int
     max_bytes: int
     calls: Mapping[str, int] = field(default_factory=dict)
+    expires_s: float | None = None
 
 
 @dataclass(slots=True)
