@@ -7,7 +7,8 @@ from collections import deque
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-KEPT = 20
+LOADS = 12
+REFUSALS = 20
 BODY_SHOWN = 300  # characters of a refused body
 
 
@@ -50,8 +51,8 @@ class Recent:
     """The last loads and the last refusals, newest first."""
 
     def __init__(self) -> None:
-        self._loads: deque[Load] = deque(maxlen=KEPT)
-        self._refusals: deque[Refusal] = deque(maxlen=KEPT)
+        self._loads: deque[Load] = deque(maxlen=LOADS)
+        self._refusals: deque[Refusal] = deque(maxlen=REFUSALS)
 
     def loaded(self, load: Load) -> None:
         if load.error is not None:

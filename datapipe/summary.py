@@ -87,10 +87,10 @@ class Summary:
 def healthy(status: Mapping[str, Any]) -> str:
     waiting = status["books"]["waiting"]
     if not waiting:
-        return "Healthy. Nothing waits: every event that was accepted has been loaded."
+        return "Healthy. Nothing waits, and the books balance."
     due = [lane["next_load_seconds"] for lane in status["lanes"].values()]
     nearest = min((seconds for seconds in due if seconds is not None), default=None)
-    when = "" if nearest is None else f", the next one in {formats.seconds(nearest)}"
+    when = "" if nearest is None else f", the next in {formats.roughly(nearest)}"
     return f"Healthy. {formats.events(waiting)} waiting to be loaded{when}."
 
 

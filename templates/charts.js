@@ -50,6 +50,7 @@ function point(chart, back) {
   const known = at >= 0 && at < length;
   const x = WIDTH - ((back ?? 0) * WIDTH) / (history.points - 1);
   chart.back = back;
+  chart.classList.toggle("pointed", back !== null);
   chart.querySelector(".cursor").setAttribute("d", back === null ? "" : `M${x} 0V${HEIGHT}`);
   const unit = keys.length > 1 ? " per s" : "";
   const told = known
