@@ -114,6 +114,7 @@ class Status:
             "accepted_per_second": accepted,
             "loaded_per_second": loaded,
             "state": self._state(lane, schedule),
+            "full": self._buffer.is_full(lane.name),
             "blocked": lane.blocked,
             "error": None if outage or lane.blocked else _error(schedule),
             "last_load": last
@@ -128,8 +129,6 @@ class Status:
             return "loading"
         if schedule is not None and schedule.failures and lane.waiting:
             return "retrying"
-        if self._buffer.is_full(lane.name):
-            return "full"
         return "waiting" if lane.waiting else "empty"
 
     def _mirror(self) -> dict[str, Any]:

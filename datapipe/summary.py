@@ -143,6 +143,8 @@ def _lanes(status: Mapping[str, Any]) -> list[Trouble]:
     found = []
     for name, lane in status["lanes"].items():
         waiting = f"{formats.events(lane['waiting'])} waiting."
+        if lane["full"]:
+            waiting += " It has used up its share of the mirror: new ones are refused."
         if lane["blocked"] is not None:
             then = f"Its events are kept, {waiting} Mend the cause, then press Load now."
             found.append(Trouble("lane_blocked", f"Lane {name} is blocked", lane["blocked"], then))

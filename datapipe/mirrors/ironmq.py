@@ -287,7 +287,7 @@ class IronMQ:
     def state(self) -> MirrorState:
         return MirrorState(
             "ironmq", self._error is None, self._error, self._bytes, self._max_bytes,
-            self.client.calls,
+            self.client.calls, EXPIRATION_S,
         )  # fmt: skip
 
     async def check(self) -> list[tuple[str, str]]:
