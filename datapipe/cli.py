@@ -83,5 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     loading.add_argument(
         "--accept-dead", action="store_true", help="let refused rows through to the dead letters"
     )
+    looking = add("status", commands.status, "the page at a glance")
+    looking.add_argument(
+        "url", nargs="?", metavar="URL", help="of the service, this machine's if not given"
+    )
     add("schema", commands.schema, "print the DDL for all event types")
     return parser

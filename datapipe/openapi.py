@@ -66,7 +66,7 @@ def _event_schema(kind: EventType) -> Schema:
 
 def document(registry: Registry) -> Schema:
     """The whole description."""
-    events = {f"event_{name}": _event_schema(kind) for name, kind in sorted(registry.types.items())}
+    events = {name: _event_schema(kind) for name, kind in sorted(registry.types.items())}
     one_of = {"oneOf": [ref(name) for name in events]}
     return {
         "openapi": "3.1.0",
@@ -106,7 +106,7 @@ _LATER = {
 _BROKEN = _answer("the request is no good HTTP")
 _STATUS = {"401": _NO_KEY, "400": _BROKEN}
 _ADMIN = {**_STATUS, "403": _answer("not from here: see the message for how to get it")}
-_KEYS = [{}, {"bearer": []}, {"basic": []}]  # wanted only where keys are set
+_KEYS: list[Schema] = [{}, {"bearer": []}, {"basic": []}]  # wanted only where keys are set
 
 
 def _get(text: str, answer: Schema, also: Schema, security: list[Schema] | None = None) -> Schema:
@@ -124,7 +124,9 @@ def _paths(event: Schema, lanes: list[str]) -> Schema:
                   "text/event-stream"),
             {**_STATUS, "503": _answer("shutting down")}, _KEYS,
         ),
-        "/status.json": _get("What the page shows", _json("numbers", ref("Status")), _STATUS, _KEYS),
+        "/status.json": _get(
+            "What the page shows", _json("numbers", ref("Status")), _STATUS, _KEYS
+        ),
         "/refused": _get(
             "The last requests that were refused", _json("newest first", ref("Refused")), _ADMIN,
             _KEYS,
