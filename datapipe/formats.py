@@ -37,7 +37,7 @@ def size(value: float | None) -> str:
     if value is None:
         return NOTHING
     if value < 1024:
-        return f"{value:.0f} B"
+        return f"{_rounded(value, 0):.0f} B"
     for unit in _UNITS:
         value /= 1024
         if value < 1023.95 or unit == _UNITS[-1]:

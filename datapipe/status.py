@@ -33,6 +33,7 @@ class Status:
         self.history = History(self._started)
         self._month = datetime.now(UTC).month
         self._before_month = 0  # requests to the mirror in months that are over
+        self.tick()
 
     def tick(self) -> None:
         """Once a second: take the readings of which pictures and rates are made."""

@@ -9,7 +9,7 @@ function count(value) {
 }
 
 function size(value) {
-  if (value < 1024) return `${value.toFixed(0)} B`;
+  if (value < 1024) return `${rounded(value, 0)} B`;
   const units = ["KiB", "MiB", "GiB", "TiB"];
   let unit = -1;
   do {
