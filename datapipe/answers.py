@@ -25,6 +25,15 @@ def answer(
     )
 
 
+def plain(content: Any) -> web.Response:
+    """An answer in a form of its own."""
+    return web.Response(
+        body=msgspec.json.encode(content),
+        content_type="application/json",
+        headers={"Cache-Control": "no-store"},
+    )
+
+
 def ok() -> web.Response:
     """The answer to one event that is durable."""
     return web.Response(body=OK, content_type="application/json")

@@ -18,7 +18,9 @@ from aiohttp import web
 
 from datapipe import settings as settings_module
 from datapipe.access import Access
+from datapipe.admin import Admin
 from datapipe.buffer import Buffer
+from datapipe.dead import DeadLetters
 from datapipe.feed import Feed, running
 from datapipe.housekeeping import new_process_id
 from datapipe.ingest import Ingest
@@ -76,12 +78,13 @@ class Pipeline:
                 self.metrics.load_seconds.observe,
             )  # fmt: skip
             self.ingest = Ingest(self.buffer, self.registry, self.settings)
-            self.status = Status(self.buffer, self.loader, self.ingest)
+            dead = DeadLetters(sink, self.registry)
+            self.status = Status(self.buffer, self.loader, self.ingest, dead)
             self.metrics.expose(self.status.snapshot)
             access = Access(self.settings)
             self.feed = await stack.enter_async_context(running(self.status, self._task_died))
-            pages = Pages(self.status, self.feed, self.loader, self.metrics, self.registry, access)
-            pages.add_to(app)
+            Pages(self.status, self.feed, self.metrics, self.registry, access).add_to(app)
+            Admin(self.loader, dead, access).add_to(app)
             await stack.enter_async_context(self.loader.running(self._task_died))
             try:
                 yield
@@ -102,6 +105,15 @@ class Pipeline:
             return
         self._stopped = self.ingest.stopping = True
         self.feed.end()
+        try:
+            await self._finish(load=load)
+        finally:  # a second signal cancels the loading, not this
+            self.buffer.closed = True
+            await self.buffer.settle(2.0)
+            waiting = {n: lane.waiting for n, lane in self.buffer.lanes.items() if lane.waiting}
+            log.info("stopped", waiting=sum(waiting.values()), lanes=waiting)
+
+    async def _finish(self, *, load: bool) -> None:
         started = time.monotonic()
         while self.ingest.under_way and time.monotonic() - started < REQUESTS_GRACE_S:
             await asyncio.sleep(0.02)
@@ -111,12 +123,10 @@ class Pipeline:
             try:
                 async with asyncio.timeout(left):
                     await self.loader.drain()
+                    await self.buffer.settle(2.0)
+                    await self.loader.farewell()
             except TimeoutError:
                 log.warning("drain not done in time", seconds=self.settings.shutdown_timeout)
-        await self.buffer.settle(2.0)
-        await self.loader.farewell()
-        waiting = {n: lane.waiting for n, lane in self.buffer.lanes.items() if lane.waiting}
-        log.info("stopped", waiting=sum(waiting.values()), lanes=waiting)
 
     async def post(self, request: web.BaseRequest) -> web.StreamResponse:
         """`POST /`."""
@@ -160,5 +170,6 @@ def create_runner(app: web.Application) -> web.AppRunner:
     pipeline = app[PIPELINE]
     return Runner(
         app, pipeline.post, pipeline.settings.request_timeout, access_log=None,
-        shutdown_timeout=1.0, handle_signals=False,
+        shutdown_timeout=1.0,
+        lingering_time=3.0, handle_signals=False,
     )  # fmt: skip

@@ -207,7 +207,8 @@ class Buffer:
             size += len(segment.data)
         if not taken and lane.runs:
             run = min(lane.runs.values(), key=lambda run: run.oldest)
-            taken = await self._unpark(lane, run, max_bytes)
+            room = max(1, min(max_bytes, self._max_bytes - self.memory_bytes))
+            taken = await self._unpark(lane, run, room)
         return taken
 
     @staticmethod

@@ -88,4 +88,26 @@ def _parser() -> argparse.ArgumentParser:
         "url", nargs="?", metavar="URL", help="of the service, this machine's if not given"
     )
     add("schema", commands.schema, "print the DDL for all event types")
+    _add_dead(sub)
     return parser
+
+
+def _add_dead(sub: Any) -> None:
+    dead = sub.add_parser("dead", help="dead letters: look, put back, remove")
+    dead.set_defaults(command=None)
+    actions = dead.add_subparsers(title="actions", metavar="ACTION", required=True)
+    texts = {
+        "list": "count them by reason and show the newest",
+        "replay": "check them again and put them back into their tables",
+        "drop": "remove them for good",
+    }
+    for name, text in texts.items():
+        made = actions.add_parser(name, help=text, description=text)
+        made.set_defaults(command=commands.dead, action=name)
+        made.add_argument("--lane", help="only of this lane")
+        made.add_argument("--sqlstate", help="only with this SQLSTATE")
+        if name == "list":
+            made.add_argument("--limit", type=int, default=20, help="how many to show")
+        else:
+            made.add_argument("--id", type=int, action="append", help="this one; may be repeated")
+            made.add_argument("--all", action="store_true", help="all there are")

@@ -1,4 +1,4 @@
-"""The commands that are not the service: check, load, status, schema."""
+"""The commands that are not the service: check, load, status, schema, dead."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ import msgspec
 
 from datapipe import logs
 from datapipe.buffer import Buffer
-from datapipe.errors import DatapipeError
+from datapipe.dead import DeadLetters, selection_of
+from datapipe.errors import ConfigError, DatapipeError, EventRejected
 from datapipe.housekeeping import new_process_id
 from datapipe.loader import Loader
-from datapipe.mirrors import open_mirror
+from datapipe.mirrors import check_mirror, open_mirror
 from datapipe.registry import load_registry
 from datapipe.settings import Settings
-from datapipe.sinks import open_sink, table_of
+from datapipe.sinks import Selection, open_sink, table_of
 from datapipe.sinks.schema import ddl
 from datapipe.terminal import progress, show_status
 
@@ -29,15 +30,15 @@ async def check(settings: Settings, args: argparse.Namespace) -> int:
 
     Raises: ConfigError, DatapipeError.
     """
+    logs.configure("critical", settings.log_format)
     registry = load_registry(settings)
     print(f"ok    settings: {len(registry.types)} event types: {', '.join(sorted(registry.types))}")
     problems = 0
     async with open_sink(settings, new_process_id()) as sink:
         for line in await sink.check([table_of(kind) for kind in registry.types.values()]):
             problems += _tell(line)
-    async with open_mirror(settings, new_process_id()) as mirror:
-        for line in await mirror.check():
-            problems += _tell(line)
+    for line in await check_mirror(settings):
+        problems += _tell(line)
     return 1 if problems else 0
 
 
@@ -109,3 +110,40 @@ async def schema(settings: Settings, args: argparse.Namespace) -> int:
     kinds = load_registry(settings).types.values()
     print(ddl(settings.database_schema, [table_of(kind) for kind in kinds]), end="")
     return 0
+
+
+async def dead(settings: Settings, args: argparse.Namespace) -> int:
+    """Dead letters: list, replay, drop; 1 if some of those replayed are refused again."""
+    logs.configure("warning", settings.log_format)
+    async with open_sink(settings, new_process_id()) as sink:
+        letters = DeadLetters(sink, load_registry(settings))
+        if args.action == "list":
+            selection = Selection(lane=args.lane, sqlstate=args.sqlstate)
+            _print_letters(await letters.look(selection, args.limit))
+            return 0
+        wanted = {
+            "ids": args.id, "all": args.all or None, "lane": args.lane, "sqlstate": args.sqlstate,
+        }  # fmt: skip
+        try:
+            selection = selection_of({k: v for k, v in wanted.items() if v is not None})
+        except EventRejected:
+            raise ConfigError("say which: --id N, --lane L, --sqlstate S, or --all") from None
+        if args.action == "drop":
+            print(f"dropped: {(await letters.drop(selection))['dropped']}")
+            return 0
+        result = await letters.replay(selection)
+    for lane, rows in sorted(result["replayed"].items()):
+        print(f"replayed {lane}: {rows} rows")
+    print(f"still dead: {result['dead']}")
+    return 1 if result["dead"] else 0
+
+
+def _print_letters(found: dict[str, Any]) -> None:
+    for group in found["groups"]:
+        print("{count:>8}  {lane}  {sqlstate}  {message}".format(**group))
+    for letter in found["letters"]:
+        event = bytes(letter["event"]).decode()
+        print(f"#{letter['id']}  {letter['created_at']:%Y-%m-%d %H:%M:%S}  {letter['lane']}")
+        print(f"    {letter['sqlstate']}: {letter['message']}")
+        print(f"    {event}")
+    print(f"total: {found['total']}")

@@ -8,6 +8,7 @@ start is loaded; the intervals count from there.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
@@ -25,6 +26,8 @@ from datapipe.schedule import Schedule
 from datapipe.segment import Segment
 from datapipe.settings import Settings
 from datapipe.sinks import Loaded, Sink, table_of
+
+_LONGEST_SLEEP_S = 3600.0  # event loops don't like timers without end
 
 log = structlog.stdlib.get_logger("datapipe.loader")
 
@@ -49,6 +52,7 @@ class Loader:
         self._settings = settings
         self._observe_load = observe_load
         self._wake = asyncio.Event()
+        self._asleep_until = 0.0
         buffer.on_change = self._changed
         for name in registry.types:
             self._schedule(buffer.lane(name))
@@ -96,10 +100,9 @@ class Loader:
 
     def _changed(self, lane: Lane) -> None:
         """Something was stored in a lane."""
-        self._schedule(lane)
-        if (
-            lane.waiting_bytes >= self._settings.load_trigger_bytes
-            or self._buffer.memory_bytes * 2 >= self._settings.buffer_max_bytes
+        due_at = self._schedule(lane).due_at(self._settings)
+        if due_at < self._asleep_until or (
+            self._buffer.memory_bytes * 2 >= self._settings.buffer_max_bytes
         ):
             self._wake.set()
 
@@ -118,21 +121,26 @@ class Loader:
 
     def _pick(self) -> Schedule | None:
         """The lane to load now: of those that are due, the one served longest ago."""
-        now = _now()
         if self._buffer.memory_bytes * 2 >= self._settings.buffer_max_bytes:
             self._hurry_fullest()
-        ready = [
-            schedule
-            for schedule in self.schedules.values()
-            if not schedule.busy
-            and schedule.lane.name in self._registry.types
-            and schedule.lane.waiting
-            and schedule.due_at(self._settings) <= now
-        ]
-        failing_busy = any(s.busy and s.failures for s in self.schedules.values())
-        if failing_busy and self._settings.load_workers > 1:
-            ready = [schedule for schedule in ready if not schedule.failures]
+        now = _now()
+        ready = [s for s in self._eligible() if s.due_at(self._settings) <= now]
         return min(ready, key=lambda schedule: schedule.served_at, default=None)
+
+    def _eligible(self) -> list[Schedule]:
+        """Lanes that a worker may take once they are due; those that fail share one worker."""
+        schedules = self.schedules.values()
+        spare = self._settings.load_workers == 1 or not any(
+            s.busy and s.failures for s in schedules
+        )
+        return [
+            schedule
+            for schedule in schedules
+            if not schedule.busy
+            and schedule.lane.waiting
+            and schedule.lane.name in self._registry.types
+            and (spare or not schedule.failures)
+        ]
 
     def _hurry_fullest(self) -> None:
         able = [s for s in self.schedules.values() if not s.failures and s.lane.memory_bytes]
@@ -156,18 +164,11 @@ class Loader:
 
     async def _sleep(self) -> None:
         """Until a lane is due, or something happens."""
-        due = [
-            schedule.due_at(self._settings)
-            for schedule in self.schedules.values()
-            if not schedule.busy and schedule.lane.waiting
-            and schedule.lane.name in self._registry.types
-        ]  # fmt: skip
-        timeout = max(0.01, min(due, default=_now() + 1.0) - _now())
-        try:
-            async with asyncio.timeout(min(timeout, 1.0)):
+        due = [schedule.due_at(self._settings) for schedule in self._eligible()]
+        self._asleep_until = max(min(due, default=math.inf), _now() + 0.01)
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(min(self._asleep_until, _now() + _LONGEST_SLEEP_S)):
                 await self._wake.wait()
-        except TimeoutError:
-            return
 
     # --- one load ---
 
@@ -327,6 +328,17 @@ async def _background(
     try:
         yield
     finally:
-        for task in tasks:
+        await _end(tasks)
+
+
+async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Cancel tasks until they end.
+
+    `asyncio.wait_for` of Python 3.11, on which aiopg waits, drops a cancellation that comes at the
+    moment at which what it waits for ends (python/cpython issue 81839).
+    """
+    pending: set[asyncio.Task[None]] = set(tasks)
+    while pending:
+        for task in pending:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        _, pending = await asyncio.wait(pending, timeout=0.2)

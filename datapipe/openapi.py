@@ -136,6 +136,9 @@ def _paths(event: Schema, lanes: list[str]) -> Schema:
         "/readyz": _get("Would it accept an event now?", _answer("yes"), ready),
         "/openapi.json": _get("This description", _json("OpenAPI 3.1", ANYTHING), {"400": _BROKEN}),
         "/load": {"post": _load(lanes)},
+        "/dead": {"get": _dead_letters(lanes)},
+        "/dead/replay": {"post": _change("Put dead letters back into their tables", "Replayed")},
+        "/dead/drop": {"post": _change("Remove dead letters for good", "Dropped")},
     }  # fmt: skip
     for name, kind in FILES.items():
         paths[f"/{name}"] = _get("A part of the page", _text("the file", kind), {"400": _BROKEN})
@@ -162,6 +165,44 @@ def _load(lanes: list[str]) -> Schema:
             **_ADMIN,
             "400": _answer("a wrong parameter"),
             "404": _answer("no such lane"),
+        },
+    }
+
+
+def _dead_letters(lanes: list[str]) -> Schema:
+    def query(name: str, schema: Schema) -> Schema:
+        return {"name": name, "in": "query", "schema": schema}
+
+    limit = {"type": "integer", "minimum": 0, "maximum": 1000, "default": 100}
+    return {
+        "summary": "Events that were accepted and that the database refuses",
+        "security": _KEYS,
+        "parameters": [
+            query("lane", {"type": "string", "examples": lanes}),
+            query("sqlstate", {"type": "string"}),
+            query("limit", limit),
+        ],
+        "responses": {
+            "200": _json("how many there are, and the newest", ref("Letters")),
+            **_ADMIN,
+            "503": _answer("the database does not answer"),
+        },
+    }
+
+
+def _change(text: str, answer: str) -> Schema:
+    return {
+        "summary": text,
+        "security": _KEYS,
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": ref("Which")}},
+        },
+        "responses": {
+            "200": _json("how many", ref(answer)),
+            **_ADMIN,
+            "413": _answer("the body is too long"),
+            "503": _answer("the database does not answer"),
         },
     }
 

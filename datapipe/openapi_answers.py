@@ -58,6 +58,7 @@ _BOOKS = dict.fromkeys(
 )  # in events
 _LANE = record(
     **_BOOKS,
+    replayed=COUNT,
     balanced=FLAG,
     in_memory=COUNT,
     parked=COUNT,
@@ -133,7 +134,37 @@ REFUSED = record(
         )
     )
 )  # fmt: skip
+LETTERS = record(
+    total=COUNT,
+    groups=many(record(lane=TEXT, sqlstate=TEXT, message=TEXT, count=COUNT)),
+    letters=many(
+        record(
+            id=COUNT, lane=TEXT, event=ANYTHING, sqlstate=TEXT, message=TEXT,
+            column_name=maybe(TEXT), created_at=TIME,
+        ),
+        1000,
+    ),
+)  # fmt: skip
+WHICH: Schema = {
+    "oneOf": [
+        record(ids=many({"type": "integer"})) | {"additionalProperties": False},
+        record(all={"const": True}) | {"additionalProperties": False},
+        {
+            "type": "object",
+            "properties": {"lane": TEXT, "sqlstate": TEXT},
+            "minProperties": 1,
+            "additionalProperties": False,
+        },
+    ]
+}
 LOADED = record(loaded=each(COUNT), failed=each(TEXT))
 SCHEMAS: Schema = {
-    "Answer": ANSWER, "Status": STATUS, "Refused": REFUSED, "Loaded": LOADED,
-}  # fmt: skip
+    "Answer": ANSWER,
+    "Status": STATUS,
+    "Refused": REFUSED,
+    "Loaded": LOADED,
+    "Letters": LETTERS,
+    "Which": WHICH,
+    "Replayed": record(replayed=each(COUNT), dead=COUNT),
+    "Dropped": record(dropped=COUNT),
+}

@@ -1,13 +1,11 @@
-"""All paths but `POST /`: page, stream, status, metrics, health, load now."""
+"""All paths but `POST /`: page, stream, status, metrics, health."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing, suppress
-from typing import Any
 
 import aiohttp_jinja2
-import msgspec
 import structlog
 from aiohttp import web
 from aiohttp_sse import sse_response
@@ -16,7 +14,6 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from datapipe import answers, assets, openapi
 from datapipe.access import Access, AccessDenied
 from datapipe.feed import Feed
-from datapipe.loader import Loader
 from datapipe.metrics import REASONS, Metrics
 from datapipe.registry import Registry
 from datapipe.server import request_id
@@ -37,20 +34,18 @@ _SEND_TIMEOUT_S = 30.0  # until a page that takes nothing is given up
 
 
 class Pages:
-    """The handlers; they read `Status` and ask `Loader`."""
+    """The handlers; they read `Status`."""
 
     def __init__(
         self,
         status: Status,
         feed: Feed,
-        loader: Loader,
         metrics: Metrics,
         registry: Registry,
         access: Access,
     ) -> None:
         self._status = status
         self._feed = feed
-        self._loader = loader
         self._metrics = metrics
         self._registry = registry
         self._access = access
@@ -66,7 +61,6 @@ class Pages:
         app.router.add_get("/healthz", self.healthz)
         app.router.add_get("/readyz", self.readyz)
         app.router.add_get("/openapi.json", self.openapi)
-        app.router.add_post("/load", self.load)
 
     async def page(self, request: web.Request) -> web.StreamResponse:
         self._access.may_look(request)
@@ -95,11 +89,11 @@ class Pages:
 
     async def status_json(self, request: web.Request) -> web.StreamResponse:
         self._access.may_look(request)
-        return _json(self._status.whole())
+        return answers.plain(self._status.whole())
 
     async def refused(self, request: web.Request) -> web.StreamResponse:
         self._access.may_act(request)
-        return _json({"refused": self._status.refusals()})
+        return answers.plain({"refused": self._status.refusals()})
 
     async def metrics(self, request: web.Request) -> web.StreamResponse:
         self._access.may_look(request)
@@ -115,22 +109,7 @@ class Pages:
         return answers.answer(200, 0, "ready") if why is None else answers.answer(503, 9, why)
 
     async def openapi(self, request: web.Request) -> web.StreamResponse:
-        return _json(openapi.document(self._registry))
-
-    async def load(self, request: web.Request) -> web.StreamResponse:
-        self._access.may_act(request)
-        lane = request.query.get("lane")
-        accept = request.query.get("accept")
-        if accept not in (None, "dead"):
-            return answers.answer(400, 5, "accept: only 'dead' can be accepted")
-        if lane is not None and lane not in self._loader.schedules:
-            return answers.answer(404, 7, f"lane: there is no lane {lane[:64]!r}")
-        loaded, failed = await self._loader.load_now(
-            None if lane is None else [lane], accept_dead=accept == "dead"
-        )
-        if "text/html" in request.headers.get("Accept", ""):  # the page's button, without script
-            return web.Response(status=303, headers={"Location": "./"})
-        return _json({"loaded": loaded, "failed": failed})
+        return answers.plain(openapi.document(self._registry))
 
 
 @web.middleware
@@ -169,11 +148,3 @@ async def add_headers(request: web.BaseRequest, response: web.StreamResponse) ->
     response.headers.setdefault("X-Request-ID", request_id(request))
     for name, value in _HEADERS.items():
         response.headers.setdefault(name, value)
-
-
-def _json(content: Any) -> web.Response:
-    return web.Response(
-        body=msgspec.json.encode(content),
-        content_type="application/json",
-        headers={"Cache-Control": "no-store"},
-    )

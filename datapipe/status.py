@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from datapipe.buffer import Buffer
+from datapipe.dead import DeadLetters
 from datapipe.formats import iso
 from datapipe.history import History, Reading
 from datapipe.ingest import Ingest
@@ -22,7 +23,8 @@ _BOOKS = ("accepted", "recovered", "loaded", "duplicate", "dead", "waiting")
 class Status:
     """Puts `/status.json` together; `docs/status.md` tells its keys."""
 
-    def __init__(self, buffer: Buffer, loader: Loader, ingest: Ingest) -> None:
+    def __init__(self, buffer: Buffer, loader: Loader, ingest: Ingest, dead: DeadLetters) -> None:
+        self._dead = dead
         self._buffer = buffer
         self._loader = loader
         self._ingest = ingest
@@ -55,9 +57,7 @@ class Status:
         mirror = self._buffer.mirror.state()
         if not mirror.up or not self._buffer.mirror_up:
             return f"the mirror does not work: {mirror.error or 'no answer'}"
-        if mirror.bytes >= mirror.max_bytes:
-            return f"the {'mirror' if self._buffer.mirror.parks else 'buffer'} is full"
-        return None
+        return mirror.full
 
     def snapshot(self) -> dict[str, Any]:
         """All numbers at one moment, without the series of the pictures."""
@@ -106,6 +106,7 @@ class Status:
             "loaded": lane.loaded,
             "duplicate": lane.duplicate,
             "dead": lane.dead,
+            "replayed": self._dead.replayed[lane.name],
             "waiting": lane.waiting,
             "balanced": lane.balanced,
             "in_memory": lane.in_memory,

@@ -99,7 +99,9 @@ def troubles(status: Mapping[str, Any], refusing: str | None) -> list[Trouble]:
     found = []
     mirror, database = status["mirror"], status["database"]
     if refusing is not None:
-        found.append(Trouble("refusing", "Events are refused", refusing, _refusing(status)))
+        found.append(
+            Trouble("refusing", "Events are refused", refusing, _refusing(status, refusing))
+        )
     if database["up"] is False and database["error"]:
         found.append(
             Trouble(
@@ -129,12 +131,12 @@ def troubles(status: Mapping[str, Any], refusing: str | None) -> list[Trouble]:
     return found
 
 
-def _refusing(status: Mapping[str, Any]) -> str:
+def _refusing(status: Mapping[str, Any], refusing: str) -> str:
     mirror = status["mirror"]
     waiting = f"{formats.events(status['books']['waiting'])} waiting."
     if not mirror["up"]:
         return f"Clients are told to try again. {waiting} Mend what the error names."
-    if mirror["bytes"] >= mirror["max_bytes"]:
+    if "shutting down" not in refusing:
         return f"{waiting} Room comes as lanes are loaded: see the lanes below."
     return f"Clients are told to try again. {waiting}"
 

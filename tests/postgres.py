@@ -122,6 +122,8 @@ class Postgres:
             os.kill(pid, number)
 
     def remove(self) -> None:
+        if self._server is not None:
+            self.thaw()  # what is frozen hears no other signal
         self.stop(signal.SIGQUIT)
         shutil.rmtree(self.folder, ignore_errors=True)
 

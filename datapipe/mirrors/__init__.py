@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -38,8 +39,8 @@ class Run:
 class MirrorState:
     """For the page: `up` is the outcome of the last real call; sizes in bytes.
 
-    `calls` counts the requests to a remote mirror, by kind; `expires_s` is how long it keeps a
-    message that nobody takes.
+    `full` says why no more can be stored now. `calls` counts the requests to a remote mirror, by
+    kind; `expires_s` is how long it keeps a message that nobody takes.
     """
 
     kind: str
@@ -47,6 +48,7 @@ class MirrorState:
     error: str | None
     bytes: int
     max_bytes: int
+    full: str | None = None
     calls: Mapping[str, int] = field(default_factory=dict)
     expires_s: float | None = None
 
@@ -150,9 +152,6 @@ class Mirror(Protocol):
 
     def state(self) -> MirrorState: ...
 
-    async def check(self) -> list[tuple[str, str]]:
-        """Is it well? Findings as (ok, warn or fail; text). Changes nothing."""
-
 
 @asynccontextmanager
 async def open_mirror(settings: Settings, process: str) -> AsyncIterator[Mirror]:
@@ -175,3 +174,18 @@ async def open_mirror(settings: Settings, process: str) -> AsyncIterator[Mirror]
         from datapipe.mirrors.memory import MemoryMirror
 
         yield MemoryMirror(settings)
+
+
+async def check_mirror(settings: Settings) -> list[tuple[str, str]]:
+    """Is the mirror well? Findings as (ok, warn or fail; text). Takes nothing, changes nothing."""
+    kind = settings.mirror_kind
+    if kind == "journal":
+        from datapipe.mirrors.journal import check_journals
+
+        return await asyncio.to_thread(check_journals, settings)
+    if kind == "ironmq":
+        from datapipe.mirrors.ironmq_recovery import open_ironmq
+
+        async with open_ironmq(settings, "check") as ironmq:
+            return await ironmq.check()
+    return [("warn", "mirror: none: events live in memory alone until they are loaded")]

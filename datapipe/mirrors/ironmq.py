@@ -48,6 +48,7 @@ AGE_LIMIT = 0.8  # of a message's life: then it is posted anew
 _PACK_INLINE_BYTES = 4_096  # more is packed in a thread
 _APPENDS = 16  # under way at once, per lane
 
+_FULL = "no room for more in IronMQ (ironmq_max_bytes)"
 _T = TypeVar("_T")
 log = structlog.stdlib.get_logger("datapipe.mirrors.ironmq")
 
@@ -112,8 +113,8 @@ class IronMQ:
 
     async def append(self, segments: Sequence[Segment]) -> list[Segment]:
         """See `Mirror.append`. What does not fit into one message is cut."""
-        if self._bytes >= self._max_bytes:
-            raise MirrorFull("no room for more in IronMQ (ironmq_max_bytes)")
+        if (why := self.state().full) is not None:
+            raise MirrorFull(why)
         outcomes = await asyncio.gather(
             *(self._append(segment) for segment in segments), return_exceptions=True
         )
@@ -287,7 +288,7 @@ class IronMQ:
     def state(self) -> MirrorState:
         return MirrorState(
             "ironmq", self._error is None, self._error, self._bytes, self._max_bytes,
-            self.client.calls, EXPIRATION_S,
+            _FULL if self._bytes >= self._max_bytes else None, self.client.calls, EXPIRATION_S,
         )  # fmt: skip
 
     async def check(self) -> list[tuple[str, str]]:

@@ -31,7 +31,7 @@ import structlog
 from datapipe.errors import ConfigError, MirrorFull, MirrorUnavailable
 from datapipe.events import Column
 from datapipe.mirrors import Found, MirrorState, Neighbours, Run
-from datapipe.segment import Segment, decode_head, encode_head
+from datapipe.segment import SEGMENT_OVERHEAD_BYTES, Segment, decode_head, encode_head
 from datapipe.settings import Settings
 
 MIN_FREE_BYTES = 64 * 1024 * 1024  # on a full disk even DELETE fails, so appends stop before
@@ -198,8 +198,11 @@ class JournalFile:
         )  # fmt: skip
 
     def close(self) -> None:
+        (last,) = self._write.execute("SELECT max(seq) FROM sqlite_sequence").fetchone()
         self._read.close()
         self._write.close()
+        if not last:  # never used: a command that only looked leaves nothing behind
+            self.path.unlink()
         os.close(self._lock)
 
 
@@ -237,13 +240,18 @@ class Journal:
         return segments
 
     def _append(self, segments: Sequence[Segment]) -> None:
-        coming = sum(len(segment.data) for segment in segments)
+        if (why := self._full(sum(len(segment.data) for segment in segments))) is not None:
+            raise MirrorFull(why)
+        self._own.append(segments)
+
+    def _full(self, coming: int) -> str | None:
+        """Why so many bytes more can't be stored."""
         if self._bytes() + coming > self._max_bytes:
-            raise MirrorFull("the journal is full (journal_max_bytes)")
+            return "the journal is full (journal_max_bytes)"
         disk = os.statvfs(self._folder)
         if disk.f_bavail * disk.f_frsize < MIN_FREE_BYTES + coming:
-            raise MirrorFull("less than 64 MiB of disk is free for the journal")
-        self._own.append(segments)
+            return "less than 64 MiB of disk is free for the journal"
+        return None
 
     async def remove(self, segments: Sequence[Segment]) -> None:
         by_source: dict[str, list[int]] = {}
@@ -262,7 +270,8 @@ class Journal:
 
     async def keep(self) -> None:
         """Give space back that a burst has taken, bit by bit."""
-        await self._run(self._writer, lambda: [f.give_back() for f in self._files.values()])
+        for file in list(self._files.values()):
+            await self._run(self._writer, file.give_back)
 
     def _recover(self) -> list[Run]:
         runs: list[Run] = []
@@ -295,9 +304,6 @@ class Journal:
         drained, self._to_tell = self._to_tell, []
         return drained
 
-    async def check(self) -> list[tuple[str, str]]:
-        return await self._run(self._writer, lambda: check_folder(self._folder))
-
     async def _run(self, thread: ThreadPoolExecutor, call: Callable[[], _T]) -> _T:
         try:
             result = await asyncio.get_running_loop().run_in_executor(thread, call)
@@ -319,7 +325,12 @@ class Journal:
 
     def state(self) -> MirrorState:
         return MirrorState(
-            "journal", self._error is None, self._error, self._bytes(), self._max_bytes
+            "journal",
+            self._error is None,
+            self._error,
+            self._bytes(),
+            self._max_bytes,
+            self._full(SEGMENT_OVERHEAD_BYTES),
         )
 
     def close(self) -> None:
@@ -378,9 +389,12 @@ def _crc(head: bytes, data: bytes) -> int:
     return zlib.crc32(data, zlib.crc32(head))
 
 
-def check_folder(folder: Path) -> list[tuple[str, str]]:
-    """Verify every journal of a folder, also those of living processes; a line for each."""
-    found = []
+def check_journals(settings: Settings) -> list[tuple[str, str]]:
+    """Verify every journal in `data_dir`, also those of living processes; a line for each."""
+    folder = Path(settings.data_dir) / "journal"
+    if not folder.is_dir():
+        return [("ok", f"journal: none yet in {folder}")]
+    found = [] if os.access(folder, os.W_OK) else [("fail", f"journal {folder}: can't be written")]
     for path in sorted(folder.glob("*.sqlite")):
         try:
             # read-only: `check` may run beside the service that owns the file

@@ -54,7 +54,6 @@ class MemoryMirror:
         return
 
     def state(self) -> MirrorState:
-        return MirrorState("none", True, None, sum(self._sizes.values()), self._max_bytes)
-
-    async def check(self) -> list[tuple[str, str]]:
-        return [("warn", "mirror: none: events live in memory alone until they are loaded")]
+        size = sum(self._sizes.values())
+        full = "the buffer is full (buffer_max_bytes)" if size >= self._max_bytes else None
+        return MirrorState("none", True, None, size, self._max_bytes, full)

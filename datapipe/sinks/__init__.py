@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from datapipe.events import Column, EventType
 from datapipe.segment import Segment
@@ -71,6 +71,32 @@ class Beat:
     ended: bool
 
 
+# the COPY row of an event: lane, its JSON, received_at; raises EventRejected
+Check = Callable[[str, bytes, str], bytes]
+
+
+@dataclass(slots=True, frozen=True)
+class Selection:
+    """Which dead letters are meant: those of `ids`, else all that fit `lane` and `sqlstate`."""
+
+    ids: tuple[int, ...] | None = None
+    lane: str | None = None
+    sqlstate: str | None = None
+
+    def where(self) -> tuple[str, list[Any]]:
+        """An SQL condition and its arguments."""
+        conditions: list[str] = ["true"]
+        values: list[Any] = []
+        if self.ids is not None:
+            conditions.append("id = ANY(%s)")
+            values.append(list(self.ids))
+        for column in ("lane", "sqlstate"):
+            if (value := getattr(self, column)) is not None:
+                conditions.append(f"{column} = %s")
+                values.append(value)
+        return " AND ".join(conditions), values
+
+
 class Sink(Protocol):
     """Loads segments; every method that talks to the database can raise SinkUnavailable."""
 
@@ -101,6 +127,20 @@ class Sink(Protocol):
 
     async def forget_source(self, source: str, process: str) -> None:
         """Drop the ledger rows that other processes wrote for a journal that is now drained."""
+
+    async def dead(self, selection: Selection, limit: int) -> dict[str, Any]:
+        """Dead letters as `GET /dead` answers them."""
+
+    async def replay(
+        self, selection: Selection, tables: Mapping[str, Table], check: Check
+    ) -> tuple[dict[str, int], int]:
+        """Put dead letters back into their tables; rows by lane, and how many stay dead.
+
+        Raises: SinkUnavailable, LaneBlocked: the letters in hand stay what they are.
+        """
+
+    async def drop(self, selection: Selection) -> int:
+        """Remove dead letters for good; how many."""
 
     def abort(self) -> None:
         """End loads that are under way, at once; what they did is rolled back or unknown."""

@@ -12,23 +12,37 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import psycopg2
 import psycopg2.extensions
 
+from datapipe.events import Column
 from datapipe.segment import Segment
 from datapipe.settings import Settings
-from datapipe.sinks import Beat, Heartbeat, Loaded, SinkState, Table, letters
+from datapipe.sinks import (
+    Beat,
+    Check,
+    Heartbeat,
+    Loaded,
+    Selection,
+    SinkState,
+    Table,
+    dead,
+    letters,
+)
 from datapipe.sinks.copying import Copier, Refused, guard
 from datapipe.sinks.database import Database
 from datapipe.sinks.keys import Keys
-from datapipe.sinks.schema import quote
+from datapipe.sinks.schema import OWN_TABLES, quote
 from datapipe.sinks.sqlstate import Verdict, error_of, one_line, verdict
 
 # Each load states what it relies on, whatever the role or the database says. Without
@@ -43,6 +57,11 @@ _BEGIN = (
     " SET CONSTRAINTS ALL IMMEDIATE"
 )
 
+_CLOSE_S = 1.0  # for loads to end once their sockets are shut down
+
+
+_T = TypeVar("_T")
+
 
 class PostgresSink:
     """The sink: a thread and a plain connection per load under way, and aiopg for the rest."""
@@ -52,10 +71,10 @@ class PostgresSink:
         self._chunk_bytes = settings.load_chunk_bytes
         self._process = process
         self._database = database
-        self._threads = ThreadPoolExecutor(settings.load_workers, "load")
+        self._threads: set[threading.Thread] = set()
         self._idle: list[psycopg2.extensions.connection] = []
         self._busy: set[psycopg2.extensions.connection] = set()
-        self._stopping = False
+        self._stopping = threading.Event()
 
     def _name(self, table: str) -> str:
         return f"{quote(self._schema)}.{quote(table)}"
@@ -70,7 +89,9 @@ class PostgresSink:
                 await self._database.prepare(wanted, again=again)
                 dsn = await self._database.dsn()
                 loaded = await self._in_thread(
-                    lambda dsn=dsn: self._load(dsn, table, segments, accept_dead)  # type: ignore[misc]
+                    lambda dsn=dsn: self._in_transaction(  # type: ignore[misc]
+                        dsn, lambda cursor: self._load(cursor, table, segments, accept_dead)
+                    )
                 )
             except psycopg2.Error as exc:
                 if verdict(exc) is Verdict.MISSING and not again:
@@ -81,18 +102,26 @@ class PostgresSink:
             return loaded
         raise AssertionError  # the second pass returns or raises
 
-    async def _in_thread(self, call: Callable[[], Loaded]) -> Loaded:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+    async def _in_thread(self, call: Callable[[], _T]) -> _T:
+        """Run it in a daemon thread: one that hangs in a connect must not hold up the exit."""
+        loop = asyncio.get_running_loop()
+        outcome: Future[_T] = Future()
+        thread = threading.Thread(target=_run_into, args=(outcome, call), daemon=True, name="load")
+        self._threads = {each for each in self._threads if each.is_alive()}
+        thread.start()
+        self._threads.add(thread)
+        return await asyncio.wrap_future(outcome, loop=loop)
 
-    def _load(
-        self, dsn: str, table: Table, segments: Sequence[Segment], accept_dead: bool
-    ) -> Loaded:
-        """One transaction, in a worker thread. Raises: psycopg2.Error, LaneBlocked."""
+    def _in_transaction(self, dsn: str, work: Callable[[psycopg2.extensions.cursor], _T]) -> _T:
+        """Work that begins a transaction, and its COMMIT, in a worker thread.
+
+        Raises: psycopg2.Error, and whatever `work` raises: it is rolled back, or unknown.
+        """
         connection = self._connect(dsn)
         self._busy.add(connection)
         try:
             with connection.cursor() as cursor:
-                loaded = self._transaction(cursor, table, segments, accept_dead)
+                result = work(cursor)
                 cursor.execute("COMMIT")
         except BaseException:
             self._busy.discard(connection)
@@ -103,10 +132,10 @@ class PostgresSink:
             raise
         self._busy.discard(connection)
         self._idle.append(connection)
-        return loaded
+        return result
 
     def _connect(self, dsn: str) -> psycopg2.extensions.connection:
-        if self._stopping:
+        if self._stopping.is_set():
             raise psycopg2.OperationalError("shutting down")
         while self._idle:
             connection = self._idle.pop()
@@ -116,11 +145,14 @@ class PostgresSink:
             connection = psycopg2.connect(dsn)
         except psycopg2.OperationalError as exc:
             raise _ConnectError(one_line(exc)) from exc
+        if self._stopping.is_set():
+            connection.close()
+            raise psycopg2.OperationalError("shutting down")
         connection.autocommit = True  # BEGIN and COMMIT are ours, sent with what belongs to them
         connection.set_client_encoding("UTF8")
         return connection
 
-    def _transaction(
+    def _load(
         self,
         cursor: psycopg2.extensions.cursor,
         table: Table,
@@ -140,30 +172,32 @@ class PostgresSink:
         columns_of = {segment.id: segment.columns for segment in fresh}
         refused: list[Refused] = []
         for columns, group in groupby(rows, key=lambda each: columns_of[each.segment]):
-            statement = self._copy_statement(table, columns)
-            copier = Copier(cursor, statement, table.name, self._chunk_bytes)
+            copier = self._copier(cursor, table, columns)
             copier.copy(list(group))
             refused += copier.refused
-        dead = dict.fromkeys(columns_of, 0)
+        dead_of = dict.fromkeys(columns_of, 0)
         if refused:
             guard(refused, sum(segment.events for segment in fresh), accept_dead)
             letters.write(
                 cursor, self._name("datapipe_dead_letters"), table.name, columns_of, refused
             )
             for each in refused:
-                dead[each.segment] += 1
+                dead_of[each.segment] += 1
             result.refused = tuple(f"{each.sqlstate}: {each.message}" for each in refused[:3])
-        self._book(cursor, dead, duplicates)
-        result.dead += sum(dead.values())
+        self._book(cursor, dead_of, duplicates)
+        result.dead += sum(dead_of.values())
         result.duplicate += sum(duplicates.values())
         result.loaded += (
-            sum(s.events for s in fresh) - sum(dead.values()) - sum(duplicates.values())
+            sum(s.events for s in fresh) - sum(dead_of.values()) - sum(duplicates.values())
         )
         return result
 
-    def _copy_statement(self, table: Table, columns: Sequence[Any]) -> str:
+    def _copier(
+        self, cursor: psycopg2.extensions.cursor, table: Table, columns: Sequence[Column]
+    ) -> Copier:
         names = ", ".join(quote(column.name) for column in columns)
-        return f"COPY {self._name(table.name)} ({names}) FROM STDIN"
+        statement = f"COPY {self._name(table.name)} ({names}) FROM STDIN"
+        return Copier(cursor, statement, table.name, self._chunk_bytes)
 
     def _enter(
         self,
@@ -234,6 +268,51 @@ class PostgresSink:
         """See `Sink.loaded`."""
         return await self._database.loaded(segments)
 
+    async def dead(self, selection: Selection, limit: int) -> dict[str, Any]:
+        """See `Sink.dead`."""
+        return await self._dead(lambda cursor, table: dead.look(cursor, table, selection, limit))
+
+    async def drop(self, selection: Selection) -> int:
+        """See `Sink.drop`."""
+        return await self._dead(lambda cursor, table: dead.drop(cursor, table, selection))
+
+    async def _dead(self, work: Callable[[Any, str], Awaitable[_T]]) -> _T:
+        letters = self._name("datapipe_dead_letters")
+        for table in OWN_TABLES:
+            await self._database.prepare(table)
+        return await self._database.run(lambda cursor: work(cursor, letters))
+
+    async def replay(
+        self, selection: Selection, tables: Mapping[str, Table], check: Check
+    ) -> tuple[dict[str, int], int]:
+        """See `Sink.replay`."""
+        letters = self._name("datapipe_dead_letters")
+        for table in tables.values():
+            await self._database.prepare(table)
+        dsn = await self._database.dsn()
+
+        def some(cursor: Any, after: int) -> tuple[int | None, dict[str, int], int]:
+            cursor.execute(_BEGIN)
+            return dead.replay(
+                cursor, letters, selection, after, check,
+                lambda lane: self._copier(cursor, tables[lane], tables[lane].columns),
+            )  # fmt: skip
+
+        back: Counter[str] = Counter()
+        stay, last = 0, 0
+        while True:
+            try:
+                reached, rows, stayed = await self._in_thread(
+                    lambda after=last: self._in_transaction(dsn, lambda c: some(c, after))  # type: ignore[misc]
+                )
+            except psycopg2.Error as exc:
+                self._database.failed(exc)
+                raise error_of(exc, "dead letters") from exc
+            if reached is None:
+                return dict(back), stay
+            back.update(rows)
+            stay, last = stay + stayed, reached
+
     async def forget_source(self, source: str, process: str) -> None:
         """See `Sink.forget_source`."""
         await self._database.forget_source(source, process)
@@ -251,7 +330,7 @@ class PostgresSink:
 
     def abort(self) -> None:
         """See `Sink.abort`."""
-        self._stopping = True
+        self._stopping.set()
         for connection in list(self._busy):
             with suppress(psycopg2.Error, OSError):
                 end = socket.socket(fileno=os.dup(connection.fileno()))
@@ -260,9 +339,24 @@ class PostgresSink:
 
     async def close(self) -> None:
         self.abort()
-        await asyncio.to_thread(self._threads.shutdown)
+        await asyncio.to_thread(self._join, time.monotonic() + _CLOSE_S)
         for connection in self._idle:
             connection.close()
+
+    def _join(self, until: float) -> None:
+        for thread in list(self._threads):
+            thread.join(max(0.0, until - time.monotonic()))
+
+
+def _run_into(outcome: Future[_T], call: Callable[[], _T]) -> None:
+    if not outcome.set_running_or_notify_cancel():
+        return
+    try:
+        result = call()
+    except BaseException as exc:
+        outcome.set_exception(exc)
+    else:
+        outcome.set_result(result)
 
 
 def _widened(table: Table, segments: Sequence[Segment]) -> Table:

@@ -1,0 +1,93 @@
+"""What an admin may do: load now, dead letters."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from datapipe import answers
+from datapipe.access import Access
+from datapipe.dead import DeadLetters, selection_of, storable
+from datapipe.errors import EventRejected, LaneBlocked, SinkUnavailable
+from datapipe.loader import Loader
+from datapipe.sinks import Selection
+
+_LETTERS = 100  # answered when nobody says how many
+_LETTERS_MOST = 1000
+
+
+class Admin:
+    """The handlers; each asks `Access` first."""
+
+    def __init__(self, loader: Loader, dead: DeadLetters, access: Access) -> None:
+        self._loader = loader
+        self._dead = dead
+        self._access = access
+
+    def add_to(self, app: web.Application) -> None:
+        app.router.add_post("/load", self.load)
+        app.router.add_get("/dead", self.look)
+        app.router.add_post("/dead/replay", self.replay)
+        app.router.add_post("/dead/drop", self.drop)
+
+    async def load(self, request: web.Request) -> web.StreamResponse:
+        """`POST /load`: one try for each lane, or for `?lane=` alone."""
+        self._access.may_act(request)
+        lane = request.query.get("lane")
+        accept = request.query.get("accept")
+        if accept not in (None, "dead"):
+            return answers.answer(400, 5, "accept: only 'dead' can be accepted")
+        if lane is not None and lane not in self._loader.schedules:
+            return answers.answer(404, 7, f"lane: there is no lane {lane[:64]!r}")
+        loaded, failed = await self._loader.load_now(
+            None if lane is None else [lane], accept_dead=accept == "dead"
+        )
+        if "text/html" in request.headers.get("Accept", ""):  # the page's button, without script
+            return web.Response(status=303, headers={"Location": "./"})
+        return answers.plain({"loaded": loaded, "failed": failed})
+
+    async def look(self, request: web.Request) -> web.StreamResponse:
+        """`GET /dead`."""
+        self._access.may_act(request)
+        try:
+            limit = int(request.query.get("limit", _LETTERS))
+        except ValueError:
+            limit = -1
+        if not 0 <= limit <= _LETTERS_MOST:
+            detail = f"limit: a whole number up to {_LETTERS_MOST} wanted"
+            return answers.answer(400, 5, detail)
+        lane, sqlstate = request.query.get("lane"), request.query.get("sqlstate")
+        if not storable((lane or "") + (sqlstate or "")):
+            return answers.answer(400, 5, "lane, sqlstate: text that a database can hold wanted")
+        selection = Selection(lane=lane, sqlstate=sqlstate)
+        return await _answered(self._dead.look(selection, limit))
+
+    async def replay(self, request: web.Request) -> web.StreamResponse:
+        """`POST /dead/replay`."""
+        return await self._change(request, self._dead.replay)
+
+    async def drop(self, request: web.Request) -> web.StreamResponse:
+        """`POST /dead/drop`."""
+        return await self._change(request, self._dead.drop)
+
+    async def _change(
+        self, request: web.Request, change: Callable[[Selection], Awaitable[Any]]
+    ) -> web.StreamResponse:
+        self._access.may_act(request)
+        try:
+            selection = selection_of(msgspec.json.decode(await request.read()))
+        except (msgspec.MsgspecError, UnicodeError, RecursionError) as exc:
+            return answers.answer(400, 3, f"not JSON: {exc}")
+        except EventRejected as exc:
+            return answers.rejected(exc)
+        return await _answered(change(selection))
+
+
+async def _answered(work: Awaitable[Any]) -> web.StreamResponse:
+    try:
+        return answers.plain(await work)
+    except (SinkUnavailable, LaneBlocked) as exc:
+        return answers.answer(503, 9, f"the database does not do it: {exc}")

@@ -1,0 +1,147 @@
+"""Dead letters: one bad row costs one row; looked at, put back, removed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.postgres import Postgres
+from tests.service import ROOT, Service
+
+Make = Callable[..., Service]
+
+
+def install(user: int) -> dict[str, Any]:
+    return {"event_name": "install", "user_id": user, "timestamp": 1}
+
+
+@pytest.fixture
+async def service(make_service: Make, database: str, postgres: Postgres) -> Service:
+    """A service whose table `install` refuses odd users below 1000."""
+    made = await make_service(database_url=database).start()
+    await made.post(install(0))
+    await made.drained()
+    postgres.execute(
+        database,
+        "ALTER TABLE install ADD CONSTRAINT even CHECK (user_id % 2 = 0 OR user_id >= 1000)",
+    )
+    return made
+
+
+async def command(service: Service, *words: str) -> tuple[int, str]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "datapipe", *words, stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        env={**os.environ, "DATAPIPE_CNF": str(service.file), "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    output, _ = await process.communicate()
+    return process.returncode or 0, output.decode()
+
+
+async def test_a_refused_row_costs_itself_only(
+    service: Service, postgres: Postgres, database: str
+) -> None:
+    await service.post([install(user) for user in (2, 3, 4, 5, 6)])
+    books = await service.drained()
+    assert (books["loaded"], books["dead"], books["balanced"]) == (4, 2, True)
+    users = postgres.execute(database, "SELECT user_id FROM install ORDER BY 1")
+    assert users == [(0,), (2,), (4,), (6,)]
+    _, found = await service.get("/dead")
+    assert found["total"] == 2
+    assert [(g["lane"], g["sqlstate"], g["count"]) for g in found["groups"]] == [
+        ("install", "23514", 2)
+    ]
+    letter = found["letters"][0]
+    assert letter["event"].items() >= install(5).items()
+    assert "even" in letter["message"]
+    assert service.logged("rows refused")[0]["rows"] == 2
+
+
+async def test_replayed_when_the_table_takes_them_again(
+    service: Service, postgres: Postgres, database: str
+) -> None:
+    await service.post([install(3), install(5)])
+    await service.drained()
+    before = postgres.execute(
+        database, "SELECT event->>'received_at' FROM datapipe_dead_letters ORDER BY id"
+    )
+    async with service.session.post(f"{service.url}/dead/replay", json={"all": True}) as answer:
+        assert await answer.json() == {"replayed": {"install": 0}, "dead": 2}
+    postgres.execute(database, "ALTER TABLE install DROP CONSTRAINT even")
+    body = {"lane": "install", "sqlstate": "23514"}
+    async with service.session.post(f"{service.url}/dead/replay", json=body) as answer:
+        assert await answer.json() == {"replayed": {"install": 2}, "dead": 0}
+    assert (await service.get("/dead"))[1]["total"] == 0
+    rows = postgres.execute(
+        database,
+        "SELECT user_id, to_json(received_at) #>> '{}' FROM install WHERE user_id > 0 ORDER BY 1",
+    )
+    assert [user for user, _ in rows] == [3, 5]
+    assert len(before) == 2
+    lane = (await service.status())["lanes"]["install"]
+    assert (lane["replayed"], lane["dead"], lane["loaded"]) == (2, 2, 1)
+
+
+async def test_dropped_by_id_and_all(service: Service) -> None:
+    await service.post([install(3), install(5), install(7)])
+    await service.drained()
+    ids = [letter["id"] for letter in (await service.get("/dead"))[1]["letters"]]
+    for body, dropped in (({"ids": ids[:1]}, 1), ({"ids": ids[:1]}, 0), ({"all": True}, 2)):
+        async with service.session.post(f"{service.url}/dead/drop", json=body) as answer:
+            assert await answer.json() == {"dropped": dropped}
+
+
+@pytest.mark.parametrize("body", ["{}", "[]", '{"all": false}', '{"ids": ["1"]}', '{"x": 1}', "{"])
+async def test_nothing_is_meant_by_accident(service: Service, body: str) -> None:
+    for path in ("/dead/replay", "/dead/drop"):
+        async with service.session.post(f"{service.url}{path}", data=body) as answer:
+            assert answer.status == 400
+            assert set(await answer.json()) == {"status_code", "status_message"}
+
+
+async def test_the_command(service: Service, postgres: Postgres, database: str) -> None:
+    await service.post([install(3), install(5)])
+    await service.drained()
+    code, text = await command(service, "dead", "list", "--lane", "install")
+    assert code == 0
+    assert "total: 2" in text
+    assert '"user_id": 5' in text
+    assert (await command(service, "dead", "drop"))[0] == 2
+    assert (await command(service, "dead", "replay", "--all"))[0] == 1
+    postgres.execute(database, "ALTER TABLE install DROP CONSTRAINT even")
+    code, text = await command(service, "dead", "replay", "--sqlstate", "23514")
+    assert (code, "replayed install: 2 rows" in text) == (0, True)
+    code, text = await command(service, "dead", "drop", "--all")
+    assert (code, text) == (0, "dropped: 0\n")
+
+
+async def test_a_table_that_refuses_nearly_all_blocks_its_lane_and_heals(
+    service: Service, postgres: Postgres, database: str
+) -> None:
+    await service.post([install(2 * n + 1) for n in range(150)])
+    answer = await service.load("?lane=install")
+    assert answer["loaded"] == {}
+    assert answer["failed"]["install"].startswith("blocked: the table refuses 150 of 150 rows")
+    lane = (await service.status())["lanes"]["install"]
+    assert "accept=dead" in lane["blocked"]
+    assert (lane["waiting"], lane["in_memory"], lane["dead"]) == (150, 0, 0)
+    await service.post({"event_name": "purchase", "user_id": 1, "timestamp": 1, "sku": "s"})
+    assert (await service.load())["loaded"] == {"purchase": 1}
+    postgres.execute(database, "ALTER TABLE install DROP CONSTRAINT even")
+    books = await service.drained()
+    assert (books["loaded"], books["dead"]) == (152, 0)
+    assert service.logged("lane healed")
+    assert (await service.status())["lanes"]["install"]["blocked"] is None
+
+
+async def test_accept_dead_lets_them_through(service: Service) -> None:
+    await service.post([install(2 * n + 1) for n in range(150)])
+    assert (await service.load())["loaded"] == {}
+    assert await service.load("?lane=install&accept=dead") == {"loaded": {}, "failed": {}}
+    books = await service.drained()
+    assert (books["loaded"], books["dead"], books["balanced"]) == (1, 150, True)
