@@ -75,7 +75,7 @@ async def take(seconds: float) -> None:
         postgres.start()
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/var/tmp")))
         service = Service(
-            folder, database_url=postgres.create_database(), load_interval=10, shutdown_timeout=1
+            folder, database_url=postgres.create_database(), load_interval=5, shutdown_timeout=1
         )
         await service.start()
         stack.push_async_callback(service.stop)
@@ -86,10 +86,10 @@ async def take(seconds: float) -> None:
             await picture(browser, service.url, "healthy")
             await picture(browser, service.url, "healthy-dark", color_scheme="dark")
             await picture(browser, service.url, "phone", viewport=PHONE)
-            traffic.per_second = 6000
+            traffic.per_second = 2500
             await asyncio.sleep(seconds / 3)
             await picture(browser, service.url, "busy")
-            traffic.per_second = 1000
+            traffic.per_second = 800
             await asyncio.sleep(15)
             postgres.stop()
             await asyncio.sleep(seconds / 3)
