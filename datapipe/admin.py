@@ -39,9 +39,9 @@ class Admin:
         lane = request.query.get("lane")
         accept = request.query.get("accept")
         if accept not in (None, "dead"):
-            return answers.answer(400, 5, "accept: only 'dead' can be accepted")
+            return answers.answer(400, 5, "accept: only 'dead' can be accepted").response()
         if lane is not None and lane not in self._loader.schedules:
-            return answers.answer(404, 7, f"lane: there is no lane {lane[:64]!r}")
+            return answers.answer(404, 7, f"lane: there is no lane {lane[:64]!r}").response()
         loaded, failed = await self._loader.load_now(
             None if lane is None else [lane], accept_dead=accept == "dead"
         )
@@ -58,10 +58,11 @@ class Admin:
             limit = -1
         if not 0 <= limit <= _LETTERS_MOST:
             detail = f"limit: a whole number up to {_LETTERS_MOST} wanted"
-            return answers.answer(400, 5, detail)
+            return answers.answer(400, 5, detail).response()
         lane, sqlstate = request.query.get("lane"), request.query.get("sqlstate")
         if not storable((lane or "") + (sqlstate or "")):
-            return answers.answer(400, 5, "lane, sqlstate: text that a database can hold wanted")
+            detail = "lane, sqlstate: text that a database can hold wanted"
+            return answers.answer(400, 5, detail).response()
         selection = Selection(lane=lane, sqlstate=sqlstate)
         return await _answered(self._dead.look(selection, limit))
 
@@ -80,9 +81,9 @@ class Admin:
         try:
             selection = selection_of(msgspec.json.decode(await request.read()))
         except (msgspec.MsgspecError, UnicodeError, RecursionError) as exc:
-            return answers.answer(400, 3, f"not JSON: {exc}")
+            return answers.answer(400, 3, f"not JSON: {exc}").response()
         except EventRejected as exc:
-            return answers.rejected(exc)
+            return answers.rejected(exc).response()
         return await _answered(change(selection))
 
 
@@ -90,4 +91,4 @@ async def _answered(work: Awaitable[Any]) -> web.StreamResponse:
     try:
         return answers.plain(await work)
     except (SinkUnavailable, LaneBlocked) as exc:
-        return answers.answer(503, 9, f"the database does not do it: {exc}")
+        return answers.answer(503, 9, f"the database does not do it: {exc}").response()

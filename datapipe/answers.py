@@ -4,25 +4,59 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from http import HTTPStatus
+from typing import Any, NamedTuple
 
 import msgspec
 from aiohttp import web
+from aiohttp.helpers import rfc822_formatted_time
 
 from datapipe.errors import Busy, EventRejected
 
 MAX_ERRORS = 100  # of a batch, told one by one
-OK = b'{"status_code": 0, "status_message": "ok"}'
+AUTHENTICATE = {"WWW-Authenticate": 'Basic realm="datapipe", charset="UTF-8"'}
+
+
+class Answer(NamedTuple):
+    """One answer, before it is known by which way it goes out; `close` ends the connection."""
+
+    status: int
+    body: bytes
+    headers: Mapping[str, str] = {}
+    close: bool = False
+
+    def response(self) -> web.Response:
+        """As aiohttp wants it."""
+        response = web.Response(
+            status=self.status, body=self.body, content_type="application/json",
+            headers=self.headers,
+        )  # fmt: skip
+        if self.close:
+            response.force_close()
+        return response
+
+    def wire(self, request_id: str) -> bytes:
+        """As it goes over the wire, in one piece."""
+        more = "".join(f"{name}: {value}\r\n" for name, value in self.headers.items())
+        if self.close:
+            more += "Connection: close\r\n"
+        head = (
+            f"HTTP/1.1 {self.status} {HTTPStatus(self.status).phrase}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(self.body)}\r\n"
+            f"X-Request-ID: {request_id}\r\nDate: {rfc822_formatted_time()}\r\n{more}\r\n"
+        )
+        return head.encode() + self.body
+
+
+OK = Answer(200, b'{"status_code": 0, "status_message": "ok"}')
 
 
 def answer(
-    status: int, code: int, message: str, extra: Mapping[str, Any] | None = None
-) -> web.Response:
+    status: int, code: int, message: str, extra: Mapping[str, Any] | None = None, **more: Any
+) -> Answer:
     """One answer in the form that all of them have."""
     body = msgspec.json.encode({"status_code": code, "status_message": message, **(extra or {})})
-    return web.Response(
-        status=status, body=msgspec.json.format(body, indent=0), content_type="application/json"
-    )
+    return Answer(status, msgspec.json.format(body, indent=0), **more)
 
 
 def plain(content: Any) -> web.Response:
@@ -34,26 +68,16 @@ def plain(content: Any) -> web.Response:
     )
 
 
-def ok() -> web.Response:
-    """The answer to one event that is durable."""
-    return web.Response(body=OK, content_type="application/json")
-
-
-def rejected(exc: EventRejected) -> web.Response:
+def rejected(exc: EventRejected) -> Answer:
     """The answer to a body, or a single event, that is refused."""
-    response = answer(exc.status, exc.code, exc.detail)
-    if exc.status == 401:
-        response.headers["WWW-Authenticate"] = 'Basic realm="datapipe", charset="UTF-8"'
-    if exc.status == 408:
-        response.force_close()
-    return response
+    headers = AUTHENTICATE if exc.status == 401 else {}
+    return answer(exc.status, exc.code, exc.detail, headers=headers, close=exc.status == 408)
 
 
-def busy(exc: Busy) -> web.Response:
+def busy(exc: Busy, *, close: bool = False) -> Answer:
     """503, code 9: nothing was promised, and when to try again."""
-    response = answer(503, 9, exc.detail)
-    response.headers["Retry-After"] = retry_after(exc.retry_after_s)
-    return response
+    headers = {"Retry-After": retry_after(exc.retry_after_s)}
+    return answer(503, 9, exc.detail, headers=headers, close=close)
 
 
 def retry_after(seconds: float) -> str:
@@ -66,7 +90,7 @@ def batch(
     errors: Sequence[tuple[int, EventRejected]],
     full: Sequence[str] = (),
     retry_after_s: float = 5.0,
-) -> web.Response:
+) -> Answer:
     """The answer to a batch: what was taken, and why the rest was not.
 
     Args: full: lanes that have no room, whose events stand in `errors` with code 9.
@@ -74,20 +98,19 @@ def batch(
     extra: dict[str, Any] = {"accepted": accepted, "rejected": len(errors)}
     status, code, message = 200, 0, "ok"
     if errors:
-        first = min(errors, key=lambda error: error[0])[1]
+        errors = sorted(errors, key=lambda error: error[0])
+        first = errors[0][1]
         status, code, message = first.status, first.code, first.detail
         extra["errors"] = [
             {"index": index, "status_code": exc.code, "status_message": exc.detail}
-            for index, exc in sorted(errors, key=lambda error: error[0])[:MAX_ERRORS]
+            for index, exc in errors[:MAX_ERRORS]
         ]
     if accepted and errors:
         status, code, message = 207, 1, f"{accepted} accepted, {len(errors)} rejected"
-    if full:
-        extra["busy"] = sorted(full)
-        if not accepted:
-            status, code = 503, 9
-            message = f"no room for {', '.join(sorted(full))}"
-    response = answer(status, code, message, extra)
-    if full:
-        response.headers["Retry-After"] = retry_after(retry_after_s)
-    return response
+    if not full:
+        return answer(status, code, message, extra)
+    extra["busy"] = sorted(full)
+    if not accepted:
+        status, code, message = 503, 9, f"no room for {', '.join(extra['busy'])}"
+    headers = {"Retry-After": retry_after(retry_after_s)}
+    return answer(status, code, message, extra, headers=headers)

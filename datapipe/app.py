@@ -19,6 +19,7 @@ from aiohttp import web
 from datapipe import settings as settings_module
 from datapipe.access import Access
 from datapipe.admin import Admin
+from datapipe.answers import Answer
 from datapipe.buffer import Buffer
 from datapipe.dead import DeadLetters
 from datapipe.feed import Feed, running
@@ -33,6 +34,7 @@ from datapipe.server import Runner, request_id
 from datapipe.settings import Settings
 from datapipe.sinks import Sink, open_sink
 from datapipe.status import Status
+from datapipe.unpack import Headers
 
 OpenMirror = Callable[[Settings, str], AbstractAsyncContextManager[Mirror]]
 OpenSink = Callable[[Settings, str], AbstractAsyncContextManager[Sink]]
@@ -129,13 +131,24 @@ class Pipeline:
                 log.warning("drain not done in time", seconds=self.settings.shutdown_timeout)
 
     async def post(self, request: web.BaseRequest) -> web.StreamResponse:
-        """`POST /`."""
+        """`POST /`, as aiohttp has it."""
+        id = request_id(request.headers)
         try:
-            response = await self.ingest.handle(request)
+            answer = await self.ingest.handle(request, id)
         except Exception:
-            return fault(request)
-        response.headers.setdefault("X-Request-ID", request_id(request))
+            answer = fault(id, request.path)
+        response = answer.response()
+        response.headers["X-Request-ID"] = id
         return response
+
+    async def post_whole(
+        self, headers: Headers, key: str | None, body: bytes, request_id: str
+    ) -> Answer:
+        """`POST /` with its body here."""
+        try:
+            return await self.ingest.handle_whole(headers, key, body, request_id)
+        except Exception:
+            return fault(request_id, "/")
 
 
 PIPELINE = web.AppKey("pipeline", Pipeline)
@@ -169,7 +182,7 @@ def create_runner(app: web.Application) -> web.AppRunner:
     """The runner that gives `POST /` its short way in and bounds slow heads."""
     pipeline = app[PIPELINE]
     return Runner(
-        app, pipeline.post, pipeline.settings.request_timeout, access_log=None,
+        app, pipeline, pipeline.settings.request_timeout, access_log=None,
         shutdown_timeout=1.0,
         lingering_time=3.0, handle_signals=False,
     )  # fmt: skip

@@ -138,10 +138,12 @@ def _rows(
 ) -> list[Rows] | None:
     """The rows of a body in which every event decoded, or None: look closer."""
     kinds = set(map(type, events))
+    # white space in a kept `dict` or `list` may be a tab or a newline, but is never escaped
+    plain = b"\\" not in body and not any(registry.by_struct[kind].keeps_json for kind in kinds)
     try:
         if len(kinds) == 1 and not (keyed and len(body) > PART_BYTES):
             kind = registry.by_struct[kinds.pop()]
-            data = kind.rows(events, at)
+            data = kind.rows(events, at, plain=plain)
             indexes: Sequence[int] = range(len(events))
             return [Rows(kind.name, 0, data, len(events), indexes)] if data else None
         parts = _parts(body, first, len(events)) if keyed else [0] * len(events)
@@ -151,7 +153,7 @@ def _rows(
         rows = []
         for (struct, part), indexes in groups.items():
             kind = registry.by_struct[struct]
-            data = kind.rows([events[i] for i in indexes], at)
+            data = kind.rows([events[i] for i in indexes], at, plain=plain)
             if data is None:
                 return None
             rows.append(Rows(kind.name, part, data, len(indexes), indexes))

@@ -21,6 +21,8 @@ from datapipe.rate import Rate
 from datapipe.segment import SEGMENT_OVERHEAD_BYTES, Segment
 from datapipe.settings import Settings
 
+_REMOVALS_S = 1.0  # how long reading back waits for them
+
 log = structlog.stdlib.get_logger("datapipe.buffer")
 
 
@@ -42,6 +44,7 @@ class Buffer:
         self._observe_append = observe_append
         self._groups: dict[str, Group] = {}
         self._removals: set[asyncio.Task[None]] = set()
+        self._going: set[str] = set()  # segments that are loaded and not yet removed
         self._removed: list[str] = []  # segments whose ledger rows may go
         self._drained = Rate()
         self.closed = False
@@ -72,26 +75,15 @@ class Buffer:
         by_queue: dict[str, list[Chunk]] = {}
         for chunk in chunks:
             by_queue.setdefault(self.mirror.queue_of(chunk.lane), []).append(chunk)
-        groups = [(self._group(queue), of_queue) for queue, of_queue in by_queue.items()]
-        waiters = [group.add(of_queue) for group, of_queue in groups]
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                outcomes = await self._all(waiters)
-        except TimeoutError:
-            for (group, _), waiter in zip(groups, waiters, strict=True):
-                group.forget(waiter)
-            raise MirrorUnavailable("the mirror does not answer (mirror_timeout)") from None
+        waiters = [self._group(queue).add(of_queue) for queue, of_queue in by_queue.items()]
+        if len(waiters) == 1:
+            await waiters[0]
+            return
+        # until each has ended: what is still under way must not be called refused
+        outcomes = await asyncio.gather(*waiters, return_exceptions=True)
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
                 raise outcome
-
-    @staticmethod
-    async def _all(waiters: list[asyncio.Future[None]]) -> list[BaseException | None]:
-        """Until each has ended: what is still under way must not be called refused."""
-        if len(waiters) == 1:
-            await waiters[0]
-            return []
-        return await asyncio.gather(*waiters, return_exceptions=True)
 
     def is_full(self, lane: str) -> bool:
         """Whether this lane has used up what lanes that can't be loaded may hold.
@@ -111,7 +103,7 @@ class Buffer:
     def _group(self, queue: str) -> Group:
         if queue not in self._groups:
             self._groups[queue] = Group(
-                self.mirror, self._linger_s, self._stored, self._append_failed
+                self.mirror, self._linger_s, self._timeout_s, self._stored, self._append_failed
             )
         return self._groups[queue]
 
@@ -205,7 +197,7 @@ class Buffer:
             self._pop(lane)
             taken.append(segment)
             size += len(segment.data)
-        if not taken and lane.runs:
+        while not taken and lane.runs:
             run = min(lane.runs.values(), key=lambda run: run.oldest)
             room = max(1, min(max_bytes, self._max_bytes - self.memory_bytes))
             taken = await self._unpark(lane, run, room)
@@ -223,14 +215,20 @@ class Buffer:
         lane.returned.popleft()
 
     async def _unpark(self, lane: Lane, run: Run, max_bytes: int) -> list[Segment]:
-        segments = await self.mirror.read(run, max_bytes)
-        if not segments:
-            log.error("segments missing in the mirror", lane=lane.name, events=run.events)
+        if self._removals:  # what was just loaded need not be read over
+            await asyncio.wait(self._removals, timeout=_REMOVALS_S)
+        read = await self.mirror.read(run, max_bytes)
+        if not read:
+            if run.events:
+                log.error("segments missing in the mirror", lane=lane.name, events=run.events)
             del lane.runs[run.source]
             return []
+        run.after = read[-1].position
+        # between two parked ones there may lie one that was not, or that is on its way out
+        passed = lane.segments_in_memory.keys() | self._going
+        segments = [segment for segment in read if segment.id not in passed]
         for segment in segments:
             lane.hold(segment)
-            run.after = segment.position
             run.segments -= 1
             run.events -= segment.events
             run.bytes -= len(segment.data)
@@ -263,6 +261,7 @@ class Buffer:
         """A load has committed: book it, forget the segments, and have the mirror forget them."""
         for segment in segments:
             lane.release(segment)
+            self._going.add(segment.id)
         self._drained.add(sum(len(segment.data) for segment in segments))
         lane.loaded += loaded
         lane.duplicate += duplicate
@@ -279,6 +278,7 @@ class Buffer:
         ):
             with attempt:
                 await self.mirror.remove(segments)
+        self._going.difference_update(segment.id for segment in segments)
         if self.mirror.forgets_for_good:
             self._removed += [segment.id for segment in segments]
 

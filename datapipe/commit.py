@@ -16,6 +16,8 @@ from datapipe.events import Column
 from datapipe.mirrors import Mirror
 from datapipe.segment import Part, Segment
 
+_NO_ANSWER = "the mirror does not answer (mirror_timeout)"
+
 
 class Chunk:
     """Rows of one lane from one POST, which go into segments; with a claim they stay whole."""
@@ -44,11 +46,14 @@ class Group:
         self,
         mirror: Mirror,
         linger_s: float,
+        timeout_s: float,
         on_stored: Callable[[Sequence[Segment], float], None],
         on_failed: Callable[[MirrorUnavailable], None],
     ) -> None:
         self._mirror = mirror
         self._linger_s = linger_s
+        self._timeout_s = timeout_s
+        self._hung: asyncio.Future[Sequence[Segment]] | None = None
         self._on_stored = on_stored
         self._on_failed = on_failed
         self._waiting: dict[asyncio.Future[None], Sequence[Chunk]] = {}
@@ -57,16 +62,17 @@ class Group:
         self._timer: asyncio.TimerHandle | None = None
 
     def add(self, chunks: Sequence[Chunk]) -> asyncio.Future[None]:
-        """Take rows in. The future ends once they are durable, or with MirrorUnavailable."""
+        """Take rows in. The future ends once they are durable, or with MirrorUnavailable.
+
+        Raises: MirrorUnavailable: an append hangs, and more must not pile up behind it.
+        """
+        if self._hung is not None and not self._hung.done():
+            raise MirrorUnavailable(_NO_ANSWER)
         waiter = asyncio.get_running_loop().create_future()
         self._waiting[waiter] = chunks
         self._bytes += _size(chunks)
         self._schedule()
         return waiter
-
-    def forget(self, waiter: asyncio.Future[None]) -> None:
-        """Its request has given up: rows that are not on their way yet must not pile up."""
-        self._bytes -= _size(self._waiting.pop(waiter, ()))
 
     def _delay_s(self) -> float:
         """How long to gather before an append: no longer than until one is full."""
@@ -104,25 +110,41 @@ class Group:
                 return
 
     async def _append(
-        self, segments: list[Segment], waiters: Iterable[asyncio.Future[None]]
+        self, segments: Sequence[Segment], waiters: Iterable[asyncio.Future[None]]
     ) -> None:
         started = time.perf_counter()
+        append = asyncio.ensure_future(self._mirror.append(segments))
         try:
-            stored = await self._mirror.append(segments)
+            async with asyncio.timeout(self._timeout_s):
+                stored = await asyncio.shield(append)
+        except TimeoutError:
+            self._give_up(append, started)
+            _fail(waiters, MirrorUnavailable(_NO_ANSWER))
         except BaseException as exc:
-            for waiter in waiters:
-                if not waiter.done():
-                    waiter.set_exception(exc)
+            _fail(waiters, exc)
             if not isinstance(exc, MirrorUnavailable):
                 raise
             if exc.stored:  # unanswered, yet they will be loaded: into the books with them
                 self._on_stored(exc.stored, time.perf_counter() - started)
             self._on_failed(exc)
-            return
-        self._on_stored(stored, time.perf_counter() - started)
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(None)
+        else:
+            self._on_stored(stored, time.perf_counter() - started)
+            for waiter in waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
+
+    def _give_up(self, append: asyncio.Future[Sequence[Segment]], started: float) -> None:
+        """A disk that does not even say no: refuse all until it does; book what comes late."""
+
+        def ended(append: asyncio.Future[Sequence[Segment]]) -> None:
+            if not append.cancelled() and append.exception() is None:
+                self._on_stored(append.result(), time.perf_counter() - started)
+
+        self._hung = append
+        append.add_done_callback(ended)
+        self._on_failed(MirrorUnavailable(_NO_ANSWER))
+        waiting, self._waiting, self._bytes = self._waiting, {}, 0
+        _fail(waiting, MirrorUnavailable(_NO_ANSWER))
 
     async def settle(self) -> None:
         """Append what waits, without lingering, and wait until nothing is under way."""
@@ -130,6 +152,12 @@ class Group:
             if self._timer is not None:
                 self._start()
             await asyncio.wait(self._running)
+
+
+def _fail(waiters: Iterable[asyncio.Future[None]], exc: BaseException) -> None:
+    for waiter in waiters:
+        if not waiter.done():
+            waiter.set_exception(exc)
 
 
 def _size(chunks: Sequence[Chunk]) -> int:

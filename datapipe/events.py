@@ -116,11 +116,13 @@ class EventType:
             Column("received_at", "timestamptz"),
         )
         self._max_len = input_max_len
+        self._plain_template = "%s\t" * len(self.fields)
         self._template = _FIELD.join(["%s"] * len(self.fields) + [""])
         self._decoders = {f.name: msgspec.json.Decoder(_wire_type(f)) for f in self.fields}
         self.struct = self._make_struct(tag=name)
         self._loose = msgspec.json.Decoder(self._make_struct(tag=None))
         self._raw_fields = msgspec.json.Decoder(_raw_struct(self.fields))
+        self.keeps_json = any(f.kind in (dict, list) for f in self.fields)
         self._has_nulls = any(f.nullable for f in self.fields)
         self._converters = [
             (i, convert) for i, f in enumerate(self.fields) if (convert := self._converter(f))
@@ -147,12 +149,17 @@ class EventType:
             return None
         return lambda value: None if value is None else _in_range(field, convert, value)
 
-    def rows(self, events: Sequence[Any], received_at: str) -> bytes | None:
+    def rows(self, events: Sequence[Any], received_at: str, *, plain: bool = False) -> bytes | None:
         """The COPY rows of decoded events, or None: one of them needs `row` to look at it.
 
-        Args: received_at: a timestamp as PostgreSQL reads it.
+        Args:
+            received_at: a timestamp as PostgreSQL reads it.
+            plain: the body had no backslash, so no value can hold a control character (JSON
+                allows them only escaped): there is nothing to escape.
         Raises: EventRejected: a value is out of range.
         """
+        if plain:
+            return self._plain_rows(events, received_at)
         template = f"{self._template}{received_at}{_ROW}"
         nulls = 0
         if self._has_nulls or self._converters:
@@ -174,6 +181,19 @@ class EventType:
         ):
             return None
         return _to_copy(data)
+
+    def _plain_rows(self, events: Sequence[Any], received_at: str) -> bytes | None:
+        template = f"{self._plain_template}{received_at}\n"
+        if self._has_nulls or self._converters:
+            lines = [
+                template % tuple(["\\N" if value is None else value for value in values])
+                for values in map(self._converted, events)
+            ]
+        else:
+            lines = [template % msgspec.structs.astuple(event) for event in events]
+        text = "".join(lines)
+        longest = max(map(len, lines)) - len(self.fields) - len(received_at) - 1
+        return text.encode() if longest * (1 if text.isascii() else 4) <= self._max_len else None
 
     def row(self, event: Any, received_at: str) -> bytes:
         """The COPY row of one decoded event. Raises: EventRejected: code 5 or 6."""

@@ -18,6 +18,9 @@ from datapipe.watch import Watch
 BEAT_S = 5.0
 SILENT_S = 30.0  # six beats missed
 _MORE_S = 0.2  # until the next look, where there was more than one look could take
+# What a dead process had reserved comes back once its lease has run out: so looks follow each other
+# closely after a start or a death, and then less and less.
+_FIRST_PAUSE_S = 30.0
 
 log = structlog.stdlib.get_logger("datapipe.housekeeping")
 
@@ -50,6 +53,7 @@ class Housekeeper:
         self._look_now = asyncio.Event()
         self._watch = Watch(SILENT_S)
         self._suspects: set[str] = set()
+        self._dead: set[str] = set()
         self._removed: list[str] = []
         self._drained: set[str] = set()
 
@@ -60,7 +64,7 @@ class Housekeeper:
 
     def loads(self, lane: str) -> bool:
         known = any(table.name == lane for table in self._tables)
-        return known and self._buffer.lane(lane).blocked is None
+        return known and not self._buffer.lane(lane).stuck
 
     async def loaded(self, segments: Sequence[str]) -> set[str]:
         return await self._sink.loaded(segments)
@@ -69,22 +73,23 @@ class Housekeeper:
 
     async def recover(self) -> None:
         """For ever: take over what waits in the mirror and has no living owner."""
-        failures, backoff = 0, Backoff(30.0)
+        failures, backoff, pause_s = 0, Backoff(30.0), _FIRST_PAUSE_S
         while True:
-            wait_s = self._buffer.mirror.recover_interval_s
+            self._look_now.clear()
             try:
-                if await self.look():
-                    wait_s = _MORE_S
+                more = await self.look()
+                wait_s = min(_MORE_S if more else pause_s, self._buffer.mirror.recover_interval_s)
+                pause_s *= 2
                 failures = 0
             except (MirrorUnavailable, SinkUnavailable, LaneBlocked) as exc:
                 failures += 1
                 wait_s = backoff.seconds(failures)
                 log.warning("recovery failed", error=str(exc), retry_seconds=round(wait_s, 2))
             self._looked.set()
-            self._look_now.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(wait_s):
                     await self._look_now.wait()
+                pause_s = _FIRST_PAUSE_S
 
     async def look(self) -> bool:
         """Recover once; whether there is more. Raises: MirrorUnavailable, SinkUnavailable."""
@@ -125,8 +130,6 @@ class Housekeeper:
             except (SinkUnavailable, LaneBlocked):
                 failures += 1  # the sink has told it; loads ask again, and so does this
                 self._watch.lost_sight()
-            except MirrorUnavailable as exc:
-                log.warning("mirror not kept", error=exc.detail)
             await asyncio.sleep(backoff.seconds(failures) if failures else BEAT_S)
 
     async def _prepare(self) -> None:
@@ -139,7 +142,6 @@ class Housekeeper:
         """One heartbeat; drop ledger rows of what the mirror has forgotten; watch the others.
 
         Raises: SinkUnavailable, LaneBlocked: what was to go is kept for the next time.
-        MirrorUnavailable.
         """
         await self._looked.wait()  # what waits here bears on which keys must stay
         self._removed += self._buffer.removed()
@@ -154,6 +156,17 @@ class Housekeeper:
             await self._sink.forget_source(source, self._process)
             self._drained.discard(source)
         self._watch.note(beats, asyncio.get_running_loop().time())
-        if self._buffer.mirror.given_up or any(map(self._watch.silent, self._suspects)):
+        newly_dead = self._watch.dead() - self._dead
+        self._dead |= newly_dead
+        given_up = self._buffer.mirror.given_up
+        if newly_dead or given_up or any(map(self._watch.silent, self._suspects)):
             self._look_now.set()
-        await self._buffer.mirror.keep()
+
+    async def keep(self) -> None:
+        """For ever: have the mirror keep what waits; apart, for a beat must not wait for it."""
+        while True:
+            await asyncio.sleep(BEAT_S)
+            try:
+                await self._buffer.mirror.keep(self)
+            except MirrorUnavailable as exc:
+                log.warning("mirror not kept", error=exc.detail)

@@ -6,29 +6,24 @@ import hashlib
 import hmac
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import Any
 
-import structlog
 from aiohttp import BasicAuth, web
 
 from datapipe import answers
+from datapipe.answers import Answer
 from datapipe.bodies import Parsed, Rows, parse
 from datapipe.buffer import Buffer
 from datapipe.commit import Chunk
 from datapipe.errors import BufferFull, Busy, EventRejected
 from datapipe.recent import Recent, Refusal, shown
 from datapipe.registry import Registry
-from datapipe.server import request_id
 from datapipe.settings import Settings
-from datapipe.unpack import Inflight, Lease, read_body
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from datapipe.unpack import Headers, Inflight, Lease, read_body, unpacked
 
 _KEY_FORM = re.compile(r"[\x21-\x7e]{1,255}")
-log = structlog.stdlib.get_logger("datapipe.ingest")
 
 
 class Ingest:
@@ -45,40 +40,59 @@ class Ingest:
         self._inflight = Inflight(settings.inflight_max_bytes)
         self._keys = [key.encode() for key in settings.ingest_keys]
 
-    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Answer one POST; errors of the request are answers, faults of ours are raised."""
-        self.under_way += 1
+    async def handle(self, request: web.BaseRequest, request_id: str) -> Answer:
+        """Answer one POST whose body may still be on its way."""
         lease = Lease(self._inflight)
+        settings = self._settings
+
+        async def body() -> bytes:
+            return await read_body(request, settings.body_max_len, settings.request_timeout, lease)
+
+        key = request.query.get("key")
+        return await self._answer(request.headers, key, body(), lease, request_id)
+
+    async def handle_whole(
+        self, headers: Headers, key: str | None, packed: bytes, request_id: str
+    ) -> Answer:
+        """Answer one POST whose body is here; `key` is the one of the query."""
+        lease = Lease(self._inflight)
+        body = unpacked(packed, headers, self._settings.body_max_len, lease)
+        return await self._answer(headers, key, body, lease, request_id)
+
+    async def _answer(
+        self,
+        headers: Headers,
+        key: str | None,
+        body: Coroutine[Any, Any, bytes],
+        lease: Lease,
+        request_id: str,
+    ) -> Answer:
+        """Errors of the request are answers, faults of ours are raised."""
+        self.under_way += 1
         try:
             if self.stopping:
                 raise Busy("shutting down")
-            return await self._take(request, lease)
+            ingest_key = self._authorize(headers, key)
+            claim = _idempotency_key(headers, ingest_key)
+            return await self._take(await body, claim, lease, request_id)
         except EventRejected as exc:
             self.rejected[exc.reason] += 1
-            response = answers.rejected(exc)
-            self._note(request, response, [(0, exc)])
-            return response
+            self._note(request_id, [(0, exc)])
+            return answers.rejected(exc)
         except Busy as exc:
             self.rejected["busy"] += 1
-            response = answers.busy(exc)
-            self._note(request, response, [(0, EventRejected(9, "busy", exc.detail, 503))])
-            if self.stopping:
-                response.force_close()
-            return response
+            self._note(request_id, [(0, EventRejected(9, "busy", exc.detail, 503))])
+            return answers.busy(exc, close=self.stopping)
         finally:
+            body.close()
             self.under_way -= 1
             lease.release()
 
-    async def _take(self, request: web.BaseRequest, lease: Lease) -> web.StreamResponse:
-        ingest_key = self._authorize(request)
-        settings = self._settings
-        claim = _idempotency_key(request, ingest_key)
-        body = await read_body(request, settings.body_max_len, settings.request_timeout, lease)
+    async def _take(self, body: bytes, claim: str | None, lease: Lease, request_id: str) -> Answer:
         received_at = datetime.now(UTC).isoformat(" ")
         try:
-            parsed = await parse(
-                body, self._registry, settings.batch_max_events, received_at, claim is not None
-            )
+            most = self._settings.batch_max_events
+            parsed = await parse(body, self._registry, most, received_at, claim is not None)
         except EventRejected as exc:
             exc.body = exc.body or body
             raise
@@ -86,34 +100,29 @@ class Ingest:
         for _, error in parsed.errors:
             self.rejected[error.reason] += 1
         if parsed.rows:
-            lease.take(sum(len(rows.data) for rows in parsed.rows))
+            lease.take(sum([len(rows.data) for rows in parsed.rows]))
             await self.buffer.append(self._chunks(parsed.rows, claim, body))
-        if not parsed.batch:
-            return answers.ok() if parsed.rows else _single_refused(full)
-        accepted = sum(rows.events for rows in parsed.rows)
-        response = answers.batch(accepted, parsed.errors, full)
         if parsed.errors:
-            self._note(request, response, parsed.errors)
-        return response
+            self._note(request_id, parsed.errors)
+        if not parsed.batch:
+            return answers.OK if parsed.rows else _single_refused(full)
+        accepted = sum(rows.events for rows in parsed.rows)
+        return answers.batch(accepted, parsed.errors, full)
 
-    def _note(
-        self,
-        request: web.BaseRequest,
-        response: web.Response,
-        errors: Sequence[tuple[int, EventRejected]],
-    ) -> None:
+    def _note(self, request_id: str, errors: Sequence[tuple[int, EventRejected]]) -> None:
         """Keep what was refused, for admins to see, under the id that the client gets."""
-        id = response.headers["X-Request-ID"] = request_id(request)
         first = min(errors, key=lambda error: error[0])[1]
         self.recent.refused(
-            Refusal(first.reason, first.code, first.detail, id, len(errors), shown(first.body))
+            Refusal(
+                first.reason, first.code, first.detail, request_id, len(errors), shown(first.body)
+            )
         )
 
-    def _authorize(self, request: web.BaseRequest) -> bytes:
+    def _authorize(self, headers: Headers, in_query: str | None) -> bytes:
         """The ingest key that was given, empty when none is wanted. Raises: EventRejected."""
         if not self._keys:
             return b""
-        given = given_key(request.headers, request.query.get("key"))
+        given = given_key(headers, in_query)
         # every key is compared, whichever fits: the time tells nothing
         if not sum([hmac.compare_digest(given, key) for key in self._keys]):
             raise EventRejected(8, "unauthorized", "no or wrong ingest key", 401)
@@ -157,11 +166,11 @@ def given_key(headers: Mapping[str, str], in_query: str | None = None) -> bytes:
     return (in_query or "").encode(errors="surrogateescape")
 
 
-def _idempotency_key(request: web.BaseRequest, ingest_key: bytes) -> str | None:
+def _idempotency_key(headers: Headers, ingest_key: bytes) -> str | None:
     """The hash that stands for the key. Raises: EventRejected: out of form."""
-    if "Idempotency-Key" not in request.headers:
+    if "Idempotency-Key" not in headers:
         return None
-    values = request.headers.getall("Idempotency-Key")
+    values = headers.getall("Idempotency-Key")
     if len(values) != 1 or not _KEY_FORM.fullmatch(values[0]):
         detail = "Idempotency-Key: 1 to 255 visible ASCII characters wanted, once"
         raise EventRejected(3, "bad_json", detail)
@@ -172,6 +181,6 @@ def _hash(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
-def _single_refused(full: Sequence[str]) -> web.StreamResponse:
+def _single_refused(full: Sequence[str]) -> Answer:
     """A single event whose lane is full."""
     return answers.busy(BufferFull(f"the lane {full[0]} is full"))

@@ -76,7 +76,7 @@ class Loader:
 
         A task that dies is told to `failed`: nothing dies in silence.
         """
-        work = [*self._workers(), self.house.recover(), self.house.beat()]
+        work = [*self._workers(), self.house.recover(), self.house.beat(), self.house.keep()]
         async with _background(work, failed):
             try:
                 yield
@@ -187,6 +187,7 @@ class Loader:
             await self._look_up(schedule, gone)
             segments = [segment for segment in segments if not segment.gone]
             if not segments:
+                schedule.went_on(_now())
                 return
         started = time.perf_counter()
         try:

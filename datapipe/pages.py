@@ -13,6 +13,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from datapipe import answers, assets, openapi
 from datapipe.access import Access, AccessDenied
+from datapipe.answers import Answer
 from datapipe.feed import Feed
 from datapipe.metrics import REASONS, Metrics
 from datapipe.registry import Registry
@@ -78,7 +79,7 @@ class Pages:
     async def stream(self, request: web.Request) -> web.StreamResponse:
         self._access.may_look(request)
         if self._feed.ended:
-            return answers.answer(503, 9, "shutting down")
+            return answers.answer(503, 9, "shutting down").response()
         async with sse_response(request, send_timeout=_SEND_TIMEOUT_S) as response:
             # who listened has gone: nothing is to be done about it
             with suppress(ConnectionResetError, TimeoutError):
@@ -102,11 +103,12 @@ class Pages:
         )
 
     async def healthz(self, request: web.Request) -> web.StreamResponse:
-        return answers.answer(200, 0, "alive")
+        return answers.answer(200, 0, "alive").response()
 
     async def readyz(self, request: web.Request) -> web.StreamResponse:
         why = self._status.not_ready()
-        return answers.answer(200, 0, "ready") if why is None else answers.answer(503, 9, why)
+        answer = answers.answer(200, 0, "ready") if why is None else answers.answer(503, 9, why)
+        return answer.response()
 
     async def openapi(self, request: web.Request) -> web.StreamResponse:
         return answers.plain(openapi.document(self._registry))
@@ -120,31 +122,26 @@ async def errors_are_answers(
     try:
         return await handler(request)
     except AccessDenied as exc:
-        response = answers.answer(exc.status, 8, exc.detail)
-        if exc.status == 401:
-            response.headers["WWW-Authenticate"] = 'Basic realm="datapipe", charset="UTF-8"'
-        return response
+        headers = answers.AUTHENTICATE if exc.status == 401 else {}
+        return answers.answer(exc.status, 8, exc.detail, headers=headers).response()
     except web.HTTPException as exc:
-        response = answers.answer(exc.status, exc.status, exc.reason)
+        response = answers.answer(exc.status, exc.status, exc.reason).response()
         for name in ("Allow", "Location"):
             if name in exc.headers:
                 response.headers[name] = exc.headers[name]
         return response
     except Exception:
-        return fault(request)
+        return fault(request_id(request.headers), request.path).response()
 
 
-def fault(request: web.BaseRequest) -> web.Response:
+def fault(request_id: str, path: str) -> Answer:
     """The answer to a fault of ours; call it where the exception is caught."""
-    id = request_id(request)
-    log.exception("fault", request_id=id, method=request.method, path=request.path)
-    response = answers.answer(500, 100, f"a fault of ours; request id {id}")
-    response.headers["X-Request-ID"] = id
-    return response
+    log.exception("fault", request_id=request_id, path=path)
+    return answers.answer(500, 100, f"a fault of ours; request id {request_id}")
 
 
 async def add_headers(request: web.BaseRequest, response: web.StreamResponse) -> None:
     """What every answer bears."""
-    response.headers.setdefault("X-Request-ID", request_id(request))
+    response.headers.setdefault("X-Request-ID", request_id(request.headers))
     for name, value in _HEADERS.items():
         response.headers.setdefault(name, value)

@@ -86,10 +86,14 @@ class Schedule:
         self._tell(None)
 
     def succeeded(self, result: Loaded, seconds: float, now: float) -> None:
-        """A load has committed; perhaps the turn is over."""
+        """A load has committed."""
         self.failures, self.error = 0, None
         self.last_load = LastLoad(time.time(), result.loaded, seconds)
         self._rows_of_turn += result.loaded
+        self.went_on(now)
+
+    def went_on(self, now: float) -> None:
+        """Some of what waited is booked; perhaps the turn is over."""
         if self._turn is None or self.lane.went >= self._turn or not self.lane.waiting:
             self.end(now)
 

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import errno
+import gc
 import os
 import signal
 import sys
@@ -47,6 +48,10 @@ async def serve(settings: Settings, args: argparse.Namespace) -> int:
             log.info("listening", address=address, pid=os.getpid(), mirror=settings.mirror_kind)
             if getattr(args, "try_out", False):
                 await _print_hints(pipeline, address)
+            # what start-up made stays for good: the collector need not look at it again and again
+            gc.collect()
+            gc.freeze()
+            gc.set_threshold(20_000, 20, 20)
             code = await _until_the_end(pipeline, signals)
             await site.stop()
             await _stop(pipeline, signals)

@@ -10,8 +10,11 @@ import asyncio
 import zlib
 
 from aiohttp import web
+from multidict import CIMultiDict, CIMultiDictProxy
 
 from datapipe.errors import BufferFull, EventRejected
+
+Headers = CIMultiDict[str] | CIMultiDictProxy[str]
 
 SMALL_BODY_BYTES = 65_536
 _FIRST_FEED_BYTES = 256
@@ -58,9 +61,33 @@ class Lease:
         self._held = 0
 
 
-def encoding_of(request: web.BaseRequest) -> str:
+async def read_body(
+    request: web.BaseRequest, max_bytes: int, timeout_s: float, lease: Lease
+) -> bytes:
+    """The body of a request, which may still be on its way; unpacked at most `max_bytes`.
+
+    Raises: EventRejected: too long, too slow, broken. BufferFull: too much is under way.
+    """
+    encoding = _encoding_of(request.headers)
+    if (request.content_length or 0) > max_bytes:
+        raise _too_long(max_bytes)
+    body = await _read(request, max_bytes, timeout_s, lease)
+    return body if encoding == "identity" else await _unpack(body, encoding, max_bytes, lease)
+
+
+async def unpacked(packed: bytes, headers: Headers, max_bytes: int, lease: Lease) -> bytes:
+    """The same of a body that is here. Raises: EventRejected, BufferFull."""
+    lease.take(len(packed))
+    if len(packed) > max_bytes:
+        raise _too_long(max_bytes)
+    if "Content-Encoding" not in headers or (encoding := _encoding_of(headers)) == "identity":
+        return packed
+    return await _unpack(packed, encoding, max_bytes, lease)
+
+
+def _encoding_of(headers: Headers) -> str:
     """`gzip`, `deflate` or `identity`. Raises: EventRejected: any other."""
-    encoding = ",".join(request.headers.getall("Content-Encoding", [])).strip().lower()
+    encoding = ",".join(headers.getall("Content-Encoding", [])).strip().lower()
     if encoding in ("", "identity"):
         return "identity"
     if encoding not in _WBITS:
@@ -69,30 +96,7 @@ def encoding_of(request: web.BaseRequest) -> str:
     return encoding
 
 
-async def read_body(
-    request: web.BaseRequest, max_bytes: int, timeout_s: float, lease: Lease
-) -> bytes:
-    """The body, as long as it is unpacked at most `max_bytes`.
-
-    Raises: EventRejected: too long, too slow, broken. BufferFull: too much is under way.
-    """
-    encoding = encoding_of(request)
-    if (request.content_length or 0) > max_bytes:
-        raise _too_long(max_bytes)
-    content = request.content
-    if content.is_eof():
-        body = await content.read()
-        lease.take(len(body))
-        if len(body) > max_bytes:
-            raise _too_long(max_bytes)
-    else:
-        body = await _read_slowly(request, max_bytes, timeout_s, lease)
-    return body if encoding == "identity" else await _unpack(body, encoding, max_bytes, lease)
-
-
-async def _read_slowly(
-    request: web.BaseRequest, max_bytes: int, timeout_s: float, lease: Lease
-) -> bytes:
+async def _read(request: web.BaseRequest, max_bytes: int, timeout_s: float, lease: Lease) -> bytes:
     body = bytearray()
     try:
         async with asyncio.timeout(timeout_s):

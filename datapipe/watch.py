@@ -18,13 +18,17 @@ class Watch:
         self._silent_after_s = silent_after_s
         self._beats: Mapping[str, Beat] = {}
         self._since: dict[str, float] = {}
+        self._asked: set[str] = set()  # never heard of, or not since we lost sight
         self._now = 0.0
 
     def note(self, beats: Mapping[str, Beat], now: float) -> None:
         """The database just told these beats, by process."""
-        for process in beats.keys() | self._since.keys():
+        if now - self._now > self._silent_after_s / 2:  # we were stopped ourselves, or are new
+            self.lost_sight()
+        for process in beats.keys() | self._since.keys() | self._asked:
             if beats.get(process) != self._beats.get(process) or process not in self._since:
                 self._since[process] = now
+        self._asked.clear()
         self._beats = dict(beats)
         self._now = now
 
@@ -37,5 +41,11 @@ class Watch:
         beat = self._beats.get(process)
         if beat is not None and beat.ended:
             return True
-        since = self._since.setdefault(process, self._now)
-        return self._now - since >= self._silent_after_s
+        if process not in self._since:
+            self._asked.add(process)
+            return False
+        return self._now - self._since[process] >= self._silent_after_s
+
+    def dead(self) -> set[str]:
+        """All processes that the database names and that are taken to be dead."""
+        return {process for process in self._beats if self.silent(process)}

@@ -144,7 +144,7 @@ class Mirror(Protocol):
         Called at start and then regularly. Raises: MirrorUnavailable: some may come later.
         """
 
-    async def keep(self) -> None:
+    async def keep(self, neighbours: Neighbours) -> None:
         """Do what keeps waiting segments from being lost by age; called every few seconds.
 
         Raises: MirrorUnavailable.

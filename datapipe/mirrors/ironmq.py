@@ -6,66 +6,112 @@ effect. So this is how nothing is lost and nothing doubled:
 - A message names its segment and its sender. A post is repeated with the same segment id, so a
   copy that was stored without an answer is the same segment to the ledger, which skips it.
 - While its sender lives, a message is the sender's: it is loaded from the sender's memory, and
-  deleted by id after the commit. Nobody reserves it.
+  deleted by id after the commit. Nobody reserves it, but on the way to another, to release it.
 - A sender that is silent (its heartbeat in the database stands still, see `datapipe.watch`) is
   taken to be dead, and whoever sees it first reserves its messages, loads and deletes them. If it
   lives after all, both load, and the ledger lets one of them through; to the other they are
   duplicates, so its books still balance.
-- A message of ours that our books don't know (its append was given up on, yet stored) is recovered
-  the same way.
+- A message of ours that our books don't know is recovered the same way: its append was given up
+  on, yet stored; or it is a second copy; or somebody had it reserved when we deleted it.
 - A message whose form is not ours is moved to `<queue>-unreadable`, never dropped.
 
-Leases are long, and prolonged while a recovered segment still waits. Messages live 30 days at the
-most; at 80 % of that one is posted anew, with the same segment id, and the old one deleted.
+Leases only keep recoverers out of each other's way; one that runs out costs work, not events. So
+they are short, for a recoverer that is killed must not hold up what it had reserved; and each time
+one is prolonged it is doubled, for prolonging costs requests. Messages live 30 days at the most; at
+80 % of that one is posted anew, with the same segment id, and the old one deleted.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import structlog
 
-from datapipe.errors import MirrorFull, MirrorUnavailable
-from datapipe.mirrors import MirrorState, Run
+from datapipe.errors import LaneBlocked, MirrorFull, MirrorUnavailable, SinkUnavailable
+from datapipe.mirrors import MirrorState, Neighbours, Run
 from datapipe.mirrors.ironmq_client import (
+    DELETE_MAX_IDS,
     EXPIRATION_S,
-    REQUEST_MAX_BYTES,
     Client,
     Message,
+    Refused,
+    encode_post,
 )
-from datapipe.mirrors.ironmq_wire import Unreadable, envelope_of, pack, unpack
-from datapipe.segment import Segment
+from datapipe.mirrors.ironmq_wire import (
+    Envelope,
+    Unreadable,
+    envelope_of,
+    pack,
+    posted_anew,
+    unpack,
+)
+from datapipe.segment import SEGMENT_OVERHEAD_BYTES, Segment
 from datapipe.settings import Settings
 
-BODY_MAX_BYTES = REQUEST_MAX_BYTES - 2_048  # less the request's head, and quotes that are escaped
-LEASE_S = 600
-AGE_LIMIT = 0.8  # of a message's life: then it is posted anew
+SOURCE = "ironmq"  # by this the ledger knows that a segment may come back for 31 days
+LEASE_S = 30  # the shortest there is
+LEASE_MAX_S = 86_400
+ANEW_S = EXPIRATION_S * 0.8  # the age at which a message is posted anew
+BATCH = 100  # the most messages that one reserve or peek gives
+_HELD_BYTES = 512  # what a message costs in memory though its rows are parked; measured, rounded up
 _PACK_INLINE_BYTES = 4_096  # more is packed in a thread
 _APPENDS = 16  # under way at once, per lane
-
 _FULL = "no room for more in IronMQ (ironmq_max_bytes)"
+_TOO_MANY = "no room for more messages in IronMQ: memory can't list them (buffer_max_bytes)"
+
 _T = TypeVar("_T")
 log = structlog.stdlib.get_logger("datapipe.mirrors.ironmq")
 
 
 @dataclass(slots=True)
 class Held:
-    """A message of ours: posted by us, or recovered under a lease."""
+    """A message in our books: posted by us, or recovered under a lease."""
 
     id: str
     segment: str
     events: int
     bytes: int
     rows_bytes: int
-    posted: float
     created: float
+    anew_at: float
+    recovered: bool = False
     reservation: str | None = None
+    lease_s: int = LEASE_S
     lease_until: float = 0.0
+
+    @property
+    def memory_bytes(self) -> int:
+        """What its segment costs in memory."""
+        return self.rows_bytes + SEGMENT_OVERHEAD_BYTES
+
+    def lease(self, reservation: str, lease_s: int, now: float) -> None:
+        self.reservation, self.lease_s, self.lease_until = reservation, lease_s, now + lease_s
+
+    def entry(self, now: float) -> tuple[str, str | None]:
+        """As a delete wants it: a lease that has run out is none."""
+        return self.id, self.reservation if now < self.lease_until else None
+
+
+def held_of(id: str, segment: Segment, size: int, posted: float) -> Held:
+    """A message that bears this segment."""
+    return Held(
+        id, segment.id, segment.events, size, len(segment.data), segment.created_at,
+        posted + ANEW_S,
+    )  # fmt: skip
+
+
+async def unpacked(envelope: Envelope) -> Segment:
+    """The segment of a message. Raises: Unreadable."""
+    if len(envelope.rows) <= _PACK_INLINE_BYTES:
+        return unpack(envelope)
+    return await asyncio.to_thread(unpack, envelope)
 
 
 class IronMQ:
@@ -87,24 +133,28 @@ class IronMQ:
         self.appending: set[str] = set()  # segments whose post is under way
         self.given_up = False  # a post of ours may be stored though it failed
         self.held: dict[str, dict[int, Held]] = {}  # by queue and position
-        self.known: dict[str, tuple[str, int]] = {}  # by segment: where it is held
+        self.known: dict[str, Held] = {}  # by segment
+        self.recovered: Counter[str] = Counter()  # by queue: messages of others in our books
+        self.recovered_bytes: Counter[str] = Counter()
         self._max_bytes = settings.ironmq_max_bytes
+        self._most_held = max(BATCH, settings.buffer_max_bytes // _HELD_BYTES)
         self._bytes = 0
         self._positions = itertools.count(1)
-        self._made: set[str] = set()
+        self._made: dict[str, asyncio.Task[None]] = {}  # queues, by name
         self._error: str | None = None
         self._latency_s = 0.05
-        self._ratio = 2.0  # bytes of rows for each byte of a message's body
+        self._ratio = 2.0  # bytes of rows for each byte of a request
         self._most = settings.load_trigger_bytes
 
     @property
     def segment_max_bytes(self) -> int:
         """Rows that will fill a message, going by those before."""
-        return max(1, min(self._most, int(BODY_MAX_BYTES * self._ratio * 0.94)))
+        return max(1, min(self._most, int(self.client.room(self.prefix) * self._ratio * 0.94)))
 
     @property
     def gather_s(self) -> float:
-        return min(self._latency_s / 16, 0.05)
+        """A small part of the round trip; all of it while many messages wait to be loaded."""
+        return min(self._latency_s * min(1.0, 1 / 16 + len(self.known) / 20_000), 0.25)
 
     def queue_of(self, lane: str) -> str:
         return self.prefix + lane
@@ -126,156 +176,235 @@ class IronMQ:
                 stored += getattr(outcome, "stored", ())
             else:
                 stored += outcome
+        if failed is not None and not isinstance(failed, MirrorUnavailable):
+            for segment in stored:  # unknown to our books: to be recovered
+                del self.known[segment.id]
+            raise failed
+        self.place(stored)
         if failed is None:
             self._error = None
             return stored
-        if isinstance(failed, MirrorUnavailable):
-            self.given_up = True
-            self._error = failed.detail
-            raise MirrorUnavailable(failed.detail, stored=stored)
-        raise failed
+        if isinstance(failed, MirrorFull):
+            raise MirrorFull(failed.detail, stored=stored)
+        self.given_up = True
+        self._error = failed.detail
+        raise MirrorUnavailable(failed.detail, stored=stored)
 
     async def _append(self, segment: Segment) -> list[Segment]:
-        posted = self.clock()
+        queue, posted = self.queue_of(segment.lane), self.clock()
         if len(segment.data) <= _PACK_INLINE_BYTES:
-            body = pack(segment, self.process, posted)
+            content = self._pack(segment, posted)
         else:
-            body = await asyncio.to_thread(pack, segment, self.process, posted)
-        if len(body) > BODY_MAX_BYTES:
-            return await self._append_halves(segment, len(body))
+            content = await asyncio.to_thread(self._pack, segment, posted)
+        if len(content) > self.client.room(queue):
+            return await self._append_halves(segment, self.client.room(queue) / len(content))
         if len(segment.data) > _PACK_INLINE_BYTES:
-            self._ratio = max(0.5, min(len(segment.data) / len(body), self._ratio * 1.1))
-        queue = self.queue_of(segment.lane)
+            self._ratio = max(0.5, min(len(segment.data) / len(content), self._ratio * 1.1))
         self.appending.add(segment.id)
         try:
-            if queue not in self._made:
-                await self.client.create_queue(queue)
-                self._made.add(queue)
+            await self._make(queue)
             started = time.perf_counter()
-            id = await self.client.post(queue, body)
+            id = await self.client.post(queue, content)
         finally:
             self.appending.discard(segment.id)
         self._latency_s += (time.perf_counter() - started - self._latency_s) / 8
-        self.hold(queue, segment, Message(id, body), posted)
+        self.known[segment.id] = held_of(id, segment, len(content), posted)
         return [segment]
 
-    async def _append_halves(self, segment: Segment, size: int) -> list[Segment]:
+    async def _make(self, queue: str) -> None:
+        """Make the queue, once; those that come meanwhile wait for the one call."""
+        made = self._made.get(queue)
+        if made is None or (made.done() and (made.cancelled() or made.exception())):
+            made = self._made[queue] = asyncio.create_task(self.client.create_queue(queue))
+        await asyncio.shield(made)
+
+    def _pack(self, segment: Segment, posted: float) -> bytes:
+        return encode_post(pack(segment, self.process, posted))
+
+    async def _append_halves(self, segment: Segment, fits: float) -> list[Segment]:
         self._ratio *= 0.9
-        first, rest = segment.cut(int(len(segment.data) * BODY_MAX_BYTES / size * 0.9))
+        first, rest = segment.cut(int(len(segment.data) * fits * 0.9))
         if rest is None:
-            raise MirrorUnavailable("an event is too large for IronMQ's 64 KB")
+            raise MirrorFull("an event, or a part of a POST with a key, is too large for IronMQ")
         stored = await self._append(first)
         try:
             return stored + await self._append(rest)
         except MirrorUnavailable as exc:
-            raise MirrorUnavailable(exc.detail, stored=[*stored, *exc.stored]) from exc
+            exc.stored = [*stored, *exc.stored]
+            raise
 
-    def hold(
-        self, queue: str, segment: Segment, message: Message, posted: float, lease_until: float = 0
-    ) -> None:
-        """Keep a message in our books, and tell its segment where it is."""
-        segment.source, segment.position = queue, next(self._positions)
-        held = Held(
-            message.id, segment.id, segment.events, len(message.body), len(segment.data), posted,
-            segment.created_at, message.reservation_id, lease_until,
-        )  # fmt: skip
-        self.held.setdefault(queue, {})[segment.position] = held
-        self.known[segment.id] = (queue, segment.position)
-        self._bytes += held.bytes
+    def place(self, segments: Sequence[Segment]) -> None:
+        """Give known segments their positions, at the moment when the buffer gets them."""
+        for segment in segments:
+            queue, held = self.queue_of(segment.lane), self.known[segment.id]
+            segment.source, segment.position = SOURCE, next(self._positions)
+            self.held.setdefault(queue, {})[segment.position] = held
+            self._bytes += held.bytes
+            if held.recovered:
+                self.recovered[queue] += 1
+                self.recovered_bytes[queue] += held.memory_bytes
+
+    def _forget(self, queue: str, position: int) -> None:
+        held = self.held[queue].pop(position, None)
+        if held is not None:
+            self.known.pop(held.segment, None)
+            self._bytes -= held.bytes
+            if held.recovered:
+                self.recovered[queue] -= 1
+                self.recovered_bytes[queue] -= held.memory_bytes
 
     # --- read, remove ---
 
     async def read(self, run: Run, max_bytes: int) -> list[Segment]:
-        """See `Mirror.read`. Parked messages are fetched by id, a request each."""
-        held = self.held.get(run.source, {})
+        """See `Mirror.read`. A look at the queue gives most of them, the others are fetched."""
+        queue = self.queue_of(run.lane)
         wanted: list[tuple[int, Held]] = []
         size = 0
-        for position, each in held.items():
+        for position, held in self.held.get(queue, {}).items():
             if run.after < position <= run.until:
-                if wanted and size + each.rows_bytes > max_bytes:
+                if wanted and (size + held.rows_bytes > max_bytes or len(wanted) == BATCH):
                     break
-                wanted.append((position, each))
-                size += each.rows_bytes
+                wanted.append((position, held))
+                size += held.rows_bytes
+        seen: dict[str, Message] = {}
+        if len(wanted) > 1:  # those that wait longest come first, and these are they
+            peeked = await self._noting(self.client.peek(queue, BATCH))
+            seen = {message.id: message for message in peeked}
         return list(
-            await asyncio.gather(*(self._fetch(run, position, each) for position, each in wanted))
+            await asyncio.gather(
+                *(self._fetch(run, position, held, seen) for position, held in wanted)
+            )
         )
 
-    async def _fetch(self, run: Run, position: int, held: Held) -> Segment:
-        if held.reservation:  # not said whether a reserved message can be read by its id
-            lease = Message(held.id, "", held.reservation)
-            await self._noting(self.client.release(run.source, lease))
-            held.reservation = None
-        message = await self._noting(self.client.get(run.source, held.id))
+    async def _fetch(
+        self, run: Run, position: int, held: Held, seen: dict[str, Message]
+    ) -> Segment:
+        queue = self.queue_of(run.lane)
+        message = seen.get(held.id)
+        if message is None:
+            if held.reservation:  # not said whether a reserved message can be read by its id
+                await self._noting(self.client.release(queue, held.id, held.reservation))
+                held.reservation = None
+            message = await self._noting(self.client.get(queue, held.id))
         if message is not None:
             try:
-                segment = await asyncio.to_thread(unpack, envelope_of(message.body))
+                segment = await unpacked(envelope_of(message.body))
             except Unreadable as exc:
-                log.error("message unreadable", queue=run.source, message=held.id, error=str(exc))
+                await self.set_aside(queue, message, str(exc))
             else:
-                segment.source, segment.position = run.source, position
+                segment.source, segment.position = SOURCE, position
                 return segment
         segment = Segment(
             run.lane, (), b"", held.events, id=held.segment, created_at=held.created,
-            source=run.source, position=position,
+            source=SOURCE, position=position,
         )  # fmt: skip
         segment.gone = True  # another process may have loaded it: the ledger will tell
         return segment
 
+    async def set_aside(self, queue: str, message: Message, why: str) -> None:
+        """Move a message that is damaged or foreign to a queue of its own; none is dropped."""
+        aside = f"{queue}-unreadable"
+        try:
+            await self._noting(self._make(aside))
+            await self._noting(self.client.post(aside, encode_post(message.body)))
+        except Refused as exc:  # somebody with a larger plan sent it
+            log.error("message unreadable", queue=queue, error=f"{why}; left: {exc.detail}")
+            return
+        await self._noting(self.client.delete(queue, [(message.id, message.reservation_id)]))
+        log.error("message unreadable", queue=queue, moved_to=aside, error=why)
+
     async def remove(self, segments: Sequence[Segment]) -> None:
         """See `Mirror.remove`."""
-        by_queue: dict[str, list[int]] = {}
+        by_queue: dict[str, list[Segment]] = {}
         for segment in segments:
-            if segment.position in self.held.get(segment.source, {}):
-                by_queue.setdefault(segment.source, []).append(segment.position)
-        for queue, positions in by_queue.items():
-            now = self.clock()
-            held = [self.held[queue][position] for position in positions]
-            entries = [(h.id, h.reservation if now < h.lease_until else None) for h in held]
-            await self._noting(self.client.delete(queue, entries))
-            for position in positions:
-                gone = self.held[queue].pop(position)
-                self.known.pop(gone.segment, None)
-                self._bytes -= gone.bytes
+            queue = self.queue_of(segment.lane)
+            if segment.position in self.held.get(queue, {}):
+                by_queue.setdefault(queue, []).append(segment)
+        for queue, of_queue in by_queue.items():
+            for at in range(0, len(of_queue), DELETE_MAX_IDS):
+                some = of_queue[at : at + DELETE_MAX_IDS]
+                held, now = self.held[queue], self.clock()
+                entries = [held[segment.position].entry(now) for segment in some]
+                await self._noting(self.client.delete(queue, entries))
+                for segment in some:
+                    self._forget(queue, segment.position)
 
-    async def keep(self) -> None:
+    # --- keep ---
+
+    async def keep(self, neighbours: Neighbours) -> None:
         """See `Mirror.keep`: prolong leases, post anew what is close to its expiration."""
-        now = self.clock()
-        for queue, by_position in self.held.items():
+        for queue, by_position in list(self.held.items()):
+            old: list[Held] = []
             for held in list(by_position.values()):
-                if held.reservation and held.lease_until - now < LEASE_S / 2:
-                    await self._touch(queue, held)
-                if now - held.posted > EXPIRATION_S * AGE_LIMIT:
+                now = self.clock()
+                if held.reservation and held.lease_until - now < held.lease_s / 2:
+                    await self._touch(queue, held, held.reservation)
+                if now > held.anew_at:
+                    old.append(held)
+            loaded = await self.ledger_knows(neighbours, [held.segment for held in old])
+            for held in old:
+                if held.segment in loaded:
+                    held.anew_at = math.inf  # what is left to do here is to book a duplicate
+                else:
                     await self._post_anew(queue, held)
 
-    async def _touch(self, queue: str, held: Held) -> None:
-        now = self.clock()
+    async def _touch(self, queue: str, held: Held, reservation: str) -> None:
+        now, lease_s = self.clock(), min(2 * held.lease_s, LEASE_MAX_S)
         try:
-            message = await self.client.touch(
-                queue, Message(held.id, "", held.reservation), LEASE_S
+            reservation = await self._noting(
+                self.client.touch(queue, held.id, reservation, lease_s)
             )
-        except MirrorUnavailable:
+        except Refused:
             held.reservation = None  # lost: the message is anyone's again, and the ledger decides
         else:
-            held.reservation, held.lease_until = message.reservation_id, now + LEASE_S
+            held.lease(reservation, lease_s, now)
 
     async def _post_anew(self, queue: str, held: Held) -> None:
-        message = await self.client.get(queue, held.id)
+        message = await self._noting(self.client.get(queue, held.id))
         if message is None:
+            held.anew_at = math.inf
             return
-        segment = await asyncio.to_thread(unpack, envelope_of(message.body))
         posted = self.clock()
-        body = await asyncio.to_thread(pack, segment, self.process, posted)
-        old = (held.id, held.reservation if posted < held.lease_until else None)
-        held.id, held.posted = await self.client.post(queue, body), posted
-        held.reservation = None
-        await self.client.delete(queue, [old])
+        try:
+            new = await self.repost(queue, message.body, posted)
+        except Unreadable as exc:
+            held.anew_at = math.inf
+            log.error("message unreadable", queue=queue, error=str(exc))
+            return
+        if self.known.get(held.segment) is not held:  # loaded and removed meanwhile
+            await self._noting(self.client.delete(queue, [(new, None)]))
+            return
+        old = held.entry(posted)
+        held.id, held.anew_at, held.reservation = new, posted + ANEW_S, None
+        await self._noting(self.client.delete(queue, [old]))
+
+    async def repost(self, queue: str, body: str, posted: float) -> str:
+        """Post a message of ours once more, as of now; its new id."""
+        envelope = envelope_of(body)
+        content = encode_post(posted_anew(envelope, posted))
+        self.appending.add(envelope.segment)
+        try:
+            return await self._noting(self.client.post(queue, content))
+        finally:
+            self.appending.discard(envelope.segment)
+
+    @staticmethod
+    async def ledger_knows(neighbours: Neighbours, segments: Sequence[str]) -> set[str]:
+        """Which of them are loaded, as far as the database tells: without it, none."""
+        if not segments:
+            return set()
+        try:
+            return await neighbours.loaded(segments)
+        except (SinkUnavailable, LaneBlocked):
+            return set()  # better twice in the queue, for the ledger to skip, than expired
 
     async def _noting(self, call: Awaitable[_T]) -> _T:
         """Await a call, and note whether IronMQ works."""
         try:
             result = await call
         except MirrorUnavailable as exc:
-            self._error = exc.detail
+            if not isinstance(exc, Refused) or exc.status == 401:
+                self._error = exc.detail
             raise
         self._error = None
         return result
@@ -286,20 +415,24 @@ class IronMQ:
         return []
 
     def state(self) -> MirrorState:
+        full = _FULL if self._bytes >= self._max_bytes else None
+        if len(self.known) >= self._most_held:
+            full = full or _TOO_MANY
         return MirrorState(
-            "ironmq", self._error is None, self._error, self._bytes, self._max_bytes,
-            _FULL if self._bytes >= self._max_bytes else None, self.client.calls, EXPIRATION_S,
+            "ironmq", self._error is None, self._error, self._bytes, self._max_bytes, full,
+            self.client.calls, EXPIRATION_S,
         )  # fmt: skip
 
     async def check(self) -> list[tuple[str, str]]:
+        """See `Mirror.check`."""
         try:
             queues = await self.client.queues(self.prefix)
-            infos = [(queue, await self.client.info(queue)) for queue in queues]
+            sizes = [(queue, await self.client.size(queue)) for queue in queues]
         except MirrorUnavailable as exc:
             return [("fail", f"ironmq: {exc.detail}")]
         found = [("ok", f"ironmq: the credentials work, {len(queues)} queues")]
         return found + [
-            ("ok", f"ironmq queue {queue}: {info['size']} messages")
-            for queue, info in infos
-            if info
+            ("ok", f"ironmq queue {queue}: {size} messages")
+            for queue, size in sizes
+            if size is not None
         ]

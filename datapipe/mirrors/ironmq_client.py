@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
 import aiohttp
@@ -25,6 +25,9 @@ REQUEST_MAX_BYTES = 65_536  # the whole request, on the smaller plans
 DELETE_MAX_IDS = 100
 EXPIRATION_S = 2_592_000  # 30 days, the longest there is
 CONNECTIONS = 16
+_HEAD_BYTES = 1_024  # of a request's head, beside its path and the token; more than aiohttp sends
+
+_T = TypeVar("_T")
 
 
 class Message(NamedTuple):
@@ -48,7 +51,7 @@ class _Again(Exception):
 
 
 class Client:
-    """One project at one host. Every call raises MirrorUnavailable after `timeout_s` seconds.
+    """One project at one host. Every call raises MirrorUnavailable after `mirror_timeout`.
 
     Attributes: calls: requests sent so far, by kind.
     """
@@ -57,7 +60,7 @@ class Client:
         host = settings.ironmq_host
         base = host if "://" in host else f"https://{host}"
         self._base = f"{base.rstrip('/')}/3/projects/{quote(settings.ironmq_project_id, safe='')}"
-        self._headers = {"Authorization": f"OAuth {settings.ironmq_token}"}
+        self._token = settings.ironmq_token
         self._session = session
         self._timeout_s = settings.mirror_timeout
         self.calls: Counter[str] = Counter()
@@ -68,28 +71,37 @@ class Client:
         await self._call("create", "PUT", f"/queues/{_name(queue)}", body)
 
     async def queues(self, prefix: str) -> list[str]:
-        """Names of all queues with this prefix, sorted."""
+        """Names of all queues with this prefix, sorted.
+
+        Raises: Refused: 404: no such project, or there is nothing in it yet.
+        """
         names: list[str] = []
         while True:
             query = f"?per_page=100&prefix={quote(prefix, safe='')}"
             if names:
                 query += f"&previous={_name(names[-1])}"
             answer = await self._call("list", "GET", f"/queues{query}")
-            page = [entry["name"] for entry in (answer or {}).get("queues") or ()]
+            page = _queues(answer)
             names += page
             if len(page) < 100:
                 return names
 
-    async def info(self, queue: str) -> dict[str, Any] | None:
-        """The queue's settings and `size`, or None: there is no such queue."""
+    async def size(self, queue: str) -> int | None:
+        """How many messages the queue holds, in any state, or None: there is no such queue."""
         answer = await self._call("info", "GET", f"/queues/{_name(queue)}", absent=True)
-        return None if answer is None else answer["queue"]
+        return _picked(lambda: int(answer["queue"]["size"])) if answer else None
 
-    async def post(self, queue: str, body: str) -> str:
-        """Put one message on the queue; its id. It may be stored though no answer comes."""
-        content = {"messages": [{"body": body}]}
+    def room(self, queue: str) -> int:
+        """Bytes that the content of one post may have, so that the whole request fits."""
+        return REQUEST_MAX_BYTES - _HEAD_BYTES - len(self._base + _name(queue) + self._token)
+
+    async def post(self, queue: str, content: bytes) -> str:
+        """Put one message on the queue; its id. It may be stored though no answer comes.
+
+        Args: content: from `encode_post`.
+        """
         answer = await self._call("post", "POST", f"/queues/{_name(queue)}/messages", content)
-        return str((answer or {})["ids"][0])
+        return _picked(lambda: str(answer["ids"][0]))
 
     async def reserve(self, queue: str, count: int, lease_s: int, wait_s: int = 0) -> list[Message]:
         """Take up to `count` (at most 100) messages for `lease_s` seconds, oldest first.
@@ -98,10 +110,11 @@ class Client:
         """
         content = {"n": count, "timeout": lease_s, "wait": wait_s}
         path = f"/queues/{_name(queue)}/reservations"
-        answer = await self._call(
-            "reserve", "POST", path, content, absent=True, longer_s=wait_s, repeat=False
+        return _messages(
+            await self._call(
+                "reserve", "POST", path, content, absent=True, longer_s=wait_s, repeat=False
+            )
         )
-        return _messages(answer)
 
     async def peek(self, queue: str, count: int) -> list[Message]:
         """Look at up to `count` (at most 100) messages, oldest first, without taking them."""
@@ -112,47 +125,47 @@ class Client:
         """One message by its id, or None: it is gone."""
         path = f"/queues/{_name(queue)}/messages/{_name(id)}"
         answer = await self._call("get", "GET", path, absent=True)
-        return None if answer is None else _message(answer["message"])
+        return _picked(lambda: _message(answer["message"])) if answer else None
 
     async def delete(self, queue: str, entries: Sequence[tuple[str, str | None]]) -> None:
-        """Delete messages by id and, where we hold one, reservation id; absent ones are done.
+        """Delete messages by id and, where we hold one, reservation id.
 
-        Raises: Refused: one of them is reserved by somebody else; some may be deleted.
+        Absent ones are done. So are those that somebody else has reserved: it is theirs to delete,
+        and if they don't, the message comes back to be recovered.
         """
         for at in range(0, len(entries), DELETE_MAX_IDS):
             some = entries[at : at + DELETE_MAX_IDS]
-            content = {"ids": [_entry(id, reservation) for id, reservation in some]}
+            content = {"ids": [{"id": id, **_lease(reservation)} for id, reservation in some]}
             try:
                 await self._call("delete", "DELETE", f"/queues/{_name(queue)}/messages", content)
             except Refused as exc:
-                if exc.status in (401, 429):
+                if exc.status not in (403, 404):
                     raise
                 # the reference does not say what a bad entry does to the others
-                await self._delete_singly(queue, some)
+                for id, reservation in some:
+                    await self._delete_one(queue, id, reservation)
 
-    async def _delete_singly(self, queue: str, entries: Sequence[tuple[str, str | None]]) -> None:
-        refused: Refused | None = None
-        for id, reservation in entries:
-            path = f"/queues/{_name(queue)}/messages/{_name(id)}"
-            content = {"reservation_id": reservation} if reservation else {}
-            try:
-                await self._call("delete", "DELETE", path, content, absent=True)
-            except Refused as exc:
-                refused = exc
-        if refused is not None:
-            raise refused
+    async def _delete_one(self, queue: str, id: str, reservation: str | None) -> None:
+        path = f"/queues/{_name(queue)}/messages/{_name(id)}"
+        try:
+            await self._call("delete", "DELETE", path, _lease(reservation), absent=True)
+        except Refused as exc:
+            if exc.status != 403:
+                raise
+            if reservation is not None:  # run out: without it, unless somebody has it now
+                await self._delete_one(queue, id, None)
 
-    async def touch(self, queue: str, message: Message, lease_s: int) -> Message:
-        """Prolong a lease; the message with its new reservation id. Raises: Refused: it is lost."""
-        path = f"/queues/{_name(queue)}/messages/{_name(message.id)}/touch"
-        content = {"reservation_id": message.reservation_id, "timeout": lease_s}
+    async def touch(self, queue: str, id: str, reservation: str, lease_s: int) -> str:
+        """Prolong a lease; its new reservation id. Raises: Refused: 403 or 404: it is lost."""
+        path = f"/queues/{_name(queue)}/messages/{_name(id)}/touch"
+        content = {"reservation_id": reservation, "timeout": lease_s}
         answer = await self._call("touch", "POST", path, content)
-        return message._replace(reservation_id=(answer or {})["reservation_id"])
+        return _picked(lambda: str(answer["reservation_id"]))
 
-    async def release(self, queue: str, message: Message) -> None:
+    async def release(self, queue: str, id: str, reservation: str) -> None:
         """Give a reserved message back at once; one whose lease is lost is given back already."""
-        path = f"/queues/{_name(queue)}/messages/{_name(message.id)}/release"
-        content = {"reservation_id": message.reservation_id, "delay": 0}
+        path = f"/queues/{_name(queue)}/messages/{_name(id)}/release"
+        content = {"reservation_id": reservation, "delay": 0}
         try:
             await self._call("release", "POST", path, content, absent=True)
         except Refused as exc:
@@ -164,15 +177,16 @@ class Client:
         kind: str,
         method: str,
         path: str,
-        content: Any = None,
+        content: Mapping[str, Any] | bytes | None = None,
         *,
         absent: bool = False,
         longer_s: float = 0.0,
         repeat: bool = True,
-    ) -> dict[str, Any] | None:
-        """One call, repeated with full jitter while that may help; None for 404 if `absent`."""
+    ) -> dict[str, Any]:
+        """One call, repeated with full jitter while that may help; empty for 404 if `absent`."""
         timeout_s = self._timeout_s + longer_s
         stop = tenacity.stop_after_delay(timeout_s) if repeat else tenacity.stop_after_attempt(1)
+        data = json.dumps(content).encode() if isinstance(content, Mapping) else content
         try:
             async with asyncio.timeout(timeout_s):
                 async for attempt in tenacity.AsyncRetrying(
@@ -182,7 +196,7 @@ class Client:
                     reraise=True,
                 ):
                     with attempt:
-                        return await self._once(kind, method, path, content, absent)
+                        return await self._once(kind, method, path, data, absent)
         except TimeoutError:
             raise MirrorUnavailable(f"IronMQ does not answer within {timeout_s:g} s") from None
         except _Again as exc:
@@ -190,32 +204,42 @@ class Client:
         raise AssertionError  # AsyncRetrying ends by return or raise
 
     async def _once(
-        self, kind: str, method: str, path: str, content: Any, absent: bool
-    ) -> dict[str, Any] | None:
+        self, kind: str, method: str, path: str, data: bytes | None, absent: bool
+    ) -> dict[str, Any]:
         self.calls[kind] += 1
-        headers = dict(self._headers)
-        data = None
-        if content is not None:
+        headers = {"Authorization": f"OAuth {self._token}"}
+        if data is not None:
             headers["Content-Type"] = "application/json"
-            data = json.dumps(content).encode()
         try:
             async with self._session.request(
-                method, self._base + path, data=data, headers=headers
+                method, self._base + path, data=data, headers=headers, allow_redirects=False
             ) as response:
                 text = await response.read()
         except (aiohttp.ClientError, OSError) as exc:
             raise _Again(f"IronMQ can't be reached: {type(exc).__name__}") from None
         if response.status == 404 and absent:
-            return None
+            return {}
         if response.status in (408, 429) or response.status >= 500:
             raise _Again(f"IronMQ answers {response.status}")
         if response.status >= 400:
-            raise Refused(response.status, _refusal(response.status, text))
+            raise Refused(response.status, self._refusal(response.status, text))
         try:
-            answer: dict[str, Any] = json.loads(text)
+            answer = json.loads(text)
         except ValueError:
-            raise _Again("IronMQ's answer is not JSON") from None
+            answer = None
+        if not isinstance(answer, dict):
+            raise _Again(f"IronMQ answers {response.status} and no JSON object")
         return answer
+
+    def _refusal(self, status: int, text: bytes) -> str:
+        """What IronMQ says, in a line; never what was sent, which holds the token."""
+        if status == 401:
+            return "IronMQ does not accept the credentials (ironmq_token, ironmq_project_id)"
+        try:
+            said = str(json.loads(text)["msg"])
+        except (ValueError, KeyError, TypeError):
+            said = "no reason"
+        return f"IronMQ refuses: {status} {said.replace(self._token, '***')[:200]}"
 
 
 @asynccontextmanager
@@ -228,28 +252,34 @@ async def open_client(settings: Settings) -> AsyncIterator[Client]:
         yield Client(session, settings)
 
 
+def encode_post(body: str) -> bytes:
+    """The content of a post of one message."""
+    return json.dumps({"messages": [{"body": body}]}).encode()
+
+
 def _name(text: str) -> str:
     return quote(text, safe="")
 
 
-def _entry(id: str, reservation: str | None) -> dict[str, str]:
-    return {"id": id, "reservation_id": reservation} if reservation else {"id": id}
+def _lease(reservation: str | None) -> dict[str, str]:
+    return {"reservation_id": reservation} if reservation else {}
+
+
+def _queues(answer: dict[str, Any]) -> list[str]:
+    return _picked(lambda: [str(entry["name"]) for entry in answer["queues"] or ()])
 
 
 def _message(raw: dict[str, Any]) -> Message:
-    return Message(str(raw["id"]), raw.get("body") or "", raw.get("reservation_id"))
+    return Message(str(raw["id"]), str(raw.get("body") or ""), raw.get("reservation_id"))
 
 
-def _messages(answer: dict[str, Any] | None) -> list[Message]:
-    return [_message(raw) for raw in (answer or {}).get("messages") or ()]
+def _messages(answer: dict[str, Any]) -> list[Message]:
+    return _picked(lambda: [_message(raw) for raw in answer.get("messages") or ()])
 
 
-def _refusal(status: int, text: bytes) -> str:
-    """What IronMQ says, in a line; never what was sent, which holds the token."""
-    if status == 401:
-        return "IronMQ does not accept the credentials (ironmq_token, ironmq_project_id)"
+def _picked(pick: Callable[[], _T]) -> _T:
+    """What is wanted of an answer. Raises: MirrorUnavailable: it is not there."""
     try:
-        said = json.loads(text)["msg"]
-    except (ValueError, KeyError, TypeError):
-        said = "no reason"
-    return f"IronMQ refuses: {status} {str(said)[:200]}"
+        return pick()
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise MirrorUnavailable("IronMQ's answer is not what was asked for") from None

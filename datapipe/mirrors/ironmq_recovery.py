@@ -2,145 +2,211 @@
 
 The reasoning stands at the top of `ironmq`. A recoverer looks (peek takes no lease) before it
 reserves, and reserves no further than the last message that it wants; those of the living that it
-gets on the way are released. It takes at most 100 messages of a queue at a time, and no more while
-many still wait to be loaded: a backlog of any length does not fill memory.
+gets on the way are released. Of each queue it holds a hundred or two, and no more rows than its
+share of memory, until they are loaded: a backlog of any length does not fill memory.
 """
 
 from __future__ import annotations
 
-import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
-import structlog
-
+from datapipe.errors import MirrorUnavailable
 from datapipe.mirrors import Found, Neighbours
-from datapipe.mirrors.ironmq import AGE_LIMIT, LEASE_S, IronMQ
-from datapipe.mirrors.ironmq_client import EXPIRATION_S, Message, open_client
-from datapipe.mirrors.ironmq_wire import Envelope, Unreadable, envelope_of, pack, unpack
-from datapipe.segment import Segment
+from datapipe.mirrors.ironmq import ANEW_S, BATCH, LEASE_S, IronMQ, held_of, unpacked
+from datapipe.mirrors.ironmq_client import Client, Message, Refused, open_client
+from datapipe.mirrors.ironmq_wire import Envelope, Unreadable, envelope_of, rows_bytes
+from datapipe.segment import SEGMENT_OVERHEAD_BYTES
 from datapipe.settings import Settings
 
-_BATCH = 100  # the most that one reserve or peek gives
 _LANE = re.compile(r"[a-z][a-z0-9_]{0,47}")
-
-log = structlog.stdlib.get_logger("datapipe.mirrors.ironmq")
 
 
 class RecoveringIronMQ(IronMQ):
     """The mirror, with the part that looks after other processes' messages."""
 
+    def __init__(
+        self, client: Client, settings: Settings, process: str, clock: Callable[[], float]
+    ) -> None:
+        super().__init__(client, settings, process, clock)
+        # a quarter of what the buffer may hold, so that memory has room for what comes in
+        self._share = min(settings.load_trigger_bytes, settings.buffer_max_bytes // 4)
+        self._queues: list[str] = []  # as of the last look at all of them
+        self._looked = 0.0
+        self._unfinished: set[str] = set()  # queues that hold more, once this is loaded
+
     async def recover(self, neighbours: Neighbours) -> Found:
-        """See `Mirror.recover`."""
+        """See `Mirror.recover`. While there is no room for more, nothing is asked."""
         found = Found()
-        if self._leased_bytes() >= self._most:
-            found.more = True
-            return found
-        self.given_up = False
-        for queue in await self._noting(self.client.queues(self.prefix)):
-            lane = queue.removeprefix(self.prefix)
-            if not _LANE.fullmatch(lane) or lane.startswith("datapipe_"):
-                continue  # somebody else's
-            if neighbours.loads(lane):
-                await self._recover_queue(queue, lane, neighbours, found)
-            else:
-                await self._look_after(queue, lane, neighbours, found)
+        try:
+            for queue in await self._to_look_at():
+                lane = queue.removeprefix(self.prefix)
+                self._unfinished.discard(queue)
+                if neighbours.loads(lane):
+                    await self._recover_queue(queue, lane, neighbours, found)
+                else:
+                    await self._look_after(queue, lane, neighbours, found)
+        except MirrorUnavailable:
+            if not found.segments:
+                raise
+            found.more = True  # those are ours now; the next look tells what is wrong
+        self.place(found.segments)
+        found.more = found.more or bool(self._unfinished)
         return found
 
-    def _leased_bytes(self) -> int:
-        """Rows of recovered messages that still wait for their load."""
-        return sum(
-            h.rows_bytes for held in self.held.values() for h in held.values() if h.reservation
-        )
+    async def _to_look_at(self) -> list[str]:
+        """All queues of lanes, or those that were not done with, as soon as there is room."""
+        now = self.clock()
+        if self._unfinished and 0 <= now - self._looked < LEASE_S:
+            return [queue for queue in self._unfinished if self._room(queue) > 0]
+        try:
+            names = await self._noting(self.client.queues(self.prefix))
+        except Refused as exc:
+            if exc.status != 404:
+                raise
+            names = []  # perhaps nothing was posted yet
+        self.given_up = False
+        self._looked = now
+        self._queues = [name for name in names if _is_lane(name.removeprefix(self.prefix))]
+        return self._queues
+
+    def _room(self, queue: str) -> int:
+        """Bytes in memory that recovered segments of this queue may still take."""
+        if self.recovered[queue] >= BATCH:  # their leases may have to be prolonged one by one
+            return 0
+        return self._share // max(1, len(self._queues)) - self.recovered_bytes[queue]
 
     async def _recover_queue(
         self, queue: str, lane: str, neighbours: Neighbours, found: Found
     ) -> None:
         """Reserve and take what is nobody's in the queue of a lane that we load."""
-        if self._leased_bytes() >= self._most:
-            found.more = True
+        room = self._room(queue)
+        if room <= 0:
+            self._unfinished.add(queue)
             return
-        seen = await self._noting(self.client.peek(queue, _BATCH))
-        wanted = [self._wants(message, lane, neighbours, found) for message in seen]
-        if not any(wanted):
+        seen = await self._noting(self.client.peek(queue, BATCH))
+        reach = 0
+        for i, message in enumerate(seen):
+            if self._wants(message, lane, neighbours, found):
+                room -= _cost(message)
+                if reach and room < 0:
+                    self._unfinished.add(queue)
+                    break
+                reach = i + 1
+        if not reach:
             return
-        reach = max(i for i, want in enumerate(wanted) if want) + 1
+        if len(seen) == BATCH:
+            self._unfinished.add(queue)
         now = self.clock()
-        taken = await self._noting(self.client.reserve(queue, reach, LEASE_S))
-        found.more = found.more or len(seen) == _BATCH
-        for message in taken:
-            if not self._wants(message, lane, neighbours, found):
-                await self.client.release(queue, message)
-                continue
-            try:
-                envelope = envelope_of(message.body)
-                if envelope.lane != lane:
-                    raise Unreadable(f"it is of the lane {envelope.lane}")
-                segment = await asyncio.to_thread(unpack, envelope)
-            except Unreadable as exc:
-                await self._set_aside(queue, message, str(exc))
-                continue
-            if segment.id in self.known:  # another copy of one that we hold
-                await self.client.delete(queue, [(message.id, message.reservation_id)])
-                continue
-            self.hold(queue, segment, message, envelope.posted, now + LEASE_S)
-            found.segments.append(segment)
+        for message in await self._noting(self.client.reserve(queue, reach, LEASE_S)):
+            if self._wants(message, lane, neighbours, found):
+                await self._take(queue, lane, message, now, found)
+            else:
+                await self._release(queue, message)
 
     def _wants(self, message: Message, lane: str, neighbours: Neighbours, found: Found) -> bool:
-        """Whether a message is nobody's: its sender is dead, or our books don't know it."""
-        try:
-            envelope = envelope_of(message.body)
-        except Unreadable:
-            return True  # to set it aside
-        if envelope.lane != lane:
-            return True  # strayed into the wrong queue: to set it aside
-        if envelope.sender == self.process:
-            return envelope.segment not in self.known and envelope.segment not in self.appending
-        if neighbours.silent(envelope.sender):
+        """Whether a message is nobody's, or a copy: then we are the one to take it away."""
+        envelope = _envelope(message)
+        if envelope is None or envelope.lane != lane:
+            return True  # unreadable, or strayed into the wrong queue: to set it aside
+        if envelope.segment in self.appending:
+            return False
+        if (mine := self.known.get(envelope.segment)) is not None:
+            return mine.recovered or mine.id != message.id  # our lease has run out, or it is a copy
+        if envelope.sender == self.process or neighbours.silent(envelope.sender):
             return True
         found.suspects.add(envelope.sender)
         return False
 
-    async def _set_aside(self, queue: str, message: Message, why: str) -> None:
-        """Move a message that is damaged or foreign to a queue of its own; none is dropped."""
-        aside = f"{queue}-unreadable"
-        await self.client.post(aside, message.body)
-        await self.client.delete(queue, [(message.id, message.reservation_id)])
-        log.error("message unreadable", queue=queue, moved_to=aside, error=why)
+    async def _take(
+        self, queue: str, lane: str, message: Message, now: float, found: Found
+    ) -> None:
+        """Put a message that we reserved into our books."""
+        try:
+            envelope = envelope_of(message.body)
+            if envelope.lane != lane:
+                raise Unreadable(f"it is of the lane {envelope.lane}")
+            segment = await unpacked(envelope)
+        except Unreadable as exc:
+            await self.set_aside(queue, message, str(exc))
+            return
+        assert message.reservation_id is not None
+        mine = self.known.get(segment.id)
+        if mine is None:
+            held = held_of(message.id, segment, len(message.body), envelope.posted)
+            held.recovered = True
+            self.known[segment.id] = held
+            found.segments.append(segment)
+        elif mine.id == message.id:
+            held = mine  # our lease had run out; nobody else took it
+        else:
+            await self._noting(self.client.delete(queue, [(message.id, message.reservation_id)]))
+            return
+        held.lease(message.reservation_id, LEASE_S, now)
 
-    # --- lanes that are not loaded here ---
+    async def _release(self, queue: str, message: Message) -> None:
+        if message.reservation_id is not None:
+            await self._noting(self.client.release(queue, message.id, message.reservation_id))
+
+    # --- lanes that are not loaded here, or not now ---
 
     async def _look_after(
         self, queue: str, lane: str, neighbours: Neighbours, found: Found
     ) -> None:
         """Show a lane that nobody here can load, and keep its messages from expiring."""
-        seen = await self._noting(self.client.peek(queue, _BATCH))
+        seen = await self._noting(self.client.peek(queue, BATCH))
         oldest = _envelope(seen[0]) if seen else None
         if oldest is None or oldest.lane != lane:
             return  # not in our wire form: somebody else's queue
         found.strangers.add(lane)
-        limit = self.clock() - EXPIRATION_S * AGE_LIMIT
-        old = [m for m in seen if (e := _envelope(m)) is not None and e.posted < limit]
-        if old:
-            await self._post_anew_all(queue, len(old), limit, neighbours)
+        old = [
+            i
+            for i, message in enumerate(seen)
+            if self._is_old(message) and self._wants(message, lane, neighbours, found)
+        ]
+        if not old:
+            return
+        if len(seen) == BATCH:
+            self._unfinished.add(queue)
+        taken = await self._noting(self.client.reserve(queue, old[-1] + 1, LEASE_S))
+        await self._post_all_anew(queue, lane, taken, neighbours, found)
 
-    async def _post_anew_all(
-        self, queue: str, count: int, limit: float, neighbours: Neighbours
+    async def _post_all_anew(
+        self,
+        queue: str,
+        lane: str,
+        taken: Sequence[Message],
+        neighbours: Neighbours,
+        found: Found,
     ) -> None:
-        taken = await self._noting(self.client.reserve(queue, count, LEASE_S))
-        envelopes = [_envelope(message) for message in taken]
-        loaded = await neighbours.loaded([e.segment for e in envelopes if e is not None])
-        for message, envelope in zip(taken, envelopes, strict=True):
-            if envelope is None or envelope.posted >= limit or envelope.segment in self.known:
-                await self.client.release(queue, message)
+        ids = {message.id: e.segment for message in taken if (e := _envelope(message)) is not None}
+        loaded = await self.ledger_knows(neighbours, list(ids.values()))
+        for message in taken:
+            if not self._is_old(message) or not self._wants(message, lane, neighbours, found):
+                await self._release(queue, message)
                 continue
-            if envelope.segment not in loaded:
-                segment: Segment = await asyncio.to_thread(unpack, envelope)
-                body = await asyncio.to_thread(pack, segment, envelope.sender, self.clock())
-                await self.client.post(queue, body)
-            await self.client.delete(queue, [(message.id, message.reservation_id)])
+            if ids[message.id] not in loaded:
+                await self.repost(queue, message.body, self.clock())
+            await self._noting(self.client.delete(queue, [(message.id, message.reservation_id)]))
+
+    def _is_old(self, message: Message) -> bool:
+        envelope = _envelope(message)
+        if envelope is None or envelope.segment in self.known:  # `keep` looks after those
+            return False
+        return self.clock() - envelope.posted > ANEW_S
+
+
+def _is_lane(name: str) -> bool:
+    """Whether a queue may be one of ours, going by its name."""
+    return _LANE.fullmatch(name) is not None and not name.startswith("datapipe_")
+
+
+def _cost(message: Message) -> int:
+    """What a message's segment will cost in memory."""
+    envelope = _envelope(message)
+    return 0 if envelope is None else rows_bytes(envelope) + SEGMENT_OVERHEAD_BYTES
 
 
 def _envelope(message: Message) -> Envelope | None:

@@ -21,6 +21,7 @@ from datapipe.events import Column
 from datapipe.segment import Part, Segment
 
 VERSION = 1
+_MOST_PACKED = 1032  # deflate makes no byte of more
 
 
 class Envelope(msgspec.Struct, frozen=True):
@@ -53,6 +54,20 @@ def pack(segment: Segment, sender: str, posted: float) -> str:
         tuple((column.name, column.type) for column in segment.columns), segment.parts, rows,
     )  # fmt: skip
     return msgspec.json.encode(envelope).decode()
+
+
+def posted_anew(envelope: Envelope, posted: float) -> str:
+    """The same message, as of now."""
+    return msgspec.json.encode(msgspec.structs.replace(envelope, posted=posted)).decode()
+
+
+def rows_bytes(envelope: Envelope) -> int:
+    """How large the rows are once unpacked: gzip's last four bytes tell, unless it is damaged."""
+    try:
+        told = int.from_bytes(base64.b64decode(envelope.rows[-8:])[-4:], "little")
+    except ValueError:
+        return 0
+    return min(told, len(envelope.rows) * _MOST_PACKED)
 
 
 def envelope_of(body: str) -> Envelope:

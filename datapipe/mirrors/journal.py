@@ -22,6 +22,7 @@ import zlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -31,7 +32,7 @@ import structlog
 from datapipe.errors import ConfigError, MirrorFull, MirrorUnavailable
 from datapipe.events import Column
 from datapipe.mirrors import Found, MirrorState, Neighbours, Run
-from datapipe.segment import SEGMENT_OVERHEAD_BYTES, Segment, decode_head, encode_head
+from datapipe.segment import Segment, decode_head, encode_head
 from datapipe.settings import Settings
 
 MIN_FREE_BYTES = 64 * 1024 * 1024  # on a full disk even DELETE fails, so appends stop before
@@ -46,7 +47,9 @@ CREATE TABLE segments (
     created_at REAL NOT NULL, crc INTEGER NOT NULL, head BLOB NOT NULL, data BLOB NOT NULL);
 CREATE INDEX waiting ON segments (lane, position, events, bytes, created_at);
 """
-_VACUUM_PAGES = 2048  # given back to the file system in one go, at most
+_ROW_BYTES = 256  # what a segment takes beside its rows
+_LOOK_S = 0.1  # how long the free space of the disk is taken as it was
+_VACUUM_PAGES = 512  # given back to the file system in one go, at most
 _T = TypeVar("_T")
 log = structlog.stdlib.get_logger("datapipe.mirrors.journal")
 
@@ -68,12 +71,16 @@ class JournalFile:
     def _open(self) -> None:
         new = not self.path.exists() or self.path.stat().st_size == 0
         self._write = self._connect()
-        if new:
+        if new:  # large pages: a batch goes in faster, and a small append costs little more
+            self._write.execute("PRAGMA page_size=16384")
             self._write.execute("PRAGMA auto_vacuum=INCREMENTAL")
         self._write.execute("PRAGMA journal_mode=WAL")
         self._write.execute("PRAGMA synchronous=FULL")
         self._write.execute("PRAGMA fullfsync=1")  # macOS: there fsync alone reaches no platter
         self._write.execute("PRAGMA journal_size_limit=16777216")
+        self._write.execute("PRAGMA wal_autocheckpoint=500")  # pages: 8 MiB
+        # some builds overwrite deleted pages with zeros, which doubles the writing
+        self._write.execute("PRAGMA secure_delete=OFF")
         version = self._write.execute("PRAGMA user_version").fetchone()[0]
         if version == 0:
             self._write.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version={_FORMAT};COMMIT")
@@ -101,56 +108,65 @@ class JournalFile:
         )  # fmt: skip
 
     def measure(self) -> None:
-        """Set `used_bytes`: pages in use, without those that are free for the next segments."""
-        (pages,) = self._write.execute("PRAGMA page_count").fetchone()
-        (free,) = self._write.execute("PRAGMA freelist_count").fetchone()
-        (size,) = self._write.execute("PRAGMA page_size").fetchone()
-        self.free_pages = free
-        self.used_bytes: int = (pages - free) * size
+        """Set `used_bytes`: what the waiting segments take, which free pages don't."""
+        (size, count) = self._write.execute(
+            "SELECT coalesce(sum(bytes), 0), count(*) FROM segments"
+        ).fetchone()
+        self.used_bytes: int = size + count * _ROW_BYTES
 
     def append(self, segments: Sequence[Segment]) -> None:
-        """One transaction, on disk when this returns. Raises: sqlite3.Error."""
-        positions = []
-        self._write.execute("BEGIN IMMEDIATE")
-        try:
-            for segment in segments:
-                head = encode_head(segment)
-                cursor = self._write.execute(
-                    "INSERT INTO segments (lane, id, events, bytes, created_at, crc, head, data)"
-                    " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                    (
-                        segment.lane, segment.id, segment.events, len(segment.data),
-                        segment.created_at, _crc(head, segment.data), head, segment.data,
-                    ),
-                )  # fmt: skip
-                positions.append(cursor.lastrowid or 0)
-            self._write.execute("COMMIT")
-        except BaseException:
-            self._rollback()
-            raise
-        for segment, position in zip(segments, positions, strict=True):
-            segment.source, segment.position = self.source, position
-        self.measure()
+        """One transaction, on disk when this returns. Raises: sqlite3.Error.
 
-    def remove(self, positions: Sequence[int]) -> None:
+        One segment goes in one statement: each call into SQLite hands the interpreter to other
+        threads and has to wait for it again.
+        """
+        if len(segments) == 1:
+            self._insert(segments[0])
+        else:
+            self._write.execute("BEGIN IMMEDIATE")
+            try:
+                for segment in segments:
+                    self._insert(segment)
+                self._write.execute("COMMIT")
+            except BaseException:
+                self._rollback()
+                raise
+        self.used_bytes += _size_of(segments)
+
+    def _insert(self, segment: Segment) -> None:
+        head = encode_head(segment)
+        cursor = self._write.execute(
+            "INSERT INTO segments (lane, id, events, bytes, created_at, crc, head, data)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                segment.lane, segment.id, segment.events, len(segment.data), segment.created_at,
+                _crc(head, segment.data), head, segment.data,
+            ),
+        )  # fmt: skip
+        segment.source, segment.position = self.source, cursor.lastrowid or 0
+
+    def remove(self, segments: Sequence[Segment]) -> None:
         """One transaction, on disk when this returns. Raises: sqlite3.Error."""
         self._write.execute("BEGIN IMMEDIATE")
         try:
-            self._write.executemany(
-                "DELETE FROM segments WHERE position = ?", [(p,) for p in positions]
-            )
+            removed = self._write.executemany(
+                "DELETE FROM segments WHERE position = ?", [(s.position,) for s in segments]
+            ).rowcount
             self._write.execute("COMMIT")
         except BaseException:
             self._rollback()
             raise
-        self.measure()
+        if removed == len(segments):
+            self.used_bytes -= _size_of(segments)
+        else:
+            self.measure()
 
     def give_back(self) -> None:
         """Shorten the file by a bounded number of free pages, if there are many."""
-        if self.free_pages > _VACUUM_PAGES:
-            pages = max(_VACUUM_PAGES, self.free_pages // 4)
+        (free,) = self._write.execute("PRAGMA freelist_count").fetchone()
+        if free > _VACUUM_PAGES:
+            pages = max(_VACUUM_PAGES, free // 4)
             self._write.execute(f"PRAGMA incremental_vacuum({pages})").fetchall()
-            self.measure()
 
     def _rollback(self) -> None:
         if self._write.in_transaction:
@@ -231,6 +247,8 @@ class Journal:
         self._error: str | None = None
         self._others_bytes: int = 0
         self._others_seen = 0.0
+        self._looked_at = 0.0
+        self._why_full: str | None = None
 
     def queue_of(self, lane: str) -> str:
         return ""
@@ -240,8 +258,15 @@ class Journal:
         return segments
 
     def _append(self, segments: Sequence[Segment]) -> None:
-        if (why := self._full(sum(len(segment.data) for segment in segments))) is not None:
-            raise MirrorFull(why)
+        coming = _size_of(segments)
+        now = time.monotonic()
+        if self._why_full or now - self._looked_at > _LOOK_S:  # a look at the disk is a call
+            self._looked_at = now
+            self._why_full = self._full(coming)
+        elif self._bytes() + coming > self._max_bytes:
+            self._why_full = self._full(coming)
+        if self._why_full is not None:
+            raise MirrorFull(self._why_full)
         self._own.append(segments)
 
     def _full(self, coming: int) -> str | None:
@@ -254,12 +279,12 @@ class Journal:
         return None
 
     async def remove(self, segments: Sequence[Segment]) -> None:
-        by_source: dict[str, list[int]] = {}
+        by_source: dict[str, list[Segment]] = {}
         for segment in segments:
-            by_source.setdefault(segment.source, []).append(segment.position)
-        for source, positions in by_source.items():
+            by_source.setdefault(segment.source, []).append(segment)
+        for source, of_source in by_source.items():
             if file := self._files.get(source):
-                await self._run(self._writer, lambda f=file, p=positions: f.remove(p))  # type: ignore[misc]
+                await self._run(self._writer, partial(file.remove, of_source))
 
     async def read(self, run: Run, max_bytes: int) -> list[Segment]:
         file = self._files[run.source]
@@ -268,7 +293,7 @@ class Journal:
     async def recover(self, neighbours: Neighbours) -> Found:
         return Found(runs=await self._run(self._writer, self._recover))
 
-    async def keep(self) -> None:
+    async def keep(self, neighbours: Neighbours) -> None:
         """Give space back that a burst has taken, bit by bit."""
         for file in list(self._files.values()):
             await self._run(self._writer, file.give_back)
@@ -330,7 +355,7 @@ class Journal:
             self._error,
             self._bytes(),
             self._max_bytes,
-            self._full(SEGMENT_OVERHEAD_BYTES),
+            self._full(_ROW_BYTES),
         )
 
     def close(self) -> None:
@@ -383,6 +408,10 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except FileNotFoundError:
         return 0
+
+
+def _size_of(segments: Sequence[Segment]) -> int:
+    return sum([len(segment.data) + _ROW_BYTES for segment in segments])
 
 
 def _crc(head: bytes, data: bytes) -> int:

@@ -50,7 +50,7 @@ class MemoryMirror:
     async def recover(self, neighbours: Neighbours) -> Found:
         return Found()
 
-    async def keep(self) -> None:
+    async def keep(self, neighbours: Neighbours) -> None:
         return
 
     def state(self) -> MirrorState:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import os
 import shlex
+import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -32,6 +34,7 @@ from datapipe.sinks.schema import (
     quote,
 )
 from datapipe.sinks.sqlstate import Verdict, error_of, one_line, verdict
+from datapipe.sinks.threads import in_thread
 
 # Source: PostgreSQL documentation, libpq "Parameter Key Words". Seconds, and milliseconds for the
 # last: a peer that vanished without a word is noticed.
@@ -75,6 +78,24 @@ class _Connection(psycopg2.extensions.connection):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         asyncio.get_running_loop().remove_reader(self.fileno())
+
+
+def _answering(dsn: str) -> str:
+    """The same, with the one address that answers of those that it names. Blocks.
+
+    Raises: psycopg2.Error: none does.
+    """
+    connection = psycopg2.connect(dsn)
+    try:
+        with socket.socket(fileno=os.dup(connection.fileno())) as end:
+            if end.family == socket.AF_UNIX:
+                return dsn
+            address, port = end.getpeername()[:2]
+        host = connection.info.host
+        pinned: str = psycopg2.extensions.make_dsn(dsn, host=host, hostaddr=address, port=port)
+    finally:
+        connection.close()
+    return pinned
 
 
 class Database:
@@ -213,8 +234,13 @@ class Database:
 
     async def _run_once(self, work: Callable[[aiopg.Cursor], Awaitable[_T]]) -> _T:
         if self._pool is None:
+            # libpq changes its socket from one address to the next while aiopg watches the first:
+            # so the pool is given the one that answers
+            configured = await self.dsn()
+            _, answering = in_thread(lambda: _answering(configured))
+            dsn = await answering
             self._pool = await aiopg.create_pool(
-                await self.dsn(), minsize=0, maxsize=2, timeout=20.0, enable_json=False,
+                dsn, minsize=0, maxsize=2, timeout=20.0, enable_json=False,
                 enable_hstore=False, enable_uuid=False, connection_factory=_Connection,
             )  # fmt: skip
         async with self._pool.acquire() as connection, connection.cursor() as cursor:

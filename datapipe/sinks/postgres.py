@@ -16,7 +16,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from itertools import groupby
 from typing import Any, TypeVar
@@ -44,6 +43,7 @@ from datapipe.sinks.database import Database
 from datapipe.sinks.keys import Keys
 from datapipe.sinks.schema import OWN_TABLES, quote
 from datapipe.sinks.sqlstate import Verdict, error_of, one_line, verdict
+from datapipe.sinks.threads import in_thread
 
 # Each load states what it relies on, whatever the role or the database says. Without
 # synchronous_commit a crash of the server after COMMIT loses what the mirror has forgotten; without
@@ -103,14 +103,9 @@ class PostgresSink:
         raise AssertionError  # the second pass returns or raises
 
     async def _in_thread(self, call: Callable[[], _T]) -> _T:
-        """Run it in a daemon thread: one that hangs in a connect must not hold up the exit."""
-        loop = asyncio.get_running_loop()
-        outcome: Future[_T] = Future()
-        thread = threading.Thread(target=_run_into, args=(outcome, call), daemon=True, name="load")
-        self._threads = {each for each in self._threads if each.is_alive()}
-        thread.start()
-        self._threads.add(thread)
-        return await asyncio.wrap_future(outcome, loop=loop)
+        thread, outcome = in_thread(call)
+        self._threads = {each for each in self._threads if each.is_alive()} | {thread}
+        return await outcome
 
     def _in_transaction(self, dsn: str, work: Callable[[psycopg2.extensions.cursor], _T]) -> _T:
         """Work that begins a transaction, and its COMMIT, in a worker thread.
@@ -346,17 +341,6 @@ class PostgresSink:
     def _join(self, until: float) -> None:
         for thread in list(self._threads):
             thread.join(max(0.0, until - time.monotonic()))
-
-
-def _run_into(outcome: Future[_T], call: Callable[[], _T]) -> None:
-    if not outcome.set_running_or_notify_cancel():
-        return
-    try:
-        result = call()
-    except BaseException as exc:
-        outcome.set_exception(exc)
-    else:
-        outcome.set_result(result)
 
 
 def _widened(table: Table, segments: Sequence[Segment]) -> Table:

@@ -90,6 +90,10 @@ class IronMQ:
         """The queue as of now; one that does not exist reads as empty."""
         return self.queues.get(name) or Queue(name, self.rules)
 
+    def put(self, queue: str, bodies: list[str]) -> None:
+        """Messages on a queue, as if somebody had posted them."""
+        self._store.post(queue, {"messages": [{"body": body} for body in bodies]})
+
     def expire_leases(self) -> None:
         """End every reservation now."""
         self._store.expire_leases()
@@ -105,7 +109,7 @@ class IronMQ:
     async def until(self, condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
         """Return once the condition holds. Raises: TimeoutError."""
         async with asyncio.timeout(timeout_s):
-            while not condition():  # noqa: ASYNC110 (time alone can make it true)
+            while not condition():
                 await asyncio.sleep(POLL_S)
 
     # -- the sockets

@@ -120,7 +120,7 @@ def postmaster(server_home: Path) -> int:
 
 async def until(true: Callable[[], bool]) -> None:
     async with asyncio.timeout(DEADLINE_S):
-        while not true():  # noqa: ASYNC110  what we wait for is another process
+        while not true():
             await asyncio.sleep(0.01)
 
 

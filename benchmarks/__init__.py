@@ -1,0 +1,1 @@
+"""`make bench`: datapipe beside what it could be measured by, as ratios of one run."""

@@ -1,0 +1,274 @@
+"""A driver: posts events with known ids, then asks the tables what became of each.
+
+Many connections post single events, arrays and NDJSON, over several lanes, with and without an
+`Idempotency-Key`. What has a key is sent again until it is answered, and some of it once more after
+that: it must count once. What has none is never sent again, unless no connection came about.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import random
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+
+from tests.postgres import Postgres
+from tests.service import until
+
+LANES = ("crash_report", "purchase", "install")
+# what COPY must escape, and what JSON must
+TEXT = "{}\t\\ é\r\n\\N \\."
+_TEXT_COLUMN = {"crash_report": "message", "purchase": "sku"}
+
+
+@dataclass(slots=True)
+class Post:
+    """One body, and what was answered to it."""
+
+    events: list[tuple[str, int]]  # lane and id
+    body: bytes
+    key: str | None
+    answered: int = 0  # how often with 200
+    refused: bool = False
+    tries: int = 0
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What became of the events: counts, and ids of those that broke the promise."""
+
+    answered: int = 0  # each answer of 200 counts its events
+    unanswered_stored: int = 0
+    rows: int = 0
+    dead: int = 0
+    waiting: int = 0
+    duplicates_by_key: int = 0
+    lost: list[int] = field(default_factory=list)
+    doubled: list[int] = field(default_factory=list)
+    refused_stored: list[int] = field(default_factory=list)
+    damaged: int = 0
+
+    def check(self) -> None:
+        """Every event answered 200 is in once, whole, and the sum comes out."""
+        assert not self.lost, f"{len(self.lost)} lost: {self.lost[:10]}"
+        assert not self.doubled, f"{len(self.doubled)} doubled: {self.doubled[:10]}"
+        assert not self.refused_stored, f"refused, yet stored: {self.refused_stored[:10]}"
+        assert not self.damaged, f"{self.damaged} rows are not what was sent"
+        came = self.answered + self.unanswered_stored
+        went = self.rows + self.dead + self.waiting + self.duplicates_by_key
+        assert came == went, self
+
+
+class Driver:
+    """Posts to whatever `url` gives at the moment; nothing while that is empty.
+
+    Attributes:
+        faults: answers that no test expects. torn: answers that broke off.
+    """
+
+    def __init__(
+        self,
+        url: Callable[[], str],
+        seed: int,
+        *,
+        lanes: tuple[str, ...] = LANES,
+        connections: int = 16,
+        batch: int = 60,
+        pause_s: float = 0.01,
+    ) -> None:
+        self.posts: list[Post] = []
+        self.faults: list[str] = []
+        self.torn = 0
+        self._url = url
+        self._random = random.Random(seed)
+        self._lanes = lanes
+        self._connections = connections
+        self._batch = batch
+        self._pause_s = pause_s
+        self._ids = itertools.count(1)
+        self._again: deque[Post] = deque()
+        self._stopping = False
+        self._run = f"{self._random.getrandbits(64):016x}"
+        self.answers = 0
+
+    # --- posting ---
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[Driver]:
+        """Post in the background; on the way out requests under way end as they will."""
+        connector = aiohttp.TCPConnector(limit=0)
+        timeout = aiohttp.ClientTimeout(total=60)
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+            work = [asyncio.create_task(self._work(session)) for _ in range(self._connections)]
+            try:
+                yield self
+            finally:
+                self._stopping = True
+                await asyncio.gather(*work)
+
+    async def settle(self, timeout_s: float = 30.0) -> None:
+        """Send what has a key and no answer until it has one."""
+        async with asyncio.timeout(timeout_s), aiohttp.ClientSession() as session:
+            while self._again:
+                await self._send(session, self._again.popleft())
+
+    async def answered(self, more: int, timeout_s: float = 30.0) -> None:
+        """Wait for so many more answers of 200."""
+        goal = self.answers + more
+
+        async def there() -> bool:
+            return self.answers >= goal
+
+        await until(there, timeout_s, f"{more} more answers")
+
+    async def _work(self, session: aiohttp.ClientSession) -> None:
+        while not self._stopping:
+            if self._url():
+                await self._send(session, self._next())
+            await asyncio.sleep(self._random.uniform(0, 2 * self._pause_s))
+
+    def _next(self) -> Post:
+        if self._again:
+            return self._again.popleft()
+        if self.posts and self._random.random() < 0.05:
+            old = self._random.choice(self.posts)
+            if old.key and old.answered:
+                return old  # a client that did not see its answer
+        post = self._make()
+        self.posts.append(post)
+        return post
+
+    def _make(self) -> Post:
+        shape = self._random.choice(["one", "one", "array", "lines"])
+        count = 1 if shape == "one" else self._random.randint(1, self._batch)
+        events = [(self._random.choice(self._lanes), next(self._ids)) for _ in range(count)]
+        objects = [json.dumps(event(lane, id)) for lane, id in events]
+        body = f"[{','.join(objects)}]" if shape == "array" else "\n".join(objects)
+        key = f"{self._run}-{events[0][1]}" if self._random.random() < 0.5 else None
+        return Post(events, body.encode(), key)
+
+    async def _send(self, session: aiohttp.ClientSession, post: Post) -> None:
+        headers = {"Idempotency-Key": post.key} if post.key else {}
+        answer: dict[str, Any] = {}
+        try:
+            async with session.post(f"{self._url()}/", data=post.body, headers=headers) as response:
+                answer = await response.json()
+        except (aiohttp.ClientConnectorError, aiohttp.InvalidURL):
+            self._again.append(post)  # nothing was sent
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as exc:
+            self.torn += isinstance(exc, aiohttp.ClientPayloadError | ValueError)
+            self._unanswered(post)
+        else:
+            self._book(post, response.status, answer)
+
+    def _unanswered(self, post: Post) -> None:
+        post.tries += 1
+        if post.key and not post.answered:
+            self._again.append(post)
+
+    def _book(self, post: Post, status: int, answer: dict[str, Any]) -> None:
+        post.tries += 1
+        if status == 200:
+            post.answered += 1
+            self.answers += 1
+            if answer.get("accepted", 1) != len(post.events) and post.body.startswith(b"["):
+                self.faults.append(f"{len(post.events)} sent: {answer}")
+        elif status == 503:
+            post.refused = post.tries == 1 and post.key is None
+            if post.key and not post.answered:
+                self._again.append(post)
+        else:
+            self.faults.append(f"{status}: {answer}")
+
+    # --- what became of it ---
+
+    async def compare(self, database: str, waiting: int = 0) -> Verdict:
+        """Look into the tables and the dead letters.
+
+        Args: waiting: events that the services say still wait.
+        """
+        assert not self.faults, self.faults[:5]
+        return await asyncio.to_thread(self._compare, database, waiting)
+
+    def _compare(self, database: str, waiting: int) -> Verdict:
+        rows, damaged = read_tables(database, self._lanes)
+        dead = read_letters(database)
+        verdict = Verdict(
+            rows=rows.total(), dead=dead.total(), waiting=waiting, damaged=damaged,
+        )  # fmt: skip
+        for post in self.posts:
+            verdict.answered += post.answered * len(post.events)
+            verdict.duplicates_by_key += max(0, post.answered - 1) * len(post.events)
+            for each in post.events:
+                self._judge(verdict, post, each[1], rows[each] + dead[each])
+        return verdict
+
+    @staticmethod
+    def _judge(verdict: Verdict, post: Post, id: int, times: int) -> None:
+        if times > 1:
+            verdict.doubled.append(id)
+        if post.answered and not times:
+            verdict.lost.append(id)
+        if not post.answered:
+            verdict.unanswered_stored += times
+            if times and post.refused:
+                verdict.refused_stored.append(id)
+
+    async def check(self, database: str, waiting: int = 0) -> Verdict:
+        """Compare; AssertionError if an event is lost, doubled or damaged."""
+        verdict = await self.compare(database, waiting)
+        verdict.check()
+        assert verdict.answered > 0, "nothing was answered: the test tests nothing"
+        return verdict
+
+
+def event(lane: str, id: int) -> dict[str, Any]:
+    """The event of this id; its content follows from the id."""
+    made = {"event_name": lane, "user_id": id, "timestamp": 7 * id}
+    if lane in _TEXT_COLUMN:
+        made[_TEXT_COLUMN[lane]] = TEXT.format(id)
+    return made
+
+
+def read_tables(database: str, lanes: Iterable[str]) -> tuple[Counter[tuple[str, int]], int]:
+    """How often each event is there, and how many rows are not what was sent."""
+    found: Counter[tuple[str, int]] = Counter()
+    damaged = 0
+    for lane in lanes:
+        if not _exists(database, lane):
+            continue
+        column = _TEXT_COLUMN.get(lane, "'' || user_id")
+        text = TEXT if lane in _TEXT_COLUMN else "{}"
+        rows = Postgres.execute(
+            database,
+            "SELECT user_id, count(*), count(*) FILTER (WHERE timestamp <> 7 * user_id OR"
+            f" {column} IS DISTINCT FROM replace(%s, '{{}}', user_id::text))"
+            f" FROM {lane} GROUP BY user_id",
+            text,
+        )
+        found.update({(lane, id): count for id, count, _ in rows})
+        damaged += sum(wrong for *_, wrong in rows)
+    return found, damaged
+
+
+def read_letters(database: str) -> Counter[tuple[str, int]]:
+    """How often each event is among the dead letters."""
+    if not _exists(database, "datapipe_dead_letters"):
+        return Counter()
+    rows = Postgres.execute(
+        database,
+        "SELECT lane, (event->>'user_id')::bigint, count(*) FROM datapipe_dead_letters"
+        " GROUP BY 1, 2",
+    )
+    return Counter({(lane, id): count for lane, id, count in rows})
+
+
+def _exists(database: str, table: str) -> bool:
+    return Postgres.execute(database, "SELECT to_regclass(%s)", table)[0][0] is not None

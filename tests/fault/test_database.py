@@ -1,0 +1,203 @@
+"""Whatever becomes of PostgreSQL: events are taken, kept, and in their tables once."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from tests.fault.driver import Driver
+from tests.fault.proxy import Moment, Proxy, cut
+from tests.postgres import Postgres
+from tests.service import Service, until
+
+OFTEN = {"load_interval": 0.1, "load_min_interval": 0, "load_trigger_bytes": 20_000}
+MakeService = Callable[..., Service]
+
+
+@asynccontextmanager
+async def under_load(service: Service, seed: int) -> AsyncIterator[Driver]:
+    """A started service that is posted to, and has loaded something."""
+    await service.start()
+    driver = Driver(lambda: service.url, seed)
+    async with driver.running():
+        await loads(service)
+        yield driver
+
+
+async def loads(service: Service, more: int = 2) -> None:
+    """Wait for some more loads."""
+    before = len(service.logged("segments loaded"))
+
+    async def there() -> bool:
+        return len(service.logged("segments loaded")) >= before + more
+
+    await until(there, what="more loads")
+
+
+async def check_all(driver: Driver, service: Service, database: str) -> dict[str, Any]:
+    """All is in its table once, and the service's own counts say the same."""
+    await driver.settle()
+    books = await service.drained()
+    verdict = await driver.check(database)
+    assert books["balanced"], books
+    assert books["accepted"] == verdict.answered + verdict.unanswered_stored, (books, verdict)
+    assert books["loaded"] == verdict.rows, (books, verdict)
+    assert books["duplicate"] == verdict.duplicates_by_key, (books, verdict)
+    assert books["dead"] == verdict.dead == 0, (books, verdict)
+    return books
+
+
+async def summary_is(service: Service, state: str) -> None:
+    async def told() -> bool:
+        return bool((await service.status())["summary"]["state"] == state)
+
+    await until(told, what=f"summary {state!r}")
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGQUIT], ids=["fast", "crash"])
+async def test_postgres_ends_and_comes_back(
+    own_postgres: Postgres, make_service: MakeService, seed: int, how: signal.Signals
+) -> None:
+    database = own_postgres.create_database()
+    service = make_service(database_url=database, **OFTEN)
+    async with under_load(service, seed) as driver:
+        for _ in range(2):
+            await asyncio.to_thread(own_postgres.stop, how)
+            await summary_is(service, "database_down")
+            await driver.answered(50)  # events are taken all the same
+            assert (await service.get("/readyz"))[0] == 200
+            await asyncio.to_thread(own_postgres.start)
+            await loads(service)
+            await summary_is(service, "healthy")
+    await check_all(driver, service, database)
+    assert len(service.logged("database down")) == 2
+
+
+async def test_postgres_is_away_at_the_start(
+    own_postgres: Postgres, make_service: MakeService, seed: int
+) -> None:
+    database = own_postgres.create_database()
+    own_postgres.stop()
+    service = make_service(database_url=database, **OFTEN)
+    await service.start()
+    driver = Driver(lambda: service.url, seed)
+    async with driver.running():
+        await driver.answered(50)
+        await summary_is(service, "database_down")
+        assert (await service.get("/readyz"))[0] == 200
+        status = await service.status()
+        assert "PostgreSQL does not answer" in status["summary"]["text"]
+        assert status["database"]["up"] is False
+        assert status["books"]["waiting"] == status["books"]["accepted"] > 0
+        await asyncio.to_thread(own_postgres.start)
+        await loads(service)
+    await check_all(driver, service, database)
+
+
+async def test_postgres_freezes_in_the_middle_of_copy(
+    own_postgres: Postgres, make_service: MakeService, seed: int
+) -> None:
+    database = own_postgres.create_database()
+    async with Proxy(database).running() as proxy:
+        service = make_service(database_url=proxy.url, **OFTEN)
+
+        async def freeze() -> bool:
+            own_postgres.freeze()
+            return True
+
+        async with under_load(service, seed) as driver:
+            await proxy.at(Moment.COPY, freeze)
+            loaded = len(service.logged("segments loaded"))
+            await driver.answered(200)
+            assert len(service.logged("segments loaded")) <= loaded + 1
+            own_postgres.thaw()
+            await loads(service)
+        await check_all(driver, service, database)
+
+
+async def test_backends_are_terminated_in_the_middle_of_copy(
+    postgres: Postgres, proxy: Proxy, database: str, make_service: MakeService, seed: int
+) -> None:
+    service = make_service(database_url=proxy.url, **OFTEN)
+    ended: list[int] = []
+
+    async def terminate() -> bool:
+        rows = await postgres.aexecute(
+            database,
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            " AND query LIKE 'COPY%%' AND state = 'active'",
+        )
+        ended.append(len(rows))
+        return True
+
+    async with under_load(service, seed) as driver:
+        for _ in range(5):
+            await proxy.at(Moment.COPY, terminate)
+            await loads(service)
+    assert len(ended) == 5
+    assert all(ended), ended
+    await check_all(driver, service, database)
+    assert service.logged("load failed")
+
+
+@pytest.mark.parametrize("moment", [Moment.COMMIT, Moment.SENT, Moment.COMMITTED])
+async def test_the_connection_breaks_around_commit(
+    proxy: Proxy,
+    database: str,
+    make_service: MakeService,
+    seed: int,
+    moment: Moment,
+) -> None:
+    """Whether it happened is not known: what did happen counts as loaded, not as duplicate."""
+    service = make_service(database_url=proxy.url, **OFTEN)
+
+    async with under_load(service, seed) as driver:
+        for _ in range(4):
+            await proxy.at(moment, cut)
+            await loads(service)
+    await check_all(driver, service, database)
+    if moment is not Moment.SENT:  # there the answer may have been faster
+        assert len(service.logged("load failed")) >= 4
+
+
+ONE = {"event_name": "install", "user_id": 1, "timestamp": 2}
+
+
+@pytest.mark.parametrize(
+    ("moment", "committed"), [(Moment.COMMIT, False), (Moment.COMMITTED, True)]
+)
+async def test_one_event_whose_commit_breaks_is_loaded_not_duplicate(
+    postgres: Postgres,
+    proxy: Proxy,
+    database: str,
+    make_service: MakeService,
+    moment: Moment,
+    committed: bool,
+) -> None:
+    """Step by step: loaded, the request or the answer dropped, tried again."""
+    service = make_service(database_url=proxy.url, **OFTEN)
+    await service.start()
+    seen: list[int] = []
+
+    async def count() -> int:
+        rows = await postgres.aexecute(database, "SELECT count(*) FROM install")
+        return int(rows[0][0])
+
+    async def count_and_cut() -> bool:
+        seen.append(await count())
+        return False
+
+    async with asyncio.TaskGroup() as both:
+        both.create_task(proxy.at(moment, count_and_cut))
+        both.create_task(service.post(ONE))
+    assert seen == [int(committed)]
+    books = await service.drained()
+    assert await count() == 1
+    assert (books["accepted"], books["loaded"], books["duplicate"]) == (1, 1, 0)
+    assert len(service.logged("load failed")) == 1

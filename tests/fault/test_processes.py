@@ -1,0 +1,141 @@
+"""Several processes with one port, one data_dir and one database; journals whose owner is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.fault.driver import Driver
+from tests.fault.proxy import Moment, Proxy
+from tests.postgres import free_port
+from tests.service import ROOT, Service, until
+
+MakeService = Callable[..., Service]
+OFTEN = {"load_interval": 0.1, "load_min_interval": 0, "load_trigger_bytes": 20_000}
+ADOPTS = {"event_modules": ["tests.fault.modules.quick_recovery"]}
+
+
+async def command(service: Service, *args: str) -> tuple[int, str]:
+    """Run a datapipe command with a service's settings: exit code and output."""
+    env = {**os.environ, "DATAPIPE_CNF": str(service.file), "PYTHONPATH": str(ROOT)}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "datapipe", *args, env=env, cwd=service.file.parent,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+    )  # fmt: skip
+    output, _ = await asyncio.wait_for(process.communicate(), 60)
+    return process.returncode or 0, output.decode()
+
+
+def journals(service: Service) -> list[Path]:
+    return sorted((Path(service.settings["data_dir"]) / "journal").glob("*.sqlite"))
+
+
+async def all_loaded_something(services: list[Service]) -> None:
+    async def there() -> bool:
+        return all(service.logged("segments loaded") for service in services)
+
+    await until(there, what="a load by each process")
+
+
+async def test_one_of_two_on_a_port_is_killed_and_the_other_adopts_its_journal(
+    database: str, proxy: Proxy, make_service: MakeService, seed: int
+) -> None:
+    shared = {"port": free_port(), "reuse_port": True, **OFTEN}
+    victim = make_service(database_url=proxy.url, **shared)
+    heir = make_service(database_url=database, **shared, **ADOPTS)
+    await asyncio.gather(victim.start(), heir.start())
+    url = f"http://127.0.0.1:{shared['port']}"
+    driver = Driver(lambda: url, seed, connections=32)
+
+    async def kill() -> bool:
+        os.kill(victim.pid, signal.SIGKILL)
+        return False
+
+    async def adopted() -> bool:
+        return bool(heir.logged("recovered"))
+
+    async with driver.running():
+        await all_loaded_something([victim, heir])
+        await proxy.at(Moment.COPY, kill)
+        assert await victim.wait() == -signal.SIGKILL
+        await until(adopted, what="adoption of the journal")
+        await driver.answered(20)
+    await driver.settle()
+    books = await heir.drained()
+    assert books["recovered"] > 0
+    assert books["balanced"], books
+    await driver.check(database)
+
+
+async def test_ten_processes_start_at_once_on_one_folder_and_one_new_database(
+    database: str, make_service: MakeService, seed: int
+) -> None:
+    services = [make_service(database_url=database, load_workers=1, **OFTEN) for _ in range(10)]
+    await asyncio.gather(*(service.start() for service in services))
+    chance = random.Random(seed)
+    driver = Driver(lambda: chance.choice(services).url, seed)
+    async with driver.running():  # a key may come to one process, and again to another
+        await all_loaded_something(services)
+    await driver.settle()
+    books = [await service.drained() for service in services]
+    verdict = await driver.check(database)
+    assert all(each["balanced"] for each in books), books
+    assert sum(each["loaded"] for each in books) == verdict.rows
+    assert sum(each["duplicate"] for each in books) == verdict.duplicates_by_key
+    assert len(journals(services[0])) == 10
+
+
+async def test_the_load_command_loads_an_orphaned_journal(
+    database: str, make_service: MakeService, seed: int
+) -> None:
+    service = make_service(database_url=database, load_interval=300)
+    await service.start()
+    driver = Driver(lambda: service.url, seed)
+    async with driver.running():
+        await driver.answered(50)
+    waiting = (await service.status())["books"]["waiting"]
+    assert waiting > 0
+    await service.kill()
+    code, output = await command(service, "load")
+    assert code == 0, output
+    assert "waiting: 0" in output
+    await driver.check(database)
+    assert await command(service, "load") == (0, "waiting: 0\n")
+
+
+async def test_the_load_command_leaves_alone_what_a_living_process_owns(
+    database: str, make_service: MakeService, seed: int
+) -> None:
+    service = make_service(database_url=database, load_interval=300)
+    await service.start()
+    driver = Driver(lambda: service.url, seed)
+    async with driver.running():
+        await driver.answered(20)
+    assert await command(service, "load") == (0, "waiting: 0\n")
+    books = (await service.status())["books"]
+    assert books["waiting"] == books["accepted"]
+    assert (await driver.compare(database, waiting=books["waiting"])).rows == 0
+    assert await service.stop() == 0
+    await driver.check(database)
+
+
+async def test_the_load_command_fails_while_the_database_is_away(
+    make_service: MakeService, seed: int
+) -> None:
+    nowhere = f"postgresql://postgres@127.0.0.1:{free_port()}/nothing"
+    service = make_service(database_url=nowhere, load_interval=300)
+    await service.start()
+    driver = Driver(lambda: service.url, seed)
+    async with driver.running():
+        await driver.answered(20)
+    waiting = (await service.status())["books"]["waiting"]
+    await service.kill()
+    code, output = await command(service, "load")
+    assert code == 1
+    assert output.rstrip().endswith(f"waiting: {waiting}")
+    assert "Traceback" not in output

@@ -1,0 +1,138 @@
+"""SIGTERM: what was received is finished, what waits is loaded, the rest is kept; exit 0."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import Callable
+
+import pytest
+
+from tests.fault.driver import Driver
+from tests.fault.proxy import Moment, Proxy
+from tests.postgres import Postgres
+from tests.service import Service, until
+
+MakeService = Callable[..., Service]
+LATER = {"load_interval": 300}
+
+
+async def fill(service: Service, seed: int, answers: int = 40) -> Driver:
+    """Start it and post; nothing is loaded yet."""
+    await service.start()
+    driver = Driver(lambda: service.url, seed)
+    async with driver.running():
+        await driver.answered(answers)
+    return driver
+
+
+async def restart_and_check(service: Service, driver: Driver, database: str) -> None:
+    """The next start loads what was left."""
+    await service.start()
+    await driver.settle()
+    await service.drained()
+    await driver.check(database)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_stop_under_load_loads_all_that_was_answered(
+    database: str, make_service: MakeService, seed: int, number: signal.Signals
+) -> None:
+    service = make_service(database_url=database, **LATER)
+    await service.start()
+    driver = Driver(lambda: service.url, seed, connections=48, pause_s=0)
+    async with driver.running():
+        await driver.answered(300)
+        assert await service.stop(number) == 0
+    assert not driver.torn, "an answer broke off"
+    await driver.check(database)
+    (stopped,) = service.logged("stopped")
+    assert stopped["waiting"] == 0
+    assert [line["signal"] for line in service.logged("stopping")] == [number.name]
+
+
+async def test_a_second_sigterm_skips_the_loading(
+    database: str, proxy: Proxy, make_service: MakeService, seed: int
+) -> None:
+    service = make_service(database_url=proxy.url, **LATER)
+    driver = await fill(service, seed)
+    held, gone = asyncio.Event(), asyncio.Event()
+
+    async def hold(moment: Moment) -> bool:
+        if moment is Moment.COPY:
+            held.set()
+            await gone.wait()
+        return True
+
+    proxy.hook = hold
+    service._process.send_signal(signal.SIGTERM)  # type: ignore[union-attr]
+    await asyncio.wait_for(held.wait(), 20)
+    started = time.monotonic()
+    assert await service.stop(signal.SIGTERM) == 0
+    assert time.monotonic() - started < 3
+    assert service.logged("stopped")[0]["waiting"] > 0
+    proxy.let_pass()
+    gone.set()  # only now the server hears that the client is gone
+    await restart_and_check(service, driver, database)
+
+
+async def test_sigterm_with_the_database_away_ends_soon_and_keeps_all(
+    own_postgres: Postgres, make_service: MakeService, seed: int
+) -> None:
+    database = own_postgres.create_database()
+    service = make_service(database_url=database, **LATER)
+    driver = await fill(service, seed)
+    own_postgres.stop()
+    started = time.monotonic()
+    assert await service.stop() == 0
+    assert time.monotonic() - started < 5
+    assert service.logged("stopped")[0]["waiting"] > 0
+    await asyncio.to_thread(own_postgres.start)
+    await restart_and_check(service, driver, database)
+
+
+@pytest.mark.parametrize("moment", [Moment.COPY, Moment.COMMIT, Moment.SENT])
+async def test_sigterm_with_the_database_frozen_in_a_load_ends_in_time(
+    own_postgres: Postgres, make_service: MakeService, seed: int, moment: Moment
+) -> None:
+    database = own_postgres.create_database()
+    async with Proxy(database).running() as proxy:
+        service = make_service(database_url=proxy.url, shutdown_timeout=2, **LATER)
+        driver = await fill(service, seed)
+
+        async def freeze() -> bool:
+            own_postgres.freeze()
+            return True
+
+        freezing = asyncio.create_task(proxy.at(moment, freeze))
+        await asyncio.sleep(0)  # so that it is there before the first load
+        await ends_in(4.0, service)
+        await freezing
+        own_postgres.thaw()
+        await restart_and_check(service, driver, database)
+
+
+async def test_sigterm_with_the_database_frozen_before_any_load_ends_in_time(
+    own_postgres: Postgres, make_service: MakeService, seed: int
+) -> None:
+    """A connection is accepted by the kernel, and then nothing comes."""
+    database = own_postgres.create_database()
+    service = make_service(database_url=database, shutdown_timeout=2, **LATER)
+    driver = await fill(service, seed)
+
+    async def reached() -> bool:
+        return bool(service.logged("database up"))
+
+    await until(reached, what="a database that was up")
+    own_postgres.freeze()
+    await ends_in(4.0, service)
+    own_postgres.thaw()
+    await restart_and_check(service, driver, database)
+
+
+async def ends_in(seconds: float, service: Service) -> None:
+    started = time.monotonic()
+    assert await service.stop() == 0
+    took = time.monotonic() - started
+    assert took < seconds, f"the stop took {took:.1f} s"
