@@ -91,11 +91,11 @@ async def measure(number: int, seconds: float, rounds: int) -> None:
         await service.start()
         stack.push_async_callback(service.stop)
 
-        idle = await core_share(service.pid, seconds)
+        idle = await core_share(service.pid, 3 * seconds)
         async with pages(service.url, number) as read:
             before = sum(read)
-            busy = await core_share(service.pid, seconds)
-            each = (sum(read) - before) / number / seconds
+            busy = await core_share(service.pid, 3 * seconds)
+            each = (sum(read) - before) / number / (3 * seconds)
         print(f"idle: {idle:.1%} of a core; {number} pages open: {busy:.1%}, so the pages cost "
               f"{busy - idle:.1%}; each reads {each:,.0f} bytes/s")  # fmt: skip
 

@@ -36,7 +36,7 @@ function fill(element, context) {
   if (d.if) element.hidden = empty(at(context, d.if));
   if (d.unless) element.hidden = !empty(at(context, d.unless));
   if (d.with) context = at(context, d.with);
-  if (d.draw || d.chart) return; // drawn when there are new points
+  if (d.draw || d.chart) return; // not part of each second's news: see drawPictures, showRefusals
   if (d.each) return fillRows(element, at(context, d.each) ?? []);
   for (const child of element.children) fill(child, context);
 }
@@ -93,7 +93,7 @@ async function showRefusals() {
   const answer = await fetch("refused").catch(() => null);
   if (!answer?.ok) return;
   const { refused } = await answer.json();
-  fillRows($("refusals").querySelector("[data-each]"), refused);
+  fillRows($("refusals").querySelector("tbody"), refused);
   $("refusals").hidden = refused.length === 0;
   $("no-refusals").hidden = refused.length > 0;
 }

@@ -113,6 +113,9 @@ async def test_what_came_from_outside_is_text(
     assert await tab.value("unsupported_event") == "1"
     assert await tab.page.locator("#refusals img, #refusals script").count() == 0
     await tab.page.reload()
+    await tab.live()
+    await service.post(CRASH)
+    await tab.shows('[data-v="accepted"]', "1")  # seconds later they are still there
     assert evil in (await tab.text("#refusals")).replace('\\"', '"')
     assert await tab.page.title() == "datapipe: healthy"
 
