@@ -89,6 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("schema", commands.schema, "print the DDL for all event types")
     _add_dead(sub)
+    new = add("new-event", commands.new_event, "print the class of a new event type")
+    new.add_argument("name", help="the event_name")
+    new.add_argument("fields", nargs="*", metavar="field:type", help="e.g. user_id:int plan:str?")
     return parser
 
 

@@ -18,6 +18,7 @@ from datapipe.errors import ConfigError, DatapipeError, EventRejected
 from datapipe.housekeeping import new_process_id
 from datapipe.loader import Loader
 from datapipe.mirrors import check_mirror, open_mirror
+from datapipe.new_event import class_text
 from datapipe.registry import load_registry
 from datapipe.settings import Settings
 from datapipe.sinks import Selection, open_sink, table_of
@@ -147,3 +148,9 @@ def _print_letters(found: dict[str, Any]) -> None:
         print(f"    {letter['sqlstate']}: {letter['message']}")
         print(f"    {event}")
     print(f"total: {found['total']}")
+
+
+async def new_event(settings: Settings, args: argparse.Namespace) -> int:
+    """Print the class of a new event type."""
+    print(class_text(args.name, args.fields), end="")
+    return 0

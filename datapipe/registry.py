@@ -80,13 +80,14 @@ def load_registry(settings: Settings) -> Registry:
     length = settings.input_max_len
     types = [EventType(name, cls, length) for name, cls in registered()]
     types += [
-        EventType(name, _declared_class(name, fields), length)
+        EventType(name, declared_class(name, fields), length)
         for name, fields in settings.events.items()
     ]
     return Registry(types)
 
 
-def _declared_class(name: str, fields: dict[str, str]) -> type[Event]:
+def declared_class(name: str, fields: dict[str, str]) -> type[Event]:
+    """The class of an event type without code. Raises: ConfigError: names the place."""
     body: dict[str, Any] = {"__annotations__": {}}
     for field, text in fields.items():
         place = f"events.{name}.{field}"

@@ -1,0 +1,42 @@
+"""`datapipe new-event` prints a class that works as it stands."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import pytest
+
+from datapipe.errors import ConfigError
+from datapipe.events import EventType
+from datapipe.new_event import class_text
+
+
+def test_the_class_can_be_used_as_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = class_text(
+        "trial_signup",
+        ["user_id:int", 'plan:str = "free"', "seen_at:datetime?", "price:Decimal", "tags:list"],
+    )
+    assert "class TrialSignup(Event):" in text
+    assert "    plan: str = 'free'\n" in text
+    assert "    seen_at: datetime | None = None\n" in text
+    module = ModuleType("made_by_new_event")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(text, "made", "exec"), vars(module))
+    kind = EventType("other_name", module.TrialSignup)
+    assert [column.type for column in kind.columns] == [
+        "bigint", "text", "timestamptz", "numeric", "jsonb", "timestamptz",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "word"),
+    [
+        ("Bad Name", [], "Bad Name"), ("x", ["user_id"], "user_id"), ("x", ["a:text"], "text"),
+        ("x", ["a:int", "a:int"], "twice"), ("x", ["received_at:datetime"], "received_at"),
+        ("x", ["a b:int"], "a b"), ("x", ["at:date = \"2020-01-01\""], "by hand"),
+    ],
+)  # fmt: skip
+def test_what_can_not_be_is_told(name: str, fields: list[str], word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        class_text(name, fields)
