@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test bench lint format lock clean
+.PHONY: help run test bench screenshots lint format lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -25,6 +25,10 @@ lint: $(VENV)/.test ## ruff and mypy
 bench: $(VENV)/.test ## measure against bare aiohttp and bare COPY, as ratios
 	@./tools/test-needs wrk
 	$(BIN)/python -m benchmarks
+
+screenshots: $(VENV)/.test ## take the pictures of the docs anew (some 10 minutes)
+	@./tools/test-needs chromium
+	$(BIN)/python -m tests.browser.screenshots
 
 format: $(VENV)/.test ## let ruff format and mend what it can
 	$(BIN)/python -m ruff check --fix .

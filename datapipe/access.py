@@ -31,8 +31,8 @@ class Access:
 
     def may_look(self, request: web.BaseRequest) -> None:
         """Status pages are open unless an admin key is set. Raises: AccessDenied."""
-        if self._admin_key:
-            self._want_key(request)
+        if self._admin_key and (denied := self._lacks_key(request)) is not None:
+            raise denied
 
     def may_act(self, request: web.BaseRequest) -> None:
         """Without an admin key only from this machine, and from no other site's page.
@@ -40,18 +40,32 @@ class Access:
         The `Host` header names loopback, or a page of another site could reach us under a name
         of its own that resolves to this machine. Raises: AccessDenied.
         """
-        if self._admin_key:
-            self._want_key(request)
-        elif not self._loopback:
-            raise AccessDenied(403, "set admin_key to do this: the service is not on loopback")
-        elif not _is_loopback(_host_name(request.headers.get("Host", ""))):
-            raise AccessDenied(403, "set admin_key to do this: Host does not name loopback")
+        if (denied := self.why_not(request)) is not None:
+            raise denied
         if not _same_origin(request):
             raise AccessDenied(403, "this request comes from another site's page")
 
-    def _want_key(self, request: web.BaseRequest) -> None:
-        if not hmac.compare_digest(given_key(request.headers), self._admin_key):
-            raise AccessDenied(401, "no or wrong admin key")
+    def why_not(self, request: web.BaseRequest) -> AccessDenied | None:
+        """Why this reader may not act, whatever led them here, and how they may; or None."""
+        if self._admin_key:
+            return self._lacks_key(request)
+        if not self._loopback:
+            return AccessDenied(
+                403,
+                "the service is not on loopback: set admin_key to do this; it is then asked for",
+            )
+        if not _is_loopback(_host_name(request.headers.get("Host", ""))):
+            return AccessDenied(
+                403,
+                "the address does not name this machine: come by http://127.0.0.1 (from afar "
+                "through ssh -L), or set admin_key, which is then asked for",
+            )
+        return None
+
+    def _lacks_key(self, request: web.BaseRequest) -> AccessDenied | None:
+        if hmac.compare_digest(given_key(request.headers), self._admin_key):
+            return None
+        return AccessDenied(401, "no or wrong admin key")
 
 
 def _same_origin(request: web.BaseRequest) -> bool:

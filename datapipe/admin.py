@@ -10,7 +10,7 @@ from aiohttp import web
 
 from datapipe import answers
 from datapipe.access import Access
-from datapipe.dead import DeadLetters, selection_of
+from datapipe.dead import DeadLetters, selection_of, storable
 from datapipe.errors import EventRejected, LaneBlocked, SinkUnavailable
 from datapipe.loader import Loader
 from datapipe.sinks import Selection
@@ -45,6 +45,8 @@ class Admin:
         loaded, failed = await self._loader.load_now(
             None if lane is None else [lane], accept_dead=accept == "dead"
         )
+        if "text/html" in request.headers.get("Accept", ""):  # the page's button, without script
+            return web.Response(status=303, headers={"Location": "./"})
         return answers.plain({"loaded": loaded, "failed": failed})
 
     async def look(self, request: web.Request) -> web.StreamResponse:
@@ -57,9 +59,11 @@ class Admin:
         if not 0 <= limit <= _LETTERS_MOST:
             detail = f"limit: a whole number up to {_LETTERS_MOST} wanted"
             return answers.answer(400, 5, detail).response()
-        selection = Selection(
-            lane=request.query.get("lane"), sqlstate=request.query.get("sqlstate")
-        )
+        lane, sqlstate = request.query.get("lane"), request.query.get("sqlstate")
+        if not storable((lane or "") + (sqlstate or "")):
+            detail = "lane, sqlstate: text that a database can hold wanted"
+            return answers.answer(400, 5, detail).response()
+        selection = Selection(lane=lane, sqlstate=sqlstate)
         return await _answered(self._dead.look(selection, limit))
 
     async def replay(self, request: web.Request) -> web.StreamResponse:

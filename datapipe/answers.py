@@ -61,7 +61,11 @@ def answer(
 
 def plain(content: Any) -> web.Response:
     """An answer in a form of its own."""
-    return web.Response(body=msgspec.json.encode(content), content_type="application/json")
+    return web.Response(
+        body=msgspec.json.encode(content),
+        content_type="application/json",
+        headers={"Cache-Control": "no-store"},
+    )
 
 
 def rejected(exc: EventRejected) -> Answer:

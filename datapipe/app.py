@@ -22,6 +22,7 @@ from datapipe.admin import Admin
 from datapipe.answers import Answer
 from datapipe.buffer import Buffer
 from datapipe.dead import DeadLetters
+from datapipe.feed import Feed, running
 from datapipe.housekeeping import new_process_id
 from datapipe.ingest import Ingest
 from datapipe.loader import Loader
@@ -64,6 +65,7 @@ class Pipeline:
         self.buffer: Buffer
         self.loader: Loader
         self.status: Status
+        self.feed: Feed
 
     async def run(self, app: web.Application) -> AsyncIterator[None]:
         """The application's one cleanup context."""
@@ -82,7 +84,8 @@ class Pipeline:
             self.status = Status(self.buffer, self.loader, self.ingest, dead)
             self.metrics.expose(self.status.snapshot)
             access = Access(self.settings)
-            Pages(self.status, self.metrics, self.registry, access).add_to(app)
+            self.feed = await stack.enter_async_context(running(self.status, self._task_died))
+            Pages(self.status, self.feed, self.metrics, self.registry, access).add_to(app)
             Admin(self.loader, dead, access).add_to(app)
             await stack.enter_async_context(self.loader.running(self._task_died))
             try:
@@ -103,6 +106,7 @@ class Pipeline:
         if self._stopped:
             return
         self._stopped = self.ingest.stopping = True
+        self.feed.end()
         try:
             await self._finish(load=load)
         finally:  # a second signal cancels the loading, not this
@@ -130,7 +134,7 @@ class Pipeline:
         """`POST /`, as aiohttp has it."""
         id = request_id(request.headers)
         try:
-            answer = await self.ingest.handle(request)
+            answer = await self.ingest.handle(request, id)
         except Exception:
             answer = fault(id, request.path)
         response = answer.response()
@@ -142,7 +146,7 @@ class Pipeline:
     ) -> Answer:
         """`POST /` with its body here."""
         try:
-            return await self.ingest.handle_whole(headers, key, body)
+            return await self.ingest.handle_whole(headers, key, body, request_id)
         except Exception:
             return fault(request_id, "/")
 

@@ -203,6 +203,8 @@ async def _look_closer(
             rows = _one(raw, registry, received_at)
             good.append((rows.lane, index, rows.data))
         except EventRejected as exc:
+            if not errors:
+                exc.body = raw  # one is enough to show
             errors.append((index, exc))
         if index % _YIELD_EVERY == _YIELD_EVERY - 1:
             await asyncio.sleep(0)

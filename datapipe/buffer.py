@@ -37,6 +37,7 @@ class Buffer:
         self.lanes: dict[str, Lane] = {}
         self.mirror_up = True
         self._worked_at = 0.0
+        self.append_seconds: float | None = None  # of the last append
         self.on_change: Callable[[Lane], None] = lambda lane: None
         self._max_bytes = settings.buffer_max_bytes
         self._linger_s = settings.mirror_linger_ms / 1000
@@ -110,6 +111,7 @@ class Buffer:
 
     def _stored(self, segments: Sequence[Segment], seconds: float) -> None:
         self._observe_append(seconds)
+        self.append_seconds = seconds
         self._mirror_works(True)
         for segment in segments:
             lane = self.lane(segment.lane)

@@ -83,6 +83,10 @@ def _parser() -> argparse.ArgumentParser:
     loading.add_argument(
         "--accept-dead", action="store_true", help="let refused rows through to the dead letters"
     )
+    looking = add("status", commands.status, "the page at a glance")
+    looking.add_argument(
+        "url", nargs="?", metavar="URL", help="of the service, this machine's if not given"
+    )
     add("schema", commands.schema, "print the DDL for all event types")
     _add_dead(sub)
     new = add("new-event", commands.new_event, "print the class of a new event type")

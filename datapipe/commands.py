@@ -1,16 +1,20 @@
-"""The commands that are not the service: check, load, schema, dead."""
+"""The commands that are not the service: check, load, status, schema, dead."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections import Counter
+from functools import partial
 from typing import Any
+
+import aiohttp
+import msgspec
 
 from datapipe import logs
 from datapipe.buffer import Buffer
 from datapipe.dead import DeadLetters, selection_of
-from datapipe.errors import ConfigError, EventRejected
+from datapipe.errors import ConfigError, DatapipeError, EventRejected
 from datapipe.housekeeping import new_process_id
 from datapipe.loader import Loader
 from datapipe.mirrors import check_mirror, open_mirror
@@ -19,6 +23,7 @@ from datapipe.registry import load_registry
 from datapipe.settings import Settings
 from datapipe.sinks import Selection, open_sink, table_of
 from datapipe.sinks.schema import ddl
+from datapipe.terminal import progress, show_status
 
 
 async def check(settings: Settings, args: argparse.Namespace) -> int:
@@ -55,7 +60,8 @@ async def load(settings: Settings, args: argparse.Namespace) -> int:
     async with open_sink(settings, process) as sink, open_mirror(settings, process) as mirror:
         buffer = Buffer(mirror, settings, lambda seconds: None)
         loader = Loader(buffer, sink, registry, settings, process, lambda seconds: None)
-        async with loader.working():
+        waiting = partial(_waiting, buffer)
+        async with loader.working(), progress("loading events", waiting):
             async for _ in loader.house.looks():
                 rows, failed = await loader.load_now(accept_dead=args.accept_dead)
                 loaded.update(rows)
@@ -65,9 +71,39 @@ async def load(settings: Settings, args: argparse.Namespace) -> int:
         print(f"loaded {lane}: {count} rows")
     for lane, why in sorted(failed.items()):
         print(f"failed {lane}: {why}", file=sys.stderr)
-    waiting = sum(lane.waiting for lane in buffer.lanes.values())
-    print(f"waiting: {waiting}")
-    return 1 if waiting else 0
+    print(f"waiting: {waiting()}")
+    return 1 if waiting() else 0
+
+
+def _waiting(buffer: Buffer) -> int:
+    return sum(lane.waiting for lane in buffer.lanes.values())
+
+
+async def status(settings: Settings, args: argparse.Namespace) -> int:
+    """Print what the page of a running service shows.
+
+    Raises: DatapipeError: it does not answer, or not to us.
+    """
+    url = (args.url or f"http://127.0.0.1:{settings.port}").rstrip("/")
+    headers = {"Authorization": f"Bearer {settings.admin_key}"} if settings.admin_key else {}
+    timeout = aiohttp.ClientTimeout(total=10)
+    try:
+        async with (
+            aiohttp.ClientSession(headers=headers, timeout=timeout) as session,
+            session.get(f"{url}/status.json") as response,
+        ):
+            if response.status == 401:
+                raise DatapipeError(f"{url} wants the admin key: set DATAPIPE_ADMIN_KEY")
+            if response.status != 200:
+                raise DatapipeError(f"{url} answers {response.status} {response.reason}")
+            show_status(msgspec.json.decode(await response.read(), type=dict[str, Any]))
+    except aiohttp.InvalidURL as exc:
+        raise DatapipeError(f"{url} is no URL: http://HOST:PORT wanted") from exc
+    except (aiohttp.ClientError, TimeoutError) as exc:
+        raise DatapipeError(f"{url} does not answer: {exc or 'not in time'}") from exc
+    except (msgspec.MsgspecError, KeyError, TypeError) as exc:
+        raise DatapipeError(f"{url} is no datapipe: its /status.json can't be read") from exc
+    return 0
 
 
 async def schema(settings: Settings, args: argparse.Namespace) -> int:

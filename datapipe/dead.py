@@ -19,16 +19,25 @@ def selection_of(wanted: Any) -> Selection:
     if isinstance(wanted, Mapping):
         keys = set(wanted)
         ids = wanted.get("ids")
-        if keys == {"ids"} and isinstance(ids, list) and all(type(id) is int for id in ids):
+        if keys == {"ids"} and isinstance(ids, list) and all(map(_is_id, ids)):
             return Selection(ids=tuple(ids))
         if keys == {"all"} and wanted["all"] is True:
             return Selection()
-        texts = all(isinstance(value, str) for value in wanted.values())
+        texts = all(isinstance(value, str) and storable(value) for value in wanted.values())
         if keys and keys <= {"lane", "sqlstate"} and texts:
             return Selection(lane=wanted.get("lane"), sqlstate=wanted.get("sqlstate"))
     raise EventRejected(
         5, "bad_value", 'say which: {"ids": [1, 2]}, {"lane": L, "sqlstate": S} or {"all": true}'
     )
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and -(2**63) <= value < 2**63
+
+
+def storable(text: str) -> bool:
+    """Whether PostgreSQL could hold this text: no U+0000, no lone surrogate."""
+    return "\0" not in text and not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 class DeadLetters:

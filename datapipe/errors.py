@@ -21,8 +21,10 @@ class EventRejected(DatapipeError):
     """An event, or a whole body, is refused at the door.
 
     `code` is for programs, `detail` for people; `reason` is the label of
-    `datapipe_events_rejected_total`.
+    `datapipe_events_rejected_total`; `body` is what was refused, where it was read.
     """
+
+    body: bytes = b""
 
     def __init__(self, code: int, reason: str, detail: str, status: int = 400) -> None:
         super().__init__(detail)

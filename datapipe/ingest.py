@@ -18,6 +18,7 @@ from datapipe.bodies import Parsed, Rows, parse
 from datapipe.buffer import Buffer
 from datapipe.commit import Chunk
 from datapipe.errors import BufferFull, Busy, EventRejected
+from datapipe.recent import Recent, Refusal, shown
 from datapipe.registry import Registry
 from datapipe.settings import Settings
 from datapipe.unpack import Headers, Inflight, Lease, read_body, unpacked
@@ -32,13 +33,14 @@ class Ingest:
         self.buffer = buffer
         self.stopping = False
         self.rejected: Counter[str] = Counter()
+        self.recent = Recent()
         self.under_way = 0
         self._registry = registry
         self._settings = settings
         self._inflight = Inflight(settings.inflight_max_bytes)
         self._keys = [key.encode() for key in settings.ingest_keys]
 
-    async def handle(self, request: web.BaseRequest) -> Answer:
+    async def handle(self, request: web.BaseRequest, request_id: str) -> Answer:
         """Answer one POST whose body may still be on its way."""
         lease = Lease(self._inflight)
         settings = self._settings
@@ -46,16 +48,24 @@ class Ingest:
         async def body() -> bytes:
             return await read_body(request, settings.body_max_len, settings.request_timeout, lease)
 
-        return await self._answer(request.headers, request.query.get("key"), body(), lease)
+        key = request.query.get("key")
+        return await self._answer(request.headers, key, body(), lease, request_id)
 
-    async def handle_whole(self, headers: Headers, key: str | None, packed: bytes) -> Answer:
+    async def handle_whole(
+        self, headers: Headers, key: str | None, packed: bytes, request_id: str
+    ) -> Answer:
         """Answer one POST whose body is here; `key` is the one of the query."""
         lease = Lease(self._inflight)
         body = unpacked(packed, headers, self._settings.body_max_len, lease)
-        return await self._answer(headers, key, body, lease)
+        return await self._answer(headers, key, body, lease, request_id)
 
     async def _answer(
-        self, headers: Headers, key: str | None, body: Coroutine[Any, Any, bytes], lease: Lease
+        self,
+        headers: Headers,
+        key: str | None,
+        body: Coroutine[Any, Any, bytes],
+        lease: Lease,
+        request_id: str,
     ) -> Answer:
         """Errors of the request are answers, faults of ours are raised."""
         self.under_way += 1
@@ -64,33 +74,49 @@ class Ingest:
                 raise Busy("shutting down")
             ingest_key = self._authorize(headers, key)
             claim = _idempotency_key(headers, ingest_key)
-            return await self._take(await body, claim, lease)
+            return await self._take(await body, claim, lease, request_id)
         except EventRejected as exc:
             self.rejected[exc.reason] += 1
+            self._note(request_id, [(0, exc)])
             return answers.rejected(exc)
         except Busy as exc:
             self.rejected["busy"] += 1
+            self._note(request_id, [(0, EventRejected(9, "busy", exc.detail, 503))])
             return answers.busy(exc, close=self.stopping)
         finally:
             body.close()
             self.under_way -= 1
             lease.release()
 
-    async def _take(self, body: bytes, claim: str | None, lease: Lease) -> Answer:
+    async def _take(self, body: bytes, claim: str | None, lease: Lease, request_id: str) -> Answer:
         received_at = datetime.now(UTC).isoformat(" ")
-        parsed = await parse(
-            body, self._registry, self._settings.batch_max_events, received_at, claim is not None
-        )
+        try:
+            most = self._settings.batch_max_events
+            parsed = await parse(body, self._registry, most, received_at, claim is not None)
+        except EventRejected as exc:
+            exc.body = exc.body or body
+            raise
         full = self._refuse_full(parsed)
         for _, error in parsed.errors:
             self.rejected[error.reason] += 1
         if parsed.rows:
             lease.take(sum([len(rows.data) for rows in parsed.rows]))
             await self.buffer.append(self._chunks(parsed.rows, claim, body))
+        if parsed.errors:
+            self._note(request_id, parsed.errors)
         if not parsed.batch:
             return answers.OK if parsed.rows else _single_refused(full)
         accepted = sum(rows.events for rows in parsed.rows)
         return answers.batch(accepted, parsed.errors, full)
+
+    def _note(self, request_id: str, errors: Sequence[tuple[int, EventRejected]]) -> None:
+        """Keep what was refused, for admins to see, under the id that the client gets."""
+        first = min(errors, key=lambda error: error[0])[1]
+        self.recent.refused(
+            Refusal(
+                first.reason, first.code, first.detail, request_id, len(errors), shown(first.body)
+            )
+        )
 
     def _authorize(self, headers: Headers, in_query: str | None) -> bytes:
         """The ingest key that was given, empty when none is wanted. Raises: EventRejected."""

@@ -20,6 +20,7 @@ from datapipe.buffer import Buffer
 from datapipe.errors import DatapipeError, LaneBlocked, MirrorUnavailable, SinkUnavailable
 from datapipe.housekeeping import Housekeeper
 from datapipe.lane import Lane
+from datapipe.recent import Load, Recent
 from datapipe.registry import Registry
 from datapipe.schedule import Schedule
 from datapipe.segment import Segment
@@ -45,6 +46,7 @@ class Loader:
     ) -> None:
         self.sink = sink
         self.schedules: dict[str, Schedule] = {}
+        self.recent = Recent()
         self._buffer = buffer
         self._registry = registry
         self._settings = settings
@@ -232,6 +234,7 @@ class Loader:
     def _loaded(self, schedule: Schedule, result: Loaded, seconds: float, segments: int) -> None:
         lane = schedule.lane
         self._observe_load(seconds)
+        self.recent.loaded(Load(lane.name, result.loaded, result.duplicate, result.dead, seconds))
         log.info(
             "segments loaded", lane=lane.name, segments=segments, rows=result.loaded,
             duplicates=result.duplicate, dead=result.dead, seconds=round(seconds, 4),
@@ -251,6 +254,7 @@ class Loader:
         delay = schedule.failed(str(exc), everywhere=exc.everywhere, now=_now())
         if schedule.lane.deferred:  # others can be loaded: it must not hold what they need
             self._buffer.park_all(schedule.lane)
+        self.recent.loaded(Load(schedule.lane.name, error=str(exc)))
         log.warning(
             "load failed", lane=schedule.lane.name, error=str(exc), retry_seconds=round(delay, 2)
         )
@@ -260,6 +264,7 @@ class Loader:
         if lane.blocked != why:
             log.error("lane blocked", lane=lane.name, error=why)
         lane.blocked = why
+        self.recent.loaded(Load(lane.name, error=f"blocked: {why}"))
         interval = self._settings.load_interval * random.uniform(0.95, 1.05)
         schedule.blocked(why, now=_now(), retry_s=interval)
         self._buffer.park_all(lane)

@@ -1,20 +1,21 @@
-"""All paths but `POST /`: page, status, metrics, health."""
+"""All paths but `POST /`: page, stream, status, metrics, health."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextlib import aclosing, suppress
 
 import aiohttp_jinja2
-import jinja2
 import structlog
 from aiohttp import web
+from aiohttp_sse import sse_response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from datapipe import answers, openapi
+from datapipe import answers, assets, openapi
 from datapipe.access import Access, AccessDenied
 from datapipe.answers import Answer
-from datapipe.assets import templates_folder
-from datapipe.metrics import Metrics
+from datapipe.feed import Feed
+from datapipe.metrics import REASONS, Metrics
 from datapipe.registry import Registry
 from datapipe.server import request_id
 from datapipe.status import Status
@@ -23,12 +24,14 @@ log = structlog.stdlib.get_logger("datapipe.pages")
 
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
+    "Referrer-Policy": "same-origin",  # with no-referrer a form's Origin would be "null"
     "Content-Security-Policy": (
         "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self';"
         " connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
     ),
 }
+_RETRY_MS = 1000  # until a page that lost its stream asks again
+_SEND_TIMEOUT_S = 30.0  # until a page that takes nothing is given up
 
 
 class Pages:
@@ -37,23 +40,24 @@ class Pages:
     def __init__(
         self,
         status: Status,
+        feed: Feed,
         metrics: Metrics,
         registry: Registry,
         access: Access,
     ) -> None:
         self._status = status
+        self._feed = feed
         self._metrics = metrics
         self._registry = registry
         self._access = access
 
     def add_to(self, app: web.Application) -> None:
         """Add the routes, and the templates that they need."""
-        aiohttp_jinja2.setup(
-            app, loader=jinja2.FileSystemLoader(templates_folder()), autoescape=True
-        )
+        assets.set_up(app)
         app.router.add_get("/", self.page)
-        app.router.add_get("/style.css", self.style)
+        app.router.add_get("/stream", self.stream, allow_head=False)
         app.router.add_get("/status.json", self.status_json)
+        app.router.add_get("/refused", self.refused)
         app.router.add_get("/metrics", self.metrics)
         app.router.add_get("/healthz", self.healthz)
         app.router.add_get("/readyz", self.readyz)
@@ -61,14 +65,36 @@ class Pages:
 
     async def page(self, request: web.Request) -> web.StreamResponse:
         self._access.may_look(request)
-        return aiohttp_jinja2.render_template("status.html", request, self._status.snapshot())
+        denied = self._access.why_not(request)
+        context = {
+            "status": self._status.whole(),
+            "denied": denied.detail if denied else None,
+            "refused": None if denied else self._status.refusals(),
+            "reasons": REASONS,
+        }
+        response = aiohttp_jinja2.render_template("status.html", request, context)
+        response.headers["Cache-Control"] = "no-store"
+        return response
 
-    async def style(self, request: web.Request) -> web.StreamResponse:
-        return web.FileResponse(templates_folder() / "style.css")
+    async def stream(self, request: web.Request) -> web.StreamResponse:
+        self._access.may_look(request)
+        if self._feed.ended:
+            return answers.answer(503, 9, "shutting down").response()
+        async with sse_response(request, send_timeout=_SEND_TIMEOUT_S) as response:
+            # who listened has gone: nothing is to be done about it
+            with suppress(ConnectionResetError, TimeoutError):
+                async with aclosing(self._feed.listen()) as news:
+                    async for text in news:
+                        await response.send(text, retry=_RETRY_MS)
+        return response
 
     async def status_json(self, request: web.Request) -> web.StreamResponse:
         self._access.may_look(request)
-        return answers.plain(self._status.snapshot())
+        return answers.plain(self._status.whole())
+
+    async def refused(self, request: web.Request) -> web.StreamResponse:
+        self._access.may_act(request)
+        return answers.plain({"refused": self._status.refusals()})
 
     async def metrics(self, request: web.Request) -> web.StreamResponse:
         self._access.may_look(request)

@@ -8,16 +8,20 @@ from typing import Any
 
 from datapipe.buffer import Buffer
 from datapipe.dead import DeadLetters
+from datapipe.formats import iso
+from datapipe.history import History, Reading
 from datapipe.ingest import Ingest
 from datapipe.lane import Lane
 from datapipe.loader import Loader
+from datapipe.schedule import Schedule
+from datapipe.summary import Growth, Summary
 from datapipe.version import __version__
 
 _BOOKS = ("accepted", "recovered", "loaded", "duplicate", "dead", "waiting")
 
 
 class Status:
-    """Puts `/status.json` together; see the README for its keys."""
+    """Puts `/status.json` together; `docs/status.md` tells its keys."""
 
     def __init__(self, buffer: Buffer, loader: Loader, ingest: Ingest, dead: DeadLetters) -> None:
         self._dead = dead
@@ -25,8 +29,26 @@ class Status:
         self._loader = loader
         self._ingest = ingest
         self._started = time.monotonic()
-        self._state = "healthy"
-        self._since: str | None = None
+        self._started_at = iso(time.time())
+        self._summary = Summary()
+        self._growth = Growth()
+        self.history = History(self._started)
+        self._month = datetime.now(UTC).month
+        self._before_month = 0  # requests to the mirror in months that are over
+        self.tick()
+
+    def tick(self) -> None:
+        """Once a second: take the readings of which pictures and rates are made."""
+        now = time.monotonic()
+        mirror = self._buffer.mirror.state()
+        self._growth.take(now, mirror.bytes)
+        if self._month != (month := datetime.now(UTC).month):
+            self._month, self._before_month = month, sum(mirror.calls.values())
+        readings = {
+            name: Reading(lane.accepted, lane.loaded, lane.waiting)
+            for name, lane in self._buffer.lanes.items()
+        }
+        self.history.take(now, readings)
 
     def not_ready(self) -> str | None:
         """Why an event would be refused now, or None."""
@@ -38,43 +60,46 @@ class Status:
         return mirror.full
 
     def snapshot(self) -> dict[str, Any]:
-        """All numbers at one moment."""
+        """All numbers at one moment, without the series of the pictures."""
         lanes = {name: self._lane(lane) for name, lane in sorted(self._buffer.lanes.items())}
         books: dict[str, Any] = {key: sum(lane[key] for lane in lanes.values()) for key in _BOOKS}
-        books["balanced"] = all(lane.balanced for lane in self._buffer.lanes.values())
-        mirror = self._buffer.mirror.state()
-        database = self._loader.sink.state()
-        return {
+        books["balanced"] = all(lane["balanced"] for lane in lanes.values())
+        refusing = self.not_ready()
+        status: dict[str, Any] = {
             "version": __version__,
-            "now": _iso(time.time()),
+            "now": iso(time.time()),
+            "started_at": self._started_at,
             "uptime_seconds": round(time.monotonic() - self._started, 3),
-            "ready": self.not_ready() is None,
+            "ready": refusing is None,
             "processes": 1,
-            "summary": self._summary(books["waiting"]),
+            "totals": _totals(lanes),
             "books": books,
             "lanes": lanes,
             "rejected": dict(self._ingest.rejected),
-            "mirror": {
-                "kind": mirror.kind,
-                "up": mirror.up and self._buffer.mirror_up,
-                "error": mirror.error,
-                "bytes": mirror.bytes,
-                "max_bytes": mirror.max_bytes,
-                "requests": sum(mirror.calls.values()),
-                "calls": dict(mirror.calls),
-            },
-            "database": {
-                "up": bool(database.up),
-                "error": database.error,
-                "version": database.version,
-                "schema": database.schema,
-            },
+            "mirror": self._mirror(),
+            "database": self._database(),
+            "recent_loads": [
+                load | {"at": iso(load["at"]), "seconds": round(load["seconds"], 4)}
+                for load in self._loader.recent.loads()
+            ],
         }
+        return status | {"summary": self._summary.of(status, refusing)}
+
+    def whole(self) -> dict[str, Any]:
+        """All that the page shows, but the last refusals."""
+        return self.snapshot() | {"history": self.history.series()}
+
+    def refusals(self) -> list[dict[str, Any]]:
+        """The last events that were refused: for admins, they show what clients sent."""
+        return [each | {"at": iso(each["at"])} for each in self._ingest.recent.refusals()]
 
     def _lane(self, lane: Lane) -> dict[str, Any]:
         schedule = self._loader.schedules.get(lane.name)
         last = schedule.last_load if schedule else None
         seconds = self._loader.next_load_seconds(lane.name)
+        accepted, loaded = self.history.rates(lane.name)
+        # while the whole database is away that is told once, at the top
+        outage = self._loader.sink.state().up is False
         return {
             "accepted": lane.accepted,
             "recovered": lane.recovered,
@@ -83,42 +108,72 @@ class Status:
             "dead": lane.dead,
             "replayed": self._dead.replayed[lane.name],
             "waiting": lane.waiting,
+            "balanced": lane.balanced,
             "in_memory": lane.in_memory,
             "parked": lane.parked,
             "waiting_bytes": lane.waiting_bytes,
             "oldest_seconds": round(lane.oldest_seconds(), 3),
+            "accepted_per_second": accepted,
+            "loaded_per_second": loaded,
+            "state": self._state(lane, schedule),
+            "full": self._buffer.is_full(lane.name),
             "blocked": lane.blocked,
-            "error": schedule.error if schedule else None,
+            "error": None if outage or lane.blocked else _error(schedule),
             "last_load": last
-            and {"at": _iso(last.at), "rows": last.rows, "seconds": round(last.seconds, 4)},
+            and {"at": iso(last.at), "rows": last.rows, "seconds": round(last.seconds, 4)},
             "next_load_seconds": None if seconds is None else round(seconds, 3),
         }
 
-    def _summary(self, waiting: int) -> dict[str, Any]:
-        state, text = self._sentence(waiting)
-        if state != self._state:
-            self._state, self._since = state, None if state == "healthy" else _iso(time.time())
-        return {"state": state, "text": text, "since": self._since}
+    def _state(self, lane: Lane, schedule: Schedule | None) -> str:
+        if lane.blocked is not None:
+            return "blocked"
+        if schedule is not None and schedule.busy:
+            return "loading"
+        if schedule is not None and schedule.failures and lane.waiting:
+            return "retrying"
+        return "waiting" if lane.waiting else "empty"
 
-    def _sentence(self, waiting: int) -> tuple[str, str]:
-        if (why := self.not_ready()) is not None:
-            return "refusing", f"Events are refused: {why}."
+    def _mirror(self) -> dict[str, Any]:
+        mirror = self._buffer.mirror.state()
+        requests = sum(mirror.calls.values())
+        left = self._growth.seconds_left(mirror.max_bytes - mirror.bytes)
+        return {
+            "kind": mirror.kind,
+            "up": mirror.up and self._buffer.mirror_up,
+            "error": mirror.error,
+            "bytes": mirror.bytes,
+            "max_bytes": mirror.max_bytes,
+            "used": round(mirror.bytes / mirror.max_bytes, 4) if mirror.max_bytes else 0.0,
+            "seconds_left": None if left is None else round(left),
+            "append_seconds": _rounded(self._buffer.append_seconds),
+            "requests": requests,
+            "calls": dict(mirror.calls),
+            "requests_this_month": requests - self._before_month,
+            "expires_seconds": mirror.expires_s,
+        }
+
+    def _database(self) -> dict[str, Any]:
         database = self._loader.sink.state()
-        if database.up is False:
-            return "database_down", (
-                f"PostgreSQL does not answer: {database.error}. Events are kept, "
-                f"{waiting:,} waiting."
-            )
-        blocked = [name for name, lane in self._buffer.lanes.items() if lane.blocked is not None]
-        if blocked:
-            return "lane_blocked", (
-                f"Blocked until somebody acts: {', '.join(sorted(blocked))}. "
-                "The events are kept; the reason stands beside the lane."
-            )
-        if database.up is None:
-            return "starting", "The database has not been reached yet. Events are kept."
-        return "healthy", f"Healthy: {waiting:,} events are waiting for their next load."
+        return {
+            "up": bool(database.up),
+            "error": database.error,
+            "version": database.version,
+            "schema": database.schema,
+            "answer_seconds": _rounded(database.answer_s),
+        }
 
 
-def _iso(at: float) -> str:
-    return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+def _error(schedule: Schedule | None) -> str | None:
+    return schedule.error if schedule is not None and schedule.failures else None
+
+
+def _totals(lanes: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Over all lanes, what the books do not tell."""
+    keys = ("waiting_bytes", "in_memory", "parked", "accepted_per_second", "loaded_per_second")
+    totals = {key: round(sum(lane[key] for lane in lanes.values()), 1) for key in keys}
+    oldest = max((lane["oldest_seconds"] for lane in lanes.values()), default=0.0)
+    return totals | {"oldest_seconds": oldest}
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 5)

@@ -39,7 +39,8 @@ class Run:
 class MirrorState:
     """For the page: `up` is the outcome of the last real call; sizes in bytes.
 
-    `full` says why no more can be stored now. `calls` counts the requests to a remote mirror.
+    `full` says why no more can be stored now. `calls` counts the requests to a remote mirror, by
+    kind; `expires_s` is how long it keeps a message that nobody takes.
     """
 
     kind: str
@@ -49,6 +50,7 @@ class MirrorState:
     max_bytes: int
     full: str | None = None
     calls: Mapping[str, int] = field(default_factory=dict)
+    expires_s: float | None = None
 
 
 @dataclass(slots=True)

@@ -433,7 +433,7 @@ class IronMQ:
             full = full or _TOO_MANY
         return MirrorState(
             "ironmq", self._error is None, self._error, self._bytes, self._max_bytes, full,
-            self.client.calls,
+            self.client.calls, EXPIRATION_S,
         )  # fmt: skip
 
     async def check(self) -> list[tuple[str, str]]:

@@ -1,232 +1,39 @@
 """The journal: segments in a local SQLite file, flushed to disk before `append` returns.
 
-One process owns one file, by `flock` on a lock file beside it that is never unlinked (to unlink a
-lock file is to let two processes hold two locks of one name). A dead owner's lock is free, so any
-living process can adopt its file and load what waits there.
-
-WAL with `synchronous=FULL`: one flush of the log per append. Source: SQLite documentation,
-"Write-Ahead Logging" and "PRAGMA synchronous". All writing is done by one thread, all reading of
-parked segments by another with its own connection, in short transactions: a long SELECT would keep
-the log from being reset.
+A dead owner's lock is free, so any living process can adopt its file and load what waits there.
 """
 
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import itertools
 import os
 import sqlite3
 import time
-import zlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
-from uuid import uuid4
-
-import structlog
+from typing import TypeVar
 
 from datapipe.errors import ConfigError, MirrorFull, MirrorUnavailable
-from datapipe.events import Column
 from datapipe.mirrors import Found, MirrorState, Neighbours, Run
-from datapipe.segment import (
-    SEGMENT_OVERHEAD_BYTES,
-    SEGMENTS_AT_ONCE,
-    Segment,
-    decode_head,
-    encode_head,
+from datapipe.mirrors.journal_file import (
+    ROW_BYTES,
+    Damaged,
+    JournalFile,
+    own_file,
+    size_of,
+    try_lock,
 )
+from datapipe.segment import Segment
 from datapipe.settings import Settings
 
 MIN_FREE_BYTES = 64 * 1024 * 1024  # on a full disk even DELETE fails, so appends stop before
 SEGMENT_MAX_BYTES = 1_048_576
 
-_FORMAT = 1
-_SCHEMA = """
-CREATE TABLE meta (journal TEXT NOT NULL);
-CREATE TABLE segments (
-    position INTEGER PRIMARY KEY AUTOINCREMENT,
-    lane TEXT NOT NULL, id TEXT NOT NULL, events INTEGER NOT NULL, bytes INTEGER NOT NULL,
-    created_at REAL NOT NULL, crc INTEGER NOT NULL, head BLOB NOT NULL, data BLOB NOT NULL);
-CREATE INDEX waiting ON segments (lane, position, events, bytes, created_at);
-"""
-_ROW_BYTES = 256  # what a segment takes beside its rows
 _LOOK_S = 0.1  # how long the free space of the disk is taken as it was
-_VACUUM_PAGES = 512  # given back to the file system in one go, at most
 _T = TypeVar("_T")
-log = structlog.stdlib.get_logger("datapipe.mirrors.journal")
-
-
-class JournalFile:
-    """One SQLite file and its lock. Every method blocks: call it in the thread that fits."""
-
-    def __init__(self, path: Path, lock: int) -> None:
-        self.path = path
-        self._lock = lock
-        try:
-            self._open()
-        except sqlite3.DatabaseError as exc:
-            if isinstance(exc, sqlite3.OperationalError):
-                raise  # a full or read-only disk: nothing is wrong with the file
-            self._set_aside(exc)
-            self._open()
-
-    def _open(self) -> None:
-        new = not self.path.exists() or self.path.stat().st_size == 0
-        self._write = self._connect()
-        if new:  # large pages: a batch goes in faster, and a small append costs little more
-            self._write.execute("PRAGMA page_size=16384")
-            self._write.execute("PRAGMA auto_vacuum=INCREMENTAL")
-        self._write.execute("PRAGMA journal_mode=WAL")
-        self._write.execute("PRAGMA synchronous=FULL")
-        self._write.execute("PRAGMA fullfsync=1")  # macOS: there fsync alone reaches no platter
-        self._write.execute("PRAGMA journal_size_limit=16777216")
-        self._write.execute("PRAGMA wal_autocheckpoint=500")  # pages: 8 MiB
-        # some builds overwrite deleted pages with zeros, which doubles the writing
-        self._write.execute("PRAGMA secure_delete=OFF")
-        version = self._write.execute("PRAGMA user_version").fetchone()[0]
-        if version == 0:
-            self._write.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version={_FORMAT};COMMIT")
-            self._write.execute("INSERT INTO meta VALUES (?)", (uuid4().hex,))
-        elif version != _FORMAT:
-            raise ConfigError(f"the journal {self.path} was written by a newer datapipe")
-        (self.source,) = self._write.execute("SELECT journal FROM meta").fetchone()
-        (last,) = self._write.execute("SELECT max(position) FROM segments").fetchone()
-        self._inherited_until: int = last or 0
-        self._read = self._connect()
-        self.measure()
-
-    def _connect(self) -> sqlite3.Connection:
-        return sqlite3.connect(self.path, timeout=5, isolation_level=None, check_same_thread=False)
-
-    def _set_aside(self, why: Exception) -> None:
-        stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
-        for suffix in ("", "-wal", "-shm"):
-            file = self.path.with_name(self.path.name + suffix)
-            if file.exists():
-                file.rename(f"{file}.damaged-{stamp}")
-        log.error(
-            "journal damaged", path=str(self.path), kept=f"{self.path}.damaged-{stamp}",
-            error=str(why),
-        )  # fmt: skip
-
-    def measure(self) -> None:
-        """Set `used_bytes`: what the waiting segments take, which free pages don't."""
-        (size, count) = self._write.execute(
-            "SELECT coalesce(sum(bytes), 0), count(*) FROM segments"
-        ).fetchone()
-        self.used_bytes: int = size + count * _ROW_BYTES
-
-    def append(self, segments: Sequence[Segment]) -> None:
-        """One transaction, on disk when this returns. Raises: sqlite3.Error.
-
-        One segment goes in one statement: each call into SQLite hands the interpreter to other
-        threads and has to wait for it again.
-        """
-        if len(segments) == 1:
-            self._insert(segments[0])
-        else:
-            self._write.execute("BEGIN IMMEDIATE")
-            try:
-                for segment in segments:
-                    self._insert(segment)
-                self._write.execute("COMMIT")
-            except BaseException:
-                self._rollback()
-                raise
-        self.used_bytes += _size_of(segments)
-
-    def _insert(self, segment: Segment) -> None:
-        head = encode_head(segment)
-        cursor = self._write.execute(
-            "INSERT INTO segments (lane, id, events, bytes, created_at, crc, head, data)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                segment.lane, segment.id, segment.events, len(segment.data), segment.created_at,
-                _crc(head, segment.data), head, segment.data,
-            ),
-        )  # fmt: skip
-        segment.source, segment.position = self.source, cursor.lastrowid or 0
-
-    def remove(self, segments: Sequence[Segment]) -> None:
-        """One transaction, on disk when this returns. Raises: sqlite3.Error."""
-        self._write.execute("BEGIN IMMEDIATE")
-        try:
-            removed = self._write.executemany(
-                "DELETE FROM segments WHERE position = ?", [(s.position,) for s in segments]
-            ).rowcount
-            self._write.execute("COMMIT")
-        except BaseException:
-            self._rollback()
-            raise
-        if removed == len(segments):
-            self.used_bytes -= _size_of(segments)
-        else:
-            self.measure()
-
-    def give_back(self) -> None:
-        """Shorten the file by a bounded number of free pages, if there are many."""
-        (free,) = self._write.execute("PRAGMA freelist_count").fetchone()
-        if free > _VACUUM_PAGES:
-            pages = max(_VACUUM_PAGES, free // 4)
-            self._write.execute(f"PRAGMA incremental_vacuum({pages})").fetchall()
-
-    def _rollback(self) -> None:
-        if self._write.in_transaction:
-            self._write.execute("ROLLBACK")
-
-    def inherited(self) -> list[Run]:
-        """What earlier owners left here and still waits, a run per lane; reads the index alone."""
-        rows = self._write.execute(
-            "SELECT lane, min(position), max(position), count(*), sum(events), sum(bytes),"
-            " min(created_at) FROM segments WHERE position <= ? GROUP BY lane",
-            (self._inherited_until,),
-        )
-        return [
-            Run(lane, self.source, first - 1, last, count, events, size, oldest)
-            for lane, first, last, count, events, size, oldest in rows
-        ]
-
-    def read(self, run: Run, max_bytes: int) -> list[Segment]:
-        """The first segments of a run, in the reading thread. Raises: sqlite3.Error."""
-        where = (run.lane, run.after, run.until)
-        last, size = 0, 0
-        for position, length in self._read.execute(
-            "SELECT position, bytes FROM segments"
-            " WHERE lane = ? AND position > ? AND position <= ? ORDER BY position LIMIT ?",
-            (*where, SEGMENTS_AT_ONCE),
-        ):
-            size += length + SEGMENT_OVERHEAD_BYTES
-            if last and size > max_bytes:
-                break
-            last = position
-        rows = self._read.execute(
-            "SELECT position, id, events, created_at, crc, head, data FROM segments"
-            " WHERE lane = ? AND position > ? AND position <= ? ORDER BY position",
-            (run.lane, run.after, last),
-        ).fetchall()
-        return [self._segment(run.lane, row) for row in rows]
-
-    def _segment(self, lane: str, row: tuple[Any, ...]) -> Segment:
-        position, id, events, created_at, crc, head_text, data = row
-        if crc != _crc(head_text, data):
-            raise sqlite3.DatabaseError(f"segment {id} at position {position} is damaged")
-        head = decode_head(head_text)
-        return Segment(
-            lane, [Column(*c) for c in head.columns], data, events, head.parts,
-            id=id, created_at=created_at, source=self.source, position=position,
-        )  # fmt: skip
-
-    def close(self) -> None:
-        (last,) = self._write.execute("SELECT max(seq) FROM sqlite_sequence").fetchone()
-        self._read.close()
-        self._write.close()
-        if not last:  # never used: a command that only looked leaves nothing behind
-            self.path.unlink()
-        os.close(self._lock)
 
 
 class Journal:
@@ -265,7 +72,7 @@ class Journal:
         return segments
 
     def _append(self, segments: Sequence[Segment]) -> None:
-        coming = _size_of(segments)
+        coming = size_of(segments)
         now = time.monotonic()
         if self._why_full or now - self._looked_at > _LOOK_S:  # a look at the disk is a call
             self._looked_at = now
@@ -295,7 +102,11 @@ class Journal:
 
     async def read(self, run: Run, max_bytes: int) -> list[Segment]:
         file = self._files[run.source]
-        return await self._run(self._reader, lambda: file.read(run, max_bytes))
+        try:
+            return await self._run(self._reader, lambda: file.read(run, max_bytes))
+        except Damaged as exc:
+            await self._run(self._writer, partial(file.mend, exc.why, exc.seen))
+            raise MirrorUnavailable(f"the journal was damaged: {exc}") from exc
 
     async def recover(self, neighbours: Neighbours) -> Found:
         return Found(runs=await self._run(self._writer, self._recover))
@@ -310,7 +121,7 @@ class Journal:
         for path in sorted(self._folder.glob("*.sqlite")):
             if any(path == file.path for file in self._files.values()):
                 continue
-            if (lock := _try_lock(path)) is None:
+            if (lock := try_lock(path)) is None:
                 continue
             file = JournalFile(path, lock)
             if file.inherited():
@@ -362,7 +173,7 @@ class Journal:
             self._error,
             self._bytes(),
             self._max_bytes,
-            self._full(_ROW_BYTES),
+            self._full(ROW_BYTES),
         )
 
     def close(self) -> None:
@@ -381,7 +192,7 @@ async def open_journal(settings: Settings) -> AsyncIterator[Journal]:
     folder = Path(settings.data_dir) / "journal"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        own = _own_file(folder)
+        own = own_file(folder)
     except (OSError, sqlite3.OperationalError) as exc:
         raise ConfigError(f"data_dir: no journal can be kept in {folder}: {exc}") from exc
     journal = Journal(settings, folder, own)
@@ -391,60 +202,8 @@ async def open_journal(settings: Settings) -> AsyncIterator[Journal]:
         await asyncio.to_thread(journal.close)
 
 
-def _own_file(folder: Path) -> JournalFile:
-    for number in itertools.count():
-        path = folder / f"{number}.sqlite"
-        if (lock := _try_lock(path)) is not None:
-            return JournalFile(path, lock)
-    raise AssertionError  # count() never ends
-
-
-def _try_lock(path: Path) -> int | None:
-    """The lock's file descriptor, or None: its owner lives."""
-    lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        return None
-    return lock
-
-
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size
     except FileNotFoundError:
         return 0
-
-
-def _size_of(segments: Sequence[Segment]) -> int:
-    return sum([len(segment.data) + _ROW_BYTES for segment in segments])
-
-
-def _crc(head: bytes, data: bytes) -> int:
-    return zlib.crc32(data, zlib.crc32(head))
-
-
-def check_journals(settings: Settings) -> list[tuple[str, str]]:
-    """Verify every journal in `data_dir`, also those of living processes; a line for each."""
-    folder = Path(settings.data_dir) / "journal"
-    if not folder.is_dir():
-        return [("ok", f"journal: none yet in {folder}")]
-    found = [] if os.access(folder, os.W_OK) else [("fail", f"journal {folder}: can't be written")]
-    for path in sorted(folder.glob("*.sqlite")):
-        try:
-            # read-only: `check` may run beside the service that owns the file
-            connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=5)
-            try:
-                (verdict,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
-                events = connection.execute("SELECT coalesce(sum(events), 0) FROM segments")
-                (waiting,) = events.fetchone()
-            finally:
-                connection.close()
-        except sqlite3.Error as exc:
-            verdict, waiting = str(exc), 0
-        level = "ok" if verdict == "ok" else "fail"
-        found.append((level, f"journal {path}: {verdict}, {waiting} events waiting"))
-    damaged = sorted(folder.glob("*.damaged-*"))
-    found += [("warn", f"journal {path}: set aside as damaged") for path in damaged]
-    return found

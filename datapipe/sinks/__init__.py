@@ -35,12 +35,16 @@ class Loaded:
 
 @dataclass(slots=True, frozen=True)
 class SinkState:
-    """For the page; `up` is None until the first real work was tried."""
+    """For the page; `up` is None until the first real work was tried.
+
+    `answer_s` is what the last small piece of work took, such as the heartbeat.
+    """
 
     up: bool | None
     error: str | None
     version: str | None
     schema: str
+    answer_s: float | None = None
 
 
 @dataclass(slots=True, frozen=True)

@@ -11,6 +11,7 @@ import importlib.util
 import os
 import shlex
 import socket
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
@@ -114,6 +115,7 @@ class Database:
         self._up: bool | None = None
         self._error: str | None = None
         self._version: str | None = None
+        self._answer_s: float | None = None
 
     @classmethod
     @asynccontextmanager
@@ -169,7 +171,7 @@ class Database:
         self._up, self._error = False, error
 
     def state(self) -> SinkState:
-        return SinkState(self._up, self._error, self._version, self._schema)
+        return SinkState(self._up, self._error, self._version, self._schema, self._answer_s)
 
     async def hint(self) -> str:
         """See `Sink.hint`."""
@@ -242,7 +244,9 @@ class Database:
                 enable_hstore=False, enable_uuid=False, connection_factory=_Connection,
             )  # fmt: skip
         async with self._pool.acquire() as connection, connection.cursor() as cursor:
+            started = time.perf_counter()
             result = await work(cursor)
+            self._answer_s = time.perf_counter() - started
         self.works()
         return result
 

@@ -1,0 +1,120 @@
+"""Numbers as people read them. `templates/format.js` does the same; a test compares the two."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+NOTHING = "\N{EN DASH}"
+_UNITS = ("KiB", "MiB", "GiB", "TiB")
+
+
+def iso(at: float) -> str:
+    """Unix time as ISO 8601, UTC, with milliseconds."""
+    text = datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")
+    return text.replace("+00:00", "Z")
+
+
+def _rounded(value: float, digits: int) -> float:
+    """Half upwards, as the page's script does it: `round` goes to the even one."""
+    scale = 10.0**digits
+    return math.floor(value * scale + 0.5) / scale
+
+
+def count(value: float | None) -> str:
+    """1204 -> 1,204"""
+    return NOTHING if value is None else f"{_rounded(value, 0):,.0f}"
+
+
+def events(value: int) -> str:
+    return f"{count(value)} event{'' if value == 1 else 's'}"
+
+
+def size(value: float | None) -> str:
+    """Bytes: 1536 -> 1.5 KiB"""
+    if value is None:
+        return NOTHING
+    if value < 1024:
+        return f"{_rounded(value, 0):.0f} B"
+    for unit in _UNITS:
+        value /= 1024
+        if value < 1023.95 or unit == _UNITS[-1]:
+            break
+    return f"{_rounded(value, 1):.1f} {unit}"
+
+
+def rate(value: float | None) -> str:
+    """Per second: 0.4, 12.3, 1,204"""
+    if value is None:
+        return NOTHING
+    return f"{_rounded(value, 1):.1f}" if 0 < value < 99.95 else count(value)
+
+
+def seconds(value: float | None) -> str:
+    """0.004 -> 4 ms, 3.14 -> 3.1 s, 75 -> 1 min 15 s, 7500 -> 2 h 5 min"""
+    if value is None:
+        return NOTHING
+    if value < 0.9995:
+        return f"{_rounded(value * 1000, 0):.0f} ms" if value else "0 s"
+    if value < 9.95:
+        return f"{_rounded(value, 1):.1f} s"
+    whole = int(_rounded(value, 0))
+    for limit, unit, part, small in (
+        (60, 1, 0, "s"), (3600, 60, 1, "min s"), (86400, 3600, 60, "h min"),
+    ):  # fmt: skip
+        if whole < limit:
+            return _two(whole, unit, part, small)
+    return _two(whole, 86400, 3600, "d h")
+
+
+def _two(whole: int, unit: int, part: int, names: str) -> str:
+    if not part:
+        return f"{whole} {names}"
+    big, small = names.split()
+    return f"{whole // unit} {big} {whole % unit // part} {small}"
+
+
+def roughly(value: float) -> str:
+    """A guess, to one unit: 3 h"""
+    for limit, unit, name in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
+        if value < limit:
+            return f"{value / unit:.0f} {name}"
+    return f"{min(value / 86400, 9999):,.0f} days"
+
+
+def clock(value: str | None) -> str:
+    """An ISO time as the time of day, UTC; with its date unless that is today's."""
+    if value is None:
+        return NOTHING
+    today = value[:10] == datetime.now(UTC).date().isoformat()
+    return value[11:19] if today else f"{value[:10]} {value[11:16]}"
+
+
+def check(value: bool) -> str:
+    return "\N{CHECK MARK}" if value else "\N{BALLOT X}"
+
+
+def outcome(value: str | None) -> str:
+    """Of a load, by its error."""
+    return "loaded" if value is None else value
+
+
+def up(value: bool) -> str:
+    return "up" if value else "down"
+
+
+def text(value: Any) -> str:
+    return NOTHING if value is None else str(value)
+
+
+def percent(value: float | None) -> str:
+    return NOTHING if value is None else f"{_rounded(value * 100, 1):.1f} %"
+
+
+FORMATS: dict[str, Callable[[Any], str]] = {
+    "count": count, "size": size, "rate": rate, "seconds": seconds, "clock": clock, "text": text,
+    "percent": percent, "check": check, "outcome": outcome, "up": up,
+    "zero": lambda value: count(value or 0),
+}  # fmt: skip

@@ -1,0 +1,292 @@
+"""One journal file: segments in SQLite, and the lock that says whose it is.
+
+One process owns one file, by `flock` on a lock file beside it that is never unlinked (to unlink a
+lock file is to let two processes hold two locks of one name).
+
+WAL with `synchronous=FULL`: one flush of the log per append. Source: SQLite documentation,
+"Write-Ahead Logging" and "PRAGMA synchronous". All writing is done by one thread, all reading of
+parked segments by another with its own connection, in short transactions: a long SELECT would keep
+the log from being reset.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import os
+import sqlite3
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+from uuid import uuid4
+
+import structlog
+
+from datapipe.errors import ConfigError
+from datapipe.events import Column
+from datapipe.mirrors import Run
+from datapipe.mirrors.salvage import crc_of, is_damage, rescue, set_aside
+from datapipe.segment import (
+    SEGMENT_OVERHEAD_BYTES,
+    SEGMENTS_AT_ONCE,
+    Segment,
+    decode_head,
+    encode_head,
+)
+
+_FORMAT = 1
+_SCHEMA = """
+CREATE TABLE meta (journal TEXT NOT NULL);
+CREATE TABLE segments (
+    position INTEGER PRIMARY KEY AUTOINCREMENT,
+    lane TEXT NOT NULL, id TEXT NOT NULL, events INTEGER NOT NULL, bytes INTEGER NOT NULL,
+    created_at REAL NOT NULL, crc INTEGER NOT NULL, head BLOB NOT NULL, data BLOB NOT NULL);
+CREATE INDEX waiting ON segments (lane, position, events, bytes, created_at);
+"""
+ROW_BYTES = 256  # what a segment takes beside its rows
+_VACUUM_PAGES = 512  # given back to the file system in one go, at most
+_T = TypeVar("_T")
+log = structlog.stdlib.get_logger("datapipe.mirrors.journal")
+
+
+class Damaged(Exception):
+    """A row or a page can't be read: `mend` the file with these."""
+
+    def __init__(self, why: Exception, seen: sqlite3.Connection) -> None:
+        super().__init__(str(why))
+        self.why = why
+        self.seen = seen
+
+
+class JournalFile:
+    """One SQLite file and its lock. Every method blocks: call it in the thread that fits."""
+
+    def __init__(self, path: Path, lock: int) -> None:
+        self.path = path
+        self._lock = lock
+        try:
+            self._open()
+        except sqlite3.DatabaseError as exc:
+            if not is_damage(exc):
+                raise
+            self._renew(exc)
+        (self._inherited_until,) = self._write.execute(
+            "SELECT coalesce(max(position), 0) FROM segments"
+        ).fetchone()
+
+    def _open(self) -> None:
+        new = not self.path.exists() or self.path.stat().st_size == 0
+        self._write = self._connect()
+        if new:  # large pages: a batch goes in faster, and a small append costs little more
+            self._write.execute("PRAGMA page_size=16384")
+            self._write.execute("PRAGMA auto_vacuum=INCREMENTAL")
+        self._write.execute("PRAGMA journal_mode=WAL")
+        self._write.execute("PRAGMA synchronous=FULL")
+        self._write.execute("PRAGMA fullfsync=1")  # macOS: there fsync alone reaches no platter
+        self._write.execute("PRAGMA journal_size_limit=16777216")
+        self._write.execute("PRAGMA wal_autocheckpoint=500")  # pages: 8 MiB
+        # some builds overwrite deleted pages with zeros, which doubles the writing
+        self._write.execute("PRAGMA secure_delete=OFF")
+        version = self._write.execute("PRAGMA user_version").fetchone()[0]
+        if version == 0:
+            self._write.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version={_FORMAT};COMMIT")
+            self._write.execute("INSERT INTO meta VALUES (?)", (uuid4().hex,))
+        elif version != _FORMAT:
+            raise ConfigError(f"the journal {self.path} was written by a newer datapipe")
+        (self.source,) = self._write.execute("SELECT journal FROM meta").fetchone()
+        self._read = self._connect()
+        self.measure()
+
+    def _connect(self) -> sqlite3.Connection:
+        return sqlite3.connect(self.path, timeout=5, isolation_level=None, check_same_thread=False)
+
+    def mend(self, why: Exception, seen: sqlite3.Connection) -> None:
+        """Make the file anew of what can be read, unless that was done since `seen` was used.
+
+        Call it in the writing thread. What the reading thread still does ends with the old file.
+        """
+        if seen in (self._write, self._read):
+            self._write.close()
+            self._renew(why)
+
+    def _renew(self, why: Exception) -> None:
+        damaged = set_aside(self.path)
+        self._open()
+        rows, seen = rescue(damaged, self._write)
+        (self.source,) = self._write.execute("SELECT journal FROM meta").fetchone()
+        self.measure()
+        log.error(
+            "journal damaged", path=str(self.path), kept=str(damaged), error=str(why),
+            segments_rescued=rows, segments_unreadable=seen - rows,
+        )  # fmt: skip
+
+    def _mending(self, call: Callable[[], _T]) -> _T:
+        """In the writing thread: do it; on a damaged file, once more on what it is made into."""
+        seen = self._write
+        try:
+            return call()
+        except sqlite3.DatabaseError as exc:
+            if not is_damage(exc):
+                raise
+            self.mend(exc, seen)
+            return call()
+
+    def measure(self) -> None:
+        """Set `used_bytes`: what the waiting segments take, which free pages don't."""
+        (size, count) = self._write.execute(
+            "SELECT coalesce(sum(bytes), 0), count(*) FROM segments"
+        ).fetchone()
+        self.used_bytes: int = size + count * ROW_BYTES
+
+    def append(self, segments: Sequence[Segment]) -> None:
+        """One transaction, on disk when this returns. Raises: sqlite3.Error.
+
+        One segment goes in one statement: each call into SQLite hands the interpreter to other
+        threads and has to wait for it again.
+        """
+        self._mending(lambda: self._append(segments))
+        self.used_bytes += size_of(segments)
+
+    def _append(self, segments: Sequence[Segment]) -> None:
+        if len(segments) == 1:
+            self._insert(segments[0])
+        else:
+            self._write.execute("BEGIN IMMEDIATE")
+            try:
+                for segment in segments:
+                    self._insert(segment)
+                self._write.execute("COMMIT")
+            except BaseException:
+                self._rollback()
+                raise
+
+    def _insert(self, segment: Segment) -> None:
+        head = encode_head(segment)
+        cursor = self._write.execute(
+            "INSERT INTO segments (lane, id, events, bytes, created_at, crc, head, data)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                segment.lane, segment.id, segment.events, len(segment.data), segment.created_at,
+                crc_of(segment.lane, segment.id, segment.events, head, segment.data), head,
+                segment.data,
+            ),
+        )  # fmt: skip
+        segment.source, segment.position = self.source, cursor.lastrowid or 0
+
+    def remove(self, segments: Sequence[Segment]) -> None:
+        """One transaction, on disk when this returns. Raises: sqlite3.Error."""
+        self._mending(lambda: self._remove(segments))
+
+    def _remove(self, segments: Sequence[Segment]) -> None:
+        self._write.execute("BEGIN IMMEDIATE")
+        try:
+            removed = self._write.executemany(
+                "DELETE FROM segments WHERE position = ?", [(s.position,) for s in segments]
+            ).rowcount
+            self._write.execute("COMMIT")
+        except BaseException:
+            self._rollback()
+            raise
+        if removed == len(segments):
+            self.used_bytes -= size_of(segments)
+        else:
+            self.measure()
+
+    def give_back(self) -> None:
+        """Shorten the file by a bounded number of free pages, if there are many."""
+        (free,) = self._write.execute("PRAGMA freelist_count").fetchone()
+        if free > _VACUUM_PAGES:
+            pages = max(_VACUUM_PAGES, free // 4)
+            self._write.execute(f"PRAGMA incremental_vacuum({pages})").fetchall()
+
+    def _rollback(self) -> None:
+        if self._write.in_transaction:
+            self._write.execute("ROLLBACK")
+
+    def inherited(self) -> list[Run]:
+        """What earlier owners left here and still waits, a run per lane; reads the index alone."""
+        sql = (
+            "SELECT lane, min(position), max(position), count(*), sum(events), sum(bytes),"
+            " min(created_at) FROM segments WHERE position <= ? GROUP BY lane"
+        )
+        until = (self._inherited_until,)
+        rows = self._mending(lambda: self._write.execute(sql, until).fetchall())
+        return [
+            Run(lane, self.source, first - 1, last, count, events, size, oldest)
+            for lane, first, last, count, events, size, oldest in rows
+        ]
+
+    def read(self, run: Run, max_bytes: int) -> list[Segment]:
+        """The first segments of a run, in the reading thread.
+
+        Raises: sqlite3.Error; Damaged: the file must be mended first.
+        """
+        connection = self._read
+        try:
+            return self._read_from(connection, run, max_bytes)
+        except sqlite3.DatabaseError as exc:
+            if is_damage(exc):
+                raise Damaged(exc, connection) from exc
+            raise
+
+    def _read_from(
+        self, connection: sqlite3.Connection, run: Run, max_bytes: int
+    ) -> list[Segment]:
+        where = (run.lane, run.after, run.until)
+        last, size = 0, 0
+        for position, length in connection.execute(
+            "SELECT position, bytes FROM segments"
+            " WHERE lane = ? AND position > ? AND position <= ? ORDER BY position LIMIT ?",
+            (*where, SEGMENTS_AT_ONCE),
+        ):
+            size += length + SEGMENT_OVERHEAD_BYTES
+            if last and size > max_bytes:
+                break
+            last = position
+        rows = connection.execute(
+            "SELECT position, id, events, created_at, crc, head, data FROM segments"
+            " WHERE lane = ? AND position > ? AND position <= ? ORDER BY position",
+            (run.lane, run.after, last),
+        ).fetchall()
+        return [self._segment(run.lane, row) for row in rows]
+
+    def _segment(self, lane: str, row: tuple[Any, ...]) -> Segment:
+        position, id, events, created_at, crc, head_text, data = row
+        if crc != crc_of(lane, id, events, head_text, data):
+            raise sqlite3.DatabaseError(f"segment {id} at position {position} is damaged")
+        head = decode_head(head_text)
+        return Segment(
+            lane, [Column(*c) for c in head.columns], data, events, head.parts,
+            id=id, created_at=created_at, source=self.source, position=position,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        (last,) = self._write.execute("SELECT max(seq) FROM sqlite_sequence").fetchone()
+        self._read.close()
+        self._write.close()
+        if not last:  # never used: a command that only looked leaves nothing behind
+            self.path.unlink()
+        os.close(self._lock)
+
+
+def own_file(folder: Path) -> JournalFile:
+    for number in itertools.count():
+        path = folder / f"{number}.sqlite"
+        if (lock := try_lock(path)) is not None:
+            return JournalFile(path, lock)
+    raise AssertionError  # count() never ends
+
+
+def try_lock(path: Path) -> int | None:
+    """The lock's file descriptor, or None: its owner lives."""
+    lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        return None
+    return lock
+
+
+def size_of(segments: Sequence[Segment]) -> int:
+    return sum([len(segment.data) + ROW_BYTES for segment in segments])

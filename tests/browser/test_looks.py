@@ -1,0 +1,105 @@
+"""What helps people to use the page: axe-core's rules, calm, phones, and the same words twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from datapipe.formats import FORMATS
+from tests.browser.chromium import OpenPage, Tab
+from tests.service import Service
+
+AXE = Path(__file__).parents[2] / ".cache/axe/node_modules/axe-core/axe.min.js"
+CRASH = {"event_name": "crash_report", "user_id": 1, "timestamp": 2, "message": "boom"}
+
+
+async def violations(tab: Tab) -> list[str]:
+    await tab.page.evaluate(AXE.read_text())
+    found: dict[str, Any] = await tab.page.evaluate("axe.run()")
+    return [
+        f"{each['id']}: {node['html']} {node['any']}"
+        for each in found["violations"]
+        for node in each["nodes"]
+    ]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_axe_finds_nothing(
+    make_service: Callable[..., Service], open_page: OpenPage, scheme: str
+) -> None:
+    """Wide and narrow, with things refused and with the database away."""
+    nowhere = "postgresql://postgres@127.0.0.1:1/none"
+    service = await make_service(database_url=nowhere, load_interval=0.1).start()
+    await service.post([CRASH] * 3)
+    await service.post({"event_name": "nonesuch"})
+    await service.post("{")
+    for width in (1280, 360):
+        size = {"width": width, "height": 800}
+        tab = await open_page(service.url, color_scheme=scheme, viewport=size)
+        await tab.shows("#sentence", "PostgreSQL does not answer")
+        await tab.shows("#refusals", "nonesuch")
+        assert await violations(tab) == []
+        across = await tab.page.evaluate("document.documentElement.scrollWidth")
+        assert across == width, "something sticks out"
+
+
+async def test_numbers_change_and_nothing_else_moves(
+    database: str, make_service: Callable[..., Service], open_page: OpenPage
+) -> None:
+    """No shift of the layout, and not a word for a screen reader, while all is well."""
+    service = await make_service(database_url=database, load_interval=0.3).start()
+    tab = await open_page(service.url)
+    await tab.page.evaluate(
+        """() => {
+          window.shifts = [];
+          window.words = 0;
+          new PerformanceObserver((list) => {
+            // the digits of a right-aligned number move themselves; nothing else may
+            for (const { node } of list.getEntries().flatMap((entry) => entry.sources))
+              if (node?.nodeType === 1 && !node.matches("[data-v]")) shifts.push(node.outerHTML);
+          }).observe({ type: "layout-shift" });
+          new MutationObserver(() => { words += 1; })
+            .observe(document.getElementById("announcer"), { childList: true, subtree: true });
+        }"""
+    )
+    for events in (3, 300, 5_000, 7_000):
+        await service.post([CRASH] * events)
+        await service.drained()
+    await tab.shows('[data-v="loaded"]', "12,303")
+    assert await tab.page.evaluate("shifts") == []
+    assert await tab.page.evaluate("words") == 0
+
+
+async def test_script_and_server_write_numbers_alike(
+    database: str, make_service: Callable[..., Service], open_page: OpenPage
+) -> None:
+    service = await make_service(database_url=database).start()
+    tab = await open_page(service.url)
+    powers = [10.0**n for n in range(-4, 12)]
+    numbers = [0, 0.5, 1, 0.25, 59.5, 999.5, 1023, 1024, 1280, 3599.6, 86399.4, 0.9995, 9.95, 99.95]
+    numbers += [factor * power for power in powers for factor in (1, 1.25, 3.45, 9.999)]
+    times = ["2026-11-22T12:00:00.123Z", (await service.status())["now"]]
+    cases: dict[str, list[Any]] = {
+        name: [None, *numbers] for name in ("count", "size", "rate", "seconds", "percent", "zero")
+    }
+    cases |= {"clock": [None, *times], "text": [None, "a", 1], "check": [True, False]}
+    cases |= {"outcome": [None, "broken"], "up": [True, False]}
+    assert cases.keys() == FORMATS.keys()
+    by_script = await tab.page.evaluate(
+        """async (cases) => {
+          const { FORMATS } = await import("/format.js");
+          return Object.fromEntries(Object.entries(cases).map(
+            ([name, values]) => [name, values.map((value) => FORMATS[name](value))]));
+        }""",
+        cases,
+    )
+    by_server = {name: [FORMATS[name](v) for v in values] for name, values in cases.items()}
+    for name in cases:
+        differing = [
+            pair for pair in zip(cases[name], by_script[name], by_server[name], strict=True)
+            if pair[1] != pair[2]
+        ]  # fmt: skip
+        assert differing == [], name

@@ -1,0 +1,157 @@
+"""The status page in a real browser: numbers, outage, load now, restart, without scripts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from playwright.async_api import expect
+
+from tests.browser.chromium import OpenPage
+from tests.postgres import Postgres, free_port
+from tests.service import Service, until
+
+CRASH = {"event_name": "crash_report", "user_id": 1, "timestamp": 2, "message": "boom"}
+INSTALL = {"event_name": "install", "user_id": 1, "timestamp": 2}
+DEPTH = "[data-draw=total] [data-chart=depth] .readout"
+
+
+async def test_outage_is_told_and_its_end(
+    own_postgres: Postgres, make_service: Callable[..., Service], open_page: OpenPage
+) -> None:
+    service = await make_service(database_url=own_postgres.create_database()).start()
+    await service.post([CRASH] * 3)
+    tab = await open_page(service.url)
+    await tab.shows("#sentence", "Healthy")
+    await tab.shows('[data-v="loaded"]', "3")
+
+    own_postgres.stop()
+    await service.post([CRASH] * 40)
+    await tab.shows("#sentence", "PostgreSQL does not answer since")
+    sentence = await tab.text("#sentence")
+    assert "UTC: " in sentence
+    assert "Events are kept, 40 waiting, room for" in sentence
+    assert await tab.page.get_attribute(".summary", "data-is") == "database_down"
+    await tab.shows(DEPTH, "40 waiting")
+
+    own_postgres.start()
+    await tab.shows("#sentence", "Healthy")
+    await tab.shows('[data-v="books.waiting"]', "0")
+    await expect(tab.page.locator(DEPTH)).to_have_text("0 waiting", timeout=20_000)
+    assert await tab.value("loaded") == "43"
+    path = await tab.page.get_attribute("[data-draw=total] path.waiting:not(.fill)", "d")
+    heights = [float(point.split()[1]) for point in (path or "M").lstrip("M").split("L")]
+    assert min(heights) < 80  # it had risen
+    assert heights[-1] == 80  # and fell
+
+
+async def test_load_now_by_mouse_and_keyboard(
+    database: str, make_service: Callable[..., Service], open_page: OpenPage
+) -> None:
+    service = await make_service(database_url=database, load_interval=300).start()
+    tab = await open_page(service.url)
+    await service.post([CRASH] * 1200 + [INSTALL])
+    await tab.shows('[data-v="books.waiting"]', "1,201")
+    await tab.page.get_by_role("button", name="Load now").click()
+    await tab.shows("#load-result", "Loaded rows: crash_report 1,200, install 1.")
+    await tab.shows('[data-v="books.waiting"]', "0")
+    assert await tab.page.locator("#load-progress").is_hidden()
+
+    await tab.page.get_by_role("button", name="Load now").focus()
+    await tab.page.keyboard.press("Enter")
+    await tab.shows("#load-result", "Nothing was waiting.")
+
+
+async def test_page_lives_through_a_restart(
+    database: str, make_service: Callable[..., Service], open_page: OpenPage
+) -> None:
+    service = await make_service(database_url=database, port=free_port()).start()
+    tab = await open_page(service.url)
+    await service.post([CRASH] * 5)
+    await service.drained()
+    await tab.shows('[data-v="loaded"]', "5")
+    assert await service.stop() == 0
+    await tab.shows("#sentence", "No connection to datapipe since")
+    await tab.shows("#announcer", "No connection")
+
+    await service.start()
+    await tab.live()
+    await tab.shows("#sentence", "Healthy")
+    await service.post(INSTALL)
+    await expect(tab.page.locator('[data-v="accepted"]').nth(1)).to_have_text("1", timeout=20_000)
+    refused = [text for text in tab.complaints if "ERR_CONNECTION_REFUSED" not in text]
+    tab.complaints = [text for text in refused if "ERR_INCOMPLETE_CHUNKED" not in text]
+
+
+async def test_without_scripts(
+    database: str, make_service: Callable[..., Service], open_page: OpenPage
+) -> None:
+    service = await make_service(database_url=database, load_interval=300).start()
+    await service.post([CRASH] * 7)
+    await service.post({"event_name": "nonesuch"})
+    tab = await open_page(service.url, java_script_enabled=False)
+    assert await tab.value("books.waiting") == "7"
+    assert "7 events waiting" in await tab.text("#sentence")
+    assert "nonesuch" in await tab.text("#refusals")
+    assert await tab.page.locator("svg").count() == 2 * 4  # all lanes, and three lanes
+    await tab.page.get_by_role("button", name="Load now").click()
+    await tab.page.wait_for_url(f"{service.url}/")
+    assert await tab.value("books.waiting") == "0"
+    assert await tab.value("rows") == "7"
+
+
+async def test_what_came_from_outside_is_text(
+    database: str, make_service: Callable[..., Service], open_page: OpenPage
+) -> None:
+    service = await make_service(database_url=database).start()
+    tab = await open_page(service.url)
+    evil = '<img src=x onerror="document.title=1"><script>document.title=2</script>'
+    status, _ = await service.post({"event_name": evil}, headers={"X-Request-ID": "evil-1"})
+    assert status == 400
+    await tab.shows("#refusals", "evil-1")
+    assert evil in (await tab.text("#refusals")).replace('\\"', '"')
+    assert await tab.value("unsupported_event") == "1"
+    assert await tab.page.locator("#refusals img, #refusals script").count() == 0
+    await tab.page.reload()
+    await tab.live()
+    await service.post(CRASH)
+    await tab.shows('[data-v="accepted"]', "1")  # seconds later they are still there
+    assert evil in (await tab.text("#refusals")).replace('\\"', '"')
+    assert await tab.page.title() == "datapipe: healthy"
+
+
+async def test_pictures_show_what_was_before(
+    database: str, make_service: Callable[..., Service], open_page: OpenPage
+) -> None:
+    """By hover and by keyboard; and the server draws what the script draws."""
+    service = await make_service(database_url=database).start()
+    await service.post([CRASH] * 50)
+
+    async def drawn() -> bool:
+        series = (await service.status())["history"]["total"]
+        return any(series["accepted"])
+
+    await until(drawn)
+    plain = await open_page(service.url, java_script_enabled=False)
+    tab = await open_page(service.url)
+    plot = tab.page.locator("[data-draw=total] [data-chart=rate] .plot")
+    readout = tab.page.locator("[data-draw=total] [data-chart=rate] .readout")
+    await plot.hover()
+    await expect(readout).to_contain_text("not known")  # half of 15 minutes ago
+    await tab.page.mouse.move(0, 0)
+    await plot.focus()
+    await tab.page.keyboard.press("End")
+    told = set()
+    for _ in range(6):
+        told.add(await plot.get_attribute("aria-valuetext") or "")
+        await tab.page.keyboard.press("ArrowLeft")
+    assert any(re.search(r"UTC, (\d|10)\.?\d? accepted per s", text) for text in told), told
+    assert any("0 accepted" not in text for text in told), told
+    assert await plot.get_attribute("role") == "slider"
+    path = "[data-draw=total] path.accepted:not(.fill)"
+    by_script = await tab.page.get_attribute(path, "d") or ""
+    by_server = await plain.page.get_attribute(path, "d") or ""
+    assert re.fullmatch(r"M[\d.]+ [\d.]+(L[\d.]+ [\d.]+)*", by_server)
+    first = min(len(by_script.split("L")), len(by_server.split("L")))
+    heights = [[point.split()[1] for point in d.split("L")][:first] for d in (by_script, by_server)]
+    assert heights[0] == heights[1]

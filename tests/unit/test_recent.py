@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+from datapipe.recent import BODY_SHOWN, LOADS, REFUSALS, Load, Recent, Refusal, shown
+
+
+def test_only_the_last_ones_are_kept() -> None:
+    recent = Recent()
+    for number in range(50):
+        recent.loaded(Load("a", rows=number))
+        recent.refused(Refusal("bad_json", 3, "no", str(number)))
+    assert [load["rows"] for load in recent.loads()] == list(range(49, 49 - LOADS, -1))
+    assert [each["request_id"] for each in recent.refusals()][:2] == ["49", "48"]
+    assert len(recent.refusals()) == REFUSALS
+
+
+def test_an_outage_does_not_push_out_what_was_loaded() -> None:
+    recent = Recent()
+    recent.loaded(Load("a", rows=1))
+    for _ in range(100):
+        recent.loaded(Load("a", error="refused"))
+        recent.loaded(Load("b", error="refused"))
+    told = [(load["lane"], load["rows"], load["tries"]) for load in recent.loads()]
+    assert told == [("b", 0, 100), ("a", 0, 100), ("a", 1, 1)]
+
+
+def test_refusals_for_want_of_room_are_one_entry() -> None:
+    recent = Recent()
+    recent.refused(Refusal("bad_json", 3, "no", "1"))
+    for number in range(100):
+        recent.refused(Refusal("busy", 9, "full", str(number)))
+    assert [(each["reason"], each["events"]) for each in recent.refusals()] == [
+        ("busy", 100),
+        ("bad_json", 1),
+    ]
+
+
+def test_a_body_is_shortened_and_text() -> None:
+    assert shown(b"{}") == "{}"
+    assert shown(b"\xff{") == "\ufffd{"
+    assert len(shown(b"x" * 1_000_000)) == BODY_SHOWN + 1
+    assert shown("ä".encode() * 1000) == "ä" * BODY_SHOWN + "…"
