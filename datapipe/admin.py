@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -13,6 +15,7 @@ from datapipe.access import Access
 from datapipe.dead import DeadLetters, selection_of, storable
 from datapipe.errors import EventRejected, LaneBlocked, SinkUnavailable
 from datapipe.loader import Loader
+from datapipe.peers import Peers
 from datapipe.sinks import Selection
 
 _LETTERS = 100  # answered when nobody says how many
@@ -22,7 +25,8 @@ _LETTERS_MOST = 1000
 class Admin:
     """The handlers; each asks `Access` first."""
 
-    def __init__(self, loader: Loader, dead: DeadLetters, access: Access) -> None:
+    def __init__(self, loader: Loader, dead: DeadLetters, access: Access, peers: Peers) -> None:
+        self._peers = peers
         self._loader = loader
         self._dead = dead
         self._access = access
@@ -42,12 +46,25 @@ class Admin:
             return answers.answer(400, 5, "accept: only 'dead' can be accepted").response()
         if lane is not None and lane not in self._loader.schedules:
             return answers.answer(404, 7, f"lane: there is no lane {lane[:64]!r}").response()
-        loaded, failed = await self._loader.load_now(
-            None if lane is None else [lane], accept_dead=accept == "dead"
+        # all processes load at once; each answers for itself
+        own, others = await asyncio.gather(
+            self.load_own(lane, accept == "dead"), self._peers.ask("POST", request.path_qs)
         )
+        loaded: Counter[str] = Counter()
+        failed: dict[str, str] = {}
+        for answer in (own, *others):
+            loaded.update(answer["loaded"])
+            failed |= answer["failed"]
         if "text/html" in request.headers.get("Accept", ""):  # the page's button, without script
             return web.Response(status=303, headers={"Location": "./"})
         return answers.plain({"loaded": loaded, "failed": failed})
+
+    async def load_own(self, lane: str | None, accept_dead: bool) -> dict[str, Any]:
+        """Load now, in this process."""
+        loaded, failed = await self._loader.load_now(
+            None if lane is None else [lane], accept_dead=accept_dead
+        )
+        return {"loaded": loaded, "failed": failed}
 
     async def look(self, request: web.Request) -> web.StreamResponse:
         """`GET /dead`."""

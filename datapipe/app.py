@@ -12,6 +12,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from pathlib import Path
 
 import structlog
 from aiohttp import web
@@ -29,6 +30,7 @@ from datapipe.loader import Loader
 from datapipe.metrics import Metrics
 from datapipe.mirrors import Mirror, open_mirror
 from datapipe.pages import Pages, add_headers, errors_are_answers, fault
+from datapipe.peers import Peers
 from datapipe.registry import Registry, load_registry
 from datapipe.server import Runner, request_id
 from datapipe.settings import Settings
@@ -81,13 +83,16 @@ class Pipeline:
             )  # fmt: skip
             self.ingest = Ingest(self.buffer, self.registry, self.settings)
             dead = DeadLetters(sink, self.registry)
-            self.status = Status(self.buffer, self.loader, self.ingest, dead)
-            self.metrics.expose(self.status.snapshot)
+            peers = Peers(Path(self.settings.data_dir), process)
+            self.status = Status(self.buffer, self.loader, self.ingest, dead, self.metrics, peers)
+            self.metrics.expose(self.status.snapshot, self.status.histograms)
             access = Access(self.settings)
             self.feed = await stack.enter_async_context(running(self.status, self._task_died))
             Pages(self.status, self.feed, self.metrics, self.registry, access).add_to(app)
-            Admin(self.loader, dead, access).add_to(app)
+            admin = Admin(self.loader, dead, access, peers)
+            admin.add_to(app)
             await stack.enter_async_context(self.loader.running(self._task_died))
+            await stack.enter_async_context(peers.listening(self.status.for_peers, admin.load_own))
             try:
                 yield
             finally:

@@ -33,6 +33,7 @@ class Feed:
             closed = self._status.history.closed
             self._status.tick()
             if self._listeners:
+                await self._status.refresh()
                 fresh_points = self._status.history.closed != closed
                 self._publish(self._encode(with_history=fresh_points))
 

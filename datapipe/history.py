@@ -6,6 +6,8 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from datapipe.together import add_series
+
 STEP_S = 5.0
 POINTS = 180  # of STEP_S each: 15 minutes
 RATE_S = 10.0  # the time over which "per second" is told
@@ -89,15 +91,5 @@ class History:
         for name, lane in sorted(self._lanes.items()):
             columns = zip(*lane.points, strict=True) if lane.points else ((), (), ())
             lanes[name] = {key: list(column) for key, column in zip(KEYS, columns, strict=True)}
-        return {"step_seconds": STEP_S, "points": POINTS, "lanes": lanes, "total": _sum(lanes)}
-
-
-def _sum(lanes: Mapping[str, Mapping[str, list[float]]]) -> dict[str, list[float]]:
-    """Lane by lane, aligned at the newest point."""
-    total: dict[str, list[float]] = {}
-    for key in KEYS:
-        columns = [lane[key] for lane in lanes.values()]
-        length = max(map(len, columns), default=0)
-        padded = [[0.0] * (length - len(column)) + column for column in columns]
-        total[key] = [round(sum(point), 1) for point in zip(*padded, strict=True)]
-    return total
+        total = add_series(list(lanes.values())) if lanes else {key: [] for key in KEYS}
+        return {"step_seconds": STEP_S, "points": POINTS, "lanes": lanes, "total": total}

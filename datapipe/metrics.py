@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
 REASONS = (
@@ -31,6 +36,9 @@ _APPEND_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0
 _LOAD_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
 
+Samples = dict[str, dict[str, float]]
+
+
 class Metrics(Collector):
     """The histograms, and a collector over what `/status.json` shows."""
 
@@ -38,18 +46,45 @@ class Metrics(Collector):
         self.registry = CollectorRegistry()
         self.load_seconds = Histogram(
             "datapipe_load_seconds", "Time of one load, one transaction.",
-            buckets=_LOAD_BUCKETS, registry=self.registry,
+            buckets=_LOAD_BUCKETS, registry=None,
         )  # fmt: skip
         self.append_seconds = Histogram(
             "datapipe_mirror_append_seconds", "Time until the mirror had stored an append.",
-            buckets=_APPEND_BUCKETS, registry=self.registry,
+            buckets=_APPEND_BUCKETS, registry=None,
         )  # fmt: skip
         self._status: Callable[[], Mapping[str, Any]] = dict
+        self._histograms: Callable[[], Sequence[Samples]] = tuple
 
-    def expose(self, status: Callable[[], Mapping[str, Any]]) -> None:
-        """Serve these numbers from now on; `status` is called at each scrape."""
-        self._status = status
+    def expose(
+        self, status: Callable[[], Mapping[str, Any]], histograms: Callable[[], Sequence[Samples]]
+    ) -> None:
+        """Serve these numbers, of all processes, from now on; called at each scrape."""
+        self._status, self._histograms = status, histograms
         self.registry.register(self)
+
+    def histograms(self) -> Samples:
+        """This process's histograms: by name, the samples by their `le`, and their sum."""
+        found: Samples = {}
+        for histogram in (self.load_seconds, self.append_seconds):
+            (metric,) = histogram.collect()
+            found[metric.name] = {
+                sample.labels.get("le", "sum"): sample.value
+                for sample in metric.samples
+                if sample.name.endswith(("_bucket", "_sum"))
+            }
+        return found
+
+    def _added(self) -> Iterator[Metric]:
+        """The histograms of all processes, added up."""
+        everybody = self._histograms()
+        for histogram in (self.load_seconds, self.append_seconds):
+            (metric,) = histogram.collect()
+            values = [each[metric.name] for each in everybody]
+            added = {le: sum(each[le] for each in values) for le in values[0]}
+            total = added.pop("sum")
+            yield HistogramMetricFamily(
+                metric.name, metric.documentation, list(added.items()), total
+            )
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
@@ -58,6 +93,7 @@ class Metrics(Collector):
         return iter(())
 
     def collect(self) -> Iterator[Metric]:
+        yield from self._added()
         status = self._status()
         lanes = status["lanes"]
         for key, text in _LANE_COUNTERS.items():

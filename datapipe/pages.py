@@ -66,6 +66,7 @@ class Pages:
     async def page(self, request: web.Request) -> web.StreamResponse:
         self._access.may_look(request)
         denied = self._access.why_not(request)
+        await self._status.refresh()
         context = {
             "status": self._status.whole(),
             "denied": denied.detail if denied else None,
@@ -90,6 +91,7 @@ class Pages:
 
     async def status_json(self, request: web.Request) -> web.StreamResponse:
         self._access.may_look(request)
+        await self._status.refresh()
         return answers.plain(self._status.whole())
 
     async def refused(self, request: web.Request) -> web.StreamResponse:
@@ -98,6 +100,7 @@ class Pages:
 
     async def metrics(self, request: web.Request) -> web.StreamResponse:
         self._access.may_look(request)
+        await self._status.refresh()
         return web.Response(
             body=self._metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST}
         )

@@ -1,8 +1,7 @@
 """Peers: the other processes that share this `data_dir`; together they appear as one.
 
-Each listens on a socket in `data_dir/peers` as well, with the same application behind it. Who can
-open the socket could read the journals, too, so a request that comes that way needs no key; and it
-is answered for its process alone, so that nobody asks in circles.
+Each listens on a socket in `data_dir/peers`, and answers there for itself alone, so that nobody
+asks in circles. Who can open the socket could read the journals, too: it needs no key.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -35,9 +34,32 @@ class Peers:
         self._own = f"{process}.sock"
 
     @asynccontextmanager
-    async def listening(self, runner: web.BaseRunner) -> AsyncIterator[None]:
-        """Be found by the others; without it, they only see less."""
+    async def listening(
+        self,
+        status: Callable[[], Mapping[str, Any]],
+        load: Callable[[str | None, bool], Awaitable[Mapping[str, Any]]],
+    ) -> AsyncIterator[None]:
+        """Answer the others; where that can't be, they only see less.
+
+        Args:
+            status: what this process tells of itself.
+            load: load now: one lane or all; whether to accept dead letters.
+        """
+
+        async def tell(request: web.Request) -> web.Response:
+            return web.json_response(status())
+
+        async def load_now(request: web.Request) -> web.Response:
+            query = request.query
+            return web.json_response(await load(query.get("lane"), query.get("accept") == "dead"))
+
+        app = web.Application()
+        app.router.add_get("/status.json", tell)
+        app.router.add_post("/load", load_now)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        await runner.setup()
         async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(runner.cleanup)
             try:
                 self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 path = self._path(stack)
@@ -84,74 +106,6 @@ class Peers:
         except (aiohttp.ClientError, TimeoutError, OSError) as exc:
             log.warning("a peer does not answer", error=f"{type(exc).__name__}: {exc}")
         return None
-
-
-def is_peer(request: web.BaseRequest) -> bool:
-    """Whether a request came by the socket of the peers."""
-    name = request.transport and request.transport.get_extra_info("sockname")
-    return isinstance(name, str | bytes)
-
-
-def together(own: Mapping[str, Any], others: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """One snapshot for all processes: counts are added, what is worst or latest stands."""
-    all_of_them = [own, *others]
-    lanes: dict[str, Any] = {}
-    for each in all_of_them:
-        for name, lane in each["lanes"].items():
-            lanes[name] = _add(lanes[name], lane) if name in lanes else dict(lane)
-    books = {
-        key: sum(each["books"][key] for each in all_of_them)
-        for key in own["books"]
-        if key != "balanced"
-    }
-    rejected: dict[str, int] = {}
-    for each in all_of_them:
-        for reason, count in each["rejected"].items():
-            rejected[reason] = rejected.get(reason, 0) + count
-    return {
-        **own,
-        "processes": len(all_of_them),
-        "uptime_seconds": max(each["uptime_seconds"] for each in all_of_them),
-        "books": {**books, "balanced": all(each["books"]["balanced"] for each in all_of_them)},
-        "lanes": dict(sorted(lanes.items())),
-        "rejected": rejected,
-        "mirror": _mirror([each["mirror"] for each in all_of_them]),
-        "database": _worst([each["database"] for each in all_of_them]),
-    }
-
-
-_ADDED = (
-    "accepted", "recovered", "loaded", "duplicate", "dead", "replayed", "waiting", "in_memory",
-    "parked", "waiting_bytes",
-)  # fmt: skip
-
-
-def _add(one: Mapping[str, Any], two: Mapping[str, Any]) -> dict[str, Any]:
-    """One lane of two processes."""
-    loads = [each["last_load"] for each in (one, two) if each["last_load"]]
-    nexts = [e["next_load_seconds"] for e in (one, two) if e["next_load_seconds"] is not None]
-    return {
-        **one,
-        **{key: one[key] + two[key] for key in _ADDED},
-        "oldest_seconds": max(one["oldest_seconds"], two["oldest_seconds"]),
-        "blocked": one["blocked"] or two["blocked"],
-        "error": one["error"] or two["error"],
-        "last_load": max(loads, key=lambda load: load["at"], default=None),
-        "next_load_seconds": min(nexts, default=None),
-    }
-
-
-def _mirror(mirrors: list[Mapping[str, Any]]) -> dict[str, Any]:
-    calls: dict[str, int] = {}
-    for mirror in mirrors:
-        for call, count in mirror["calls"].items():
-            calls[call] = calls.get(call, 0) + count
-    return {**_worst(mirrors), "requests": sum(calls.values()), "calls": calls}
-
-
-def _worst(states: list[Mapping[str, Any]]) -> dict[str, Any]:
-    """The first that is down, else our own."""
-    return dict(next((state for state in states if not state["up"]), states[0]))
 
 
 def _where(socket: Path) -> str:

@@ -13,8 +13,11 @@ from datapipe.history import History, Reading
 from datapipe.ingest import Ingest
 from datapipe.lane import Lane
 from datapipe.loader import Loader
+from datapipe.metrics import Metrics
+from datapipe.peers import Peers
 from datapipe.schedule import Schedule
 from datapipe.summary import Growth, Summary
+from datapipe.together import together, together_series
 from datapipe.version import __version__
 
 _BOOKS = ("accepted", "recovered", "loaded", "duplicate", "dead", "waiting")
@@ -23,8 +26,19 @@ _BOOKS = ("accepted", "recovered", "loaded", "duplicate", "dead", "waiting")
 class Status:
     """Puts `/status.json` together; `docs/status.md` tells its keys."""
 
-    def __init__(self, buffer: Buffer, loader: Loader, ingest: Ingest, dead: DeadLetters) -> None:
+    def __init__(
+        self,
+        buffer: Buffer,
+        loader: Loader,
+        ingest: Ingest,
+        dead: DeadLetters,
+        metrics: Metrics,
+        peers: Peers,
+    ) -> None:
         self._dead = dead
+        self._metrics = metrics
+        self._peers = peers
+        self._others: list[dict[str, Any]] = []  # what the other processes last told
         self._buffer = buffer
         self._loader = loader
         self._ingest = ingest
@@ -59,20 +73,40 @@ class Status:
             return f"the mirror does not work: {mirror.error or 'no answer'}"
         return mirror.full
 
+    async def refresh(self) -> None:
+        """Ask the other processes; what follows is told for all of them."""
+        self._others = await self._peers.ask("GET", "/status.json")
+
     def snapshot(self) -> dict[str, Any]:
-        """All numbers at one moment, without the series of the pictures."""
+        """All numbers at one moment, of all processes, without the series of the pictures."""
+        status = together(self._own(), self._others)
+        status["totals"] = _totals(status["lanes"])
+        return status | {"summary": self._summary.of(status, self.not_ready())}
+
+    def whole(self) -> dict[str, Any]:
+        """All that the page shows, but the last refusals."""
+        series = [self.history.series(), *(other["history"] for other in self._others)]
+        return self.snapshot() | {"history": together_series(series)}
+
+    def for_peers(self) -> dict[str, Any]:
+        """What this process tells the others."""
+        history, histograms = self.history.series(), self._metrics.histograms()
+        return self._own() | {"history": history, "histograms": histograms}
+
+    def histograms(self) -> list[dict[str, Any]]:
+        """Those of all processes."""
+        return [self._metrics.histograms(), *(other["histograms"] for other in self._others)]
+
+    def _own(self) -> dict[str, Any]:
         lanes = {name: self._lane(lane) for name, lane in sorted(self._buffer.lanes.items())}
         books: dict[str, Any] = {key: sum(lane[key] for lane in lanes.values()) for key in _BOOKS}
         books["balanced"] = all(lane["balanced"] for lane in lanes.values())
-        refusing = self.not_ready()
-        status: dict[str, Any] = {
+        return {
             "version": __version__,
             "now": iso(time.time()),
             "started_at": self._started_at,
             "uptime_seconds": round(time.monotonic() - self._started, 3),
-            "ready": refusing is None,
-            "processes": 1,
-            "totals": _totals(lanes),
+            "ready": self.not_ready() is None,
             "books": books,
             "lanes": lanes,
             "rejected": dict(self._ingest.rejected),
@@ -83,11 +117,6 @@ class Status:
                 for load in self._loader.recent.loads()
             ],
         }
-        return status | {"summary": self._summary.of(status, refusing)}
-
-    def whole(self) -> dict[str, Any]:
-        """All that the page shows, but the last refusals."""
-        return self.snapshot() | {"history": self.history.series()}
 
     def refusals(self) -> list[dict[str, Any]]:
         """The last events that were refused: for admins, they show what clients sent."""

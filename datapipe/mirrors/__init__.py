@@ -180,7 +180,7 @@ async def check_mirror(settings: Settings) -> list[tuple[str, str]]:
     """Is the mirror well? Findings as (ok, warn or fail; text). Takes nothing, changes nothing."""
     kind = settings.mirror_kind
     if kind == "journal":
-        from datapipe.mirrors.journal import check_journals
+        from datapipe.mirrors.salvage import check_journals
 
         return await asyncio.to_thread(check_journals, settings)
     if kind == "ironmq":

@@ -15,6 +15,7 @@ import fcntl
 import itertools
 import os
 import sqlite3
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -64,6 +65,8 @@ class JournalFile:
     def __init__(self, path: Path, lock: int) -> None:
         self.path = path
         self._lock = lock
+        self._reading = threading.Lock()
+        self._connections: list[sqlite3.Connection] = []
         try:
             self._open()
         except sqlite3.DatabaseError as exc:
@@ -98,26 +101,35 @@ class JournalFile:
         self.measure()
 
     def _connect(self) -> sqlite3.Connection:
-        return sqlite3.connect(self.path, timeout=5, isolation_level=None, check_same_thread=False)
+        self._connections.append(
+            sqlite3.connect(self.path, timeout=5, isolation_level=None, check_same_thread=False)
+        )
+        return self._connections[-1]
+
+    def _disconnect(self) -> None:
+        while self._connections:
+            self._connections.pop().close()
 
     def mend(self, why: Exception, seen: sqlite3.Connection) -> None:
         """Make the file anew of what can be read, unless that was done since `seen` was used.
 
-        Call it in the writing thread. What the reading thread still does ends with the old file.
+        Call it in the writing thread.
         """
-        if seen in (self._write, self._read):
-            self._write.close()
-            self._renew(why)
+        with self._reading:
+            if seen in (self._write, self._read):
+                self._renew(why)
 
     def _renew(self, why: Exception) -> None:
+        name = getattr(self, "source", None)
+        self._disconnect()  # before: to close is to delete the log by its name
         damaged = set_aside(self.path)
         self._open()
-        rows, seen = rescue(damaged, self._write)
+        rows, gaps = rescue(damaged, self._write, name)
         (self.source,) = self._write.execute("SELECT journal FROM meta").fetchone()
         self.measure()
         log.error(
             "journal damaged", path=str(self.path), kept=str(damaged), error=str(why),
-            segments_rescued=rows, segments_unreadable=seen - rows,
+            segments_rescued=rows, gaps=gaps,
         )  # fmt: skip
 
     def _mending(self, call: Callable[[], _T]) -> _T:
@@ -221,17 +233,15 @@ class JournalFile:
 
         Raises: sqlite3.Error; Damaged: the file must be mended first.
         """
-        connection = self._read
-        try:
-            return self._read_from(connection, run, max_bytes)
-        except sqlite3.DatabaseError as exc:
-            if is_damage(exc):
-                raise Damaged(exc, connection) from exc
-            raise
+        with self._reading:
+            try:
+                return self._read_from(self._read, run, max_bytes)
+            except sqlite3.DatabaseError as exc:
+                if is_damage(exc):
+                    raise Damaged(exc, self._read) from exc
+                raise
 
-    def _read_from(
-        self, connection: sqlite3.Connection, run: Run, max_bytes: int
-    ) -> list[Segment]:
+    def _read_from(self, connection: sqlite3.Connection, run: Run, max_bytes: int) -> list[Segment]:
         where = (run.lane, run.after, run.until)
         last, size = 0, 0
         for position, length in connection.execute(
@@ -261,11 +271,13 @@ class JournalFile:
         )  # fmt: skip
 
     def close(self) -> None:
-        (last,) = self._write.execute("SELECT max(seq) FROM sqlite_sequence").fetchone()
-        self._read.close()
-        self._write.close()
-        if not last:  # never used: a command that only looked leaves nothing behind
-            self.path.unlink()
+        try:
+            ((last,),) = self._write.execute("SELECT max(seq) FROM sqlite_sequence")
+            if last is None:  # never used: a command that only looked leaves nothing behind
+                self.path.unlink()
+        except sqlite3.Error:
+            pass  # damaged: the next owner mends it
+        self._disconnect()
         os.close(self._lock)
 
 

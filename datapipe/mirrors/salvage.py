@@ -6,6 +6,8 @@ the first position behind it that can be reached: each damaged page costs its ow
 
 from __future__ import annotations
 
+import os
+import shutil
 import sqlite3
 import time
 import zlib
@@ -16,7 +18,9 @@ from typing import Any
 from datapipe.settings import Settings
 
 _COLUMNS = "position, lane, id, events, bytes, created_at, crc, head, data"
-_LAST = 2**62
+_BEHIND = "FROM segments NOT INDEXED WHERE position > ? ORDER BY position LIMIT 1"
+_LAST = 2**40  # further on no gap is looked past
+_JUMP = 2**32
 
 
 def is_damage(exc: sqlite3.Error) -> bool:
@@ -41,49 +45,149 @@ def set_aside(path: Path) -> Path:
     return kept
 
 
-def rescue(damaged: Path, fresh: sqlite3.Connection) -> tuple[int, int]:
+def rescue(damaged: Path, fresh: sqlite3.Connection, name: str | None) -> tuple[int, int]:
     """Copy what can be read into an empty journal, positions and all, in one transaction.
 
-    Returns: rows copied, and rows and gaps seen.
+    Args: name: the journal's id, if it is known; else it is read, too.
+    Returns: rows copied; gaps, and rows that were not what had been stored.
     """
-    copied = seen = 0
+    rows = gaps = 0
+    fresh.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()  # its first page is in its file now
     fresh.execute("BEGIN IMMEDIATE")
     try:
         for connection in _openings(damaged, fresh):
             for row in _rows(connection):
-                seen += 1
-                if row is not None:
-                    marks = ", ".join("?" * len(row))
-                    copied += fresh.execute(
-                        f"INSERT OR IGNORE INTO segments ({_COLUMNS}) VALUES ({marks})", row
-                    ).rowcount
-            _keep_name(connection, fresh)
-            connection.close()
-            if copied:
+                if row is None:
+                    gaps += 1
+                    continue
+                marks = ", ".join("?" * len(row))
+                fresh.execute(f"INSERT INTO segments ({_COLUMNS}) VALUES ({marks})", row)
+                rows += 1
+            name = name or _name(connection)
+            if rows:
                 break
+        if name:
+            fresh.execute("UPDATE meta SET journal = ?", (name,))
+        fresh.execute("DELETE FROM sqlite_sequence")
+        fresh.execute(  # no position is given out twice, whatever was lost at the end
+            f"INSERT INTO sqlite_sequence SELECT 'segments', {_JUMP} + coalesce(max(position), 0)"
+            " FROM segments"
+        )
         fresh.execute("COMMIT")
     except BaseException:
         fresh.execute("ROLLBACK")
         raise
-    return copied, seen
+    return rows, gaps
 
 
 def _openings(damaged: Path, fresh: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
-    """The file as it is; then, if that gives nothing, a copy with the first page of a new one.
+    """The file as it is; then a copy of it with the first page of a new one.
 
     The first page holds the header and the schema, which is the same in all journals.
     """
-    yield _open(damaged)
+    yield from _opened(damaged)
+    log, index = (Path(f"{damaged}{suffix}") for suffix in ("-wal", "-shm"))
+    index.unlink(missing_ok=True)
+    if log.exists() and not log.stat().st_size:
+        log.unlink()
     (page_size,) = fresh.execute("PRAGMA page_size").fetchone()
-    (path,) = [file for _, name, file in fresh.execute("PRAGMA database_list") if name == "main"]
-    fresh_page = Path(f"{path}.page")
+    ((path,),) = fresh.execute("SELECT file FROM pragma_database_list WHERE name = 'main'")
     copy = damaged.with_name(f"{damaged.name}.copy")
     try:
-        with sqlite3.connect(fresh_page, isolation_level=None) as other:
-            pass
-        yield from ()
+        shutil.copyfile(damaged, copy)
+        with copy.open("r+b") as file:
+            page = bytearray(Path(path).read_bytes()[:page_size])
+            page[92:96] = b"\0\0\0\0"  # so that its count of pages is not believed
+            file.write(page)
+        yield from _opened(copy)
     finally:
-        fresh_page.unlink(missing_ok=True)
-        copy.unlink(missing_ok=True)
+        for suffix in ("", "-wal", "-shm"):
+            Path(f"{copy}{suffix}").unlink(missing_ok=True)
 
 
+def _opened(path: Path) -> Iterator[sqlite3.Connection]:
+    connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+    connection.text_factory = lambda text: text.decode(errors="replace")
+    try:
+        yield connection
+    finally:
+        connection.close()
+
+
+def _name(connection: sqlite3.Connection) -> str | None:
+    try:
+        return str(connection.execute("SELECT journal FROM meta").fetchone()[0])
+    except (sqlite3.Error, TypeError):
+        return None
+
+
+def _rows(connection: sqlite3.Connection) -> Iterator[tuple[Any, ...] | None]:
+    """All rows that can be read, by position; None for each gap and each row that is damaged."""
+    at: int | None = 0
+    while at is not None:
+        try:
+            row = connection.execute(f"SELECT {_COLUMNS} {_BEHIND}", (at,)).fetchone()
+        except sqlite3.Error:
+            yield None
+            at = _past(connection, at)
+            continue
+        if row is None:
+            return
+        at, lane, id, events, size, _, crc, head, data = row
+        fits = isinstance(head, bytes) and isinstance(data, bytes) and size == len(data)
+        yield row if fits and crc == crc_of(lane, id, events, head, data) else None
+
+
+def _past(connection: sqlite3.Connection, at: int) -> int | None:
+    """The position from which on rows can be reached again; None: from none."""
+    step = 1
+    while not _reaches(connection, at + step):
+        step *= 2
+        if step > _LAST:
+            return None
+    low = at + step // 2
+    high = at + step
+    while low + 1 < high:
+        middle = (low + high) // 2
+        if _reaches(connection, middle):
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def _reaches(connection: sqlite3.Connection, at: int) -> bool:
+    try:
+        connection.execute(f"SELECT position, length(data) {_BEHIND}", (at,)).fetchone()
+    except sqlite3.Error:
+        return False
+    return True
+
+
+def check_journals(settings: Settings) -> list[tuple[str, str]]:
+    """Verify every journal in `data_dir`, also those of living processes; a line for each."""
+    folder = Path(settings.data_dir) / "journal"
+    if not folder.is_dir():
+        return [("ok", f"journal: none yet in {folder}")]
+    found = [] if os.access(folder, os.W_OK) else [("fail", f"journal {folder}: can't be written")]
+    for path in sorted(folder.glob("*.sqlite")):
+        try:
+            verdict, waiting = _check(path)
+        except sqlite3.Error as exc:
+            verdict, waiting = str(exc), 0
+        level = "ok" if verdict == "ok" else "fail"
+        found.append((level, f"journal {path}: {verdict}, {waiting} events waiting"))
+    damaged = sorted(folder.glob("*.damaged-*"))
+    found += [("warn", f"journal {path}: set aside as damaged") for path in damaged]
+    return found
+
+
+def _check(path: Path) -> tuple[str, int]:
+    """Read-only: `check` may run beside the service that owns the file."""
+    for connection in _opened(path):
+        (verdict,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
+        rows = list(_rows(connection)) if verdict == "ok" else []
+        if None in rows:
+            verdict = f"{rows.count(None)} segments are damaged"
+        return verdict, sum(row[3] for row in rows if row is not None)
+    raise AssertionError  # `_opened` gives one
