@@ -243,6 +243,8 @@ def _elements(body: bytes) -> Iterator[bytes]:
     while (length := _length_of_value(view[at:])) > 0:
         yield body[at : at + length].strip(_BLANK)
         at += length + 1  # past the comma, or past the array's end
+    if bytes(view[at:]).strip(_BLANK) not in (b"", b"]"):
+        raise RuntimeError("msgspec words its errors anew: the rest of a batch would be lost")
 
 
 def _length_of_value(rest: memoryview) -> int:

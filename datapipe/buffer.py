@@ -222,10 +222,11 @@ class Buffer:
     async def _unpark(self, lane: Lane, run: Run, max_bytes: int) -> list[Segment]:
         if self._removals:  # what was just loaded need not be read over
             await asyncio.wait(self._removals, timeout=_REMOVALS_S)
+        going = self._going.copy()  # its removal may end while this reads it
         read = await self.mirror.read(run, max_bytes)
         run.after = read[-1].position if read else run.until
         # between two parked ones there may lie one that was not, or that is on its way out
-        passed = lane.segments_in_memory.keys() | self._going
+        passed = lane.segments_in_memory.keys() | going
         segments = [segment for segment in read if segment.id not in passed]
         for segment in segments:
             lane.hold(segment)

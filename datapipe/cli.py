@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
@@ -33,10 +34,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             run_defaults=_RUN_DEFAULTS if getattr(args, "try_out", False) else None,
         )
         code: int = _run(args.command(configured, args))
+        sys.stdout.flush()
     except ConfigError as exc:
         return _say(exc, 2)
     except DatapipeError as exc:
         return _say(exc, 1)
+    except BrokenPipeError:  # who read the output has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as exc:
         return _say(exc, 1)
     except KeyboardInterrupt:

@@ -106,17 +106,21 @@ class Housekeeper:
         Whether a process is dead takes half a minute to tell, where its messages are suspect.
         Raises: MirrorUnavailable, SinkUnavailable, LaneBlocked.
         """
-        patience = int(SILENT_S / BEAT_S) + 2
+        most = patience = int(SILENT_S / BEAT_S) + 2
+        went = 0
         while True:
             more = await self.look()
             self._looked.set()
             yield
-            if not more:
-                if not self._suspects or not patience:
-                    return
-                patience -= 1
-                await self.tidy()
-                await asyncio.sleep(BEAT_S)
+            before, went = went, sum(lane.went for lane in self._buffer.lanes.values())
+            if more and went > before:
+                patience = most
+                continue
+            if not (more or self._suspects) or not patience:
+                return
+            patience -= 1
+            await self.tidy()
+            await asyncio.sleep(BEAT_S)
 
     # --- heartbeat ---
 
@@ -156,6 +160,7 @@ class Housekeeper:
         del self._removed[:sent]
         for source in list(self._drained):
             await self._sink.forget_source(source, self._process)
+            await self._buffer.mirror.forgotten(source)
             self._drained.discard(source)
         self._watch.note(beats, asyncio.get_running_loop().time())
         newly_dead = self._watch.dead() - self._dead - {self._process}

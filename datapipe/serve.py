@@ -46,13 +46,14 @@ async def serve(settings: Settings, args: argparse.Namespace) -> int:
             await _listen(site, settings)
             address = site.name if settings.port else _address(runner)
             log.info("listening", address=address, pid=os.getpid(), mirror=settings.mirror_kind)
+            hints: set[asyncio.Future[Any]] = set()
             if getattr(args, "try_out", False):
-                await _print_hints(pipeline, address)
+                hints.add(asyncio.ensure_future(_print_hints(pipeline, address)))
             # what start-up made stays for good: the collector need not look at it again and again
             gc.collect()
             gc.freeze()
             gc.set_threshold(20_000, 20, 20)
-            code = await _until_the_end(pipeline, signals)
+            code = await _until_the_end(pipeline, signals, hints)
             await site.stop()
             await _stop(pipeline, signals)
         finally:
@@ -76,10 +77,19 @@ def _address(runner: web.AppRunner) -> str:
     return f"http://{host}:{port}"
 
 
-async def _until_the_end(pipeline: Pipeline, signals: asyncio.Queue[signal.Signals]) -> int:
+async def _until_the_end(
+    pipeline: Pipeline, signals: asyncio.Queue[signal.Signals], hints: set[asyncio.Future[Any]]
+) -> int:
     assert pipeline.failed is not None
     signalled = asyncio.ensure_future(signals.get())
     ends: set[asyncio.Future[Any]] = {signalled, pipeline.failed}
+    # a database that takes its time to be made must not keep a signal waiting
+    await asyncio.wait(ends | hints, return_when=asyncio.FIRST_COMPLETED)
+    for printed in hints:
+        if printed.done():
+            printed.result()
+        else:
+            printed.cancel()
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     if signalled.done():
         log.info("stopping", signal=signalled.result().name)
@@ -114,6 +124,7 @@ def _signals_into(queue: asyncio.Queue[signal.Signals]) -> Iterator[None]:
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)  # the process ends now: nothing to interrupt
 
 
 async def _print_hints(pipeline: Pipeline, address: str) -> None:

@@ -138,6 +138,9 @@ class Mirror(Protocol):
     def drained(self) -> list[str]:
         """Sources that held segments of dead processes and hold none any more, since last asked."""
 
+    async def forgotten(self, source: str) -> None:
+        """The ledger has forgotten a drained source: nothing of it can be met any more."""
+
     async def recover(self, neighbours: Neighbours) -> Found:
         """What waits here, belongs to no living process and was not told before: now it is ours.
 

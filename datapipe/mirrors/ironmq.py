@@ -207,7 +207,7 @@ class IronMQ:
             await self._append_halves(segment, stored, self.client.room(queue) / len(content))
             return
         if len(segment.data) > _PACK_INLINE_BYTES:
-            self._ratio = max(0.5, min(len(segment.data) / len(content), self._ratio * 1.1))
+            self._ratio = max(0.1, min(len(segment.data) / len(content), self._ratio * 1.1))
         self.appending.add(segment.id)
         try:
             await self._make(queue)
@@ -426,6 +426,9 @@ class IronMQ:
 
     def drained(self) -> list[str]:
         return []
+
+    async def forgotten(self, source: str) -> None:
+        return
 
     def state(self) -> MirrorState:
         full = _FULL if self._bytes >= self._max_bytes else None

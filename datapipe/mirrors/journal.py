@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+import structlog
+
 from datapipe.errors import ConfigError, MirrorFull, MirrorUnavailable
 from datapipe.mirrors import Found, MirrorState, Neighbours, Run
 from datapipe.mirrors.journal_file import (
@@ -34,6 +36,8 @@ SEGMENT_MAX_BYTES = 1_048_576
 
 _LOOK_S = 0.1  # how long the free space of the disk is taken as it was
 _T = TypeVar("_T")
+
+log = structlog.stdlib.get_logger("datapipe.mirrors.journal")
 
 
 class Journal:
@@ -54,7 +58,9 @@ class Journal:
         self._files = {own.source: own}
         self.identity = own.source
         self._told: set[str] = set()
+        self._unreadable: set[Path] = set()
         self._drained: set[str] = set()
+        self._settled: dict[str, int] = {}  # adopted, drained, forgotten: by source, up to where
         self._to_tell: list[str] = []
         self._writer = ThreadPoolExecutor(1, "journal-writer")
         self._reader = ThreadPoolExecutor(1, "journal-reader")
@@ -123,8 +129,15 @@ class Journal:
                 continue
             if (lock := try_lock(path)) is None:
                 continue
-            file = JournalFile(path, lock)
-            if file.inherited():
+            try:
+                file = JournalFile(path, lock)
+            except (ConfigError, sqlite3.Error, OSError) as exc:
+                os.close(lock)  # one that can't be read must not keep us from all the others
+                if path not in self._unreadable:
+                    log.error("journal not adopted", path=str(path), error=str(exc))
+                    self._unreadable.add(path)
+                continue
+            if file.inherited() or self._settled.get(file.source) != file.inherited_until:
                 self._files[file.source] = file
             else:
                 file.close()
@@ -136,16 +149,22 @@ class Journal:
             if not left and file.source not in self._drained:
                 self._drained.add(file.source)
                 self._to_tell.append(file.source)
-                if file is not self._own:
-                    del self._files[file.source]
-                    self._told.discard(file.source)
-                    self._drained.discard(file.source)
-                    file.close()
         return runs
 
     def drained(self) -> list[str]:
         drained, self._to_tell = self._to_tell, []
         return drained
+
+    async def forgotten(self, source: str) -> None:
+        """See `Mirror.forgotten`: only now may another process have an adopted file."""
+        file = self._files.get(source)
+        if file is None or file is self._own:
+            return
+        del self._files[source]
+        self._told.discard(source)
+        self._drained.discard(source)
+        self._settled[source] = file.inherited_until
+        await self._run(self._writer, file.close)
 
     async def _run(self, thread: ThreadPoolExecutor, call: Callable[[], _T]) -> _T:
         try:

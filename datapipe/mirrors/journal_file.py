@@ -73,7 +73,7 @@ class JournalFile:
             if not is_damage(exc):
                 raise
             self._renew(exc)
-        (self._inherited_until,) = self._write.execute(
+        (self.inherited_until,) = self._write.execute(
             "SELECT coalesce(max(position), 0) FROM segments"
         ).fetchone()
 
@@ -208,8 +208,12 @@ class JournalFile:
         """Shorten the file by a bounded number of free pages, if there are many."""
         (free,) = self._write.execute("PRAGMA freelist_count").fetchone()
         if free > _VACUUM_PAGES:
-            pages = max(_VACUUM_PAGES, free // 4)
-            self._write.execute(f"PRAGMA incremental_vacuum({pages})").fetchall()
+            pages = _VACUUM_PAGES
+            # a script, because `execute` would take one step, which frees one page; and so far
+            # that stands in the log alone
+            self._write.executescript(
+                f"PRAGMA incremental_vacuum({pages}); PRAGMA wal_checkpoint(TRUNCATE)"
+            )
 
     def _rollback(self) -> None:
         if self._write.in_transaction:
@@ -221,7 +225,7 @@ class JournalFile:
             "SELECT lane, min(position), max(position), count(*), sum(events), sum(bytes),"
             " min(created_at) FROM segments WHERE position <= ? GROUP BY lane"
         )
-        until = (self._inherited_until,)
+        until = (self.inherited_until,)
         rows = self._mending(lambda: self._write.execute(sql, until).fetchall())
         return [
             Run(lane, self.source, first - 1, last, count, events, size, oldest)

@@ -47,6 +47,9 @@ class MemoryMirror:
     def drained(self) -> list[str]:
         return []
 
+    async def forgotten(self, source: str) -> None:
+        return
+
     async def recover(self, neighbours: Neighbours) -> Found:
         return Found()
 

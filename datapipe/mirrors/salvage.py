@@ -86,10 +86,6 @@ def _openings(damaged: Path, fresh: sqlite3.Connection) -> Iterator[sqlite3.Conn
     The first page holds the header and the schema, which is the same in all journals.
     """
     yield from _opened(damaged)
-    log, index = (Path(f"{damaged}{suffix}") for suffix in ("-wal", "-shm"))
-    index.unlink(missing_ok=True)
-    if log.exists() and not log.stat().st_size:
-        log.unlink()
     (page_size,) = fresh.execute("PRAGMA page_size").fetchone()
     ((path,),) = fresh.execute("SELECT file FROM pragma_database_list WHERE name = 'main'")
     copy = damaged.with_name(f"{damaged.name}.copy")
@@ -112,6 +108,10 @@ def _opened(path: Path) -> Iterator[sqlite3.Connection]:
         yield connection
     finally:
         connection.close()
+        log = Path(f"{path}-wal")
+        if ".damaged-" in path.name and log.exists() and not log.stat().st_size:
+            log.unlink()  # it was only looked for
+            Path(f"{path}-shm").unlink(missing_ok=True)
 
 
 def _name(connection: sqlite3.Connection) -> str | None:

@@ -2,7 +2,7 @@
 
 Rows go in pieces, each under a savepoint. When one is refused, PostgreSQL usually names its line
 in the error's context; other lines there can say "line N" too, so the row is tried alone before it
-is called refused. Where no line is named (a foreign key, a trigger) the piece is halved.
+is called refused. Where no line is named (a foreign key, a trigger) it is found by halving.
 psycopg2 sends a whole piece even after the server has refused it, so after the first refusal
 pieces are small.
 """
@@ -79,13 +79,14 @@ class Copier:
 
         Raises: psycopg2.Error: what is no matter of single rows.
         """
+        self._cursor.execute("SAVEPOINT piece")
         for piece in _pieces(rows):
             if self._try(piece) is not None:
                 self._copy_lines(_lines(piece))
+        self._cursor.execute("RELEASE SAVEPOINT piece")
 
     def _try(self, rows: Sequence[Rows]) -> psycopg2.Error | None:
-        """Copy under a savepoint; the error, if it is about a row."""
-        self._cursor.execute("SAVEPOINT piece")
+        """Copy behind the savepoint, and set it anew; the error, if it is about a row."""
         try:
             self._cursor.copy_expert(self._statement, _Reader(rows), self._chunk_bytes)
         except psycopg2.Error as exc:
@@ -93,12 +94,12 @@ class Copier:
                 raise
             self._cursor.execute("ROLLBACK TO SAVEPOINT piece")
             return exc
-        self._cursor.execute("RELEASE SAVEPOINT piece")
+        self._cursor.execute("RELEASE SAVEPOINT piece; SAVEPOINT piece")
         return None
 
     def _copy_lines(self, lines: list[Rows]) -> None:
         """Copy rows of which at least one is refused."""
-        at, size = 0, SMALL_PIECE_ROWS
+        at, found, size = 0, 0, SMALL_PIECE_ROWS
         while at < len(lines):
             piece = lines[at : at + size]
             error = self._try(piece)
@@ -106,41 +107,47 @@ class Copier:
                 at += len(piece)
                 size *= 2
                 continue
-            size = SMALL_PIECE_ROWS
-            at += self._set_aside_first(piece, error)
+            line = self._line(error)
+            if line is None or line >= len(piece):
+                at += self._halve(piece, error)
+                found += 1
+                # a piece that holds one such row or none, each as likely, takes the fewest tries
+                size = max(1, min(SMALL_PIECE_ROWS, at * 2 // (found * 3)))
+            else:
+                at += self._set_aside(piece, line)
+                size = SMALL_PIECE_ROWS
 
-    def _set_aside_first(self, piece: list[Rows], error: psycopg2.Error) -> int:
-        """Find the first refused row; copy those before it. How many rows are dealt with."""
-        if len(piece) == 1:
-            self._refuse(piece[0], error)
-            return 1
-        line = self._line(error)
-        if line is None or line >= len(piece):
-            return self._halve(piece)
-        if line and self._try(piece[:line]) is not None:
-            return self._halve(piece[:line])
+    def _set_aside(self, piece: list[Rows], line: int) -> int:
+        """Copy the rows before that line, and refuse it. How many rows are dealt with."""
+        if line and (error := self._try(piece[:line])) is not None:
+            return self._halve(piece[:line], error)
         # only now, behind the rows before it: it may be refused because of one of them
-        alone = self._try(piece[line : line + 1])
-        if alone is None:  # that number was no line of ours
-            return line + 1 + self._halve(piece[line + 1 :])
-        self._refuse(piece[line], alone)
+        error = self._try(piece[line : line + 1])
+        if error is not None:  # else that number was no line of ours
+            self._refuse(piece[line], error)
         return line + 1
 
-    def _halve(self, piece: list[Rows]) -> int:
-        self._copy_halves(piece)
-        return len(piece)
+    def _halve(self, piece: list[Rows], error: psycopg2.Error) -> int:
+        """Find the first refused row of a piece that was refused; copy those before it.
 
-    def _copy_halves(self, piece: list[Rows]) -> None:
-        """Without a line number to go by: down to the single rows that are refused."""
-        error = self._try(piece) if piece else None
-        if error is None:
-            return
-        if len(piece) == 1:
-            self._refuse(piece[0], error)
-            return
-        middle = len(piece) // 2
-        self._copy_halves(piece[:middle])
-        self._copy_halves(piece[middle:])
+        How many rows are dealt with: nothing is known of those behind it.
+        """
+        done, tried = 0, len(piece)
+        while len(piece) > 1:
+            half = piece[: len(piece) // 2]
+            failed = self._try(half)
+            if failed is None:
+                done += len(half)
+                piece = piece[len(half) :]
+            else:
+                piece, error, tried = half, failed, len(half)
+        if tried > 1:  # what was refused held more than this row
+            alone = self._try(piece)
+            if alone is None:
+                return done + 1
+            error = alone
+        self._refuse(piece[0], error)
+        return done + 1
 
     def _line(self, error: psycopg2.Error) -> int | None:
         """The index of the refused row in its piece; the word for "line" is translated."""

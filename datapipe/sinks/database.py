@@ -50,6 +50,9 @@ _CONNECTION = {
 # An IronMQ message lives 30 days at the most, so its segment's ledger row must live longer.
 _IRONMQ_DAYS = 31
 
+# What others wait for is told by their last heartbeat, which may be some seconds old.
+_BEAT_SLACK_S = 15.0
+
 _T = TypeVar("_T")
 log = structlog.stdlib.get_logger("datapipe.sinks.postgres")
 
@@ -343,7 +346,7 @@ class Database:
             f"DELETE FROM {schema}.datapipe_ledger WHERE kind IN ('claim', 'part') AND loaded_at <"
             f" (SELECT least(now(), min(oldest_waiting)) FROM {schema}.datapipe_processes)"
             " - make_interval(secs => %s)",
-            (self._settings.dedupe_window,),
+            (self._settings.dedupe_window + _BEAT_SLACK_S,),
         )
         await cursor.execute(
             f"DELETE FROM {schema}.datapipe_ledger WHERE kind = 'segment' AND source = 'ironmq'"

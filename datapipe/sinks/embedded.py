@@ -31,12 +31,13 @@ import re
 import secrets
 import shlex
 import shutil
+import signal
 import socket
 import stat
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,6 +128,8 @@ class _Cluster:
     env: dict[str, str]
     sockets: Path
     child: subprocess.Popen[bytes] | None = None
+    running: subprocess.Popen[str] | None = None
+    """The tool that runs, if one does."""
 
     @property
     def data(self) -> Path:
@@ -170,7 +173,8 @@ class _Cluster:
         begun, launches = time.monotonic(), 0
         while True:
             try:
-                launched, ready = await _finished(asyncio.to_thread(self.step, launches, port))
+                step = asyncio.to_thread(self.step, launches, port)
+                launched, ready = await _finished(step, self.interrupt)
             except (OSError, ValueError, subprocess.SubprocessError) as exc:
                 raise SinkUnavailable(self.fault(str(exc))) from exc
             launches += launched
@@ -280,10 +284,21 @@ class _Cluster:
     def tool(self, name: str, *argv: str, lock: int | None = None, sql: str = "") -> None:
         command = [str(self.install / "bin" / name), *argv]
         more = self.popen_options(lock) | {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        text: dict[str, Any] = {"input": sql, "text": True, "errors": "replace"}
-        done = subprocess.run(command, check=False, timeout=START_S, **text, **more)
-        if done.returncode:
-            raise SinkUnavailable(self.fault(_last_words(done.stdout)))
+        text: dict[str, Any] = {"stdin": subprocess.PIPE, "text": True, "errors": "replace"}
+        with subprocess.Popen(command, **text, **more) as self.running:
+            try:
+                said, _ = self.running.communicate(sql, timeout=START_S)
+            except BaseException:
+                self.interrupt()
+                raise
+        if self.running.returncode:
+            raise SinkUnavailable(self.fault(_last_words(said)))
+
+    def interrupt(self) -> None:
+        """End the tool that runs: on a slow disk it takes longer than anybody wants to wait."""
+        if self.running is not None and self.running.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.running.pid, signal.SIGKILL)
 
     def popen_options(self, lock: int | None) -> dict[str, Any]:
         # Its own session: Ctrl-C in the terminal is for us, we stop the server after the drain.
@@ -466,12 +481,13 @@ def _make_private(folder: Path, run_as: dict[str, Any]) -> bool:
     return stat.S_ISDIR(found.st_mode) and not found.st_mode & 0o077 and found.st_uid == uid
 
 
-async def _finished(thread: Coroutine[Any, Any, T]) -> T:
+async def _finished(thread: Coroutine[Any, Any, T], interrupt: Callable[[], None]) -> T:
     """Await a thread; even when cancelled not before it is through: it may start a server."""
     task = asyncio.ensure_future(thread)
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
+        interrupt()
         await asyncio.wait([task])
         task.exception()  # seen
         raise

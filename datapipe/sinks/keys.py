@@ -32,7 +32,8 @@ class Keys:
             named: dict[str, tuple[str, Part]] = {}
             for segment, part in keyed:
                 name = f"part:{part.claim}:{lane}:{part.number}"
-                if standing[part.claim] != part.body or name in named:
+                # a claim that is gone by now was past `dedupe_window`: nothing stands against it
+                if standing.get(part.claim, part.body) != part.body or name in named:
                     skipped.add((segment.id, part))
                 else:
                     named[name] = (segment.id, part)

@@ -12,7 +12,7 @@ import pytest
 
 from datapipe.events import Column
 from datapipe.mirrors import Mirror, Run, open_mirror
-from datapipe.segment import Part, Segment
+from datapipe.segment import SEGMENT_OVERHEAD_BYTES, Part, Segment
 from datapipe.settings import Settings
 from tests.doubles.ironmq import IronMQ
 
@@ -161,14 +161,16 @@ async def test_reading_is_bounded_and_goes_on_from_a_position(world: World) -> N
     if not mirror.parks:
         assert await mirror.read(Run("install", "", 0, 9, 9, 9, 9, 0.0), 1) == []
         return
-    stored = [segment(n, size=100) for n in range(10)]
+    stored = [segment(n, size=5000) for n in range(10)]
     await mirror.append(stored)
-    run = Run("install", stored[0].source, stored[0].position, stored[-1].position, 9, 9, 900, 0.0)
-    first = await mirror.read(run, 250)
-    assert [each.id for each in first] == [each.id for each in stored[1:3]]
+    first, last = stored[0].position, stored[-1].position
+    run = Run("install", stored[0].source, first, last, 9, 9, 45_000, 0.0)
+    room = 2 * (5000 + SEGMENT_OVERHEAD_BYTES) + 50  # what it takes in memory may be counted
+    two = await mirror.read(run, room)
+    assert [each.id for each in two] == [each.id for each in stored[1:3]]
     single = await mirror.read(run, 1)  # one at least, however large
     assert [each.id for each in single] == [stored[1].id]
-    assert [each.id for each in await read_all(mirror, run, 250)] == [s.id for s in stored[1:]]
+    assert [each.id for each in await read_all(mirror, run, room)] == [s.id for s in stored[1:]]
 
 
 async def test_the_state_tells_what_is_held(world: World) -> None:

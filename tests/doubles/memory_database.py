@@ -17,7 +17,10 @@ from datapipe.sinks import Beat, Check, Heartbeat, Loaded, Selection, SinkState,
 
 
 class MemoryDatabase:
-    """Attributes: rows: COPY lines by lane. ledger: ids of segments. blocked: lanes that refuse."""
+    """Attributes: rows: COPY lines by lane. ledger: ids of segments. blocked: lanes that refuse.
+
+    up, loading: whether it answers at all, and whether it answers loads.
+    """
 
     def __init__(self) -> None:
         self.rows: dict[str, list[bytes]] = {}
@@ -25,6 +28,7 @@ class MemoryDatabase:
         self.beats: dict[str, Beat] = {}
         self.blocked: set[str] = set()
         self.up = True
+        self.loading = True
 
     @asynccontextmanager
     async def open(self, settings: Settings, process: str) -> AsyncIterator[MemorySink]:
@@ -47,6 +51,8 @@ class MemorySink:
         self, table: Table, segments: Sequence[Segment], *, accept_dead: bool = False
     ) -> Loaded:
         database, result = self._reach(), Loaded()
+        if not database.loading:
+            raise SinkUnavailable("the database takes no load")
         if table.name in database.blocked:
             raise LaneBlocked(f"{table.name} takes nothing")
         for segment in segments:

@@ -82,11 +82,11 @@ async def test_ten_processes_start_at_once_on_one_folder_and_one_new_database(
     async with driver.running():  # a key may come to one process, and again to another
         await all_loaded_something(services)
     await driver.settle()
-    books = [await service.drained() for service in services]
+    books = await services[0].drained()  # each tells of all ten
     verdict = await driver.check(database)
-    assert all(each["balanced"] for each in books), books
-    assert sum(each["loaded"] for each in books) == verdict.rows
-    assert sum(each["duplicate"] for each in books) == verdict.duplicates_by_key
+    assert books["balanced"], books
+    assert books["loaded"] == verdict.rows
+    assert books["duplicate"] == verdict.duplicates_by_key
     assert len(journals(services[0])) == 10
 
 

@@ -145,3 +145,16 @@ async def test_accept_dead_lets_them_through(service: Service) -> None:
     assert await service.load("?lane=install&accept=dead") == {"loaded": {}, "failed": {}}
     books = await service.drained()
     assert (books["loaded"], books["dead"], books["balanced"]) == (1, 150, True)
+
+
+async def test_json_that_jsonb_refuses_costs_itself_only(
+    make_service: Make, postgres: Postgres, database: str
+) -> None:
+    doc = '{"event_name": "doc", "d": {"n": %s}}'
+    service = await make_service(database_url=database, events={"doc": {"d": "dict"}}).start()
+    await service.post("[" + ", ".join(doc % n for n in ("1", "1e-20000", "2")) + "]")
+    books = await service.drained()
+    assert (books["loaded"], books["dead"], books["balanced"]) == (2, 1, True)
+    letter = (await service.get("/dead"))[1]["letters"][0]
+    assert letter["event"]["d"] == '{"n": 1e-20000}'
+    assert (letter["sqlstate"], letter["column_name"]) == ("22003", "d")

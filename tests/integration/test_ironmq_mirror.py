@@ -167,6 +167,16 @@ async def test_what_is_too_large_is_cut_and_stays_in_order(world: World, count_h
     assert sum(fullness) / len(fullness) > 0.8
 
 
+async def test_no_request_is_larger_than_allowed_with_its_head(world: World) -> None:
+    """Of segments that grow row by row, some just fit and some just don't."""
+    world.mq.rules.count_head = True
+    mirror = await world.open()
+    for rows in range(500, 600, 2):
+        await mirror.append([Segment("install", COLUMNS, noise(rows, seed=rows), rows)])
+    assert set(world.mq.statuses) == {200, 201}, "a request was too large"
+    assert 50 < world.mq.requests["post"] < 100
+
+
 async def test_keyed_parts_are_never_cut(world: World) -> None:
     """Each bears two hashes, so that they may need more room than their rows."""
     mirror = await world.open()
@@ -177,6 +187,9 @@ async def test_keyed_parts_are_never_cut(world: World) -> None:
     stored = await mirror.append([Segment("install", COLUMNS, row * 9000, 9000, parts)])
     assert set(world.mq.statuses) == {200, 201}
     assert sum(each.events for each in stored) == 9000
+    for each in stored:
+        assert sum(part.events for part in each.parts) == each.events
+        assert each.parts[-1].end == len(each.data)
     found = [part for each in stored for part in each.parts]
     assert [part.claim for part in found] == [part.claim for part in parts]
     assert all(part.end - part.start == 12 and part.events == 3 for part in found)
@@ -307,6 +320,7 @@ async def test_removal_takes_a_hundred_at_a_time_and_never_an_empty_list(world: 
     await mirror.append(stored)
     await world.left_by("other", [segment(999)])
     await mirror.remove([])
+    await mirror.client.delete("install", [])
     await mirror.remove(stored)
     await mirror.remove(stored)
     assert world.mq.queue("install").size == 1

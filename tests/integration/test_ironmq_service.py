@@ -129,17 +129,26 @@ async def town(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Town]:
         yield Town(mq, stack)
 
 
+@pytest.fixture
+def seldom(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody looks into IronMQ without a reason."""
+    monkeypatch.setattr(housekeeping, "_FIRST_PAUSE_S", 300)
+    monkeypatch.setattr(ironmq.IronMQ, "recover_interval_s", 300)
+
+
 # --- the way of an event ---
 
 
-async def test_from_post_to_row_and_out_of_ironmq(town: Town) -> None:
+async def test_from_post_to_row_and_out_of_ironmq(town: Town, seldom: None) -> None:
     service = await town.start(load_interval=300)
     assert await service.post(1, 2, 3) == 200
     assert town.mq.queue("install").size == 1
     assert service.status["mirror"]["kind"] == "ironmq"
+    await service.comes_true(lambda: bool(town.database.beats))
     await service.stop()
     assert town.users() == [1, 2, 3]
     assert town.mq.queue("install").size == 0
+    assert town.mq.requests == {"list": 1, "put_queue": 1, "post": 1, "delete_many": 1}
 
 
 async def test_an_answer_comes_after_ironmqs_and_not_before(town: Town) -> None:
@@ -219,6 +228,27 @@ async def test_parked_events_that_another_process_loaded_are_duplicates(town: To
     assert (service.books["duplicate"], service.books["loaded"]) == (20, 0)
 
 
+async def test_what_was_not_parked_is_not_read_back_with_its_neighbours(town: Town) -> None:
+    """Nor is what was loaded and waits for its removal."""
+    service = await town.start(buffer_max_bytes=20_000, mirror_timeout=5)
+    town.database.loading = False
+    for user in range(20):
+        assert await service.post(user) == 200
+    assert service.status["lanes"]["install"]["parked"]
+    columns = service.pipeline.registry.types["install"].columns
+    left = Segment("install", columns, b"99\t1\t2026-01-01\n", 1)
+    town.mq.put("install", [pack(left, "dead", 0.0)])
+    await service.comes_true(lambda: service.books["recovered"] == 1)
+    for user in range(20, 30):
+        assert await service.post(user) == 200
+    town.mq.faults.rate("late", 1.0, call="delete_many", seconds=2)
+    town.database.loading = True
+    await service.drained()
+    assert (service.books["loaded"], service.books["duplicate"]) == (31, 0)
+    assert town.users() == [*range(30), 99]
+    await town.emptied()
+
+
 async def test_the_books_hold_while_parking_loading_and_removal_overlap(town: Town) -> None:
     """Removals that are late must not be read back; POSTs of many segments park out of turn."""
     town.mq.faults.rate("late", 0.5, call="delete_many", seconds=0.2)
@@ -275,8 +305,9 @@ async def test_a_blocked_lane_holds_up_no_recovery_of_others(town: Town) -> None
 # --- processes ---
 
 
-async def test_what_a_dead_process_left_is_loaded_by_another(town: Town) -> None:
+async def test_what_a_dead_process_left_is_loaded_by_another(town: Town, seldom: None) -> None:
     victim, heir = await town.start(load_interval=300), await town.start()
+    await heir.comes_true(lambda: len(town.database.beats) == 2)
     assert await victim.post(1, 2) == 200
     await victim.kill()
     await heir.comes_true(lambda: town.users() == [1, 2])
@@ -348,7 +379,7 @@ async def test_a_beat_does_not_wait_for_ironmq(town: Town) -> None:
     await town.mq.come_back()
 
 
-async def test_a_post_given_up_on_yet_stored_is_loaded_soon(town: Town) -> None:
+async def test_a_post_given_up_on_yet_stored_is_loaded_soon(town: Town, seldom: None) -> None:
     service = await town.start(mirror_timeout=0.3)
     await service.comes_true(lambda: bool(town.database.beats))
     town.mq.faults.rate("503", 1.0, call="post", after=True)
@@ -403,7 +434,22 @@ def test_a_watch_that_was_stopped_itself_starts_anew() -> None:
     assert not watch.silent("a")
 
 
-# --- settings, check, secrets ---
+# --- settings, commands, secrets ---
+
+
+async def command(town: Town, folder: Path, *words: str, **settings: Any) -> tuple[int, str]:
+    """Run a datapipe command on this IronMQ: exit code and output."""
+    file = folder / "datapipe.json"
+    credentials = {"ironmq_token": TOKEN, "ironmq_project_id": town.mq.project_id}
+    settings = {"ironmq_host": town.mq.host, "mirror_timeout": 1, **credentials, **settings}
+    file.write_text(json.dumps(settings))
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "datapipe", *words,
+        env={**os.environ, "DATAPIPE_CNF": str(file), "PYTHONPATH": str(ROOT)},
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+    )  # fmt: skip
+    output, _ = await asyncio.wait_for(process.communicate(), 60)
+    return process.returncode or 0, output.decode()
 
 
 def test_auto_takes_ironmq_when_its_credentials_are_set() -> None:
@@ -421,22 +467,14 @@ def test_auto_takes_ironmq_when_its_credentials_are_set() -> None:
 @pytest.mark.parametrize("state", ["good", "bad token", "bad project", "away"])
 async def test_the_check_command(town: Town, database: str, tmp_path: Path, state: str) -> None:
     town.mq.put("install", ["a", "b"])
-    settings = {
-        "database_url": database, "ironmq_host": town.mq.host, "mirror_timeout": 1,
-        "ironmq_token": TOKEN + "x" * (state == "bad token"),
-        "ironmq_project_id": "0" * 24 if state == "bad project" else town.mq.project_id,
-    }  # fmt: skip
-    file = tmp_path / "datapipe.json"
-    file.write_text(json.dumps(settings))
     if state == "away":
         await town.mq.leave("closed")
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "datapipe", "check",
-        env={**os.environ, "DATAPIPE_CNF": str(file), "PYTHONPATH": str(ROOT)},
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+    code, output = await command(
+        town, tmp_path, "check", database_url=database,
+        ironmq_token=TOKEN + "x" * (state == "bad token"),
+        ironmq_project_id="0" * 24 if state == "bad project" else town.mq.project_id,
     )  # fmt: skip
-    output = (await asyncio.wait_for(process.communicate(), 60))[0].decode()
-    assert process.returncode == (0 if state == "good" else 1), output
+    assert code == (0 if state == "good" else 1), output
     assert TOKEN not in output
     lines = [line for line in output.splitlines() if "ironmq" in line]
     if state == "good":
@@ -475,3 +513,21 @@ async def test_the_token_is_nowhere(town: Town, capsys: pytest.CaptureFixture[st
     told.append("".join(capsys.readouterr()))
     assert "mirror down" in told[-1]
     assert not [text for text in told if TOKEN in text or TOKEN.split("/")[1] in text]
+
+
+async def test_the_load_command_loads_what_a_dead_process_left(
+    town: Town, database: str, tmp_path: Path
+) -> None:
+    service = await town.start(load_interval=300)
+    columns = service.pipeline.registry.types["install"].columns
+    row = b"%d\t1\t2026-01-01 00:00:00+00\n"
+    left = [Segment("install", columns, row % user, 1) for user in range(250)]
+    for at in range(0, 250, 50):
+        town.mq.put("install", [pack(each, "dead", 0.0) for each in left[at : at + 50]])
+    await service.kill()
+    module = "tests.fault.modules.quick_watch"
+    code, output = await command(
+        town, tmp_path, "load", database_url=database, event_modules=[module]
+    )
+    assert (code, output) == (0, "loaded install: 250 rows\nwaiting: 0\n")
+    assert town.mq.queue("install").size == 0

@@ -32,7 +32,7 @@ def exposed() -> dict[str, set[str]]:
         "mirror": {"calls": {"post": 1}, "up": True},
         "database": {"up": True},
     }
-    metrics.expose(lambda: status)
+    metrics.expose(lambda: status, lambda: [metrics.histograms()])
     found: dict[str, set[str]] = {}
     for family in text_string_to_metric_families(metrics.text().decode()):
         for sample in family.samples:
