@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test bench screenshots lint format lock clean
+.PHONY: help run test bench torture screenshots lint format lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -15,16 +15,21 @@ run: $(VENV)/.run ## start the service on 127.0.0.1:8080 (or $PORT), with an emb
 
 test: $(VENV)/.test ## install what the tests need, and run all of them
 	@./tools/test-needs
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 3 --dist loadfile
 
-lint: $(VENV)/.test ## ruff and mypy
+lint: $(VENV)/.test ## ruff, mypy and bandit
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy datapipe
+	$(BIN)/python -m bandit -q -c pyproject.toml -r datapipe
 
 bench: $(VENV)/.test ## measure against bare aiohttp and bare COPY, as ratios
 	@./tools/test-needs wrk
 	$(BIN)/python -m benchmarks
+
+torture: $(VENV)/.test ## the long fault run: kills, an outage, hostile bodies (about an hour)
+	@./tools/test-needs
+	$(BIN)/python -m tests.fault.torture
 
 screenshots: $(VENV)/.test ## take the pictures of the docs anew (some 10 minutes)
 	@./tools/test-needs chromium

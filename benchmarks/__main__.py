@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 
-from benchmarks import batch, idle, report, single
+from benchmarks import batch, idle, refused, report, single
 from benchmarks.servers import WORK
 from tests.postgres import Postgres
 
-PARTS = ("single", "batch", "idle")
+PARTS = ("single", "batch", "refused", "idle")
 
 
 def main() -> int:
@@ -27,6 +27,8 @@ def main() -> int:
             contests += single.contests(postgres, args.runs, args.seconds, _say)
         if "batch" in parts:
             contests += batch.contests(postgres, args.runs, _say)
+        if "refused" in parts:
+            contests += refused.contests(postgres, args.runs, _say)
         memory = idle.measure(postgres) if "idle" in parts else None
     finally:
         postgres.remove()

@@ -205,7 +205,8 @@ async def _look_closer(
         except EventRejected as exc:
             if not errors:
                 exc.body = raw  # one is enough to show
-            errors.append((index, exc))
+            exc.__context__ = None  # there may be thousands: without the frames that they hold
+            errors.append((index, exc.with_traceback(None)))
         if index % _YIELD_EVERY == _YIELD_EVERY - 1:
             await asyncio.sleep(0)
     if not sizes:

@@ -16,6 +16,8 @@ from datapipe.events import Column
 from datapipe.mirrors import Mirror
 from datapipe.segment import Part, Segment
 
+# A crowd is spread over so many appends, for one to be under way while the next is gathered.
+_SPREAD, _CROWD = 4, 32
 _NO_ANSWER = "the mirror does not answer (mirror_timeout)"
 
 
@@ -58,6 +60,7 @@ class Group:
         self._on_failed = on_failed
         self._waiting: dict[asyncio.Future[None], Sequence[Chunk]] = {}
         self._bytes = 0
+        self._under_way = 0  # requests whose append has begun
         self._running: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
 
@@ -75,8 +78,14 @@ class Group:
         return waiter
 
     def _delay_s(self) -> float:
-        """How long to gather before an append: no longer than until one is full."""
+        """How long to gather before an append: no longer than until one is full.
+
+        Nor, unless it is to linger, than until there is the share of a crowd.
+        """
         if self._bytes >= self._mirror.segment_max_bytes:
+            return 0.0
+        crowd = max(len(self._waiting) + self._under_way, _CROWD)
+        if not self._linger_s and len(self._waiting) * _SPREAD >= crowd:
             return 0.0
         return max(self._linger_s, self._mirror.gather_s)
 
@@ -105,7 +114,11 @@ class Group:
         while self._waiting:
             taken, self._waiting, self._bytes = self._waiting, {}, 0
             chunks = [chunk for of_one in taken.values() for chunk in of_one]
-            await self._append(seal(chunks, self._mirror.segment_max_bytes), taken)
+            self._under_way += len(taken)
+            try:
+                await self._append(seal(chunks, self._mirror.segment_max_bytes), taken)
+            finally:
+                self._under_way -= len(taken)
             if self._delay_s():
                 return
 

@@ -176,6 +176,9 @@ class Connection(web_protocol.RequestHandler):
     def data_received(self, data: bytes) -> None:
         count = self._request_count
         super().data_received(data)
+        if self._messages and (exc := getattr(self._messages[-1][0], "exc", None)) is not None:
+            # what can't be parsed: its frames hold it in a circle, with the data, for long
+            exc.__traceback__ = exc.__context__ = exc.__cause__ = None
         if self._request_count != count:
             self._head_since = None
         elif self._head_since is None and self._waiter is not None:

@@ -6,6 +6,7 @@ A POST that was answered 503 may be loaded all the same, where its answer was lo
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -18,8 +19,8 @@ from tests.service import Service, until
 
 MakeService = Callable[..., Service]
 # long enough for a POST to meet every fault, short enough for `make test`; FAULT_AWAY_S for longer
-AWAY_S = 6.0
-KILLS = 20
+AWAY_S = float(os.environ.get("FAULT_AWAY_S") or 6)
+KILLS = int(os.environ.get("FAULT_KILLS") or 20)
 
 
 @pytest.fixture

@@ -20,12 +20,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tests.fault import hostile
 from tests.fault.kills import kill_many
 from tests.fault.outage import LIMIT_BYTES, outage
 from tests.postgres import Postgres
 from tests.service import Service
 
-PARTS = ("kills", "outage")
+PARTS = ("kills", "outage", "bodies")
 _ROUND = 50  # kills to a database; then all is compared
 
 
@@ -85,6 +86,26 @@ async def run_outage(make: Callable[..., Service], args: argparse.Namespace) -> 
     ]
 
 
+async def run_bodies(make: Callable[..., Service], args: argparse.Namespace) -> list[str]:
+    """Hostile bodies in a service of this process."""
+    postgres, started = Postgres(), time.monotonic()
+    try:
+        postgres.start()
+        found = await asyncio.to_thread(hostile.run, postgres, args.bodies, args.seed)
+    finally:
+        postgres.remove()
+    _say(f"bodies: {asdict(found)}")
+    answered = ", ".join(f"{status}: {n:,}" for status, n in sorted(found.statuses.items()))
+    return [
+        f"| hostile bodies | {found.bodies:,} |",
+        f"| answers | {answered} |",
+        "| answers of 5xx | 0 |",
+        f"| good events beside them, all loaded | {found.good:,} |",
+        f"| accepted events that the table then refused | {found.dead} |",
+        f"| minutes, seed | {(time.monotonic() - started) / 60:.0f}, {args.seed} |",
+    ]
+
+
 async def run(args: argparse.Namespace) -> int:
     folder = Path(tempfile.mkdtemp(prefix="datapipe-torture-", dir="/var/tmp"))
     made: list[Service] = []
@@ -95,7 +116,7 @@ async def run(args: argparse.Namespace) -> int:
         made.append(Service(home, **settings))
         return made[-1]
 
-    runs = {"kills": run_kills, "outage": run_outage}
+    runs = {"kills": run_kills, "outage": run_outage, "bodies": run_bodies}
     try:
         for part in args.parts or PARTS:
             lines = await runs[part](make, args)
@@ -115,6 +136,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30, help="of the outage")
     parser.add_argument("--rate", type=int, default=2000, help="events a second in the outage")
     parser.add_argument("--batch", type=int, default=100, help="events of every second POST there")
+    parser.add_argument("--bodies", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(32))
     args = parser.parse_args()
     if unknown := set(args.parts) - set(PARTS):

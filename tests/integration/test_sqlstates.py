@@ -552,6 +552,3 @@ async def test_the_table_of_policies_is_told_in_full() -> None:
     from datapipe.sinks.sqlstate import Verdict
 
     assert {verdict.name for verdict in Verdict} == {"DOWN", "LATER", "MISSING", "BLOCKED", "ROW"}
-
-
-

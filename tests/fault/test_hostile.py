@@ -1,0 +1,28 @@
+"""A short run of what `make torture` does 100,000 times."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.fault.hostile import CORPUS, Run, run
+from tests.postgres import Postgres
+
+
+def test_hostile_bodies_are_no_fault_and_cost_no_good_event(postgres: Postgres, seed: int) -> None:
+    found = run(postgres, 1500, seed)
+    assert found.bodies >= 1000
+    assert len(CORPUS) >= 40
+    assert {200, 207, 400} <= set(found.statuses), found
+    assert found.good > 100
+
+
+async def test_a_fault_of_ours_would_be_seen() -> None:
+    """The test above can fail."""
+    from datapipe import answers
+
+    class Broken:
+        async def post_whole(self, *args: object) -> answers.Answer:
+            return answers.answer(500, 100, "a fault of ours")
+
+    with pytest.raises(AssertionError, match="500"):
+        await Run(Broken()).send(b"{}", "alone")  # type: ignore[arg-type]

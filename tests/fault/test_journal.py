@@ -1,0 +1,209 @@
+"""The journal on disks that are full, read-only or damaged: a clear line, and no loss."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.fault.driver import Driver
+from tests.fault.test_processes import command
+from tests.postgres import Postgres, free_port
+from tests.service import Service, until
+from tests.wire import ask, crash, post
+
+MakeService = Callable[..., Service]
+NOWHERE = f"postgresql://postgres@127.0.0.1:{free_port()}/nothing"
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 80 MiB, so that 16 MiB lie above what is kept free."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    options = ["-t", "tmpfs", "-o", "size=80m", "tmpfs"]
+    subprocess.run(["mount", *options, str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.fixture
+async def driver_and_service(
+    database: str, make_service: MakeService, disk: Path, seed: int
+) -> AsyncIterator[tuple[Driver, Service]]:
+    service = make_service(database_url=database, data_dir=str(disk), load_interval=0.1)
+    await service.start()
+    driver = Driver(lambda: service.url, seed)
+    async with driver.running():
+        await driver.answered(50)
+        yield driver, service
+
+
+async def is_refused(service: Service, why: str) -> None:
+    """A POST is answered 503, with the reason and a time to come back; reading goes on."""
+
+    async def refused() -> bool:
+        return (await service.post(crash(user_id=-1)))[0] == 503
+
+    await until(refused, what="an answer of 503")
+    answer = await ask(service, post(b'{"event_name": "install", "user_id": -2, "timestamp": 1}'))
+    assert (answer.status, answer.code) == (503, 9)
+    assert int(answer.headers["retry-after"]) >= 1
+    assert why in answer.json["status_message"], answer
+    assert (await service.get("/readyz"))[0] == 503
+    assert (await service.get("/healthz"))[0] == 200
+
+
+async def is_well_again(driver: Driver, service: Service, database: str) -> None:
+    """What was answered is in its table once; what was refused without a key is nowhere."""
+
+    async def ready() -> bool:
+        return (await service.get("/readyz"))[0] == 200
+
+    await until(ready, what="ready again")
+    await driver.answered(50)
+
+
+@pytest.mark.needs_root
+async def test_a_full_disk_refuses_before_it_is_full_and_heals(
+    driver_and_service: tuple[Driver, Service], disk: Path, database: str
+) -> None:
+    driver, service = driver_and_service
+    ballast = disk / "ballast"
+    with ballast.open("wb") as file:
+        file.truncate(30 << 20)
+        os.posix_fallocate(file.fileno(), 0, 30 << 20)
+    await is_refused(service, "64 MiB")
+    books = await service.drained()  # loading and removal go on meanwhile
+    assert books["balanced"]
+    ballast.unlink()
+    await is_well_again(driver, service, database)
+    driver._stopping = True
+    await driver.settle()
+    await service.drained()
+    Postgres.execute(database, "DELETE FROM crash_report WHERE user_id < 0")
+    await driver.check(database)
+    assert not service.logged("mirror down")  # full is not down
+
+
+@pytest.mark.needs_root
+async def test_a_disk_without_any_room_keeps_what_it_has(
+    driver_and_service: tuple[Driver, Service], disk: Path, database: str
+) -> None:
+    """Even removal fails: what was loaded is not loaded again when the process is killed then."""
+    driver, service = driver_and_service
+    with (disk / "ballast").open("wb") as file, pytest.raises(OSError, match="No space"):
+        while True:
+            file.write(b"x" * 65536)
+            file.flush()
+    await is_refused(service, "")
+    (disk / "ballast").unlink()
+    await is_well_again(driver, service, database)
+    driver._stopping = True
+    await driver.settle()
+    await service.kill()
+    await service.start()
+    await service.drained()
+    Postgres.execute(database, "DELETE FROM crash_report WHERE user_id < 0")
+    await driver.check(database)
+
+
+async def test_a_disk_that_turns_read_only_is_down_and_heals(
+    database: str, make_service: MakeService, tmp_path: Path, seed: int
+) -> None:
+    modules = ["tests.fault.modules.read_only"]
+    service = make_service(database_url=database, load_interval=0.1, event_modules=modules)
+    await service.start()
+    driver = Driver(lambda: service.url, seed)
+    flag = tmp_path / "var" / "journal" / "read-only"
+    async with driver.running():
+        await driver.answered(50)
+        flag.touch()
+        await is_refused(service, "readonly")
+        flag.unlink()
+        await is_well_again(driver, service, database)
+    await driver.settle()
+    books = await service.drained()
+    assert books["balanced"]
+    Postgres.execute(database, "DELETE FROM crash_report WHERE user_id < 0")
+    await driver.check(database)
+    assert len(service.logged("mirror down")) == len(service.logged("mirror up")) == 1
+
+
+@pytest.mark.needs_root
+async def test_a_read_only_disk_at_the_start_is_one_clear_line(
+    make_service: MakeService, disk: Path
+) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    service = make_service(database_url=NOWHERE, data_dir=str(disk))
+    service.file.write_text(json.dumps(service.settings))
+    code, output = await command(service, "serve")
+    assert code == 2
+    assert "data_dir" in output
+    assert "Traceback" not in output
+    assert (await command(service, "check"))[0] == 1
+
+
+async def test_a_damaged_journal_is_told_and_what_can_be_read_is_loaded(
+    database: str, make_service: MakeService, tmp_path: Path
+) -> None:
+    service = make_service(database_url=NOWHERE, load_interval=300, buffer_max_bytes=0)
+    await service.start()
+    for n in range(200):
+        assert (await service.post([crash("x" * 1500, 10 * n + i) for i in range(10)]))[0] == 200
+    await service.kill()
+    (path,) = (tmp_path / "var" / "journal").glob("*.sqlite")
+    with path.open("r+b") as file:
+        file.write(b"\0" * 100)  # the header
+        file.seek(path.stat().st_size // 2)
+        file.write(os.urandom(40_000))  # the middle
+    os.truncate(path, path.stat().st_size - 20_000)  # and the tail
+    service.settings["database_url"] = database
+    code, output = await command(service, "check")
+    assert (code, "Traceback" in output) == (1, False)
+    assert f"fail  journal {path.absolute()}" in output
+    await service.start()
+    books = await service.drained()
+    ((rows, distinct),) = Postgres.execute(
+        database, "SELECT count(*), count(DISTINCT user_id) FROM crash_report"
+    )
+    assert rows == distinct == books["loaded"]
+    assert 1800 <= rows < 2000, rows
+    # its log had the header yet, so the index told of all; what is gone since is owned up to
+    missing = sum(line["events"] for line in service.logged("segments missing in the mirror"))
+    assert (books["recovered"], books["balanced"]) == (rows + missing, missing == 0)
+    (told,) = service.logged("journal damaged")
+    assert Path(told["kept"]).exists()
+    assert await service.stop() == 0
+    assert Path(told["kept"]).exists()
+    code, output = await command(service, "check")
+    assert (code, told["kept"] in output) == (0, True)
+
+
+async def test_space_is_given_back_after_a_burst(
+    postgres: Postgres, make_service: MakeService, tmp_path: Path
+) -> None:
+    database = postgres.url("later_" + tmp_path.name[-20:].lower())
+    service = make_service(
+        database_url=database, load_interval=0.2,
+        event_modules=["tests.fault.modules.quick_watch"],
+    )  # fmt: skip
+    await service.start()
+    for n in range(30):
+        batch = [crash("x" * 1900, 1000 * n + i) for i in range(500)]
+        assert (await service.post(batch))[0] == 200
+    (path,) = (tmp_path / "var" / "journal").glob("*.sqlite")
+    assert path.stat().st_size > 20_000_000
+    postgres.execute(postgres.url("postgres"), f"CREATE DATABASE {database.rpartition('/')[2]}")
+    await service.drained()
+
+    async def small() -> bool:
+        return path.stat().st_size < 12_000_000
+
+    await until(small, what="a small file")

@@ -1,0 +1,134 @@
+"""Lanes that can't be loaded: others go on, memory is theirs, half of the mirror at most is taken.
+
+And a background task that dies: the service ends with it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import psycopg2
+
+from tests.fault.driver import Driver
+from tests.postgres import Postgres
+from tests.service import Service, until
+from tests.wire import ask, post
+
+MakeService = Callable[..., Service]
+STUCK = ("one", "two", "three")
+FIELDS = {"n": "int", "t": "str"}
+
+
+async def send(service: Service, *events: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    return await service.post([{"t": "x" * 1000, **event} for event in events])
+
+
+async def lanes(service: Service) -> dict[str, Any]:
+    found: dict[str, Any] = (await service.status())["lanes"]
+    return found
+
+
+async def test_three_locked_tables_hold_up_nobody_else(
+    postgres: Postgres, database: str, make_service: MakeService, seed: int
+) -> None:
+    journal = 2_000_000
+    service = make_service(
+        database_url=database, load_interval=0.2, load_min_interval=0, load_trigger_bytes=20_000,
+        journal_max_bytes=journal, events=dict.fromkeys(STUCK, FIELDS),
+        event_modules=["tests.fault.modules.quick_locks"],
+    )  # fmt: skip
+    await service.start()
+    for lane in STUCK:
+        assert (await send(service, {"event_name": lane, "n": 0}))[0] == 200
+    await service.drained()
+    locks = psycopg2.connect(database)
+    with locks.cursor() as cursor:
+        cursor.execute(f"LOCK TABLE {', '.join(STUCK)} IN ACCESS EXCLUSIVE MODE")
+    taken = dict.fromkeys(STUCK, 1)
+    refused: dict[str, Any] = {}
+
+    async def fill() -> bool:
+        """Until the lanes that are stuck have their half."""
+        for lane in STUCK:
+            status, answer = await send(service, *({"event_name": lane, "n": 1},) * 20)
+            taken[lane] += answer.get("accepted", 0)
+            if status == 503:
+                refused[lane] = answer
+        return len(refused) == len(STUCK)
+
+    async def one_way_or_the_other() -> bool:
+        return all(
+            lane["in_memory"] == 0 for name, lane in (await lanes(service)).items() if name in STUCK
+        )
+
+    driver = Driver(lambda: service.url, seed)
+    async with driver.running():  # at full speed, all the time
+        await until(fill, what="full lanes")
+        await until(one_way_or_the_other, what="lanes that hold no memory")
+        loads = len(service.logged("segments loaded"))
+        await driver.answered(300)
+
+        async def more_loads() -> bool:
+            return len(service.logged("segments loaded")) > loads + 10
+
+        await until(more_loads, what="loads of the other lanes")
+        told = await lanes(service)
+        held = sum(told[lane]["waiting_bytes"] for lane in STUCK)
+        assert 0.4 * journal < held < 0.6 * journal, held
+        # only their own events are refused, and the answer says whose
+        both = [{"event_name": "one", "n": 2, "t": ""},
+                {"event_name": "install", "user_id": -1, "timestamp": 1}]  # fmt: skip
+        answer = await ask(service, post(json.dumps(both).encode()))
+        assert (answer.status, answer.code) == (207, 1)
+        assert answer.json["busy"] == ["one"]
+        assert [e["status_code"] for e in answer.json["errors"]] == [9]
+        assert int(answer.headers["retry-after"]) >= 1
+        assert all(each["status_code"] == 9 for each in refused.values())
+        single = await ask(service, post(json.dumps(both[0]).encode()))
+        assert (single.status, single.code) == (503, 9)
+        assert int(single.headers["retry-after"]) >= 1
+        assert (await service.get("/readyz"))[0] == 200
+    await driver.settle()
+    Postgres.execute(database, "DELETE FROM install WHERE user_id = -1")
+
+    async def others_empty() -> bool:
+        found = await lanes(service)
+        return not any(found[lane]["waiting"] for lane in found if lane not in STUCK)
+
+    await until(others_empty, what="empty lanes")
+    Postgres.execute(database, "DELETE FROM install WHERE user_id = -1")
+    await driver.check(database)
+    locks.close()
+    books = await service.drained(60)
+    assert books["balanced"]
+    assert (books["dead"], len(service.logged("rows refused"))) == (0, 0)
+    for lane in STUCK:
+        count = postgres.execute(database, f"SELECT count(*) FROM {lane}")
+        assert count == [(taken[lane],)]
+    assert (await send(service, {"event_name": "one", "n": 3}))[0] == 200
+
+
+async def test_a_background_task_that_dies_ends_the_service(
+    database: str, make_service: MakeService, seed: int
+) -> None:
+    """Exit code 1, the traceback as a JSON line; what was answered is kept."""
+    service = make_service(
+        database_url=database, event_modules=["tests.fault.modules.dying"], load_interval=300
+    )
+    await service.start()
+    driver = Driver(lambda: service.url, seed)
+    async with driver.running():
+        assert await service.wait(20) == 1
+        service.url = ""
+    assert all(raw.startswith("{") for raw in service.raw), service.raw
+    (died,) = service.logged("background task died")
+    assert died["level"] == "critical"
+    assert "RuntimeError: this task dies on purpose" in json.dumps(died)
+    assert "Traceback" in json.dumps(died)
+    service.settings |= {"event_modules": [], "load_interval": 0.2}
+    await service.start()
+    await driver.settle()
+    await service.drained()
+    await driver.check(database)
