@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 
-from benchmarks import batch, idle, refused, report, single
+from benchmarks import batch, idle, ironmq, refused, report, single
 from benchmarks.servers import WORK
 from tests.postgres import Postgres
 
-PARTS = ("single", "batch", "refused", "idle")
+PARTS = ("single", "batch", "refused", "ironmq", "idle")
 
 
 def main() -> int:
@@ -29,11 +29,14 @@ def main() -> int:
             contests += batch.contests(postgres, args.runs, _say)
         if "refused" in parts:
             contests += refused.contests(postgres, args.runs, _say)
+        found = ironmq.measure(postgres, args.seconds, _say) if "ironmq" in parts else None
         memory = idle.measure(postgres) if "idle" in parts else None
     finally:
         postgres.remove()
     report.write(WORK / "latest.json", about, contests, memory)
     print(report.text(about, contests, memory))
+    if found is not None:
+        print("\n".join(ironmq.lines(found)))
     return 0
 
 

@@ -95,13 +95,18 @@ class Admin:
         self, request: web.Request, change: Callable[[Selection], Awaitable[Any]]
     ) -> web.StreamResponse:
         self._access.may_act(request)
+        form = request.content_type == "application/x-www-form-urlencoded"  # the page's buttons
         try:
-            selection = selection_of(msgspec.json.decode(await request.read()))
+            wanted = await request.post() if form else msgspec.json.decode(await request.read())
+            selection = selection_of(wanted)
         except (msgspec.MsgspecError, UnicodeError, RecursionError) as exc:
             return answers.answer(400, 3, f"not JSON: {exc}").response()
         except EventRejected as exc:
             return answers.rejected(exc).response()
-        return await _answered(change(selection))
+        response = await _answered(change(selection))
+        if form and response.status == 200:
+            return web.Response(status=303, headers={"Location": "../#dead"})
+        return response
 
 
 async def _answered(work: Awaitable[Any]) -> web.StreamResponse:

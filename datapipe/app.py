@@ -88,7 +88,7 @@ class Pipeline:
             self.metrics.expose(self.status.snapshot, self.status.histograms)
             access = Access(self.settings)
             self.feed = await stack.enter_async_context(running(self.status, self._task_died))
-            Pages(self.status, self.feed, self.metrics, self.registry, access).add_to(app)
+            Pages(self.status, self.feed, self.metrics, self.registry, access, dead).add_to(app)
             admin = Admin(self.loader, dead, access, peers)
             admin.add_to(app)
             await stack.enter_async_context(self.loader.running(self._task_died))

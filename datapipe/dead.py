@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from datapipe.errors import EventRejected
+from datapipe.errors import EventRejected, LaneBlocked, SinkUnavailable
+from datapipe.recent import BODY_SHOWN
 from datapipe.registry import Registry
 from datapipe.sinks import Selection, Sink, table_of
+
+_SHOWN_S = 1.0  # the page is not to wait for a database that is silent
+_SHOWN_LETTERS = 200
 
 
 def selection_of(wanted: Any) -> Selection:
@@ -51,6 +56,21 @@ class DeadLetters:
     async def look(self, selection: Selection, limit: int) -> dict[str, Any]:
         """Raises: SinkUnavailable, LaneBlocked."""
         return await self._sink.dead(selection, limit)
+
+    async def shown(self) -> dict[str, Any] | None:
+        """For the page: groups, each with its newest event as a `sample`; None: no answer soon."""
+        try:
+            async with asyncio.timeout(_SHOWN_S):
+                found = await self.look(Selection(), _SHOWN_LETTERS)
+        except (SinkUnavailable, LaneBlocked, TimeoutError):
+            return None
+        for group in found["groups"]:
+            reason = (group["lane"], group["sqlstate"])
+            letters = (e for e in found["letters"] if (e["lane"], e["sqlstate"]) == reason)
+            newest = next(letters, None)
+            event = bytes(newest["event"]).decode() if newest else ""
+            group["sample"] = event if len(event) <= BODY_SHOWN else f"{event[:BODY_SHOWN]}..."
+        return found
 
     async def replay(self, selection: Selection) -> dict[str, Any]:
         """`{"replayed": {lane: rows}, "dead": how many are refused again}`.

@@ -14,6 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from datapipe import answers, assets, openapi
 from datapipe.access import Access, AccessDenied
 from datapipe.answers import Answer
+from datapipe.dead import DeadLetters
 from datapipe.feed import Feed
 from datapipe.metrics import REASONS, Metrics
 from datapipe.registry import Registry
@@ -44,7 +45,9 @@ class Pages:
         metrics: Metrics,
         registry: Registry,
         access: Access,
+        dead: DeadLetters,
     ) -> None:
+        self._dead = dead
         self._status = status
         self._feed = feed
         self._metrics = metrics
@@ -71,6 +74,7 @@ class Pages:
             "status": self._status.whole(),
             "denied": denied.detail if denied else None,
             "refused": None if denied else self._status.refusals(),
+            "dead": None if denied else await self._dead.shown(),
             "reasons": REASONS,
         }
         response = aiohttp_jinja2.render_template("status.html", request, context)

@@ -100,11 +100,13 @@ class Mirror(Protocol):
     """
 
     parks: bool
-    appends_at_once: int
     identity: str
     forgets_for_good: bool
     recover_interval_s: float
     given_up: bool
+
+    @property
+    def appends_at_once(self) -> int: ...
 
     @property
     def segment_max_bytes(self) -> int: ...

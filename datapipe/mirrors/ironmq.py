@@ -64,6 +64,7 @@ _HELD_BYTES = 512  # what a message costs in memory though its rows are parked; 
 _HELD_LEAST = 100_000  # messages that may be listed, however small the buffer
 _PACK_INLINE_BYTES = 4_096  # more is packed in a thread
 _APPENDS = 16  # under way at once, per lane
+_CROWDED = 2_000  # one fewer for so many messages
 _FULL = "no room for more in IronMQ (ironmq_max_bytes)"
 _TOO_MANY = "no room for more messages in IronMQ: memory can't list them (buffer_max_bytes)"
 
@@ -119,7 +120,6 @@ class IronMQ:
     """The mirror; recovery of other processes' messages is in `ironmq_recovery`."""
 
     parks = True
-    appends_at_once = _APPENDS
     forgets_for_good = False  # a copy may come back until it expires
     recover_interval_s = 1800.0
 
@@ -155,9 +155,13 @@ class IronMQ:
         return max(1, min(self._most, int(self.client.room(self.prefix) * self._ratio * 0.94)))
 
     @property
+    def appends_at_once(self) -> int:
+        """Fewer while many messages wait to be loaded, so that more rows share one."""
+        return max(1, _APPENDS - len(self.known) // _CROWDED)
+
+    @property
     def gather_s(self) -> float:
-        """A small part of the round trip; all of it while many messages wait to be loaded."""
-        return min(self._latency_s * min(1.0, 1 / 32 + len(self.known) / 20_000), 0.25)
+        return min(self._latency_s / 32, 0.05)
 
     def queue_of(self, lane: str) -> str:
         return self.prefix + lane

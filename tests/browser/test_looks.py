@@ -10,6 +10,7 @@ import pytest
 
 from datapipe.formats import FORMATS
 from tests.browser.chromium import OpenPage, Tab
+from tests.postgres import Postgres
 from tests.service import Service
 
 AXE = Path(__file__).parents[2] / ".cache/axe/node_modules/axe-core/axe.min.js"
@@ -103,3 +104,24 @@ async def test_script_and_server_write_numbers_alike(
             if pair[1] != pair[2]
         ]  # fmt: skip
         assert differing == [], name
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_dead_letters_are_readable(
+    database: str, make_service: Callable[..., Service], open_page: OpenPage, scheme: str
+) -> None:
+    service = await make_service(database_url=database).start()
+    await service.post(CRASH)
+    await service.drained()
+    Postgres.execute(database, "ALTER TABLE crash_report ADD CHECK (user_id > 0)")
+    await service.post([{**CRASH, "user_id": -1, "message": "x" * 500}] * 3)
+    await service.drained()
+    for width in (1280, 360):
+        size = {"width": width, "height": 800}
+        tab = await open_page(service.url, color_scheme=scheme, viewport=size)
+        await tab.shows("#dead ~ .scroll", "23514")
+        assert await violations(tab) == []
+        across = await tab.page.evaluate("document.documentElement.scrollWidth")
+        assert across == width, "something sticks out"
+    await tab.page.click("text=Drop for good")
+    await tab.shows("#dead ~ .hint", "None")

@@ -48,13 +48,37 @@ _values = st.recursive(
 )  # fmt: skip
 
 
+# values that fit a column, or nearly: what is accepted must be a row
+_fitting = {
+    "str": st.text(max_size=40),
+    "bool": st.booleans(),
+    "float": st.floats() | st.floats(allow_nan=False, allow_infinity=False),
+    "datetime": st.datetimes().map(str) | st.datetimes(timezones=st.timezones()).map(str),
+    "date": st.dates().map(str),
+    "decimal": st.decimals(allow_nan=False).map(str),
+    "uuid": st.uuids().map(str),
+    "dict": st.dictionaries(st.text(max_size=5), _values, max_size=4),
+    "list": st.lists(_values, max_size=4),
+}
+_int64 = st.integers(-(2**63), 2**63 - 1)
+
+
+def _fits(key: str) -> st.SearchStrategy[Any]:
+    if key == "message":
+        return _fitting["str"]
+    return _fitting.get(key.removeprefix("a_"), _int64)
+
+
 @st.composite
 def _event(draw: st.DrawFn) -> bytes:
     name = draw(st.sampled_from(sorted(_FIELDS)))
     event: dict[str, Any] = {"event_name": name}
-    for key in draw(st.lists(st.sampled_from(_FIELDS[name]), unique=True)):
-        event[key] = draw(_values)
-    event.update(draw(st.dictionaries(st.text(max_size=5), _values, max_size=1)))
+    for key in _FIELDS[name]:
+        event[key] = draw(_fits(key))
+    if draw(st.booleans()):  # and then something is wrong
+        for key in draw(st.lists(st.sampled_from(_FIELDS[name]), max_size=2, unique=True)):
+            event[key] = draw(_values)
+        event.update(draw(st.dictionaries(st.text(max_size=5), _values, max_size=1)))
     return json.dumps(event, ensure_ascii=draw(st.booleans())).encode("utf-8", "surrogatepass")
 
 
@@ -68,7 +92,8 @@ def _mutated(draw: st.DrawFn) -> bytes:
 
 
 hostile = st.one_of(
-    st.binary(max_size=200), _event(), _mutated(), st.sampled_from(CORPUS).map(Path.read_bytes),
+    st.binary(max_size=200), _event(), _event(), _mutated(),
+    st.sampled_from(CORPUS).map(Path.read_bytes),
     _values.map(lambda value: json.dumps(value).encode("utf-8", "surrogatepass")),
     st.text(max_size=100).map(lambda text: text.encode("utf-8", "surrogatepass")),
 )  # fmt: skip

@@ -44,13 +44,16 @@ class Outage:
 class Pace:
     """Posts so many events a second, some alone and some in batches; ids count up."""
 
-    def __init__(self, service: Service, events_a_second: int, batch: int) -> None:
+    def __init__(
+        self, service: Service, events_a_second: int, batch: int, text: str = "it broke"
+    ) -> None:
         self.posted = 0
         self.refused = 0
         self.slowest_s = 0.0
         self._service = service
         self._rate = events_a_second
         self._batch = batch
+        self._text = text
         self._ids = itertools.count(1)
         self._stopping = False
 
@@ -75,7 +78,7 @@ class Pace:
             sent += count
 
     async def _post(self, lane: str, count: int) -> None:
-        extra = {"crash_report": {"message": "it broke"}, "purchase": {"sku": "sku-1"}}
+        extra = {"crash_report": {"message": self._text}, "purchase": {"sku": "sku-1"}}
         events = [
             {"event_name": lane, "user_id": id, "timestamp": 1, **extra.get(lane, {})}
             for id in itertools.islice(self._ids, count)
@@ -102,6 +105,7 @@ async def outage(
     *,
     events_a_second: int = 2000,
     batch: int = 100,
+    text: str = "it broke",
     say: Callable[[str], None] = lambda text: None,
     **settings: Any,
 ) -> Outage:
@@ -111,7 +115,7 @@ async def outage(
     # what the process may have of its own: heap, and anonymous mappings of all its threads
     resource.prlimit(service.pid, resource.RLIMIT_DATA, (LIMIT_BYTES, LIMIT_BYTES))
     result = Outage(seconds)
-    pace = Pace(service, events_a_second, batch)
+    pace = Pace(service, events_a_second, batch, text)
     async with asyncio.TaskGroup() as group:
         group.create_task(pace.run())
 

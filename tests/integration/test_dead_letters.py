@@ -131,7 +131,8 @@ async def test_a_table_that_refuses_nearly_all_blocks_its_lane_and_heals(
     assert "accept=dead" in lane["blocked"]
     assert (lane["waiting"], lane["in_memory"], lane["dead"]) == (150, 0, 0)
     await service.post({"event_name": "purchase", "user_id": 1, "timestamp": 1, "sku": "s"})
-    assert (await service.load())["loaded"] == {"purchase": 1}
+    await service.load()
+    assert (await service.status())["lanes"]["purchase"]["loaded"] == 1
     postgres.execute(database, "ALTER TABLE install DROP CONSTRAINT even")
     books = await service.drained()
     assert (books["loaded"], books["dead"]) == (152, 0)
@@ -158,3 +159,26 @@ async def test_json_that_jsonb_refuses_costs_itself_only(
     letter = (await service.get("/dead"))[1]["letters"][0]
     assert letter["event"]["d"] == '{"n": 1e-20000}'
     assert (letter["sqlstate"], letter["column_name"]) == ("22003", "d")
+
+
+async def test_the_page_shows_them_escaped_and_its_buttons_act(
+    service: Service, postgres: Postgres, database: str
+) -> None:
+    postgres.execute(database, "ALTER TABLE crash_report ADD CHECK (user_id > 0)")
+    script = {"event_name": "crash_report", "user_id": -1, "timestamp": 1, "message": "<script>x"}
+    await service.post([install(3), install(5), script])
+    await service.drained()
+    async with service.session.get(f"{service.url}/") as answer:
+        page = await answer.text()
+    assert "Dead letters" in page
+    assert "&lt;script&gt;x" in page
+    assert "<script>x" not in page
+    postgres.execute(database, "ALTER TABLE install DROP CONSTRAINT even")
+    form = {"lane": "install", "sqlstate": "23514"}
+    url = f"{service.url}/dead/replay"
+    async with service.session.post(url, data=form, allow_redirects=False) as answer:
+        assert (answer.status, answer.headers["Location"]) == (303, "../#dead")
+    assert (await service.get("/dead"))[1]["total"] == 1
+    elsewhere = {"Origin": "http://elsewhere.example", "Sec-Fetch-Site": "cross-site"}
+    async with service.session.post(url, data=form, headers=elsewhere) as answer:
+        assert answer.status == 403

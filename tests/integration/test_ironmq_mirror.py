@@ -841,6 +841,21 @@ async def test_memory_that_lists_messages_is_bounded(
     await mirror.append([segment()])
 
 
+async def test_the_more_messages_wait_the_more_rows_share_one(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ironmq, "_CROWDED", 20)
+    mirror = await world.open()
+    assert mirror.appends_at_once == 16
+    stored = [segment(n) for n in range(400)]
+    await mirror.append(stored[:100])
+    assert mirror.appends_at_once == 11
+    await mirror.append(stored[100:])
+    assert mirror.appends_at_once == 1
+    await mirror.remove(stored)
+    assert mirror.appends_at_once == 16
+
+
 async def test_ironmq_max_bytes_is_what_may_wait_there(world: World) -> None:
     mirror = await world.open(ironmq_max_bytes=65_536)
     stored: list[Segment] = []
