@@ -98,10 +98,10 @@ async def test_a_disk_without_any_room_keeps_what_it_has(
 ) -> None:
     """Even removal fails: what was loaded is not loaded again when the process is killed then."""
     driver, service = driver_and_service
-    with (disk / "ballast").open("wb") as file, pytest.raises(OSError, match="No space"):
+    ballast = (disk / "ballast").open("wb", buffering=0)
+    with ballast as file, pytest.raises(OSError, match="No space"):
         while True:
             file.write(b"x" * 65536)
-            file.flush()
     await is_refused(service, "")
     (disk / "ballast").unlink()
     await is_well_again(driver, service, database)

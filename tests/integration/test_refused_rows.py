@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-
 import pytest
 
 from benchmarks import refused
@@ -134,8 +132,13 @@ async def test_a_table_that_refuses_all_is_blocked_and_nothing_is_dead(
 def test_the_price_of_refused_rows(
     postgres: Postgres, constraint: str, bad: int, times: float
 ) -> None:
-    """Half of what `python -m benchmarks --only refused` demands: this machine may be busy."""
+    """Half of what `python -m benchmarks --only refused` demands, and the best of some pairs:
+    this machine may be busy."""
     rows = 30_000
-    clean = statistics.median(refused.seconds(postgres, constraint, 0, rows) for _ in range(3))
-    took = min(refused.seconds(postgres, constraint, bad, rows) for _ in range(2))
-    assert took < times * clean, f"{took / clean:.1f} times a clean load"
+
+    def pair() -> float:
+        clean = refused.seconds(postgres, constraint, 0, rows)
+        return refused.seconds(postgres, constraint, bad, rows) / clean
+
+    best = min(pair() for _ in range(4))
+    assert best < times, f"{best:.1f} times a clean load"
