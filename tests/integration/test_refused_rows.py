@@ -132,8 +132,8 @@ async def test_a_table_that_refuses_all_is_blocked_and_nothing_is_dead(
 def test_the_price_of_refused_rows(
     postgres: Postgres, constraint: str, bad: int, times: float
 ) -> None:
-    """Half of what `python -m benchmarks --only refused` demands, and the best of some pairs:
-    this machine may be busy."""
+    """The best of some pairs, with room: `python -m benchmarks --only refused` holds it to 2, 20
+    and 30 times, this guards against the naive way, which took more than 50."""
     rows = 30_000
 
     def pair() -> float:
