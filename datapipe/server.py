@@ -4,7 +4,7 @@
 costs more than all that datapipe does with it. So a connection begins by serving plain POSTs whose
 body is here by itself: one task for the connection, the answer written in one piece. The first
 request of another kind (another path, a body still on its way, HTTP/1.0, ...) hands the connection
-over to aiohttp for the rest of its life. Measured with `make bench`: see docs/performance.md.
+over to aiohttp for the rest of its life. `make bench` measures it against aiohttp alone.
 
 All of it lives under `AppRunner`, so gunicorn's aiohttp worker can serve it. aiohttp itself has no
 time limit for a request's head: `Connection` adds one.
