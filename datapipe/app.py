@@ -103,7 +103,7 @@ class Pipeline:
         if self.failed is not None and not self.failed.done():
             self.failed.set_exception(exc)
 
-    async def stop(self, *, load: bool = True) -> None:
+    async def stop(self) -> None:
         """Take nothing more, finish what was received, load what waits; bounded in time.
 
         What is left stays in the mirror. A second call returns at once.
@@ -113,20 +113,20 @@ class Pipeline:
         self._stopped = self.ingest.stopping = True
         self.feed.end()
         try:
-            await self._finish(load=load)
+            await self._finish()
         finally:  # a second signal cancels the loading, not this
             self.buffer.closed = True
             await self.buffer.settle(2.0)
             waiting = {n: lane.waiting for n, lane in self.buffer.lanes.items() if lane.waiting}
             log.info("stopped", waiting=sum(waiting.values()), lanes=waiting)
 
-    async def _finish(self, *, load: bool) -> None:
+    async def _finish(self) -> None:
         started = time.monotonic()
         while self.ingest.under_way and time.monotonic() - started < REQUESTS_GRACE_S:
             await asyncio.sleep(0.02)
         self.buffer.closed = True
         left = self.settings.shutdown_timeout - (time.monotonic() - started)
-        if load and left > 0 and self.failed is not None and not self.failed.done():
+        if left > 0 and self.failed is not None and not self.failed.done():
             try:
                 async with asyncio.timeout(left):
                     await self.loader.drain()

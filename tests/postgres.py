@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -94,8 +95,6 @@ class Postgres:
                 return
             except psycopg2.OperationalError:
                 assert self._server.poll() is None, "PostgreSQL did not start"
-                import time
-
                 time.sleep(0.05)
         raise AssertionError("PostgreSQL does not answer")
 
