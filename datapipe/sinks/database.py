@@ -116,6 +116,7 @@ class Database:
         self._preparing = asyncio.Lock()
         self._prepared: set[Table] = set()
         self._up: bool | None = None
+        self._failed_at = 0.0
         self._error: str | None = None
         self._version: str | None = None
         self._answer_s: float | None = None
@@ -156,8 +157,13 @@ class Database:
 
     # --- up or down ---
 
-    def works(self) -> None:
-        """Note that real work just succeeded."""
+    def works(self, began: float) -> None:
+        """Note that real work succeeded, which began then (`time.perf_counter`).
+
+        What began before the last failure tells nothing: the server may have ended since.
+        """
+        if began < self._failed_at:
+            return
         if not self._up:
             log.info("database up", version=self._version, schema=self._schema)
         self._up, self._error = True, None
@@ -171,7 +177,7 @@ class Database:
         """Note that the database does not answer, or not as it should."""
         if self._up is not False:
             log.error("database down", error=error)
-        self._up, self._error = False, error
+        self._up, self._error, self._failed_at = False, error, time.perf_counter()
 
     def state(self) -> SinkState:
         return SinkState(self._up, self._error, self._version, self._schema, self._answer_s)
@@ -236,6 +242,7 @@ class Database:
         raise AssertionError  # the second pass returns or raises
 
     async def _run_once(self, work: Callable[[aiopg.Cursor], Awaitable[_T]]) -> _T:
+        began = time.perf_counter()
         if self._pool is None:
             # libpq changes its socket from one address to the next while aiopg watches the first:
             # so the pool is given the one that answers
@@ -250,7 +257,7 @@ class Database:
             started = time.perf_counter()
             result = await work(cursor)
             self._answer_s = time.perf_counter() - started
-        self.works()
+        self.works(began)
         return result
 
     async def _close_pool(self) -> None:

@@ -84,6 +84,7 @@ class PostgresSink:
     ) -> Loaded:
         """See `Sink.load`."""
         for again in (False, True):
+            began = time.perf_counter()
             try:
                 wanted = _widened(table, segments) if again else table
                 await self._database.prepare(wanted, again=again)
@@ -98,7 +99,7 @@ class PostgresSink:
                     continue  # somebody dropped it: one DDL pass, one retry
                 self._database.failed(exc)
                 raise error_of(exc, table.name) from exc
-            self._database.works()
+            self._database.works(began)
             return loaded
         raise AssertionError  # the second pass returns or raises
 
