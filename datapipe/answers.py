@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from http import HTTPStatus
 from typing import Any, NamedTuple
 
@@ -37,15 +38,23 @@ class Answer(NamedTuple):
 
     def wire(self, request_id: str) -> bytes:
         """As it goes over the wire, in one piece."""
-        more = "".join(f"{name}: {value}\r\n" for name, value in self.headers.items())
-        if self.close:
-            more += "Connection: close\r\n"
+        more = ""
+        if self.headers or self.close:
+            more = "".join([f"{name}: {value}\r\n" for name, value in self.headers.items()])
+            more += "Connection: close\r\n" if self.close else ""
         head = (
-            f"HTTP/1.1 {self.status} {HTTPStatus(self.status).phrase}\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(self.body)}\r\n"
+            f"{_start(self.status, len(self.body))}"
             f"X-Request-ID: {request_id}\r\nDate: {rfc822_formatted_time()}\r\n{more}\r\n"
         )
         return head.encode() + self.body
+
+
+@lru_cache(64)
+def _start(status: int, length: int) -> str:
+    return (
+        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {length}\r\n"
+    )
 
 
 OK = Answer(200, b'{"status_code": 0, "status_message": "ok"}')

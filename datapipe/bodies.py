@@ -18,6 +18,7 @@ import msgspec
 from datapipe.errors import EventRejected
 from datapipe.events import EventType
 from datapipe.registry import Registry
+from datapipe.segment import Chunk
 
 # A keyed POST is cut into parts at each full 16 KiB of the body: a part must fit, whole, into the
 # smallest message of any mirror (64 KB with its envelope), and the cut must depend on nothing but
@@ -32,23 +33,12 @@ _YIELD_EVERY = 256  # events looked at closely before other requests get a turn
 
 
 @dataclass(slots=True)
-class Rows:
-    """Rows of one lane from one POST; `part` numbers the run within a keyed POST, else 0."""
-
-    lane: str
-    part: int
-    data: bytes
-    events: int
-    indexes: Sequence[int]  # where in the body they stood
-
-
-@dataclass(slots=True)
 class Parsed:
-    """What a body holds; `total` events, of which `rows` are good and `errors` not."""
+    """What a body holds; `total` events, of which those in `chunks` are good and `errors` not."""
 
     batch: bool
     total: int
-    rows: list[Rows]
+    chunks: list[Chunk]
     errors: list[tuple[int, EventRejected]] = field(default_factory=list)
 
 
@@ -93,10 +83,10 @@ async def parse(
         raise EventRejected(2, "no_content", "the batch is empty")
     if len(events) > max_events:
         raise _too_many(max_events)
-    rows = _rows(body, first, events, registry, received_at, keyed)
-    if rows is None:
+    chunks = _chunks(body, first, events, registry, received_at, keyed)
+    if chunks is None:
         return await _look_closer(body, first, single, registry, max_events, received_at, keyed)
-    return Parsed(not single, len(events), rows)
+    return Parsed(not single, len(events), chunks)
 
 
 def _is_utf8(body: bytes) -> bool:
@@ -133,33 +123,42 @@ def _decode_lines(body: bytes, registry: Registry, max_events: int) -> list[Any]
     return events if len(events) == lines else None
 
 
-def _rows(
+def _chunks(
     body: bytes, first: bytes, events: list[Any], registry: Registry, at: str, keyed: bool
-) -> list[Rows] | None:
+) -> list[Chunk] | None:
     """The rows of a body in which every event decoded, or None: look closer."""
-    kinds = set(map(type, events))
-    # white space in a kept `dict` or `list` may be a tab or a newline, but is never escaped
-    plain = b"\\" not in body and not any(registry.by_struct[kind].keeps_json for kind in kinds)
+    simple = b"\\" not in body
+    if len(events) == 1 or (
+        len({type(event) for event in events}) == 1 and not (keyed and len(body) > PART_BYTES)
+    ):
+        kind = registry.by_struct[type(events[0])]
+        chunk = _chunk(kind, 0, events, range(len(events)), at, simple)
+        return None if chunk is None else [chunk]
+    parts = _parts(body, first, len(events)) if keyed else [0] * len(events)
+    groups: dict[tuple[type, int], list[int]] = {}
+    for i, event in enumerate(events):
+        groups.setdefault((type(event), parts[i]), []).append(i)
+    chunks = []
+    for (struct, part), indexes in groups.items():
+        of_one = [events[i] for i in indexes]
+        chunk = _chunk(registry.by_struct[struct], part, of_one, indexes, at, simple)
+        if chunk is None:
+            return None
+        chunks.append(chunk)
+    return chunks
+
+
+def _chunk(
+    kind: EventType, part: int, events: list[Any], indexes: Sequence[int], at: str, simple: bool
+) -> Chunk | None:
     try:
-        if len(kinds) == 1 and not (keyed and len(body) > PART_BYTES):
-            kind = registry.by_struct[kinds.pop()]
-            data = kind.rows(events, at, plain=plain)
-            indexes: Sequence[int] = range(len(events))
-            return [Rows(kind.name, 0, data, len(events), indexes)] if data else None
-        parts = _parts(body, first, len(events)) if keyed else [0] * len(events)
-        groups: dict[tuple[type, int], list[int]] = {}
-        for i, event in enumerate(events):
-            groups.setdefault((type(event), parts[i]), []).append(i)
-        rows = []
-        for (struct, part), indexes in groups.items():
-            kind = registry.by_struct[struct]
-            data = kind.rows([events[i] for i in indexes], at, plain=plain)
-            if data is None:
-                return None
-            rows.append(Rows(kind.name, part, data, len(indexes), indexes))
+        # white space in a kept `dict` or `list` may be a tab or a newline, but is never escaped
+        data = kind.rows(events, at, plain=simple and not kind.keeps_json)
     except EventRejected:
         return None
-    return rows
+    if data is None:
+        return None
+    return Chunk(kind.name, kind.columns, data, len(events), None, part, indexes)
 
 
 def _parts(body: bytes, first: bytes, events: int) -> list[int]:
@@ -190,18 +189,19 @@ async def _look_closer(
 ) -> Parsed:
     """Take a body apart, event by event."""
     if single:
-        return Parsed(False, 1, [_one(body, registry, received_at)])
+        kind, data = _one(body, registry, received_at)
+        return Parsed(False, 1, [Chunk(kind.name, kind.columns, data, 1)])
     elements = _elements(body) if first == b"[" else _lines(body)
     sizes: list[int] = []
-    good: list[tuple[str, int, bytes]] = []
+    good: list[tuple[EventType, int, bytes]] = []
     errors: list[tuple[int, EventRejected]] = []
     for index, raw in enumerate(elements):
         if index >= max_events:
             raise _too_many(max_events)
         sizes.append(len(raw))
         try:
-            rows = _one(raw, registry, received_at)
-            good.append((rows.lane, index, rows.data))
+            kind, data = _one(raw, registry, received_at)
+            good.append((kind, index, data))
         except EventRejected as exc:
             if not errors:
                 exc.body = raw  # one is enough to show
@@ -212,20 +212,16 @@ async def _look_closer(
     if not sizes:
         raise EventRejected(2, "no_content", "the batch is empty")
     parts = _part_numbers(sizes) if keyed else [0] * len(sizes)
-    groups: dict[tuple[str, int], tuple[list[int], list[bytes]]] = {}
-    for lane, index, data in good:
-        indexes, rows_of = groups.setdefault((lane, parts[index]), ([], []))
+    groups: dict[tuple[EventType, int], tuple[list[int], list[bytes]]] = {}
+    for kind, index, data in good:
+        indexes, rows_of = groups.setdefault((kind, parts[index]), ([], []))
         indexes.append(index)
         rows_of.append(data)
-    return Parsed(
-        True,
-        len(sizes),
-        [
-            Rows(lane, part, b"".join(rows_of), len(indexes), indexes)
-            for (lane, part), (indexes, rows_of) in groups.items()
-        ],
-        errors,
-    )
+    chunks = [
+        Chunk(kind.name, kind.columns, b"".join(rows_of), len(indexes), None, part, indexes)
+        for (kind, part), (indexes, rows_of) in groups.items()
+    ]
+    return Parsed(True, len(sizes), chunks, errors)
 
 
 def _elements(body: bytes) -> Iterator[bytes]:
@@ -258,13 +254,13 @@ def _length_of_value(rest: memoryview) -> int:
     return 0
 
 
-def _one(raw: bytes, registry: Registry, received_at: str) -> Rows:
-    """The row of one JSON object. Raises: EventRejected: why it is refused."""
+def _one(raw: bytes, registry: Registry, received_at: str) -> tuple[EventType, bytes]:
+    """The row of one JSON object, and its type. Raises: EventRejected: why it is refused."""
     try:
         if not _is_utf8(raw):
             raise _not_json("it is not UTF-8")
         kind = _kind(raw, registry)
-        return Rows(kind.name, 0, kind.look_closer(raw, received_at), 1, [0])
+        return kind, kind.look_closer(raw, received_at)
     except _BROKEN as exc:
         raise _not_json(exc) from None
 

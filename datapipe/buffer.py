@@ -14,12 +14,12 @@ from collections.abc import Callable, Sequence
 import structlog
 import tenacity
 
-from datapipe.commit import Chunk, Group
+from datapipe.commit import Group
 from datapipe.errors import BufferFull, MirrorFull, MirrorUnavailable
 from datapipe.lane import Lane
 from datapipe.mirrors import Found, Mirror, Neighbours, Run
 from datapipe.rate import Rate
-from datapipe.segment import SEGMENT_OVERHEAD_BYTES, SEGMENTS_AT_ONCE, Segment
+from datapipe.segment import SEGMENT_OVERHEAD_BYTES, SEGMENTS_AT_ONCE, Chunk, Segment
 from datapipe.settings import Settings
 
 _REMOVALS_S = 1.0  # how long reading back waits for them
@@ -74,13 +74,13 @@ class Buffer:
             raise BufferFull("shutting down")
         if not self.mirror.parks:
             self._check_room(chunks)
+        if len(chunks) == 1:
+            await self._group(self.mirror.queue_of(chunks[0].lane)).add(chunks)
+            return
         by_queue: dict[str, list[Chunk]] = {}
         for chunk in chunks:
             by_queue.setdefault(self.mirror.queue_of(chunk.lane), []).append(chunk)
         waiters = [self._group(queue).add(of_queue) for queue, of_queue in by_queue.items()]
-        if len(waiters) == 1:
-            await waiters[0]
-            return
         # until each has ended: what is still under way must not be called refused
         outcomes = await asyncio.gather(*waiters, return_exceptions=True)
         for outcome in outcomes:

@@ -14,31 +14,11 @@ from collections.abc import Callable, Iterable, Sequence
 from datapipe.errors import MirrorUnavailable
 from datapipe.events import Column
 from datapipe.mirrors import Mirror
-from datapipe.segment import Part, Segment
+from datapipe.segment import Chunk, Part, Segment
 
 # A crowd is spread over so many appends, for one to be under way while the next is gathered.
 _SPREAD, _CROWD = 4, 32
 _NO_ANSWER = "the mirror does not answer (mirror_timeout)"
-
-
-class Chunk:
-    """Rows of one lane from one POST, which go into segments; with a claim they stay whole."""
-
-    __slots__ = ("claim", "columns", "data", "events", "lane")
-
-    def __init__(
-        self,
-        lane: str,
-        columns: tuple[Column, ...],
-        data: bytes,
-        events: int,
-        claim: tuple[str, str, int] | None = None,
-    ) -> None:
-        self.lane = lane
-        self.columns = columns
-        self.data = data
-        self.events = events
-        self.claim = claim  # hash of the key, hash of the body, number of the part
 
 
 class Group:
@@ -73,7 +53,8 @@ class Group:
             raise MirrorUnavailable(_NO_ANSWER)
         waiter = asyncio.get_running_loop().create_future()
         self._waiting[waiter] = chunks
-        self._bytes += _size(chunks)
+        for chunk in chunks:
+            self._bytes += len(chunk.data)
         self._schedule()
         return waiter
 
@@ -173,10 +154,6 @@ def _fail(waiters: Iterable[asyncio.Future[None]], exc: BaseException) -> None:
             waiter.set_exception(exc)
 
 
-def _size(chunks: Sequence[Chunk]) -> int:
-    return sum(len(chunk.data) for chunk in chunks)
-
-
 def seal(chunks: Sequence[Chunk], max_bytes: int) -> list[Segment]:
     """Segments of one lane and at most `max_bytes` rows; a single event or part may be larger."""
     by_lane: dict[tuple[str, tuple[Column, ...]], list[Chunk]] = {}
@@ -184,6 +161,9 @@ def seal(chunks: Sequence[Chunk], max_bytes: int) -> list[Segment]:
         by_lane.setdefault((chunk.lane, chunk.columns), []).append(chunk)
     segments = []
     for (lane, columns), of_lane in by_lane.items():
+        if sum([len(chunk.data) for chunk in of_lane]) <= max_bytes:
+            segments.append(_segment(lane, columns, of_lane))
+            continue
         gathered: list[Chunk] = []
         room = max_bytes
         for chunk in of_lane:
@@ -224,5 +204,5 @@ def _segment(lane: str, columns: tuple[Column, ...], chunks: Sequence[Chunk]) ->
         if chunk.claim:
             parts.append(Part(*chunk.claim, at, end, chunk.events))
         at = end
-    data = chunks[0].data if len(chunks) == 1 else b"".join(chunk.data for chunk in chunks)
-    return Segment(lane, columns, data, sum(chunk.events for chunk in chunks), tuple(parts))
+    data = chunks[0].data if len(chunks) == 1 else b"".join([chunk.data for chunk in chunks])
+    return Segment(lane, columns, data, sum([chunk.events for chunk in chunks]), tuple(parts))

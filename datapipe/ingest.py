@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import re
+import time
 from collections import Counter
 from collections.abc import Coroutine, Mapping, Sequence
 from datetime import UTC, datetime
@@ -14,9 +15,8 @@ from aiohttp import BasicAuth, web
 
 from datapipe import answers
 from datapipe.answers import Answer
-from datapipe.bodies import Parsed, Rows, parse
+from datapipe.bodies import Parsed, parse
 from datapipe.buffer import Buffer
-from datapipe.commit import Chunk
 from datapipe.errors import BufferFull, Busy, EventRejected
 from datapipe.recent import Recent, Refusal, shown
 from datapipe.registry import Registry
@@ -38,6 +38,7 @@ class Ingest:
         self._registry = registry
         self._settings = settings
         self._inflight = Inflight(settings.inflight_max_bytes)
+        self._clock = _Clock()
         self._keys = [key.encode() for key in settings.ingest_keys]
 
     async def handle(self, request: web.BaseRequest, request_id: str) -> Answer:
@@ -89,7 +90,7 @@ class Ingest:
             lease.release()
 
     async def _take(self, body: bytes, claim: str | None, lease: Lease, request_id: str) -> Answer:
-        received_at = datetime.now(UTC).isoformat(" ")
+        received_at = self._clock.now()
         try:
             most = self._settings.batch_max_events
             parsed = await parse(body, self._registry, most, received_at, claim is not None)
@@ -99,14 +100,18 @@ class Ingest:
         full = self._refuse_full(parsed)
         for _, error in parsed.errors:
             self.rejected[error.reason] += 1
-        if parsed.rows:
-            lease.take(sum([len(rows.data) for rows in parsed.rows]))
-            await self.buffer.append(self._chunks(parsed.rows, claim, body))
+        if parsed.chunks:
+            if claim is not None:
+                digest = _hash(body)
+                for chunk in parsed.chunks:
+                    chunk.claim = (claim, digest, chunk.part)
+            lease.take(sum([len(chunk.data) for chunk in parsed.chunks]))
+            await self.buffer.append(parsed.chunks)
         if parsed.errors:
             self._note(request_id, parsed.errors)
         if not parsed.batch:
-            return answers.OK if parsed.rows else _single_refused(full)
-        accepted = sum(rows.events for rows in parsed.rows)
+            return answers.OK if parsed.chunks else _single_refused(full)
+        accepted = sum(chunk.events for chunk in parsed.chunks)
         return answers.batch(accepted, parsed.errors, full)
 
     def _note(self, request_id: str, errors: Sequence[tuple[int, EventRejected]]) -> None:
@@ -130,25 +135,30 @@ class Ingest:
 
     def _refuse_full(self, parsed: Parsed) -> list[str]:
         """Turn rows of full lanes into errors; the lanes, so that the client knows."""
-        full = {rows.lane for rows in parsed.rows if self.buffer.is_full(rows.lane)}
+        full = [chunk.lane for chunk in parsed.chunks if self.buffer.is_full(chunk.lane)]
         if not full:
             return []
-        for rows in parsed.rows:
-            if rows.lane in full:
-                error = EventRejected(9, "busy", f"the lane {rows.lane} is full", 503)
-                parsed.errors += [(index, error) for index in rows.indexes]
-        parsed.rows = [rows for rows in parsed.rows if rows.lane not in full]
-        return sorted(full)
+        for chunk in parsed.chunks:
+            if chunk.lane in full:
+                error = EventRejected(9, "busy", f"the lane {chunk.lane} is full", 503)
+                parsed.errors += [(index, error) for index in chunk.indexes]
+        parsed.chunks = [chunk for chunk in parsed.chunks if chunk.lane not in full]
+        return sorted(set(full))
 
-    def _chunks(self, rows: Sequence[Rows], claim: str | None, body: bytes) -> list[Chunk]:
-        types = self._registry.types
-        if claim is None:
-            return [Chunk(r.lane, types[r.lane].columns, r.data, r.events) for r in rows]
-        digest = _hash(body)
-        return [
-            Chunk(r.lane, types[r.lane].columns, r.data, r.events, (claim, digest, r.part))
-            for r in rows
-        ]
+
+class _Clock:
+    """The time as PostgreSQL reads it; all but the microseconds is made once a second."""
+
+    def __init__(self) -> None:
+        self._second = -1
+        self._text = ""
+
+    def now(self) -> str:
+        second, micros = divmod(time.time_ns() // 1000, 1_000_000)
+        if second != self._second:
+            self._text = datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%d %H:%M:%S")
+            self._second = second
+        return f"{self._text}.{micros:06d}+00:00"
 
 
 def given_key(headers: Mapping[str, str], in_query: str | None = None) -> bytes:

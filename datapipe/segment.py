@@ -38,6 +38,37 @@ class Part(msgspec.Struct, array_like=True, frozen=True):
     events: int
 
 
+class Chunk:
+    """Rows of one lane from one POST, on their way into a segment.
+
+    Attributes:
+        claim: hash of the idempotency key, hash of the body, number of the part: such a chunk stays
+            whole.
+        part: which run of the POST it is, within its lane.
+        indexes: where in the body its events stood.
+    """
+
+    __slots__ = ("claim", "columns", "data", "events", "indexes", "lane", "part")
+
+    def __init__(
+        self,
+        lane: str,
+        columns: tuple[Column, ...],
+        data: bytes,
+        events: int,
+        claim: tuple[str, str, int] | None = None,
+        part: int = 0,
+        indexes: Sequence[int] = (0,),
+    ) -> None:
+        self.lane = lane
+        self.columns = columns
+        self.data = data
+        self.events = events
+        self.claim = claim
+        self.part = part
+        self.indexes = indexes
+
+
 class Head(msgspec.Struct, array_like=True, frozen=True):
     """All of a segment but its rows, as mirrors keep it."""
 

@@ -33,7 +33,7 @@ async def read(registry: Registry, body: bytes, *, keyed: bool = False, most: in
 async def test_one_object_is_one_event(registry: Registry, body: bytes) -> None:
     parsed = await read(registry, body)
     assert (parsed.batch, parsed.total, parsed.errors) == (False, 1, [])
-    assert [rows.data for rows in parsed.rows] == [ROW]
+    assert [rows.data for rows in parsed.chunks] == [ROW]
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ async def test_one_object_is_one_event(registry: Registry, body: bytes) -> None:
 async def test_a_batch(registry: Registry, body: bytes) -> None:
     parsed = await read(registry, body)
     assert (parsed.batch, parsed.total, parsed.errors) == (True, 2, [])
-    assert [(rows.data, list(rows.indexes)) for rows in parsed.rows] == [(ROW * 2, [0, 1])]
+    assert [(rows.data, list(rows.indexes)) for rows in parsed.chunks] == [(ROW * 2, [0, 1])]
 
 
 @pytest.mark.parametrize(
@@ -78,14 +78,14 @@ async def test_a_bad_event_of_a_batch_costs_itself_only(registry: Registry) -> N
     for body in (b"[%b,5 , {},%b]", b"%b\n5\n{}\n%b"):
         parsed = await read(registry, body % (GOOD, GOOD))
         assert parsed.total == 4
-        assert [(rows.data, list(rows.indexes)) for rows in parsed.rows] == [(ROW * 2, [0, 3])]
+        assert [(rows.data, list(rows.indexes)) for rows in parsed.chunks] == [(ROW * 2, [0, 3])]
         assert [(index, error.code) for index, error in parsed.errors] == [(1, 3), (2, 4)]
 
 
 async def test_a_broken_line_costs_itself_only(registry: Registry) -> None:
     parsed = await read(registry, GOOD + b'\n{"event_name":\n\xff\n' + GOOD)
     assert [(index, error.code) for index, error in parsed.errors] == [(1, 3), (2, 3)]
-    assert [rows.data for rows in parsed.rows] == [ROW * 2]
+    assert [rows.data for rows in parsed.chunks] == [ROW * 2]
 
 
 @pytest.mark.parametrize(
@@ -105,11 +105,11 @@ async def test_parts_depend_on_the_body_alone(registry: Registry) -> None:
     cuts = []
     for body in (array, lines, with_a_bad_one):
         parsed = await read(registry, body, keyed=True, most=2000)
-        cuts.append([(rows.part, list(rows.indexes)) for rows in parsed.rows])
+        cuts.append([(rows.part, list(rows.indexes)) for rows in parsed.chunks])
     assert cuts[0] == cuts[1] == cuts[2]
     assert len(cuts[0]) == -(-sum(len(json.dumps(event)) for event in events) // PART_BYTES)
 
 
 async def test_parts_of_a_small_body_are_one(registry: Registry) -> None:
     parsed = await read(registry, b"[" + GOOD + b"," + GOOD + b"]", keyed=True)
-    assert [rows.part for rows in parsed.rows] == [0]
+    assert [rows.part for rows in parsed.chunks] == [0]

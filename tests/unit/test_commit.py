@@ -5,8 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datapipe.commit import Chunk, seal
+from datapipe.commit import seal
 from datapipe.events import Column
+from datapipe.segment import Chunk
 
 COLUMNS = (Column("a", "text"),)
 
