@@ -17,12 +17,10 @@ import tenacity
 from datapipe.commit import Group
 from datapipe.errors import BufferFull, MirrorFull, MirrorUnavailable
 from datapipe.lane import Lane
-from datapipe.mirrors import Found, Mirror, Neighbours, Run
+from datapipe.mirrors import Found, Mirror, Neighbours
 from datapipe.rate import Rate
 from datapipe.segment import SEGMENT_OVERHEAD_BYTES, SEGMENTS_AT_ONCE, Chunk, Segment
 from datapipe.settings import Settings
-
-_REMOVALS_S = 1.0  # how long reading back waits for them
 
 log = structlog.stdlib.get_logger("datapipe.buffer")
 
@@ -45,6 +43,7 @@ class Buffer:
         self._timeout_s = settings.mirror_timeout + self._linger_s + 1.0
         self._observe_append = observe_append
         self._groups: dict[str, Group] = {}
+        self._reading_bytes = 0
         self._removals: set[asyncio.Task[None]] = set()
         self._going: set[str] = set()  # segments that are loaded and not yet removed
         self._removed: list[str] = []  # segments whose ledger rows may go
@@ -61,6 +60,12 @@ class Buffer:
     def memory_bytes(self) -> int:
         """Segments held in memory, with their overhead."""
         return sum(lane.memory_bytes for lane in self.lanes.values())
+
+    @property
+    def pressed(self) -> bool:
+        """Whether half of the memory is in use, or would be if nothing had been parked."""
+        waiting = sum([lane.waiting_bytes for lane in self.lanes.values() if not lane.stuck])
+        return max(waiting, self.memory_bytes) * 2 >= self._max_bytes
 
     # --- in ---
 
@@ -203,10 +208,21 @@ class Buffer:
             taken.append(segment)
             size += len(segment.data)
         while not taken and lane.runs:
-            run = min(lane.runs.values(), key=lambda run: run.oldest)
-            room = max(1, min(max_bytes, self._max_bytes - self.memory_bytes))
-            taken = await self._unpark(lane, run, room)
+            taken = await self._unpark(lane, max(1, min(max_bytes, self._room())))
         return taken
+
+    async def read_ahead(self, lane: Lane, max_bytes: int) -> None:
+        """Have in memory what `take` will want next, so that a load need not wait for reading.
+
+        Not while another `take` of this lane is under way. Raises: MirrorUnavailable.
+        """
+        if lane.runs and self._peek(lane) is None and self._room() >= max_bytes:
+            for segment in await self._unpark(lane, max_bytes):
+                lane.queue.put_nowait(segment)
+
+    def _room(self) -> int:
+        """Bytes that memory has left, less those that are being read."""
+        return self._max_bytes - self.memory_bytes - self._reading_bytes
 
     @staticmethod
     def _peek(lane: Lane) -> Segment | None:
@@ -219,12 +235,17 @@ class Buffer:
     def _pop(lane: Lane) -> None:
         lane.returned.popleft()
 
-    async def _unpark(self, lane: Lane, run: Run, max_bytes: int) -> list[Segment]:
-        if self._removals:  # what was just loaded need not be read over
-            await asyncio.wait(self._removals, timeout=_REMOVALS_S)
+    async def _unpark(self, lane: Lane, max_bytes: int) -> list[Segment]:
+        """Read the next parked segments of a lane, of its oldest run."""
+        run = min(lane.runs.values(), key=lambda run: run.oldest)
+        until = run.until  # more may be parked behind it while this reads
         going = self._going.copy()  # its removal may end while this reads it
-        read = await self.mirror.read(run, max_bytes)
-        run.after = read[-1].position if read else run.until
+        self._reading_bytes += max_bytes
+        try:
+            read = await self.mirror.read(run, max_bytes)
+        finally:
+            self._reading_bytes -= max_bytes
+        run.after = read[-1].position if read else until
         # between two parked ones there may lie one that was not, or that is on its way out
         passed = lane.segments_in_memory.keys() | going
         segments = [segment for segment in read if segment.id not in passed]

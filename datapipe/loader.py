@@ -101,9 +101,7 @@ class Loader:
     def _changed(self, lane: Lane) -> None:
         """Something was stored in a lane."""
         due_at = self._schedule(lane).due_at(self._settings)
-        if due_at < self._asleep_until or (
-            self._buffer.memory_bytes * 2 >= self._settings.buffer_max_bytes
-        ):
+        if due_at < self._asleep_until or self._buffer.pressed:
             self._wake.set()
 
     def recovered(self, lanes: Iterable[str]) -> None:
@@ -121,7 +119,7 @@ class Loader:
 
     def _pick(self) -> Schedule | None:
         """The lane to load now: of those that are due, the one served longest ago."""
-        if self._buffer.memory_bytes * 2 >= self._settings.buffer_max_bytes:
+        if self._buffer.pressed:
             self._hurry_fullest()
         now = _now()
         ready = [s for s in self._eligible() if s.due_at(self._settings) <= now]
@@ -143,9 +141,9 @@ class Loader:
         ]
 
     def _hurry_fullest(self) -> None:
-        able = [s for s in self.schedules.values() if not s.failures and s.lane.memory_bytes]
+        able = [s for s in self._eligible() if not s.failures]
         if able:
-            max(able, key=lambda s: s.lane.memory_bytes).hurry()
+            max(able, key=lambda s: s.lane.waiting_bytes).hurry()
 
     async def _work(self) -> None:
         while True:
@@ -190,16 +188,18 @@ class Loader:
                 schedule.went_on(_now())
                 return
         started = time.perf_counter()
+        ahead = asyncio.create_task(self._read_ahead(lane))
         try:
             result = await self.sink.load(
                 table_of(self._registry.types[lane.name]), segments,
                 accept_dead=schedule.accept_dead,
             )  # fmt: skip
-        except SinkUnavailable as exc:
-            self._put_off(schedule, exc)
-            self._buffer.give_back(lane, segments)
-        except LaneBlocked as exc:
-            self._block(schedule, str(exc))
+        except (SinkUnavailable, LaneBlocked) as exc:
+            await ahead  # before the lane is parked: nothing may come into memory behind it
+            if isinstance(exc, LaneBlocked):
+                self._block(schedule, str(exc))
+            else:
+                self._put_off(schedule, exc)
             self._buffer.give_back(lane, segments)
         except BaseException:
             self._buffer.give_back(lane, segments)
@@ -208,6 +208,12 @@ class Loader:
             seconds = time.perf_counter() - started
             self._buffer.loaded(lane, segments, result.loaded, result.duplicate, result.dead)
             self._loaded(schedule, result, seconds, len(segments))
+        finally:
+            await ahead
+
+    async def _read_ahead(self, lane: Lane) -> None:
+        with suppress(MirrorUnavailable):  # `take` meets it again
+            await self._buffer.read_ahead(lane, self._take_bytes())
 
     async def _look_up(self, schedule: Schedule, gone: Sequence[Segment]) -> None:
         """Segments that the mirror lost sight of: loaded by another process, or lost."""
