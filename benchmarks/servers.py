@@ -1,4 +1,4 @@
-"""The servers under load: each a process of its own on loopback, ended by its process id."""
+"""The servers under load: each with its processes on loopback, ended by process id."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +22,38 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Server:
-    """A running server; `url` is its address."""
+    """A running server; `url` is its address. Its figures take in the processes it has started."""
 
     def __init__(self, process: subprocess.Popen[bytes], url: str) -> None:
         self.pid = process.pid
         self.url = url
 
     def cpu_s(self) -> float:
-        """CPU seconds of all its threads so far."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / _TICKS
+        """CPU seconds of all its threads so far, those of children that have ended as well."""
+        ticks = 0
+        for pid in self._pids():
+            fields = _read(pid, "stat").rpartition(")")[2].split()
+            ticks += sum(map(int, fields[11:15]))
+        return ticks / _TICKS
 
     def memory_mb(self, what: str = "VmRSS") -> float:
-        """Resident memory in MB (10^6 bytes); its highest mark with `VmHWM`."""
-        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
-            if line.startswith(f"{what}:"):
-                return int(line.split()[1]) * 1024 / 1e6
-        raise KeyError(what)
+        """Resident memory in MB (10^6 bytes); its highest mark with `VmHWM`.
+
+        Pages that several processes share count in each.
+        """
+        lines = [line for pid in self._pids() for line in _read(pid, "status").splitlines()]
+        kib = [int(line.split()[1]) for line in lines if line.startswith(f"{what}:")]
+        if not kib:
+            raise KeyError(what)
+        return sum(kib) * 1024 / 1e6
+
+    def _pids(self) -> list[int]:
+        """The server and all that descend from it."""
+        pids = [self.pid]
+        for pid in pids:  # grows as it is read
+            for task in Path(f"/proc/{pid}/task").glob("*"):
+                pids += map(int, _read(pid, f"task/{task.name}/children").split())
+        return pids
 
     def load(self) -> dict[str, Any]:
         """`POST /load`: load now what waits. Raises: OSError; RuntimeError: a load failed."""
@@ -50,10 +65,18 @@ class Server:
         return answer
 
 
+def _read(pid: int, name: str) -> str:
+    """A file of /proc; empty once the process or thread has ended."""
+    try:
+        return Path(f"/proc/{pid}/{name}").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
 @contextmanager
 def bare() -> Iterator[Server]:
     """The bare aiohttp application."""
-    with _running([sys.executable, "-m", "benchmarks.bare"], {}) as server:
+    with running([sys.executable, "-m", "benchmarks.bare"], {}) as server:
         yield server
 
 
@@ -67,14 +90,18 @@ def datapipe(database_url: str, **settings: Any) -> Iterator[Server]:
         values = {"host": "127.0.0.1", "port": 0, "data_dir": str(folder), **settings}
         file.write_text(json.dumps({**values, "database_url": database_url}))
         command = [sys.executable, "-m", "datapipe", "serve"]
-        with _running(command, {"DATAPIPE_CNF": str(file)}) as server:
+        with running(command, {"DATAPIPE_CNF": str(file)}) as server:
             yield server
     finally:
         shutil.rmtree(folder)
 
 
 @contextmanager
-def _running(command: list[str], environ: dict[str, str]) -> Iterator[Server]:
+def running(command: Sequence[str], environ: dict[str, str]) -> Iterator[Server]:
+    """Start a server that prints `{"event": "listening", "address": URL}`; SIGTERM ends it.
+
+    Raises: RuntimeError: it does not listen within half a minute.
+    """
     ours = ("DATAPIPE_", "IRON_", "PORT", "DATABASE_URL", "DYNO")
     env = {key: value for key, value in os.environ.items() if not key.startswith(ours)} | environ
     with tempfile.TemporaryFile() as log:
@@ -91,6 +118,8 @@ def _running(command: list[str], environ: dict[str, str]) -> Iterator[Server]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+            with suppress(ProcessLookupError):  # children that it left behind
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def _address(process: subprocess.Popen[bytes], log: int) -> str:
