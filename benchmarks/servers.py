@@ -10,11 +10,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 ROOT = Path(__file__).parent.parent
 WORK = ROOT / "var" / "bench"  # a real disk: /tmp may be memory
@@ -64,6 +66,31 @@ class Server:
             raise RuntimeError(f"POST /load: {answer['failed']}")
         return answer
 
+    def books(self) -> dict[str, int]:
+        """The books of a datapipe, over all lanes."""
+        with urllib.request.urlopen(f"{self.url}/status.json", timeout=120) as response:
+            books: dict[str, int] = json.load(response)["books"]
+        return books
+
+    def is_ready(self) -> bool:
+        """Whether a datapipe would take an event now."""
+        try:
+            with urllib.request.urlopen(f"{self.url}/readyz", timeout=120):
+                return True
+        except urllib.error.HTTPError:
+            return False
+
+
+class Servers(Server):
+    """Several on one port, whose figures are summed."""
+
+    def __init__(self, servers: Sequence[Server]) -> None:
+        self.url = servers[0].url
+        self._servers = servers
+
+    def _pids(self) -> list[int]:
+        return [pid for server in self._servers for pid in server._pids()]
+
 
 def _read(pid: int, name: str) -> str:
     """A file of /proc; empty once the process or thread has ended."""
@@ -73,27 +100,51 @@ def _read(pid: int, name: str) -> str:
         return ""
 
 
-@contextmanager
-def bare() -> Iterator[Server]:
+def bare() -> AbstractContextManager[Server]:
     """The bare aiohttp application."""
-    with running([sys.executable, "-m", "benchmarks.bare"], {}) as server:
-        yield server
+    return running([sys.executable, "-m", "benchmarks.bare"], {})
+
+
+def sink() -> AbstractContextManager[Server]:
+    """What the generator can send at most."""
+    return running([sys.executable, "-m", "benchmarks.sink"], {})
 
 
 @contextmanager
-def datapipe(database_url: str, **settings: Any) -> Iterator[Server]:
-    """`datapipe serve` at its default settings, with a journal of its own."""
+def work_folder() -> Iterator[Path]:
+    """A folder on a real disk that goes when it is left."""
     WORK.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="datapipe-", dir=WORK))
     try:
-        file = folder / "datapipe.json"
-        values = {"host": "127.0.0.1", "port": 0, "data_dir": str(folder), **settings}
-        file.write_text(json.dumps({**values, "database_url": database_url}))
-        command = [sys.executable, "-m", "datapipe", "serve"]
-        with running(command, {"DATAPIPE_CNF": str(file)}) as server:
-            yield server
+        yield folder
     finally:
         shutil.rmtree(folder)
+
+
+@contextmanager
+def datapipe(database_url: str, processes: int = 1, **settings: Any) -> Iterator[Server]:
+    """`datapipe serve` at its default settings, with a `data_dir` of its own."""
+    with work_folder() as folder, ExitStack() as stack:
+        if processes == 1:
+            yield stack.enter_context(datapipe_in(folder, database_url, **settings))
+            return
+        servers: list[Server] = []
+        for _ in range(processes):
+            port = urlsplit(servers[0].url).port if servers else 0
+            own = {"reuse_port": True, "port": port, **settings}
+            servers.append(stack.enter_context(datapipe_in(folder, database_url, **own)))
+        yield Servers(servers)
+
+
+@contextmanager
+def datapipe_in(folder: Path, database_url: str, **settings: Any) -> Iterator[Server]:
+    """The same with a `data_dir` that stays: what waits there is taken over."""
+    file = folder / "datapipe.json"
+    values = {"host": "127.0.0.1", "port": 0, "data_dir": str(folder), **settings}
+    file.write_text(json.dumps({**values, "database_url": database_url}))
+    command = [sys.executable, "-m", "datapipe", "serve"]
+    with running(command, {"DATAPIPE_CNF": str(file)}) as server:
+        yield server
 
 
 @contextmanager
@@ -124,12 +175,12 @@ def running(command: Sequence[str], environ: dict[str, str]) -> Iterator[Server]
 
 def _address(process: subprocess.Popen[bytes], log: int) -> str:
     """Where it listens, from its log. Raises: RuntimeError: it does not."""
-    for _ in range(300):
+    for _ in range(1500):
         text = os.pread(log, 1 << 20, 0).decode(errors="replace")
         for line in text.splitlines():
             if line.startswith("{") and '"listening"' in line:
                 return str(json.loads(line)["address"])
         if process.poll() is not None:
             break
-        time.sleep(0.1)
+        time.sleep(0.02)
     raise RuntimeError(f"{process.args!r} does not listen:\n{text}")
