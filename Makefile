@@ -24,7 +24,7 @@ lint: $(VENV)/.test ## ruff, mypy and bandit
 	$(BIN)/python -m bandit -q -c pyproject.toml -r datapipe
 
 bench: $(VENV)/.test ## measure against bare aiohttp, bare COPY and what people run instead, as ratios
-	@./tools/bench-needs
+	@PYTHON=$(PYTHON) ./tools/bench-needs
 	$(BIN)/python -m benchmarks
 
 torture: $(VENV)/.test ## the long fault run: kills, an outage, hostile bodies (about an hour)
