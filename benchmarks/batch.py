@@ -27,7 +27,7 @@ from benchmarks.events import (
 )
 from benchmarks.loads import batches as send
 from benchmarks.loads import database, opened, rows
-from benchmarks.measure import Bench, Contest, Goal, Sample, in_turn
+from benchmarks.measure import Bench, Contest, Goal, Sample, in_turn, memory_goals
 from benchmarks.peers import PEERS, Peer
 from benchmarks.single import BARE, LIMIT
 from tests.postgres import Postgres
@@ -47,14 +47,14 @@ def goals() -> list[Goal]:
         Goal("batches of 1,000, events/s", _OURS, least=1_200_000),
     ]
     made += [Goal(f"batches of 1,000 / {peer.name}", _OURS, peer.name, least=3) for peer in _PEERS]
-    made.append(Goal("batches, peak MB", _OURS, figure="peak_mb", most=200, every=True))
-    return made
+    return made + memory_goals("batches", _OURS)
 
 
 def measure(bench: Bench) -> Iterator[Contest]:
     name = "1,000 events a POST, as a JSON array"
     yield in_turn(name, _rivals(bench), bench, goals(), undrawn=[BARE, LIMIT])
-    yield in_turn("datapipe, by form of the batch", _forms(bench), bench)
+    forms = _forms(bench)
+    yield in_turn("datapipe's batches by form", forms, bench, memory_goals("batches", *forms))
 
 
 def _rivals(bench: Bench) -> dict[str, Callable[[], Sample]]:

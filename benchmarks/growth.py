@@ -26,7 +26,7 @@ from benchmarks.events import as_array, batches
 from benchmarks.generator import wrk
 from benchmarks.loads import BATCH_CONNECTIONS, database, figures, warm_up
 from benchmarks.loads import batches as send
-from benchmarks.measure import Bench, Contest, Goal, Sample, in_turn
+from benchmarks.measure import Bench, Contest, Goal, Sample, in_turn, memory_goals
 from benchmarks.servers import Server
 from tests.postgres import free_port
 
@@ -48,20 +48,16 @@ def measure(bench: Bench) -> Iterator[Contest]:
             [
                 Goal("CPU an event, 10 million / 0 waiting", _TEN, _NONE, _CPU, most=1.1),
                 Goal("seconds to ready, 10 million waiting", _TEN, figure="ready_s", most=2),
-                _memory(_TEN),
+                *memory_goals("growth", *_LEVELS),
             ],
             [_CPU, "ready_s", "peak_mb"],
         )
     finally:
         waiting.close()
     lanes = {_count(n, "lane"): partial(_declared, bench, n, 3) for n in (1, 10, 100)}
-    yield in_turn("by lanes", lanes, bench, [_memory("100 lanes")], [_CPU])
+    yield in_turn("by lanes", lanes, bench, memory_goals("growth", *lanes), [_CPU])
     columns = {_count(n, "column"): partial(_declared, bench, 1, n) for n in (3, 10, 50)}
-    yield in_turn("by columns", columns, bench, [_memory("50 columns")], [_CPU])
-
-
-def _memory(rival: str) -> Goal:
-    return Goal(f"{rival}, peak MB", rival, figure="peak_mb", most=200, every=True)
+    yield in_turn("by columns", columns, bench, memory_goals("growth", *columns), [_CPU])
 
 
 def _count(number: int, what: str) -> str:

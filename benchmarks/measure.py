@@ -65,6 +65,13 @@ class Goal:
         return self.most / max(spread.most if self.every else spread.median, 1e-9)
 
 
+def memory_goals(what: str, *rivals: str) -> list[Goal]:
+    """That each of them stays within 200 MB in every run."""
+    return [
+        Goal(f"{what}, peak MB", each, figure="peak_mb", most=200, every=True) for each in rivals
+    ]
+
+
 @dataclass(slots=True)
 class Contest:
     """Samples of each rival, taken in turn. The first rival is the one that is looked at.

@@ -15,7 +15,7 @@ from benchmarks.batch import COPY, copy
 from benchmarks.events import as_array, batches
 from benchmarks.growth import JOURNAL_BYTES, fill
 from benchmarks.loads import database, rows
-from benchmarks.measure import Bench, Contest, Goal, Sample, in_turn
+from benchmarks.measure import Bench, Contest, Goal, Sample, in_turn, memory_goals
 
 TITLE = "After an outage"
 EVENTS = 10_000_000
@@ -25,7 +25,7 @@ _OURS = "datapipe"
 def measure(bench: Bench) -> Iterator[Contest]:
     goals = [
         Goal("10 million events after an outage / copy_expert", _OURS, COPY, least=0.6),
-        Goal("outage, peak MB", _OURS, figure="peak_mb", most=200, every=True),
+        *memory_goals("outage", _OURS),
     ]
     rivals = {_OURS: lambda: _drained(bench), COPY: lambda: copy(bench.postgres, EVENTS)}
     yield in_turn(f"{EVENTS:,} waiting events", rivals, bench, goals)

@@ -112,7 +112,7 @@ def _goal(part: Part, what: str, found: Sequence[tuple[Goal, Contest, Spread | N
         cells = (f"not measured{': ' if why else ''}{why}", "")
     else:
         goal, contest, spread = min(known, key=lambda each: each[0].distance(each[2]))
-        where = f" ({contest.name})" if len(found) > 1 else ""
+        where = _where(goal, contest, found)
         form = ".2f" if goal.rival else FIGURES[goal.figure][1]
         note = LIMITS.get(what, "")
         verdict = "met" if goal.met(spread) else f"**MISSED**{': ' if note else ''}{note}"
@@ -120,8 +120,18 @@ def _goal(part: Part, what: str, found: Sequence[tuple[Goal, Contest, Spread | N
     return "| " + " | ".join([part.link, what, wanted, *map(_cell, cells)]) + " |"
 
 
+def _where(
+    goal: Goal, contest: Contest, found: Sequence[tuple[Goal, Contest, Spread | None]]
+) -> str:
+    """Which of several it was."""
+    contests = {contest.name for _, contest, _ in found}
+    names = [contest.name] if len(contests) > 1 else []
+    names += [goal.ours] if len({goal.ours for goal, _, _ in found}) > 1 else []
+    return f" ({', '.join(names)})" if names else ""
+
+
 def _plain(value: float | None) -> str:
-    return format(value, ",.0f" if value and value >= 1000 else ".2g")
+    return format(value, ",.0f" if value and value >= 10 else ".2g")
 
 
 def _cell(text: str) -> str:

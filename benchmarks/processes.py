@@ -11,7 +11,7 @@ from functools import partial
 
 from benchmarks import servers
 from benchmarks.loads import database, rows, single
-from benchmarks.measure import Bench, Contest, Sample, in_turn
+from benchmarks.measure import Bench, Contest, Sample, in_turn, memory_goals
 
 TITLE = "Several processes"
 _CONNECTIONS = 256
@@ -20,7 +20,8 @@ _CONNECTIONS = 256
 def measure(bench: Bench) -> Iterator[Contest]:
     counts = {1: "1 process", 2: "2 processes", 4: "4 processes"}
     rivals = {name: partial(served, bench, n, _CONNECTIONS) for n, name in counts.items()}
-    yield in_turn(f"{_CONNECTIONS} connections", rivals, bench)
+    goals = memory_goals("one process", counts[1])
+    yield in_turn(f"{_CONNECTIONS} connections", rivals, bench, goals)
 
 
 def served(bench: Bench, processes: int, connections: int) -> Sample:

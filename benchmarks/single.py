@@ -14,7 +14,7 @@ from functools import partial
 
 from benchmarks import servers
 from benchmarks.loads import opened, single
-from benchmarks.measure import Bench, Contest, Goal, Sample, in_turn
+from benchmarks.measure import Bench, Contest, Goal, Sample, in_turn, memory_goals
 from benchmarks.peers import PEERS, Peer
 from benchmarks.processes import served
 
@@ -34,8 +34,7 @@ def goals() -> list[Goal]:
     ):
         who = "one process a core" if ours == _ALL_CORES else "one process"
         made.append(Goal(f"single, {who} / {peer.name}", ours, peer.name, least=least))
-    made.append(Goal("single, peak MB", _OURS, figure="peak_mb", most=200, every=True))
-    return made
+    return made + memory_goals("single", _OURS)
 
 
 def measure(bench: Bench) -> Iterator[Contest]:

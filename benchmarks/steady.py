@@ -18,7 +18,7 @@ from benchmarks import servers
 from benchmarks.events import TABLE
 from benchmarks.generator import paced, wrk
 from benchmarks.loads import SINGLE_BODIES, WARM_UP_S, database, opened
-from benchmarks.measure import Bench, Contest, Goal, Sample, in_turn
+from benchmarks.measure import Bench, Contest, Goal, Sample, in_turn, memory_goals
 from benchmarks.peers import PEERS
 from benchmarks.servers import Server
 from benchmarks.single import BARE
@@ -28,6 +28,7 @@ TITLE = "A steady rate"
 RATE = 5000
 CONNECTIONS = 64
 _OURS = "datapipe"
+_AS_RUN = "datapipe, as make run sets it"
 _DRAWN = ["p50_ms", "p99_ms"]
 _SOON = {"load_interval": 5, "load_min_interval": 1}
 _LAGS = ("lag_p50_s", "lag_p99_s", "lag_max_s")
@@ -43,14 +44,15 @@ def measure(bench: Bench) -> Iterator[Contest]:
     try:
         postgres.start()
         name = f"{RATE:,} events a second for {bench.minute:.0f} s"
-        memory = Goal("steady, peak MB", _OURS, figure="peak_mb", most=200, every=True)
-        yield in_turn(name, _rivals(postgres, bench.minute), bench, [memory], _DRAWN)
+        rivals = _rivals(postgres, bench.minute)
+        yield in_turn(name, rivals, bench, memory_goals("steady", _OURS, _AS_RUN), _DRAWN)
     finally:
         postgres.remove()
     goal = Goal("p99 ms of the answer at half of the top rate", _OURS, figure="p99_ms", most=10)
     half = _Half(bench)
     rivals = {_OURS: half.ours, f"{BARE} at the same rate": half.bare}
-    yield in_turn("half of the top rate", rivals, bench, [goal], _DRAWN)
+    goals = [goal, *memory_goals("steady", _OURS)]
+    yield in_turn("half of the top rate", rivals, bench, goals, _DRAWN)
 
 
 def _rivals(postgres: Postgres, seconds: float) -> dict[str, Callable[[], Sample]]:
@@ -66,7 +68,7 @@ def _rivals(postgres: Postgres, seconds: float) -> dict[str, Callable[[], Sample
 
     return {
         _OURS: ours,
-        "datapipe, as make run sets it": lambda: ours(**_SOON),
+        _AS_RUN: lambda: ours(**_SOON),
         PEERS[0].name: peer,
     }
 

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import page
 from benchmarks.chart import Bar, Group, svg
-from benchmarks.measure import Bench, Contest, Goal, Sample, Spread, in_turn
+from benchmarks.measure import Bench, Contest, Goal, Sample, Spread, in_turn, memory_goals
 from benchmarks.page import Part
 from benchmarks.results import Result, read, save
 
@@ -135,6 +135,16 @@ def test_of_two_contests_with_one_goal_the_worse_is_told(tmp_path: Path) -> None
     text = (tmp_path / "benchmarks.md").read_text()
     assert text.count("| datapipe / b |") == 1
     assert "| 1.50 (256 connections) | met |" in text
+
+
+def test_of_several_rivals_with_one_goal_the_worse_is_named(tmp_path: Path) -> None:
+    samples: dict[str, list[Sample]] = {
+        "1 lane": [{"peak_mb": 100}, {"peak_mb": 110}],
+        "9 lanes": [{"peak_mb": 120}, {"peak_mb": 201}],
+    }
+    contest = Contest("by lanes", samples, memory_goals("growth", *samples))
+    text = _write(tmp_path, single=contest)
+    assert "| growth, peak MB | <= 200 | 160 <sub>120 to 201</sub> (9 lanes) | **MISSED** |" in text
 
 
 def test_a_picture_is_well_formed_and_shows_spreads() -> None:
