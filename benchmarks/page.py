@@ -27,7 +27,7 @@ FIGURES = {  # the title of its column, and its format
     "recovered_s": ("books complete s", ".2f"),
     "first_s": ("first loaded s", ".1f"),
     "drain_s": ("all loaded s", ".1f"),
-    "share": ("share", ".2f"),
+    "share": ("share", ".3f"),
     "requests": ("requests", ",.0f"),
     "requests_per_million": ("requests/M events", ",.0f"),
     "cpu_s_per_million": ("CPU s/M events", ".2f"),
@@ -113,7 +113,7 @@ def _goal(part: Part, what: str, found: Sequence[tuple[Goal, Contest, Spread | N
     else:
         goal, contest, spread = min(known, key=lambda each: each[0].distance(each[2]))
         where = _where(goal, contest, found)
-        form = ".2f" if goal.rival else FIGURES[goal.figure][1]
+        form = _ratio_form(spread) if goal.rival else FIGURES[goal.figure][1]
         note = LIMITS.get(what, "")
         verdict = "met" if goal.met(spread) else f"**MISSED**{': ' if note else ''}{note}"
         cells = (_spread(spread, form) + where, verdict)
@@ -160,16 +160,22 @@ def _table(contest: Contest) -> str:
     ours = first == "datapipe"  # is measured by its rivals; else the first measures the others
     titles = [FIGURES[key][0] for key in shown]
     if of:
-        ratio = "datapipe / it" if ours else f"it / {first}"
-        titles.insert(1, ratio if of == "rate" else f"{FIGURES[of][0]}, {ratio}")
+        said = "datapipe / it" if ours else f"it / {first}"
+        titles.insert(1, said if of == "rate" else f"{FIGURES[of][0]}, {said}")
     lines = [["", *titles], ["---", *["---:"] * len(titles)]]
     for name in contest.samples:
         cells = [_known(contest.spread(name, key), FIGURES[key][1]) for key in shown]
         if of:
             pair = (first, name) if ours else (name, first)
-            cells.insert(1, "" if name == first else _known(contest.ratio(*pair, of), ".2f"))
+            ratio = contest.ratio(*pair, of) if name != first else None
+            cells.insert(1, _spread(ratio, _ratio_form(ratio)) if ratio else "")
         lines.append([name, *cells])
     return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+
+
+def _ratio_form(spread: Spread) -> str:
+    """So that 0.896 does not read as if it were 0.9."""
+    return ".3f" if spread.median < 1 else ".2f"
 
 
 def _known(spread: Spread | None, form: str) -> str:
