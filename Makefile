@@ -23,8 +23,8 @@ lint: $(VENV)/.test ## ruff, mypy and bandit
 	$(BIN)/python -m mypy datapipe
 	$(BIN)/python -m bandit -q -c pyproject.toml -r datapipe
 
-bench: $(VENV)/.test ## measure against bare aiohttp and bare COPY, as ratios
-	@./tools/test-needs wrk
+bench: $(VENV)/.test ## measure against bare aiohttp, bare COPY and what people run instead, as ratios
+	@PYTHON=$(PYTHON) ./tools/bench-needs
 	$(BIN)/python -m benchmarks
 
 torture: $(VENV)/.test ## the long fault run: kills, an outage, hostile bodies (about an hour)

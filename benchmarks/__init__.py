@@ -1,1 +1,1 @@
-"""`make bench`: datapipe beside what it could be measured by, as ratios of one run."""
+"""`make bench`: datapipe beside what one could take instead, on one machine, in one run."""

@@ -1,111 +1,147 @@
-"""batch: 1,000 events a POST until the last row is committed, beside `copy_expert` of the rows.
+"""Many events a POST over 8 connections, from the first POST until the last row is committed.
 
-A third rival is the bare aiohttp application under the same POSTs: the generator's own limit.
+datapipe ends with `POST /load`, which answers when all is in its table. *copy_expert* is one COPY
+of the same rows, ready in memory, in one transaction: what PostgreSQL takes at most from one
+connection. *Bare aiohttp* and *the generator's limit* read the same bodies and store nothing. The
+peers get the same batches and write one statement for each.
 """
 
 from __future__ import annotations
 
-import io
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import psycopg2
 
 from benchmarks import servers
-from benchmarks.events import COLUMNS, NAMES, TABLE, as_array, as_rows, crashes
-from benchmarks.generator import post_all
-from benchmarks.measure import Contest, Sample, in_turn
+from benchmarks.events import (
+    COLUMNS,
+    NAMES,
+    TABLE,
+    as_array,
+    as_ndjson,
+    as_rows,
+    batches,
+    packed,
+)
+from benchmarks.loads import batches as send
+from benchmarks.loads import database, opened, rows
+from benchmarks.measure import Bench, Contest, Goal, Sample, in_turn, memory_goals
+from benchmarks.peers import PEERS, Peer
+from benchmarks.single import BARE, LIMIT
 from tests.postgres import Postgres
 
-POSTS = 2000
-EVENTS = 1000  # of one POST
-CONNECTIONS = 8
-GOAL = 0.4
-_DISTINCT = 100  # bodies, sent in turn
+TITLE = "Batches"
+COPY = "copy_expert"
+_OURS = "datapipe"
+_EVENTS = 1000
+_PEERS = [peer for peer in PEERS if peer.takes_batches and peer.durable]
+_COPIED = 2_000_000  # rows of copy_expert
 _COPY_BYTES = 524_288  # of one COPY write, as datapipe's
 
 
-class Batch:
-    """The rivals; all send the same events."""
+def goals() -> list[Goal]:
+    made = [
+        Goal("batches of 1,000 until committed / copy_expert", _OURS, COPY, least=0.5),
+        Goal("batches of 1,000, events/s", _OURS, least=1_200_000),
+    ]
+    made += [Goal(f"batches of 1,000 / {peer.name}", _OURS, peer.name, least=3) for peer in _PEERS]
+    return made + memory_goals("batches", _OURS)
 
-    def __init__(self, postgres: Postgres) -> None:
-        batches = [crashes(EVENTS, seed) for seed in range(_DISTINCT)]
-        self._bodies = [as_array(batch) for batch in batches] * (POSTS // _DISTINCT)
-        self._rows = b"".join(as_rows(batch) for batch in batches) * (POSTS // _DISTINCT)
-        self._postgres = postgres
 
-    def datapipe(self) -> Sample:
-        """From the first POST until `POST /load` has committed the last row."""
-        url = self._fresh_database()
-        with servers.datapipe(url) as server:
-            post_all(server.url, self._bodies[:10], CONNECTIONS)  # tables, code, connections
-            server.load()
-            cpu_s, started = server.cpu_s(), time.perf_counter()
-            load = post_all(server.url, self._bodies, CONNECTIONS)
-            server.load()
-            seconds = time.perf_counter() - started
-            self._count(url, (POSTS + 10) * EVENTS)
-            cpu_s, peak_mb = server.cpu_s() - cpu_s, server.memory_mb("VmHWM")
-        self._drop(url)
-        events = POSTS * EVENTS
-        return Sample(
-            events / seconds, load.p50_ms, load.p99_ms, cpu_s / events * 1e6, peak_mb,
-            cpu_s / seconds, load.cpu_s / load.seconds,
-        )  # fmt: skip
+def measure(bench: Bench) -> Iterator[Contest]:
+    name = "1,000 events a POST, as a JSON array"
+    yield in_turn(name, _rivals(bench), bench, goals(), undrawn=[BARE, LIMIT])
+    forms = _forms(bench)
+    yield in_turn("datapipe's batches by form", forms, bench, memory_goals("batches", *forms))
 
-    def copy(self) -> Sample:
-        """One COPY of all rows from memory, one transaction."""
-        url = self._fresh_database()
-        connection = psycopg2.connect(url)
-        with connection.cursor() as cursor:
-            cursor.execute(f"CREATE TABLE {TABLE} ({COLUMNS})")
-            connection.commit()
-            cpu_s, started = time.process_time(), time.perf_counter()
-            statement = f"COPY {TABLE} ({NAMES}) FROM STDIN"
-            cursor.copy_expert(statement, io.BytesIO(self._rows), _COPY_BYTES)
-            connection.commit()
-            seconds, cpu_s = time.perf_counter() - started, time.process_time() - cpu_s
-        connection.close()
-        self._count(url, POSTS * EVENTS)
-        self._drop(url)
-        events = POSTS * EVENTS
-        return Sample(events / seconds, cpu_s_per_million=cpu_s / events * 1e6)
 
-    def bare(self) -> Sample:
-        """The same POSTs, read and answered with a constant."""
+def _rivals(bench: Bench) -> dict[str, Callable[[], Sample]]:
+    bodies = [as_array(batch) for batch in batches(_EVENTS)]
+
+    def bare(server: servers.Server) -> Sample:
+        return send(server, bodies, _EVENTS, bench.seconds, settle=lambda: None, count=None)
+
+    def plain() -> Sample:
         with servers.bare() as server:
-            post_all(server.url, self._bodies[:10], CONNECTIONS)
-            cpu_s = server.cpu_s()
-            load = post_all(server.url, self._bodies, CONNECTIONS)
-            cpu_s = server.cpu_s() - cpu_s
-        events = POSTS * EVENTS
-        return Sample(
-            events / load.seconds, load.p50_ms, load.p99_ms, cpu_s / events * 1e6,
-            server_cores=cpu_s / load.seconds, generator_cores=load.cpu_s / load.seconds,
+            return bare(server)
+
+    def limit() -> Sample:
+        with servers.sink() as server:
+            return bare(server)
+
+    return {
+        _OURS: partial(_datapipe, bench, bodies, _EVENTS),
+        COPY: partial(copy, bench.postgres, _COPIED),
+        BARE: plain,
+        LIMIT: limit,
+        **{peer.name: partial(_peer, peer, bench, bodies) for peer in _PEERS},
+    }
+
+
+def _forms(bench: Bench) -> dict[str, Callable[[], Sample]]:
+    rivals: dict[str, Callable[[], Sample]] = {}
+    for events in (1000, 100):
+        for form, made in (("array", as_array), ("NDJSON", as_ndjson)):
+            plain = [made(batch) for batch in batches(events)]
+            for encoding, bodies in (("", plain), ("gzip", [packed(body) for body in plain])):
+                name = f"{events:,} a POST, {form}{', gzip' if encoding else ''}"
+                rivals[name] = partial(_datapipe, bench, bodies, events, encoding)
+    return rivals
+
+
+def _datapipe(bench: Bench, bodies: list[bytes], events: int, encoding: str = "") -> Sample:
+    with database(bench.postgres) as url, servers.datapipe(url) as server:
+        return send(
+            server, bodies, events, bench.seconds, settle=server.load,
+            count=lambda: rows(bench.postgres, url), encoding=encoding,
         )  # fmt: skip
 
-    def _fresh_database(self) -> str:
-        """Empty, and with no checkpoint left over from the run before."""
-        url = self._postgres.create_database()
-        self._postgres.execute(url, "CHECKPOINT")
-        return url
 
-    def _drop(self, url: str) -> None:
-        name = url.rpartition("/")[2]
-        self._postgres.execute(self._postgres.url("postgres"), f"DROP DATABASE {name}")
-
-    def _count(self, url: str, wanted: int) -> None:
-        ((rows,),) = self._postgres.execute(url, f"SELECT count(*) FROM {TABLE}")
-        if rows != wanted:
-            raise RuntimeError(f"{wanted} events were sent, {rows} are in the table")
+def _peer(peer: Peer, bench: Bench, bodies: list[bytes]) -> Sample:
+    with opened(peer, bench.postgres) as (server, count):
+        settle = partial(peer.settle, server)
+        return send(server, bodies, _EVENTS, bench.seconds, settle=settle, count=count)
 
 
-def contests(postgres: Postgres, runs: int, say: Callable[[str], None]) -> list[Contest]:
-    batch = Batch(postgres)
-    rivals = {
-        "datapipe": batch.datapipe,
-        "copy_expert": batch.copy,
-        "bare aiohttp": batch.bare,
-    }
-    name = f"batch, {EVENTS} events a POST"
-    return [in_turn(name, rivals, runs, {"copy_expert": GOAL}, say)]
+class _Rows:
+    """A file of COPY rows: the same block over and over."""
+
+    def __init__(self, block: bytes, times: int) -> None:
+        self._block = block
+        self._left = times
+        self._at = 0
+
+    def read(self, size: int) -> bytes:
+        if self._at == len(self._block):
+            self._at, self._left = 0, self._left - 1
+        if self._left <= 0:
+            return b""
+        part = self._block[self._at : self._at + size]
+        self._at += len(part)
+        return part
+
+
+def copy(postgres: Postgres, count: int) -> Sample:
+    """One COPY of at least so many rows, one transaction."""
+    block_rows = 100 * _EVENTS
+    block = b"".join(as_rows(batch) for batch in batches(_EVENTS))
+    times = -(-count // block_rows)
+    with database(postgres) as url:
+        connection = psycopg2.connect(url)
+        try:
+            with connection.cursor() as cursor:
+                cursor.execute(f"CREATE TABLE {TABLE} ({COLUMNS})")
+                connection.commit()
+                cpu_s, started = time.process_time(), time.perf_counter()
+                statement = f"COPY {TABLE} ({NAMES}) FROM STDIN"
+                cursor.copy_expert(statement, _Rows(block, times), _COPY_BYTES)
+                connection.commit()
+                seconds, cpu_s = time.perf_counter() - started, time.process_time() - cpu_s
+        finally:
+            connection.close()
+        if rows(postgres, url) != times * block_rows:
+            raise RuntimeError("COPY has not written all rows")
+    events = times * block_rows
+    return {"rate": events / seconds, "cpu_s_per_million": cpu_s / events * 1e6}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import random
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -33,13 +34,27 @@ def crashes(count: int, seed: int = 1) -> list[Crash]:
     ]
 
 
-def as_json(crash: Crash) -> bytes:
-    return msgspec.json.encode({"event_name": TABLE, **crash._asdict()})
+def batches(events: int, count: int = 100) -> list[list[Crash]]:
+    """So many different batches of so many events."""
+    return [crashes(events, seed) for seed in range(count)]
+
+
+def as_json(crash: Crash, event_name: str = TABLE) -> bytes:
+    return msgspec.json.encode({"event_name": event_name, **crash._asdict()})
 
 
 def as_array(batch: Sequence[Crash]) -> bytes:
     """The body of a batch."""
     return b"[%b]" % b",".join(map(as_json, batch))
+
+
+def as_ndjson(batch: Sequence[Crash]) -> bytes:
+    return b"".join(as_json(crash) + b"\n" for crash in batch)
+
+
+def packed(body: bytes) -> bytes:
+    """As a client would: gzip at its usual level."""
+    return gzip.compress(body, 6, mtime=0)
 
 
 def as_rows(batch: Sequence[Crash]) -> bytes:

@@ -1,4 +1,12 @@
-"""ironmq: requests to it for a million events; rates with a mirror that answers in 50 ms."""
+"""IronMQ as the mirror, a stand-in in a process of its own that answers each call in 50 ms.
+
+Single events: while a call is under way events gather for the next, so the rate goes with the
+number of connections; *share* is the rate as a share of connections / latency, which one would get
+if each POST waited for exactly one call. Batches: 1,000 events of the README's size a POST over 64
+connections, until committed and deleted from the queue; requests are those of all kinds for a
+million events. The hour (an event a second, `mirror_linger_ms` at 5,000) and the idle day (of three
+lanes) are counted on a simulated clock.
+"""
 
 from __future__ import annotations
 
@@ -10,85 +18,56 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgspec
 
 from benchmarks import ironmq_simulated, servers
-from benchmarks.generator import post_all, wrk
-from tests.postgres import Postgres
+from benchmarks.generator import wrk
+from benchmarks.ironmq_simulated import DAY_GOAL, HOUR_GOAL, LANES
+from benchmarks.loads import batches, database, figures, rows
+from benchmarks.measure import Bench, Contest, Goal, Sample, in_turn, memory_goals
 
+TITLE = "IronMQ"
 LATENCY_S = 0.05
-EVENTS, BATCH, CONNECTIONS = 1_000_000, 1_000, 64
-REQUESTS_GOAL = 600
-SHARE_GOAL = 0.9  # of connections / latency, with 64 connections
-GROWTH_GOAL = 6.0  # of 1,000 connections over 64
+_EVENTS, _CONNECTIONS = 1000, 64
+_REQUESTS = "requests_per_million"
 _LETTERS = string.ascii_lowercase + "_"
 
 
-@dataclass(slots=True)
-class Rate:
-    """POSTs of one event a second, and what that cost."""
-
-    connections: int
-    rate: float
-    p99_ms: float
-    requests: int
-    peak_connections: int
-
-
-@dataclass(slots=True)
-class Result:
-    """Requests to IronMQ for a million events, by kind; rates; the simulated hour and day."""
-
-    seconds: float
-    requests: dict[str, int]
-    bytes_each: float  # rows of an event, as stored
-    rates: list[Rate]
-    simulated: list[str]
-
-
-def measure(postgres: Postgres, seconds: float, say: Callable[[str], None]) -> Result:
-    took, requests, size = _million(postgres)
-    say(f"ironmq, a million events: {sum(requests.values())} requests")
-    rates = []
-    for connections in (CONNECTIONS, 1000):
-        rates.append(_rate(postgres, connections, seconds))
-        say(f"ironmq, {connections} connections: {rates[-1].rate:,.0f}/s")
-    return Result(took, requests, size, rates, ironmq_simulated.text())
-
-
-def lines(result: Result) -> list[str]:
-    """What is printed: a figure and its goal a line."""
-    total = sum(result.requests.values())
-    few, many = result.rates
-    share, growth = few.rate / (few.connections / LATENCY_S), many.rate / few.rate
-    kinds = ", ".join(f"{kind} {n}" for kind, n in result.requests.items())
-    return [
-        f"ironmq: a million events in batches of {BATCH:,} over {CONNECTIONS} connections, "
-        f"{result.seconds:.0f} s: {total} requests (goal <= {REQUESTS_GOAL}: "
-        f"{_verdict(total <= REQUESTS_GOAL)}); {kinds}; {result.bytes_each:.1f} bytes an event",
-        *result.simulated,
-        *(
-            f"ironmq: {each.connections} connections, one event a POST, IronMQ answers in "
-            f"{LATENCY_S * 1e3:.0f} ms: {each.rate:,.0f}/s, p99 {each.p99_ms:.0f} ms; at most "
-            f"{each.peak_connections} connections to IronMQ, {each.requests} requests"
-            for each in result.rates
-        ),
-        f"ironmq: {few.connections} connections: {share:.2f} of connections / latency (goal >= "
-        f"{SHARE_GOAL}: {_verdict(share >= SHARE_GOAL)}); {many.connections} connections: "
-        f"{growth:.1f} times that (goal >= {GROWTH_GOAL:g}: {_verdict(growth >= GROWTH_GOAL)})",
+def measure(bench: Bench) -> Iterator[Contest]:
+    few, many = "64 connections", "1,000 connections"
+    singles = {few: 64, "256 connections": 256, many: 1000}
+    goals = [
+        Goal("IronMQ, 64 connections, share", few, figure="share", least=0.9),
+        Goal("IronMQ, 1,000 connections / 64", many, few, least=6),
+        *memory_goals("IronMQ", *singles),
     ]
+    rivals = {name: partial(_single, bench, count) for name, count in singles.items()}
+    yield in_turn("single events", rivals, bench, goals)
+    name = "1,000 events a POST"
+    goals = [
+        Goal("IronMQ, requests a million events", name, figure=_REQUESTS, most=600),
+        *memory_goals("IronMQ", name),
+    ]
+    yield in_turn("batches", {name: partial(_batches, bench)}, bench, goals)
+    yield _simulated()
 
 
-def _verdict(met: bool) -> str:
-    return "met" if met else "MISSED"
-
-
-# --- a million events ---
+def _simulated() -> Contest:
+    hour, day = "an event a second for an hour", "idle for a day, a lane"
+    requests = {
+        hour: [{"requests": float(ironmq_simulated.hour().total())}],
+        day: [{"requests": ironmq_simulated.day().total() / LANES}],
+    }
+    goals = [
+        Goal(f"IronMQ, requests, {hour}", hour, figure="requests", most=HOUR_GOAL),
+        Goal(f"IronMQ, requests, {day}", day, figure="requests", most=DAY_GOAL),
+    ]
+    return Contest("simulated", requests, goals, [])
 
 
 def _events(count: int, seed: int) -> list[dict[str, Any]]:
@@ -105,40 +84,44 @@ def _events(count: int, seed: int) -> list[dict[str, Any]]:
     ]
 
 
-def _million(postgres: Postgres) -> tuple[float, dict[str, int], float]:
-    """Until the last row is committed and the last message deleted: seconds, requests, size."""
-    bodies = [msgspec.json.encode(_events(BATCH, seed)) for seed in range(EVENTS // BATCH)]
-    database = postgres.create_database()
-    with _queue() as queue, servers.datapipe(database, **queue.settings) as server:
-        started = time.perf_counter()
-        post_all(server.url, bodies, CONNECTIONS)
-        server.load()
-        queue.wait_until_empty()
-        seconds, report = time.perf_counter() - started, queue.report()
-        ((rows,),) = postgres.execute(database, "SELECT count(*) FROM crash_report")
-        if rows != EVENTS:
-            raise RuntimeError(f"{EVENTS} events were sent, {rows} are in the table")
-    posts = report["requests"]["post"]
-    return seconds, report["requests"], posts * 65_536 / EVENTS
-
-
-# --- rates ---
-
-
-def _rate(postgres: Postgres, connections: int, seconds: float) -> Rate:
+def _single(bench: Bench, connections: int) -> Sample:
     bodies = [msgspec.json.encode(event) for event in _events(1000, 1)]
-    database = postgres.create_database()
-    with _queue() as queue, servers.datapipe(database, **queue.settings) as server:
+    with (
+        database(bench.postgres) as url,
+        _queue() as queue,
+        servers.datapipe(url, **queue.settings) as server,
+    ):
         wrk(server.url, bodies, connections, 2)
-        before = queue.report()["total"]
-        load = wrk(server.url, bodies, connections, seconds)
-        report = queue.report()
-    rate = load.requests / load.seconds
-    requests = report["total"] - before
-    return Rate(connections, rate, load.p99_ms, requests, report["peak_connections"])
+        before, cpu_s = queue.report()["total"], server.cpu_s()
+        load = wrk(server.url, bodies, connections, bench.seconds)
+        after, cpu_s = queue.report()["total"], server.cpu_s() - cpu_s
+        sample = figures(server, load, load.requests, load.seconds, cpu_s)
+    return sample | {
+        "share": sample["rate"] * LATENCY_S / connections,
+        _REQUESTS: (after - before) / load.requests * 1e6,
+    }
 
 
-# --- the stand-in ---
+def _batches(bench: Bench) -> Sample:
+    bodies = [msgspec.json.encode(_events(_EVENTS, seed)) for seed in range(100)]
+    with (
+        database(bench.postgres) as url,
+        _queue() as queue,
+        servers.datapipe(url, **queue.settings) as server,
+    ):
+
+        def settle() -> None:
+            server.load()
+            while queue.waiting():  # what was on its way when the sending ended
+                time.sleep(0.1)
+                server.load()
+
+        sample = batches(
+            server, bodies, _EVENTS, bench.seconds, settle=settle, connections=_CONNECTIONS,
+            count=partial(rows, bench.postgres, url),
+        )  # fmt: skip
+        requests = queue.report()["total"] / rows(bench.postgres, url) * 1e6
+    return sample | {_REQUESTS: requests}
 
 
 class _Queue:
@@ -146,7 +129,7 @@ class _Queue:
 
     def __init__(self, told: dict[str, str]) -> None:
         self._url = f"{told['url']}/_control"
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "mirror": "ironmq",
             "ironmq_host": told["url"],
             "ironmq_token": told["token"],
@@ -158,9 +141,9 @@ class _Queue:
             answer: dict[str, Any] = json.load(response)
         return answer
 
-    def wait_until_empty(self) -> None:
-        while sum(self.report()["queues"].values()):
-            time.sleep(0.1)
+    def waiting(self) -> int:
+        """Messages that are not deleted yet."""
+        return sum(self.report()["queues"].values())
 
 
 @contextmanager
@@ -175,12 +158,3 @@ def _queue() -> Iterator[_Queue]:
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=60)
-
-
-if __name__ == "__main__":
-    server = Postgres(fsync="on")
-    try:
-        server.start()
-        print("\n".join(lines(measure(server, 5, print))))
-    finally:
-        server.remove()

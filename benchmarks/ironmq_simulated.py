@@ -96,23 +96,3 @@ async def _service(mq: IronMQ, database: MemoryDatabase, **more: int) -> AsyncIt
 
 def _now() -> float:
     return 1_800_000_000.0 + asyncio.get_running_loop().time()
-
-
-def text() -> list[str]:
-    """Both, as lines beside their goals."""
-    an_hour, a_day = hour(), day()
-    per_lane = a_day.total() / LANES
-    return [
-        _line("an event a second for an hour", an_hour, an_hour.total(), HOUR_GOAL),
-        _line(f"idle for a day, per lane of {LANES}", a_day, per_lane, DAY_GOAL),
-    ]
-
-
-def _line(name: str, requests: Counter[str], count: float, goal: int) -> str:
-    kinds = ", ".join(f"{kind} {n}" for kind, n in requests.most_common())
-    met = "met" if count <= goal else "MISSED"
-    return f"ironmq: {name}: {count:,.0f} requests (goal <= {goal:,}: {met}); {kinds}"
-
-
-if __name__ == "__main__":
-    print("\n".join(text()))

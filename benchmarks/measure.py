@@ -3,70 +3,148 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+# One run: figures by name (`report.FIGURES` tells their units); `rate` is events a second.
+Sample = dict[str, float]
 
 
 @dataclass(slots=True)
-class Sample:
-    """One run. `rate` is events a second; what was not measured is None."""
+class Bench:
+    """What each part is given.
 
-    rate: float
-    p50_ms: float | None = None
-    p99_ms: float | None = None
-    cpu_s_per_million: float | None = None
-    peak_mb: float | None = None
-    server_cores: float | None = None  # CPU seconds a second of the server
-    generator_cores: float | None = None
+    Attributes: seconds: of a single run. minute: of a run that should be long, in seconds.
+    """
+
+    postgres: Any
+    runs: int
+    seconds: float
+    minute: float
+    say: Callable[[str], None]
 
 
 @dataclass(slots=True)
-class Ratio:
-    """Of the runs that followed each other, one by one: so that both saw the same machine."""
-
+class Spread:
     median: float
     least: float
     most: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Self:
+        return cls(statistics.median(values), min(values), max(values))
+
+
+@dataclass(slots=True)
+class Goal:
+    """What is wanted of a figure of `ours`, or of its ratio to that of `rival`.
+
+    The median is judged; with `every` it is the worst of the runs.
+    """
+
+    what: str
+    ours: str
+    rival: str = ""
+    figure: str = "rate"
+    least: float | None = None
+    most: float | None = None
+    every: bool = False
+
+    def met(self, spread: Spread) -> bool:
+        if self.least is not None:
+            return (spread.least if self.every else spread.median) >= self.least
+        assert self.most is not None
+        return (spread.most if self.every else spread.median) <= self.most
+
+    def distance(self, spread: Spread) -> float:
+        """How far from being missed, as a factor: the smallest of several is told."""
+        if self.least is not None:
+            return (spread.least if self.every else spread.median) / self.least
+        assert self.most is not None
+        return self.most / max(spread.most if self.every else spread.median, 1e-9)
+
+
+def memory_goals(what: str, *rivals: str) -> list[Goal]:
+    """That each of them stays within 200 MB in every run."""
+    return [
+        Goal(f"{what}, peak MB", each, figure="peak_mb", most=200, every=True) for each in rivals
+    ]
 
 
 @dataclass(slots=True)
 class Contest:
     """Samples of each rival, taken in turn. The first rival is the one that is looked at.
 
-    Args: goals: ratios that are wanted, by the name of the rival.
+    Attributes: drawn: the figures that the picture shows. undrawn: rivals so far above the others
+        that a bar would say nothing. left_out: why, by rival.
     """
 
     name: str
     samples: dict[str, list[Sample]]
-    goals: dict[str, float] = field(default_factory=dict)
+    goals: list[Goal] = field(default_factory=list)
+    drawn: list[str] = field(default_factory=lambda: ["rate"])
+    undrawn: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
 
-    def ratios(self) -> dict[tuple[str, str], Ratio]:
-        first, *rivals = self.samples
-        found = {}
-        for rival in rivals:
-            pairs = zip(self.samples[first], self.samples[rival], strict=True)
-            values = [ours.rate / theirs.rate for ours, theirs in pairs]
-            found[first, rival] = Ratio(statistics.median(values), min(values), max(values))
-        return found
+    def spread(self, rival: str, figure: str) -> Spread | None:
+        """Of the runs that have the figure; None if none has."""
+        values = [sample[figure] for sample in self.samples.get(rival, []) if figure in sample]
+        return Spread.of(values) if values else None
 
-    def median(self, rival: str, what: str) -> float | None:
-        values = [getattr(sample, what) for sample in self.samples[rival]]
-        known = [value for value in values if value is not None]
-        return statistics.median(known) if known else None
+    def ratio(self, ours: str, rival: str, figure: str = "rate") -> Spread | None:
+        """Of the runs that followed each other, one by one: so that both saw the same machine."""
+        pairs = zip(self.samples.get(ours, []), self.samples.get(rival, []), strict=False)
+        values = [a[figure] / b[figure] for a, b in pairs if figure in a and b.get(figure)]
+        return Spread.of(values) if values else None
+
+    def judge(self, goal: Goal) -> Spread | None:
+        """The figure that the goal is about; None if it was not measured."""
+        if goal.rival:
+            return self.ratio(goal.ours, goal.rival, goal.figure)
+        return self.spread(goal.ours, goal.figure)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        return cls(**{**value, "goals": [Goal(**goal) for goal in value["goals"]]})
 
 
 def in_turn(
     name: str,
     rivals: Mapping[str, Callable[[], Sample]],
-    runs: int,
-    goals: Mapping[str, float] | None = None,
-    say: Callable[[str], None] = lambda text: None,
+    bench: Bench,
+    goals: Sequence[Goal] = (),
+    drawn: Sequence[str] = ("rate",),
+    undrawn: Sequence[str] = (),
 ) -> Contest:
-    """Run each rival once, then all of them again, `runs` times."""
-    samples: dict[str, list[Sample]] = {rival: [] for rival in rivals}
-    for number in range(1, runs + 1):
+    """Run each rival once, then all of them again, `bench.runs` times.
+
+    A rival that fails is left out from there on, and the contest says why.
+
+    Raises: Exception: what the first rival raised.
+    """
+    first = next(iter(rivals))
+    contest = Contest(
+        name, {rival: [] for rival in rivals}, list(goals), list(drawn), list(undrawn)
+    )
+    for number in range(1, bench.runs + 1):
         for rival, run in rivals.items():
-            sample = run()
-            samples[rival].append(sample)
-            say(f"{name}, run {number} of {runs}: {rival} {sample.rate:,.0f}/s")
-    return Contest(name, samples, dict(goals or {}))
+            if rival in contest.left_out:
+                continue
+            try:
+                sample = run()
+            except Exception as exc:
+                if rival == first:
+                    raise
+                reason = (str(exc).strip() or type(exc).__name__).splitlines()[0]
+                contest.left_out[rival] = f"run {number}: {reason}"
+                bench.say(f"{name}: {rival} is left out: {exc}")
+                continue
+            contest.samples[rival].append(sample)
+            told = ", ".join(f"{figure} {value:,.4g}" for figure, value in sample.items())
+            bench.say(f"{name}, run {number} of {bench.runs}: {rival}: {told}")
+    contest.samples = {rival: of for rival, of in contest.samples.items() if of}
+    return contest

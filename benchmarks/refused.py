@@ -1,4 +1,4 @@
-"""refused: loads of 100,000 rows of which the table refuses some, beside a load that it takes.
+"""Loads of 100,000 rows of which the table refuses some, beside a load that it takes.
 
 With a line number (a CHECK) PostgreSQL says which row it was; without one (a foreign key) the rows
 are halved until it is found.
@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from functools import partial
 
-from benchmarks.measure import Contest, Sample, in_turn
+from benchmarks.measure import Bench, Contest, Goal, Sample, in_turn
 from datapipe.events import Column
 from datapipe.segment import Segment
 from datapipe.settings import Settings
 from datapipe.sinks import Table, open_sink
 from tests.postgres import Postgres
 
+TITLE = "Refused rows"
 ROWS = 100_000
 GOALS = {"one refused": 0.5, "1 % refused": 1 / 20, "1 % refused, no line": 1 / 30}
 _TABLE = Table(
     "refusing", (Column("n", "bigint"), Column("t", "text"), Column("received_at", "timestamptz"))
 )
+_CLEAN = "clean"
 _CHECK = "ALTER TABLE refusing ADD CHECK (n <> -1)"
 _FOREIGN_KEY = (
     "CREATE TABLE good (n bigint PRIMARY KEY); INSERT INTO good VALUES (1);"
@@ -64,22 +67,16 @@ def seconds(postgres: Postgres, constraint: str, bad: int, rows: int = ROWS) -> 
     return asyncio.run(load())
 
 
-def contests(postgres: Postgres, runs: int, say: Callable[[str], None]) -> list[Contest]:
-    made = []
+def measure(bench: Bench) -> Iterator[Contest]:
+    def load(constraint: str, bad: int) -> Sample:
+        return {"rate": ROWS / seconds(bench.postgres, constraint, bad)}
+
     cases = {
         "one refused": (_CHECK, 1),
         "1 % refused": (_CHECK, ROWS // 100),
         "1 % refused, no line": (_FOREIGN_KEY, ROWS // 100),
     }
     for name, (constraint, bad) in cases.items():
-
-        def refused(constraint: str = constraint, bad: int = bad) -> Sample:
-            return Sample(ROWS / seconds(postgres, constraint, bad))
-
-        def clean(constraint: str = constraint) -> Sample:
-            return Sample(ROWS / seconds(postgres, constraint, 0))
-
-        rivals = {name: refused, "clean": clean}
-        goals = {"clean": GOALS[name]}
-        made.append(in_turn(f"load of {ROWS:,} rows", rivals, runs, goals, say))
-    return made
+        rivals = {name: partial(load, constraint, bad), _CLEAN: partial(load, constraint, 0)}
+        goal = Goal(f"load, {name} / clean", name, _CLEAN, least=GOALS[name])
+        yield in_turn(name, rivals, bench, [goal])

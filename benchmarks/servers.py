@@ -1,4 +1,4 @@
-"""The servers under load: each a process of its own on loopback, ended by its process id."""
+"""The servers under load: each with its processes on loopback, ended by process id."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 ROOT = Path(__file__).parent.parent
 WORK = ROOT / "var" / "bench"  # a real disk: /tmp may be memory
@@ -22,23 +24,38 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Server:
-    """A running server; `url` is its address."""
+    """A running server; `url` is its address. Its figures take in the processes it has started."""
 
     def __init__(self, process: subprocess.Popen[bytes], url: str) -> None:
         self.pid = process.pid
         self.url = url
 
     def cpu_s(self) -> float:
-        """CPU seconds of all its threads so far."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / _TICKS
+        """CPU seconds of all its threads so far, those of children that have ended as well."""
+        ticks = 0
+        for pid in self._pids():
+            fields = _read(pid, "stat").rpartition(")")[2].split()
+            ticks += sum(map(int, fields[11:15]))
+        return ticks / _TICKS
 
     def memory_mb(self, what: str = "VmRSS") -> float:
-        """Resident memory in MB (10^6 bytes); its highest mark with `VmHWM`."""
-        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
-            if line.startswith(f"{what}:"):
-                return int(line.split()[1]) * 1024 / 1e6
-        raise KeyError(what)
+        """Resident memory in MB (10^6 bytes); its highest mark with `VmHWM`.
+
+        Pages that several processes share count in each.
+        """
+        lines = [line for pid in self._pids() for line in _read(pid, "status").splitlines()]
+        kib = [int(line.split()[1]) for line in lines if line.startswith(f"{what}:")]
+        if not kib:
+            raise KeyError(what)
+        return sum(kib) * 1024 / 1e6
+
+    def _pids(self) -> list[int]:
+        """The server and all that descend from it."""
+        pids = [self.pid]
+        for pid in pids:  # grows as it is read
+            for task in Path(f"/proc/{pid}/task").glob("*"):
+                pids += map(int, _read(pid, f"task/{task.name}/children").split())
+        return pids
 
     def load(self) -> dict[str, Any]:
         """`POST /load`: load now what waits. Raises: OSError; RuntimeError: a load failed."""
@@ -49,32 +66,93 @@ class Server:
             raise RuntimeError(f"POST /load: {answer['failed']}")
         return answer
 
+    def books(self) -> dict[str, int]:
+        """The books of a datapipe, over all lanes."""
+        with urllib.request.urlopen(f"{self.url}/status.json", timeout=120) as response:
+            books: dict[str, int] = json.load(response)["books"]
+        return books
 
-@contextmanager
-def bare() -> Iterator[Server]:
+    def is_ready(self) -> bool:
+        """Whether a datapipe would take an event now."""
+        try:
+            with urllib.request.urlopen(f"{self.url}/readyz", timeout=120):
+                return True
+        except urllib.error.HTTPError:
+            return False
+
+
+class Servers(Server):
+    """Several on one port, whose figures are summed."""
+
+    def __init__(self, servers: Sequence[Server]) -> None:
+        self.url = servers[0].url
+        self._servers = servers
+
+    def _pids(self) -> list[int]:
+        return [pid for server in self._servers for pid in server._pids()]
+
+
+def _read(pid: int, name: str) -> str:
+    """A file of /proc; empty once the process or thread has ended."""
+    try:
+        return Path(f"/proc/{pid}/{name}").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def bare() -> AbstractContextManager[Server]:
     """The bare aiohttp application."""
-    with _running([sys.executable, "-m", "benchmarks.bare"], {}) as server:
-        yield server
+    return running([sys.executable, "-m", "benchmarks.bare"], {})
+
+
+def sink() -> AbstractContextManager[Server]:
+    """What the generator can send at most."""
+    return running([sys.executable, "-m", "benchmarks.sink"], {})
 
 
 @contextmanager
-def datapipe(database_url: str, **settings: Any) -> Iterator[Server]:
-    """`datapipe serve` at its default settings, with a journal of its own."""
+def work_folder() -> Iterator[Path]:
+    """A folder on a real disk that goes when it is left."""
     WORK.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="datapipe-", dir=WORK))
     try:
-        file = folder / "datapipe.json"
-        values = {"host": "127.0.0.1", "port": 0, "data_dir": str(folder), **settings}
-        file.write_text(json.dumps({**values, "database_url": database_url}))
-        command = [sys.executable, "-m", "datapipe", "serve"]
-        with _running(command, {"DATAPIPE_CNF": str(file)}) as server:
-            yield server
+        yield folder
     finally:
         shutil.rmtree(folder)
 
 
 @contextmanager
-def _running(command: list[str], environ: dict[str, str]) -> Iterator[Server]:
+def datapipe(database_url: str, processes: int = 1, **settings: Any) -> Iterator[Server]:
+    """`datapipe serve` at its default settings, with a `data_dir` of its own."""
+    with work_folder() as folder, ExitStack() as stack:
+        if processes == 1:
+            yield stack.enter_context(datapipe_in(folder, database_url, **settings))
+            return
+        servers: list[Server] = []
+        for _ in range(processes):
+            port = urlsplit(servers[0].url).port if servers else 0
+            own = {"reuse_port": True, "port": port, **settings}
+            servers.append(stack.enter_context(datapipe_in(folder, database_url, **own)))
+        yield Servers(servers)
+
+
+@contextmanager
+def datapipe_in(folder: Path, database_url: str, **settings: Any) -> Iterator[Server]:
+    """The same with a `data_dir` that stays: what waits there is taken over."""
+    file = folder / "datapipe.json"
+    values = {"host": "127.0.0.1", "port": 0, "data_dir": str(folder), **settings}
+    file.write_text(json.dumps({**values, "database_url": database_url}))
+    command = [sys.executable, "-m", "datapipe", "serve"]
+    with running(command, {"DATAPIPE_CNF": str(file)}) as server:
+        yield server
+
+
+@contextmanager
+def running(command: Sequence[str], environ: dict[str, str]) -> Iterator[Server]:
+    """Start a server that prints `{"event": "listening", "address": URL}`; SIGTERM ends it.
+
+    Raises: RuntimeError: it does not listen within half a minute.
+    """
     ours = ("DATAPIPE_", "IRON_", "PORT", "DATABASE_URL", "DYNO")
     env = {key: value for key, value in os.environ.items() if not key.startswith(ours)} | environ
     with tempfile.TemporaryFile() as log:
@@ -91,16 +169,18 @@ def _running(command: list[str], environ: dict[str, str]) -> Iterator[Server]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+            with suppress(ProcessLookupError):  # children that it left behind
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def _address(process: subprocess.Popen[bytes], log: int) -> str:
     """Where it listens, from its log. Raises: RuntimeError: it does not."""
-    for _ in range(300):
+    for _ in range(1500):
         text = os.pread(log, 1 << 20, 0).decode(errors="replace")
         for line in text.splitlines():
             if line.startswith("{") and '"listening"' in line:
                 return str(json.loads(line)["address"])
         if process.poll() is not None:
             break
-        time.sleep(0.1)
+        time.sleep(0.02)
     raise RuntimeError(f"{process.args!r} does not listen:\n{text}")

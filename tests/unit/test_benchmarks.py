@@ -1,0 +1,164 @@
+"""How the benchmark compares, judges and tells."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from benchmarks import page
+from benchmarks.chart import Bar, Group, svg
+from benchmarks.measure import Bench, Contest, Goal, Sample, Spread, in_turn, memory_goals
+from benchmarks.page import Part
+from benchmarks.results import Result, read, save
+
+_SINGLE = Part("single", "Single events", "One event a POST.")
+_BATCH = Part("batch", "Batches", "Many events a POST.")
+
+
+def _bench(runs: int = 3) -> Bench:
+    return Bench(None, runs, 1, 1, lambda text: None)
+
+
+def _contest(goal: Goal, ours: float = 200.0, theirs: float = 100.0) -> Contest:
+    samples = {"datapipe": [{"rate": ours}], "a | b": [{"rate": theirs}]}
+    return Contest("64 connections", samples, [goal])
+
+
+def _goal(least: float, what: str = "datapipe / b") -> Goal:
+    return Goal(what, "datapipe", "a | b", least=least)
+
+
+def test_rivals_take_turns_and_each_ratio_is_of_one_turn() -> None:
+    order: list[str] = []
+
+    def rival(name: str, *rates: float) -> Callable[[], Sample]:
+        left = iter(rates)
+
+        def run() -> Sample:
+            order.append(name)
+            return {"rate": next(left)}
+
+        return run
+
+    rivals = {"datapipe": rival("datapipe", 10, 90, 40), "peer": rival("peer", 10, 30, 20)}
+    contest = in_turn("", rivals, _bench())
+    assert order == ["datapipe", "peer"] * 3
+    assert contest.ratio("datapipe", "peer") == Spread(2, 1, 3)
+    assert contest.spread("datapipe", "rate") == Spread(40, 10, 90)
+    assert contest.spread("datapipe", "p99_ms") is None
+
+
+def test_a_rival_that_fails_is_left_out_and_the_first_is_not() -> None:
+    def fails() -> Sample:
+        raise OSError("not installed\nmore")
+
+    goal = Goal("", "datapipe", "peer", least=1)
+    contest = in_turn("", {"datapipe": lambda: {"rate": 1}, "peer": fails}, _bench(), [goal])
+    assert contest.left_out == {"peer": "run 1: not installed"}
+    assert list(contest.samples) == ["datapipe"]
+    assert contest.judge(goal) is None
+    with pytest.raises(OSError, match="not installed"):
+        in_turn("", {"datapipe": fails}, _bench())
+
+
+@pytest.mark.parametrize(
+    ("goal", "met"),
+    [
+        (Goal("", "", least=5), True),
+        (Goal("", "", least=5.1), False),
+        (Goal("", "", least=5, every=True), False),
+        (Goal("", "", most=5), True),
+        (Goal("", "", most=4.9), False),
+        (Goal("", "", most=8, every=True), False),
+    ],
+)
+def test_a_goal_is_met_by_the_median_or_by_every_run(goal: Goal, met: bool) -> None:
+    assert goal.met(Spread(5, 1, 9)) is met
+
+
+def test_what_is_kept_comes_back(tmp_path: Path) -> None:
+    assert read(tmp_path, "single") is None
+    result = Result("a machine", "5 runs", [_contest(_goal(1))])
+    save(tmp_path, "single", result)
+    assert read(tmp_path, "single") == result
+
+
+def _write(folder: Path, **contests: Contest) -> str:
+    results = {name: Result("2 cores", "today", [of]) for name, of in contests.items()}
+    page.write(folder / "benchmarks.md", [_SINGLE, _BATCH], results)
+    return (folder / "benchmarks.md").read_text()
+
+
+def test_a_part_that_is_measured_alone_replaces_its_own_section_only(tmp_path: Path) -> None:
+    first = _write(tmp_path, single=_contest(_goal(1)), batch=_contest(_goal(3, "batch / b")))
+    assert "| [Single events](#single-events) | datapipe / b | >= 1 | 2.00 | met |\n" in first
+    assert "| [Batches](#batches) | batch / b | >= 3 | 2.00 | **MISSED** |\n" in first
+    assert "| a \\| b | 100 | 2.00 |\n" in first
+    again = _write(tmp_path, batch=_contest(_goal(3, "batch / b"), ours=1234))
+    pairs = zip(first.splitlines(), again.splitlines(), strict=True)
+    assert [pair for pair in pairs if pair[0] != pair[1]] == [
+        (
+            "| [Batches](#batches) | batch / b | >= 3 | 2.00 | **MISSED** |",
+            "| [Batches](#batches) | batch / b | >= 3 | 12.34 | met |",
+        ),
+        ("| datapipe | 200 |  |", "| datapipe | 1,234 |  |"),
+        ("| a \\| b | 100 | 2.00 |", "| a \\| b | 100 | 12.34 |"),
+    ]
+    assert (tmp_path / "benchmarks-single.svg").exists()
+
+
+def test_a_missed_goal_says_what_holds_it_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(page.LIMITS, "datapipe / b", "the disk")
+    assert "| 2.00 | **MISSED**: the disk |" in _write(tmp_path, single=_contest(_goal(9)))
+    assert "the disk" not in _write(tmp_path, single=_contest(_goal(1)))
+
+
+def test_a_goal_whose_rival_is_missing_is_not_measured(tmp_path: Path) -> None:
+    contest = _contest(_goal(1))
+    del contest.samples["a | b"]
+    contest.left_out["a | b"] = "no node"
+    text = _write(tmp_path, single=contest)
+    assert "| datapipe / b | >= 1 | not measured: no node |  |" in text
+    assert "Left out: a | b (no node)." in text
+
+
+def test_of_two_contests_with_one_goal_the_worse_is_told(tmp_path: Path) -> None:
+    better, worse = _contest(_goal(1)), _contest(_goal(1), ours=150)
+    worse.name = "256 connections"
+    results = {"single": Result("", "", [better, worse])}
+    page.write(tmp_path / "benchmarks.md", [_SINGLE], results)
+    text = (tmp_path / "benchmarks.md").read_text()
+    assert text.count("| datapipe / b |") == 1
+    assert "| 1.50 (256 connections) | met |" in text
+
+
+def test_of_several_rivals_with_one_goal_the_worse_is_named(tmp_path: Path) -> None:
+    samples: dict[str, list[Sample]] = {
+        "1 lane": [{"peak_mb": 100}, {"peak_mb": 110}],
+        "9 lanes": [{"peak_mb": 120}, {"peak_mb": 201}],
+    }
+    contest = Contest("by lanes", samples, memory_goals("growth", *samples))
+    text = _write(tmp_path, single=contest)
+    assert "| growth, peak MB | <= 200 | 160 <sub>120 to 201</sub> (9 lanes) | **MISSED** |" in text
+
+
+def test_a_picture_is_well_formed_and_shows_spreads() -> None:
+    bars = [Bar("a < b & c", Spread(50, 40, 100), True), Bar("peer", Spread(25, 25, 25), False)]
+    root = ElementTree.fromstring(svg("T & U", [Group("events/s", ",.0f", bars)]))
+    name = "{http://www.w3.org/2000/svg}"
+    texts = [text.text for text in root.iter(f"{name}text")]
+    assert texts == ["events/s", "a < b & c", "50", "peer", "25"]
+    ours, theirs = [rect for rect in root.iter(f"{name}rect") if rect.get("class") != "page"]
+    assert float(ours.get("width", 0)) == pytest.approx(2 * float(theirs.get("width", 0)))
+    assert (ours.get("class"), theirs.get("class")) == ("ours", "bar")
+    assert len(list(root.iter(f"{name}path"))) == 1, "a spread of nothing is not drawn"
+    right = float(ours.get("x", 0)) + float(ours.get("width", 0))
+    assert right < float(root.get("width", 0))
+    style = root.find(f"{name}style")
+    assert style is not None
+    assert "prefers-color-scheme: dark" in (style.text or "")
