@@ -18,6 +18,11 @@ from datapipe.segment import Chunk, Part, Segment
 
 # A crowd is spread over so many appends, for one to be under way while the next is gathered.
 _SPREAD, _CROWD = 4, 32
+# Turns of the event loop after an append: those that waited for it are answered, their answers go
+# out, the next requests come in, and are gathered. Without them one half of a crowd waits while the
+# other half is appended, in twice as many appends: with 16 connections 16,600 events a second
+# instead of 20,800, with 64 33,700 instead of 35,500.
+_TURNS = 4
 _NO_ANSWER = "the mirror does not answer (mirror_timeout)"
 
 
@@ -100,6 +105,8 @@ class Group:
                 await self._append(seal(chunks, self._mirror.segment_max_bytes), taken)
             finally:
                 self._under_way -= len(taken)
+            for _ in range(_TURNS):
+                await asyncio.sleep(0)
             if self._delay_s():
                 return
 

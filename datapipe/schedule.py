@@ -13,7 +13,7 @@ from datapipe.sinks import Loaded
 
 # How long to wait after the first, second, ... failure in a row, seconds. Small for a database
 # that is away: its return should not find everybody asleep.
-_OUTAGE = Backoff(max_s=4.0)
+_OUTAGE = Backoff(max_s=2.0)
 _LANE = Backoff(max_s=30.0)
 
 
