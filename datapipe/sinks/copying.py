@@ -19,7 +19,7 @@ import psycopg2.extensions
 from datapipe.errors import LaneBlocked
 from datapipe.sinks.sqlstate import Verdict, copy_line, one_line, verdict
 
-PIECE_BYTES = 1_048_576  # of the first try: what a refusal makes us send again
+PIECE_BYTES = 2_097_152  # of the first try: what a refusal makes us send again
 SMALL_PIECE_ROWS = 512  # after a refusal; doubled with each piece that passes
 GUARD_ROWS = 100  # so many refused rows, and more than half of all: the table is taken to be wrong
 
