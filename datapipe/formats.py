@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
@@ -15,6 +16,10 @@ def iso(at: float) -> str:
     """Unix time as ISO 8601, UTC, with milliseconds."""
     text = datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")
     return text.replace("+00:00", "Z")
+
+
+def now() -> str:
+    return iso(time.time())
 
 
 def _rounded(value: float, digits: int) -> float:
