@@ -81,15 +81,30 @@ class RecoveringIronMQ(IronMQ):
     async def _recover_queue(
         self, queue: str, lane: str, neighbours: Neighbours, found: Found
     ) -> None:
-        """Reserve and take what is nobody's in the queue of a lane that we load."""
+        """Take what is nobody's in the queue of a lane that we load."""
         room = self._room(queue)
         if room <= 0:
             self._unfinished.add(queue)
             return
+
+        def wanted(message: Message) -> bool:
+            return self._wants(message, lane, neighbours, found)
+
         seen = await self._noting(self.client.peek(queue, BATCH))
+        now = self.clock()
+        async for message in self._reserved(queue, seen, wanted, room):
+            await self._take(queue, lane, message, now, found)
+
+    async def _reserved(
+        self, queue: str, seen: Sequence[Message], wanted: Callable[[Message], bool], room: int
+    ) -> AsyncIterator[Message]:
+        """Reserve what is wanted of what was seen; what else comes on the way is released.
+
+        Args: room: bytes of memory that they may take, unless a single one is larger.
+        """
         reach = 0
         for i, message in enumerate(seen):
-            if self._wants(message, lane, neighbours, found):
+            if wanted(message):
                 room -= _cost(message)
                 if reach and room < 0:
                     self._unfinished.add(queue)
@@ -99,12 +114,13 @@ class RecoveringIronMQ(IronMQ):
             return
         if len(seen) == BATCH:
             self._unfinished.add(queue)
-        now = self.clock()
         for message in await self._noting(self.client.reserve(queue, reach, LEASE_S)):
-            if self._wants(message, lane, neighbours, found):
-                await self._take(queue, lane, message, now, found)
+            assert message.reservation_id is not None
+            if wanted(message):
+                yield message
             else:
-                await self._release(queue, message)
+                lease = message.reservation_id
+                await self._noting(self.client.release(queue, message.id, lease))
 
     def _wants(self, message: Message, lane: str, neighbours: Neighbours, found: Found) -> bool:
         """Whether a message is nobody's, or a copy: then we are the one to take it away."""
@@ -146,10 +162,6 @@ class RecoveringIronMQ(IronMQ):
             return
         held.lease(message.reservation_id, LEASE_S, now)
 
-    async def _release(self, queue: str, message: Message) -> None:
-        if message.reservation_id is not None:
-            await self._noting(self.client.release(queue, message.id, message.reservation_id))
-
     # --- lanes that are not loaded here, or not now ---
 
     async def _look_after(
@@ -161,32 +173,14 @@ class RecoveringIronMQ(IronMQ):
         if oldest is None or oldest.lane != lane:
             return  # not in our wire form: somebody else's queue
         found.strangers.add(lane)
-        old = [
-            i
-            for i, message in enumerate(seen)
-            if self._is_old(message) and self._wants(message, lane, neighbours, found)
-        ]
-        if not old:
-            return
-        if len(seen) == BATCH:
-            self._unfinished.add(queue)
-        taken = await self._noting(self.client.reserve(queue, old[-1] + 1, LEASE_S))
-        await self._post_all_anew(queue, lane, taken, neighbours, found)
 
-    async def _post_all_anew(
-        self,
-        queue: str,
-        lane: str,
-        taken: Sequence[Message],
-        neighbours: Neighbours,
-        found: Found,
-    ) -> None:
+        def old(message: Message) -> bool:
+            return self._is_old(message) and self._wants(message, lane, neighbours, found)
+
+        taken = [message async for message in self._reserved(queue, seen, old, self._share)]
         ids = {message.id: e.segment for message in taken if (e := _envelope(message)) is not None}
         loaded = await self.ledger_knows(neighbours, list(ids.values()))
         for message in taken:
-            if not self._is_old(message) or not self._wants(message, lane, neighbours, found):
-                await self._release(queue, message)
-                continue
             if ids[message.id] not in loaded:
                 await self.repost(queue, message.body, self.clock())
             await self._noting(self.client.delete(queue, [(message.id, message.reservation_id)]))
