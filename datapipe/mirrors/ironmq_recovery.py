@@ -13,10 +13,12 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
+import aiohttp
+
 from datapipe.errors import MirrorUnavailable
 from datapipe.mirrors import Found, Neighbours
 from datapipe.mirrors.ironmq import ANEW_S, BATCH, LEASE_S, IronMQ, held_of, unpacked
-from datapipe.mirrors.ironmq_client import Client, Message, Refused, open_client
+from datapipe.mirrors.ironmq_client import CONNECTIONS, Client, Message, Refused
 from datapipe.mirrors.ironmq_wire import Envelope, Unreadable, envelope_of, rows_bytes
 from datapipe.segment import SEGMENT_OVERHEAD_BYTES
 from datapipe.settings import Settings
@@ -74,9 +76,11 @@ class RecoveringIronMQ(IronMQ):
 
     def _room(self, queue: str) -> int:
         """Bytes in memory that recovered segments of this queue may still take."""
-        if self.recovered[queue] >= BATCH:  # their leases may have to be prolonged one by one
+        recovered = [held for held in self.held.get(queue, {}).values() if held.recovered]
+        if len(recovered) >= BATCH:  # their leases may have to be prolonged one by one
             return 0
-        return self._share // max(1, len(self._queues)) - self.recovered_bytes[queue]
+        taken = sum(held.rows_bytes + SEGMENT_OVERHEAD_BYTES for held in recovered)
+        return self._share // max(1, len(self._queues)) - taken
 
     async def _recover_queue(
         self, queue: str, lane: str, neighbours: Neighbours, found: Found
@@ -214,6 +218,9 @@ def _envelope(message: Message) -> Envelope | None:
 async def open_ironmq(
     settings: Settings, process: str, clock: Callable[[], float] = time.time
 ) -> AsyncIterator[RecoveringIronMQ]:
-    """Open the mirror; nothing is sent until there is something to do."""
-    async with open_client(settings) as client:
-        yield RecoveringIronMQ(client, settings, process, clock)
+    """Open the mirror, with so many connections; nothing is sent until there is something to do."""
+    async with aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=CONNECTIONS),
+        timeout=aiohttp.ClientTimeout(total=None),  # each call has its own
+    ) as session:
+        yield RecoveringIronMQ(Client(session, settings), settings, process, clock)
