@@ -166,18 +166,14 @@ class IronMQ:
             raise MirrorFull(why)
         began = time.perf_counter()
         pieces: list[list[Segment]] = [[] for _ in segments]
-        tasks = [
-            asyncio.create_task(self._append(segment, into))
-            for segment, into in zip(segments, pieces, strict=True)
-        ]
-        _, late = await asyncio.wait(tasks, timeout=self._timeout_s)
-        for task in late:
-            task.cancel()
-        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
-        stored = [piece for into in pieces for piece in into]
-        failed = next((each for each in outcomes if each is not None), None)
-        if isinstance(failed, asyncio.CancelledError):
+        posts = map(self._append, segments, pieces)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                outcomes = await asyncio.gather(*posts, return_exceptions=True)
+            failed = next((each for each in outcomes if each is not None), None)
+        except TimeoutError:
             failed = MirrorUnavailable(f"IronMQ does not answer within {self._timeout_s:g} s")
+        stored = [piece for into in pieces for piece in into]
         self.given_up |= failed is not None and not isinstance(failed, MirrorFull)
         if failed is not None and not isinstance(failed, MirrorUnavailable):
             for piece in stored:  # nobody will book them: to be recovered
