@@ -17,10 +17,8 @@ from datapipe.metrics import Metrics
 from datapipe.peers import Peers
 from datapipe.schedule import Schedule
 from datapipe.summary import Growth, Summary
-from datapipe.together import together, together_series
+from datapipe.together import BOOKS, together, together_series
 from datapipe.version import __version__
-
-_BOOKS = ("accepted", "recovered", "loaded", "duplicate", "dead", "waiting")
 
 
 class Status:
@@ -80,7 +78,6 @@ class Status:
     def snapshot(self) -> dict[str, Any]:
         """All numbers at one moment, of all processes, without the series of the pictures."""
         status = together(self._own(), self._others)
-        status["totals"] = _totals(status["lanes"])
         return status | {"summary": self._summary.of(status, self.not_ready())}
 
     def whole(self) -> dict[str, Any]:
@@ -99,15 +96,12 @@ class Status:
 
     def _own(self) -> dict[str, Any]:
         lanes = {name: self._lane(lane) for name, lane in sorted(self._buffer.lanes.items())}
-        books: dict[str, Any] = {key: sum(lane[key] for lane in lanes.values()) for key in _BOOKS}
-        books["balanced"] = all(lane["balanced"] for lane in lanes.values())
         return {
             "version": __version__,
             "now": now(),
             "started_at": self._started_at,
             "uptime_seconds": round(time.monotonic() - self._started, 3),
             "ready": self.not_ready() is None,
-            "books": books,
             "lanes": lanes,
             "rejected": dict(self._ingest.rejected),
             "mirror": self._mirror(),
@@ -127,7 +121,7 @@ class Status:
         # while the whole database is away that is told once, at the top
         outage = self._loader.sink.state().up is False
         return {
-            **{key: getattr(lane, key) for key in _BOOKS},
+            **{key: getattr(lane, key) for key in BOOKS},
             "replayed": self._dead.replayed[lane.name],
             "balanced": lane.balanced,
             "in_memory": lane.in_memory,
@@ -186,14 +180,6 @@ class Status:
 
 def _error(schedule: Schedule | None) -> str | None:
     return schedule.error if schedule is not None and schedule.failures else None
-
-
-def _totals(lanes: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Over all lanes, what the books do not tell."""
-    keys = ("waiting_bytes", "in_memory", "parked", "accepted_per_second", "loaded_per_second")
-    totals = {key: round(sum(lane[key] for lane in lanes.values()), 1) for key in keys}
-    oldest = max((lane["oldest_seconds"] for lane in lanes.values()), default=0.0)
-    return totals | {"oldest_seconds": oldest}
 
 
 def _rounded(seconds: float | None) -> float | None:
