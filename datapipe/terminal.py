@@ -29,7 +29,9 @@ def show_status(status: Mapping[str, Any], console: Console | None = None) -> No
     for text in (summary["text"], *summary["also"]):
         console.print(Text(_clean(text), style=style), soft_wrap=True)
     rows = [_lane(name, lane) for name, lane in status["lanes"].items()]
-    rows.append(_lane("all lanes", status["books"] | {"state": _balance(status["books"])}))
+    books = status["books"]
+    balance = "balanced" if books["balanced"] else "NOT balanced"
+    rows.append(_lane("all lanes", books | {"state": balance}))
     if console.is_terminal:
         console.print(_table(rows))
     else:
@@ -48,10 +50,6 @@ def _lane(name: str, lane: Mapping[str, Any]) -> list[str]:
     oldest = lane.get("oldest_seconds") if lane["waiting"] else None
     times = [formats.seconds(oldest), formats.seconds(lane.get("next_load_seconds"))]
     return [_clean(name), *numbers, *times, _clean(state)]
-
-
-def _balance(books: Mapping[str, Any]) -> str:
-    return "balanced" if books["balanced"] else "NOT balanced"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> Table:

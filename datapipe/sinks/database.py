@@ -14,6 +14,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -195,7 +196,7 @@ class Database:
             await self.run(self._read_version)
             found = [("ok", f"database: PostgreSQL {self._version}, schema {self._schema}")]
             for table in (*OWN_TABLES, *tables):
-                found += await self.run(lambda cursor, t=table: self._check(cursor, t))  # type: ignore[misc]
+                found += await self.run(partial(self._check, table=table))
         except (SinkUnavailable, LaneBlocked) as exc:
             return [("fail", f"database: {exc}")]
         return found
@@ -220,9 +221,12 @@ class Database:
 
     # --- work through the pool ---
 
-    async def run(self, work: Callable[[aiopg.Cursor], Awaitable[_T]]) -> _T:
+    async def run(
+        self, work: Callable[[aiopg.Cursor], Awaitable[_T]], lane: str | None = None
+    ) -> _T:
         """Do something on a pooled connection, in autocommit; on a dead one, once more.
 
+        Args: lane: whose work it is, if it is one lane's.
         Raises: SinkUnavailable, or LaneBlocked for what only a person can mend.
         """
         for again in (False, True):
@@ -230,13 +234,11 @@ class Database:
                 return await self._run_once(work)
             except (TimeoutError, psycopg2.Error, OSError) as exc:
                 await self._close_pool()
-                lost = not isinstance(exc, psycopg2.Error) or verdict(exc) is Verdict.DOWN
-                if lost and not again:
-                    continue
                 if not isinstance(exc, psycopg2.Error):
-                    exc = psycopg2.OperationalError(one_line(exc) or "no answer in time")
-                self.failed(exc)
-                raise error_of(exc) from exc
+                    exc = psycopg2.OperationalError(one_line(exc))
+                if again or verdict(exc) is not Verdict.DOWN:
+                    self.failed(exc)
+                    raise error_of(exc, lane) from exc
             except SinkUnavailable as exc:
                 self.down(str(exc))
                 raise
@@ -278,12 +280,7 @@ class Database:
         async with self._preparing:
             for wanted in (*OWN_TABLES, table):
                 if again or wanted not in self._prepared:
-                    try:
-                        await self.run(lambda cursor, t=wanted: self._make(cursor, t))  # type: ignore[misc]
-                    except SinkUnavailable as exc:
-                        if isinstance(exc.__cause__, psycopg2.Error):
-                            raise error_of(exc.__cause__, table.name) from exc
-                        raise
+                    await self.run(partial(self._make, table=wanted), table.name)
                     self._prepared.add(wanted)
 
     async def _make(self, cursor: aiopg.Cursor, table: Table) -> None:
@@ -381,7 +378,10 @@ class Database:
 
     async def forget_source(self, source: str, process: str) -> None:
         """See `Sink.forget_source`. Raises: SinkUnavailable, LaneBlocked."""
-        theirs = (source, process)
-        for where in (f"{self._ledger} WHERE source", f"{self._processes} WHERE mirror"):
-            statement = f"DELETE FROM {where} = %s AND process <> %s"
-            await self.run(lambda cursor, sql=statement: cursor.execute(sql, theirs))  # type: ignore[misc]
+
+        async def forget(cursor: Any) -> None:
+            for where in (f"{self._ledger} WHERE source", f"{self._processes} WHERE mirror"):
+                statement = f"DELETE FROM {where} = %s AND process <> %s"
+                await cursor.execute(statement, (source, process))
+
+        await self.run(forget)
