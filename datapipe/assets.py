@@ -39,7 +39,7 @@ def set_up(app: web.Application) -> None:
         lstrip_blocks=True,
     )
     environment.filters["at"] = at
-    environment.filters["show"] = show
+    environment.filters["show"] = lambda value, name: FORMATS[name](value)
     environment.globals["charts"] = charts
     for name in FILES:
         app.router.add_get(f"/{name}", _file)
@@ -61,8 +61,3 @@ def at(value: Any, path: str) -> Any:
         if found is not None:
             return found
     return None
-
-
-def show(value: Any, name: str) -> str:
-    """A value as people read it; `name` is one of `formats.FORMATS`."""
-    return FORMATS[name](value)

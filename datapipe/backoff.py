@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-import tenacity
+import random
 
 
-class Backoff:
-    """Exponential, with jitter: about 0.25 s at first, twice as long each time, up to `max_s`."""
-
-    def __init__(self, max_s: float) -> None:
-        self._strategy = tenacity.wait_exponential_jitter(
-            multiplier=0.25, max=max_s, jitter=min(1.0, max_s / 8)
-        )
-
-    def seconds(self, failures: int) -> float:
-        """The wait after this many failures in a row, from 1."""
-        state = tenacity.RetryCallState(tenacity.Retrying(), None, (), {})
-        state.attempt_number = failures
-        return float(self._strategy(state))
+def backoff(failures: int, max_s: float) -> float:
+    """Seconds, with jitter: about 0.25 after the first, twice as long each time, up to `max_s`."""
+    jitter = random.uniform(0.0, min(1.0, max_s / 8))
+    return min(max_s, 0.25 * 2.0 ** min(failures - 1, 30) + jitter)

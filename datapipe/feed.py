@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 
 import msgspec
 
+from datapipe.loader import background
 from datapipe.status import Status
 
 EVERY_S = 1.0
@@ -73,17 +74,8 @@ class Feed:
 async def running(status: Status, failed: Callable[[BaseException], None]) -> AsyncIterator[Feed]:
     """A feed that ticks in the background; should that end with an error, `failed` is told."""
     feed = Feed(status)
-
-    def watch(task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (exc := task.exception()) is not None:
-            failed(exc)
-
-    task = asyncio.create_task(feed.run())
-    task.add_done_callback(watch)
-    try:
-        yield feed
-    finally:
-        feed.end()
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
+    async with background([feed.run()], failed):
+        try:
+            yield feed
+        finally:
+            feed.end()

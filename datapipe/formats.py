@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
@@ -15,6 +16,10 @@ def iso(at: float) -> str:
     """Unix time as ISO 8601, UTC, with milliseconds."""
     text = datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")
     return text.replace("+00:00", "Z")
+
+
+def now() -> str:
+    return iso(time.time())
 
 
 def _rounded(value: float, digits: int) -> float:
@@ -61,19 +66,13 @@ def seconds(value: float | None) -> str:
     if value < 9.95:
         return f"{_rounded(value, 1):.1f} s"
     whole = int(_rounded(value, 0))
-    for limit, unit, part, small in (
-        (60, 1, 0, "s"), (3600, 60, 1, "min s"), (86400, 3600, 60, "h min"),
-    ):  # fmt: skip
-        if whole < limit:
-            return _two(whole, unit, part, small)
-    return _two(whole, 86400, 3600, "d h")
-
-
-def _two(whole: int, unit: int, part: int, names: str) -> str:
-    if not part:
-        return f"{whole} {names}"
-    big, small = names.split()
-    return f"{whole // unit} {big} {whole % unit // part} {small}"
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600} h"
 
 
 def roughly(value: float) -> str:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from typing import Any, NamedTuple
-
-from datapipe.together import add_series
+from typing import NamedTuple
 
 STEP_S = 5.0
 POINTS = 180  # of STEP_S each: 15 minutes
 RATE_S = 10.0  # the time over which "per second" is told
 
-KEYS = ("accepted", "loaded", "waiting")
+SERIES = ("accepted", "loaded", "waiting")
 
 
 class Reading(NamedTuple):
@@ -85,11 +83,10 @@ class History:
             round((last[name].loaded - before.loaded) / seconds, 1),
         )
 
-    def series(self) -> dict[str, Any]:
-        """All points, oldest first; a lane that is younger than others has fewer."""
+    def series(self) -> dict[str, dict[str, list[float]]]:
+        """All points by lane, oldest first; a lane that is younger than others has fewer."""
         lanes = {}
         for name, lane in sorted(self._lanes.items()):
             columns = zip(*lane.points, strict=True) if lane.points else ((), (), ())
-            lanes[name] = {key: list(column) for key, column in zip(KEYS, columns, strict=True)}
-        total = add_series(list(lanes.values())) if lanes else {key: [] for key in KEYS}
-        return {"step_seconds": STEP_S, "points": POINTS, "lanes": lanes, "total": total}
+            lanes[name] = {key: list(column) for key, column in zip(SERIES, columns, strict=True)}
+        return lanes

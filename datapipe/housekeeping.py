@@ -10,7 +10,7 @@ from uuid import uuid4
 
 import structlog
 
-from datapipe.backoff import Backoff
+from datapipe.backoff import backoff
 from datapipe.buffer import Buffer
 from datapipe.errors import LaneBlocked, MirrorUnavailable, SinkUnavailable
 from datapipe.sinks import Heartbeat, Sink, Table
@@ -75,7 +75,7 @@ class Housekeeper:
 
     async def recover(self) -> None:
         """For ever: take over what waits in the mirror and has no living owner."""
-        failures, backoff, pause_s = 0, Backoff(30.0), _FIRST_PAUSE_S
+        failures, pause_s = 0, _FIRST_PAUSE_S
         while True:
             self._look_now.clear()
             try:
@@ -85,7 +85,7 @@ class Housekeeper:
                 failures = 0
             except (MirrorUnavailable, SinkUnavailable, LaneBlocked) as exc:
                 failures += 1
-                wait_s = backoff.seconds(failures)
+                wait_s = backoff(failures, 30.0)
                 log.warning("recovery failed", error=str(exc), retry_seconds=round(wait_s, 2))
             self._looked.set()
             with suppress(TimeoutError):
@@ -127,7 +127,7 @@ class Housekeeper:
 
     async def beat(self) -> None:
         """For ever: heartbeat and ledger."""
-        failures, backoff = 0, Backoff(BEAT_S)
+        failures = 0
         while True:
             try:
                 await self._prepare()
@@ -136,7 +136,7 @@ class Housekeeper:
             except (SinkUnavailable, LaneBlocked):
                 failures += 1  # the sink has told it; loads ask again, and so does this
                 self._watch.lost_sight()
-            await asyncio.sleep(backoff.seconds(failures) if failures else BEAT_S)
+            await asyncio.sleep(backoff(failures, BEAT_S) if failures else BEAT_S)
 
     async def _prepare(self) -> None:
         """Make the tables before the first event comes, so that who looks finds them."""

@@ -77,7 +77,7 @@ class Loader:
         A task that dies is told to `failed`: nothing dies in silence.
         """
         work = [*self._workers(), self.house.recover(), self.house.beat(), self.house.keep()]
-        async with _background(work, failed):
+        async with background(work, failed):
             try:
                 yield
             finally:
@@ -90,7 +90,7 @@ class Loader:
         def raise_it(exc: BaseException) -> None:
             raise exc
 
-        async with _background(self._workers(), raise_it):
+        async with background(self._workers(), raise_it):
             yield
 
     def _workers(self) -> list[Coroutine[None, None, None]]:
@@ -240,10 +240,11 @@ class Loader:
     def _loaded(self, schedule: Schedule, result: Loaded, seconds: float, segments: int) -> None:
         lane = schedule.lane
         self._observe_load(seconds)
+        seconds = round(seconds, 4)
         self.recent.loaded(Load(lane.name, result.loaded, result.duplicate, result.dead, seconds))
         log.info(
             "segments loaded", lane=lane.name, segments=segments, rows=result.loaded,
-            duplicates=result.duplicate, dead=result.dead, seconds=round(seconds, 4),
+            duplicates=result.duplicate, dead=result.dead, seconds=seconds,
         )  # fmt: skip
         if result.dead:
             log.warning(
@@ -321,9 +322,11 @@ def _now() -> float:
 
 
 @asynccontextmanager
-async def _background(
+async def background(
     work: Sequence[Coroutine[None, None, None]], failed: Callable[[BaseException], None]
 ) -> AsyncIterator[None]:
+    """Tasks that live as long as the block; one that dies is told to `failed`."""
+
     def watch(task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (exc := task.exception()) is not None:
             failed(exc)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing, suppress
+from dataclasses import dataclass
 
 import aiohttp_jinja2
 import structlog
@@ -35,24 +36,16 @@ _RETRY_MS = 1000  # until a page that lost its stream asks again
 _SEND_TIMEOUT_S = 30.0  # until a page that takes nothing is given up
 
 
+@dataclass
 class Pages:
     """The handlers; they read `Status`."""
 
-    def __init__(
-        self,
-        status: Status,
-        feed: Feed,
-        metrics: Metrics,
-        registry: Registry,
-        access: Access,
-        dead: DeadLetters,
-    ) -> None:
-        self._dead = dead
-        self._status = status
-        self._feed = feed
-        self._metrics = metrics
-        self._registry = registry
-        self._access = access
+    status: Status
+    feed: Feed
+    numbers: Metrics
+    registry: Registry
+    access: Access
+    dead: DeadLetters
 
     def add_to(self, app: web.Application) -> None:
         """Add the routes, and the templates that they need."""
@@ -67,14 +60,14 @@ class Pages:
         app.router.add_get("/openapi.json", self.openapi)
 
     async def page(self, request: web.Request) -> web.StreamResponse:
-        self._access.may_look(request)
-        denied = self._access.why_not(request)
-        await self._status.refresh()
+        self.access.may_look(request)
+        denied = self.access.why_not(request)
+        await self.status.refresh()
         context = {
-            "status": self._status.whole(),
+            "status": self.status.whole(),
             "denied": denied.detail if denied else None,
-            "refused": None if denied else self._status.refusals(),
-            "dead": None if denied else await self._dead.shown(),
+            "refused": None if denied else self.status.refusals(),
+            "dead": None if denied else await self.dead.shown(),
             "reasons": REASONS,
         }
         response = aiohttp_jinja2.render_template("status.html", request, context)
@@ -82,43 +75,41 @@ class Pages:
         return response
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
-        self._access.may_look(request)
-        if self._feed.ended:
+        self.access.may_look(request)
+        if self.feed.ended:
             return answers.answer(503, 9, "shutting down").response()
         async with sse_response(request, send_timeout=_SEND_TIMEOUT_S) as response:
             # who listened has gone: nothing is to be done about it
             with suppress(ConnectionResetError, TimeoutError):
-                async with aclosing(self._feed.listen()) as news:
+                async with aclosing(self.feed.listen()) as news:
                     async for text in news:
                         await response.send(text, retry=_RETRY_MS)
         return response
 
     async def status_json(self, request: web.Request) -> web.StreamResponse:
-        self._access.may_look(request)
-        await self._status.refresh()
-        return answers.plain(self._status.whole())
+        self.access.may_look(request)
+        await self.status.refresh()
+        return answers.plain(self.status.whole())
 
     async def refused(self, request: web.Request) -> web.StreamResponse:
-        self._access.may_act(request)
-        return answers.plain({"refused": self._status.refusals()})
+        self.access.may_act(request)
+        return answers.plain({"refused": self.status.refusals()})
 
     async def metrics(self, request: web.Request) -> web.StreamResponse:
-        self._access.may_look(request)
-        await self._status.refresh()
-        return web.Response(
-            body=self._metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST}
-        )
+        self.access.may_look(request)
+        await self.status.refresh()
+        return web.Response(body=self.numbers.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def healthz(self, request: web.Request) -> web.StreamResponse:
         return answers.answer(200, 0, "alive").response()
 
     async def readyz(self, request: web.Request) -> web.StreamResponse:
-        why = self._status.not_ready()
+        why = self.status.not_ready()
         answer = answers.answer(200, 0, "ready") if why is None else answers.answer(503, 9, why)
         return answer.response()
 
     async def openapi(self, request: web.Request) -> web.StreamResponse:
-        return answers.plain(openapi.document(self._registry))
+        return answers.plain(openapi.document(self.registry))
 
 
 @web.middleware

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from datapipe.formats import now
 
 LOADS = 12
 REFUSALS = 20
@@ -14,7 +15,7 @@ BODY_SHOWN = 300  # characters of a refused body
 
 @dataclass(slots=True)
 class Load:
-    """One load; `at` is Unix time, `error` None if it committed.
+    """One load; `error` is None if it committed.
 
     `tries` counts loads of a lane that failed in a row with the same error: they are one entry,
     or an outage would push out all that was loaded before it.
@@ -27,7 +28,7 @@ class Load:
     seconds: float = 0.0
     error: str | None = None
     tries: int = 1
-    at: float = field(default_factory=time.time)
+    at: str = field(default_factory=now)
 
 
 @dataclass(slots=True)
@@ -44,7 +45,7 @@ class Refusal:
     request_id: str
     events: int = 1
     body: str = ""
-    at: float = field(default_factory=time.time)
+    at: str = field(default_factory=now)
 
 
 class Recent:

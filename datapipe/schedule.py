@@ -6,15 +6,15 @@ import asyncio
 import time
 from dataclasses import dataclass
 
-from datapipe.backoff import Backoff
+from datapipe.backoff import backoff
 from datapipe.lane import Lane
 from datapipe.settings import Settings
 from datapipe.sinks import Loaded
 
-# How long to wait after the first, second, ... failure in a row, seconds. Small for a database
-# that is away: its return should not find everybody asleep.
-_OUTAGE = Backoff(max_s=2.0)
-_LANE = Backoff(max_s=30.0)
+# The longest wait after failures in a row, seconds. Small for a database that is away: its return
+# should not find everybody asleep.
+_OUTAGE_S = 2.0
+_LANE_S = 30.0
 
 
 @dataclass(slots=True, frozen=True)
@@ -108,7 +108,7 @@ class Schedule:
         self.error = error
         self._everywhere = everywhere and not self._alone
         self.lane.deferred = self.lane.deferred or not self._everywhere
-        delay = (_OUTAGE if everywhere else _LANE).seconds(self.failures)
+        delay = backoff(self.failures, _OUTAGE_S if everywhere else _LANE_S)
         self._retry_at = now + delay
         self._tell(error)
         return delay

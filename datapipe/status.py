@@ -8,7 +8,7 @@ from typing import Any
 
 from datapipe.buffer import Buffer
 from datapipe.dead import DeadLetters
-from datapipe.formats import iso
+from datapipe.formats import iso, now
 from datapipe.history import History, Reading
 from datapipe.ingest import Ingest
 from datapipe.lane import Lane
@@ -17,10 +17,8 @@ from datapipe.metrics import Metrics
 from datapipe.peers import Peers
 from datapipe.schedule import Schedule
 from datapipe.summary import Growth, Summary
-from datapipe.together import together, together_series
+from datapipe.together import BOOKS, together, together_series
 from datapipe.version import __version__
-
-_BOOKS = ("accepted", "recovered", "loaded", "duplicate", "dead", "waiting")
 
 
 class Status:
@@ -43,7 +41,7 @@ class Status:
         self._loader = loader
         self._ingest = ingest
         self._started = time.monotonic()
-        self._started_at = iso(time.time())
+        self._started_at = now()
         self._summary = Summary()
         self._growth = Growth()
         self.history = History(self._started)
@@ -53,16 +51,16 @@ class Status:
 
     def tick(self) -> None:
         """Once a second: take the readings of which pictures and rates are made."""
-        now = time.monotonic()
+        moment = time.monotonic()
         mirror = self._buffer.mirror.state()
-        self._growth.take(now, mirror.bytes)
+        self._growth.take(moment, mirror.bytes)
         if self._month != (month := datetime.now(UTC).month):
             self._month, self._before_month = month, sum(mirror.calls.values())
         readings = {
             name: Reading(lane.accepted, lane.loaded, lane.waiting)
             for name, lane in self._buffer.lanes.items()
         }
-        self.history.take(now, readings)
+        self.history.take(moment, readings)
 
     def not_ready(self) -> str | None:
         """Why an event would be refused now, or None."""
@@ -80,7 +78,6 @@ class Status:
     def snapshot(self) -> dict[str, Any]:
         """All numbers at one moment, of all processes, without the series of the pictures."""
         status = together(self._own(), self._others)
-        status["totals"] = _totals(status["lanes"])
         return status | {"summary": self._summary.of(status, self.not_ready())}
 
     def whole(self) -> dict[str, Any]:
@@ -99,28 +96,22 @@ class Status:
 
     def _own(self) -> dict[str, Any]:
         lanes = {name: self._lane(lane) for name, lane in sorted(self._buffer.lanes.items())}
-        books: dict[str, Any] = {key: sum(lane[key] for lane in lanes.values()) for key in _BOOKS}
-        books["balanced"] = all(lane["balanced"] for lane in lanes.values())
         return {
             "version": __version__,
-            "now": iso(time.time()),
+            "now": now(),
             "started_at": self._started_at,
             "uptime_seconds": round(time.monotonic() - self._started, 3),
             "ready": self.not_ready() is None,
-            "books": books,
             "lanes": lanes,
             "rejected": dict(self._ingest.rejected),
             "mirror": self._mirror(),
             "database": self._database(),
-            "recent_loads": [
-                load | {"at": iso(load["at"]), "seconds": round(load["seconds"], 4)}
-                for load in self._loader.recent.loads()
-            ],
+            "recent_loads": self._loader.recent.loads(),
         }
 
     def refusals(self) -> list[dict[str, Any]]:
         """The last events that were refused: for admins, they show what clients sent."""
-        return [each | {"at": iso(each["at"])} for each in self._ingest.recent.refusals()]
+        return self._ingest.recent.refusals()
 
     def _lane(self, lane: Lane) -> dict[str, Any]:
         schedule = self._loader.schedules.get(lane.name)
@@ -130,13 +121,8 @@ class Status:
         # while the whole database is away that is told once, at the top
         outage = self._loader.sink.state().up is False
         return {
-            "accepted": lane.accepted,
-            "recovered": lane.recovered,
-            "loaded": lane.loaded,
-            "duplicate": lane.duplicate,
-            "dead": lane.dead,
+            **{key: getattr(lane, key) for key in BOOKS},
             "replayed": self._dead.replayed[lane.name],
-            "waiting": lane.waiting,
             "balanced": lane.balanced,
             "in_memory": lane.in_memory,
             "parked": lane.parked,
@@ -194,14 +180,6 @@ class Status:
 
 def _error(schedule: Schedule | None) -> str | None:
     return schedule.error if schedule is not None and schedule.failures else None
-
-
-def _totals(lanes: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Over all lanes, what the books do not tell."""
-    keys = ("waiting_bytes", "in_memory", "parked", "accepted_per_second", "loaded_per_second")
-    totals = {key: round(sum(lane[key] for lane in lanes.values()), 1) for key in keys}
-    oldest = max((lane["oldest_seconds"] for lane in lanes.values()), default=0.0)
-    return totals | {"oldest_seconds": oldest}
 
 
 def _rounded(seconds: float | None) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -63,7 +63,7 @@ class Summary:
             refusing: why events are refused now, or None.
         """
         now = time.time()
-        found = troubles(status, refusing)
+        found = list(troubles(status, refusing))
         self._since = {key: self._since.get(key, now) for key in ((t.state, t.what) for t in found)}
         texts = [t.sentence(self._told(t, now)) for t in found]
         if not found:
@@ -94,41 +94,32 @@ def healthy(status: Mapping[str, Any]) -> str:
     return f"Healthy. {formats.events(waiting)} waiting to be loaded{when}."
 
 
-def troubles(status: Mapping[str, Any], refusing: str | None) -> list[Trouble]:
+def troubles(status: Mapping[str, Any], refusing: str | None) -> Iterator[Trouble]:
     """What is wrong now, the worst first."""
-    found = []
     mirror, database = status["mirror"], status["database"]
     if refusing is not None:
-        found.append(
-            Trouble("refusing", "Events are refused", refusing, _refusing(status, refusing))
-        )
+        then = _refusing(status, refusing)
+        yield Trouble("refusing", "Events are refused", refusing, then)
     if database["up"] is False and database["error"]:
-        found.append(
-            Trouble(
-                "database_down", "PostgreSQL does not answer", database["error"],
-                f"{_kept(status)} Start the database, or mend what the error names; "
-                "loading then goes on by itself.",
-            )
-        )  # fmt: skip
+        then = (
+            f"{_kept(status)} Start the database, or mend what the error names; loading then goes "
+            "on by itself."
+        )
+        yield Trouble("database_down", "PostgreSQL does not answer", database["error"], then)
     if not status["books"]["balanced"]:
-        found.append(
-            Trouble(
-                "unbalanced", "The books do not balance", "",
-                "This is a fault of datapipe: please report it with the log and /status.json.",
-            )
-        )  # fmt: skip
-    found += _lanes(status)
+        then = "This is a fault of datapipe: please report it with the log and /status.json."
+        yield Trouble("unbalanced", "The books do not balance", "", then)
+    yield from sorted(_lanes(status), key=lambda trouble: trouble.state)
     if refusing is None and mirror["bytes"] >= NEARLY_FULL * mirror["max_bytes"]:
         share = f"{mirror['bytes'] / mirror['max_bytes']:.0%} used"
-        found.append(
-            Trouble("nearly_full", "The mirror is nearly full", share, f"{_kept(status)} When it "
-                    "is full, events are refused: see to it that lanes are loaded, or give it more "
-                    "room in the settings.")
-        )  # fmt: skip
+        then = (
+            f"{_kept(status)} When it is full, events are refused: see to it that lanes are "
+            "loaded, or give it more room in the settings."
+        )
+        yield Trouble("nearly_full", "The mirror is nearly full", share, then)
     if database["up"] is False and not database["error"]:
         then = "Events are kept meanwhile."
-        found.append(Trouble("starting", "The database has not been reached", "", then))
-    return found
+        yield Trouble("starting", "The database has not been reached", "", then)
 
 
 def _refusing(status: Mapping[str, Any], refusing: str) -> str:
@@ -141,21 +132,17 @@ def _refusing(status: Mapping[str, Any], refusing: str) -> str:
     return f"Clients are told to try again. {waiting}"
 
 
-def _lanes(status: Mapping[str, Any]) -> list[Trouble]:
-    found = []
+def _lanes(status: Mapping[str, Any]) -> Iterator[Trouble]:
     for name, lane in status["lanes"].items():
         waiting = f"{formats.events(lane['waiting'])} waiting."
         if lane["full"]:
             waiting += " It has used up its share of the mirror: new ones are refused."
         if lane["blocked"] is not None:
             then = f"Its events are kept, {waiting} Mend the cause, then press Load now."
-            found.append(Trouble("lane_blocked", f"Lane {name} is blocked", lane["blocked"], then))
+            yield Trouble("lane_blocked", f"Lane {name} is blocked", lane["blocked"], then)
         elif lane["error"] is not None:
             then = f"It is tried again by itself. Its events are kept, {waiting}"
-            found.append(
-                Trouble("lane_failing", f"Lane {name} can't be loaded", lane["error"], then)
-            )
-    return sorted(found, key=lambda trouble: trouble.state)
+            yield Trouble("lane_failing", f"Lane {name} can't be loaded", lane["error"], then)
 
 
 def _kept(status: Mapping[str, Any]) -> str:

@@ -14,11 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from datapipe import formats
+from datapipe.together import BOOKS
 
 _LOOK_S = 0.2  # how often progress is looked at
 _TELL_S = 5.0  # and told, where lines can't be overwritten
-_BOOKS = ("accepted", "recovered", "loaded", "duplicate", "dead", "waiting")
-_LANES = (*_BOOKS, "oldest", "next load", "state")
+_LANES = (*BOOKS, "oldest", "next load", "state")
 
 
 def show_status(status: Mapping[str, Any], console: Console | None = None) -> None:
@@ -29,7 +29,9 @@ def show_status(status: Mapping[str, Any], console: Console | None = None) -> No
     for text in (summary["text"], *summary["also"]):
         console.print(Text(_clean(text), style=style), soft_wrap=True)
     rows = [_lane(name, lane) for name, lane in status["lanes"].items()]
-    rows.append(_lane("all lanes", status["books"] | {"state": _balance(status["books"])}))
+    books = status["books"]
+    balance = "balanced" if books["balanced"] else "NOT balanced"
+    rows.append(_lane("all lanes", books | {"state": balance}))
     if console.is_terminal:
         console.print(_table(rows))
     else:
@@ -44,14 +46,10 @@ def show_status(status: Mapping[str, Any], console: Console | None = None) -> No
 def _lane(name: str, lane: Mapping[str, Any]) -> list[str]:
     blocked = lane.get("blocked") or lane.get("error")
     state = f"{lane['state']}: {blocked}" if blocked else lane["state"]
-    numbers = [formats.count(lane[key]) for key in _BOOKS]
+    numbers = [formats.count(lane[key]) for key in BOOKS]
     oldest = lane.get("oldest_seconds") if lane["waiting"] else None
     times = [formats.seconds(oldest), formats.seconds(lane.get("next_load_seconds"))]
     return [_clean(name), *numbers, *times, _clean(state)]
-
-
-def _balance(books: Mapping[str, Any]) -> str:
-    return "balanced" if books["balanced"] else "NOT balanced"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> Table:

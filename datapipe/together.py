@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from datapipe.history import POINTS, SERIES, STEP_S
 from datapipe.recent import LOADS
 
 Snapshot = Mapping[str, Any]
 
+BOOKS = ("accepted", "recovered", "loaded", "duplicate", "dead", "waiting")
+_TOTALS = ("waiting_bytes", "in_memory", "parked", "accepted_per_second", "loaded_per_second")
 _STATES = ("blocked", "retrying", "loading", "waiting", "empty")  # the worst first
 
 
 def together(own: Snapshot, others: Iterable[Snapshot]) -> dict[str, Any]:
-    """One snapshot of all processes; what only ours can tell (version, schema, ...) is ours."""
+    """One snapshot of all processes, and the books and totals over all lanes.
+
+    What only our own process can tell (version, schema, ...) is ours.
+    """
     everybody = [own, *others]
     lanes: dict[str, dict[str, Any]] = {}
     for each in everybody:
@@ -25,7 +31,8 @@ def together(own: Snapshot, others: Iterable[Snapshot]) -> dict[str, Any]:
         **own,
         "processes": len(everybody),
         "uptime_seconds": max(each["uptime_seconds"] for each in everybody),
-        "books": _books([each["books"] for each in everybody]),
+        "books": _books(lanes.values()),
+        "totals": _totals(lanes.values()),
         "lanes": dict(sorted(lanes.items())),
         "rejected": dict(sum((Counter(each["rejected"]) for each in everybody), Counter())),
         "mirror": _mirror([each["mirror"] for each in everybody]),
@@ -35,13 +42,11 @@ def together(own: Snapshot, others: Iterable[Snapshot]) -> dict[str, Any]:
 
 
 def together_series(series: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The series of the pictures, added up."""
-    names = sorted({name for each in series for name in each["lanes"]})
-    lanes = {
-        name: add_series([each["lanes"][name] for each in series if name in each["lanes"]])
-        for name in names
-    }
-    return {**series[0], "lanes": lanes, "total": add_series([each["total"] for each in series])}
+    """The series of the pictures, added up; `series` holds those of each process, by lane."""
+    names = sorted({name for each in series for name in each})
+    lanes = {name: add_series([each[name] for each in series if name in each]) for name in names}
+    total = add_series(list(lanes.values())) if lanes else {key: [] for key in SERIES}
+    return {"step_seconds": STEP_S, "points": POINTS, "lanes": lanes, "total": total}
 
 
 def _lane(one: Snapshot, two: Snapshot) -> dict[str, Any]:
@@ -71,9 +76,16 @@ def _pick(
     return choose((e[name] for e in lanes if e[name] is not None), key=key, default=None)
 
 
-def _books(books: Sequence[Snapshot]) -> dict[str, Any]:
-    added = {k: sum(each[k] for each in books) for k in books[0] if k != "balanced"}
-    return {**added, "balanced": all(each["balanced"] for each in books)}
+def _books(lanes: Collection[Snapshot]) -> dict[str, Any]:
+    books: dict[str, Any] = {key: sum(lane[key] for lane in lanes) for key in BOOKS}
+    return books | {"balanced": all(lane["balanced"] for lane in lanes)}
+
+
+def _totals(lanes: Collection[Snapshot]) -> dict[str, Any]:
+    """What the books do not tell."""
+    totals = {key: round(sum(lane[key] for lane in lanes), 1) for key in _TOTALS}
+    oldest = max((lane["oldest_seconds"] for lane in lanes), default=0.0)
+    return totals | {"oldest_seconds": oldest}
 
 
 def _mirror(mirrors: Sequence[Snapshot]) -> dict[str, Any]:

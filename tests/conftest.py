@@ -24,28 +24,26 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
     """A server for the whole run; tests that stop or freeze one take `own_postgres`."""
-    server = Postgres()
-    try:
-        server.start()
+    with Postgres.running() as server:
         yield server
-    finally:
-        server.remove()
 
 
 @pytest.fixture
 def own_postgres() -> Iterator[Postgres]:
     """A server for one test, to be hurt."""
-    server = Postgres(fsync="on")
-    try:
-        server.start()
+    with Postgres.running(fsync="on") as server:
         yield server
-    finally:
-        server.remove()
 
 
 @pytest.fixture
 def database(postgres: Postgres) -> str:
     """The URL of a new, empty database."""
+    return postgres.create_database()
+
+
+@pytest.fixture(scope="module")
+def database_url(postgres: Postgres) -> str:
+    """The URL of a database for the service that a module's tests share."""
     return postgres.create_database()
 
 

@@ -14,6 +14,8 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -79,6 +81,17 @@ class Postgres:
         subprocess.run(
             [str(self.bin / tool), *args], check=True, capture_output=True, cwd="/", **self._run_as
         )
+
+    @classmethod
+    @contextmanager
+    def running(cls, **options: str) -> Iterator[Postgres]:
+        """A server as long as the block lasts."""
+        server = cls(**options)
+        try:
+            server.start()
+            yield server
+        finally:
+            server.remove()
 
     def start(self) -> None:
         """Start it and wait until it answers."""

@@ -27,7 +27,6 @@ import asyncio
 import itertools
 import math
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -52,7 +51,7 @@ from datapipe.mirrors.ironmq_wire import (
     posted_anew,
     unpack,
 )
-from datapipe.segment import SEGMENT_OVERHEAD_BYTES, Segment
+from datapipe.segment import Segment
 from datapipe.settings import Settings
 
 SOURCE = "ironmq"  # by this the ledger knows that a segment may come back for 31 days
@@ -87,11 +86,6 @@ class Held:
     reservation: str | None = None
     lease_s: int = LEASE_S
     lease_until: float = 0.0
-
-    @property
-    def memory_bytes(self) -> int:
-        """What its segment costs in memory."""
-        return self.rows_bytes + SEGMENT_OVERHEAD_BYTES
 
     def lease(self, reservation: str, lease_s: int, now: float) -> None:
         self.reservation, self.lease_s, self.lease_until = reservation, lease_s, now + lease_s
@@ -135,8 +129,6 @@ class IronMQ:
         self.given_up = False  # a post of ours may be stored though it failed
         self.held: dict[str, dict[int, Held]] = {}  # by queue and position
         self.known: dict[str, Held] = {}  # by segment
-        self.recovered: Counter[str] = Counter()  # by queue: messages of others in our books
-        self.recovered_bytes: Counter[str] = Counter()
         self._max_bytes = settings.ironmq_max_bytes
         self._most_held = max(_HELD_LEAST, settings.buffer_max_bytes // _HELD_BYTES)
         self._bytes = 0
@@ -174,18 +166,14 @@ class IronMQ:
             raise MirrorFull(why)
         began = time.perf_counter()
         pieces: list[list[Segment]] = [[] for _ in segments]
-        tasks = [
-            asyncio.create_task(self._append(segment, into))
-            for segment, into in zip(segments, pieces, strict=True)
-        ]
-        _, late = await asyncio.wait(tasks, timeout=self._timeout_s)
-        for task in late:
-            task.cancel()
-        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
-        stored = [piece for into in pieces for piece in into]
-        failed = next((each for each in outcomes if each is not None), None)
-        if isinstance(failed, asyncio.CancelledError):
+        posts = map(self._append, segments, pieces)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                outcomes = await asyncio.gather(*posts, return_exceptions=True)
+            failed = next((each for each in outcomes if each is not None), None)
+        except TimeoutError:
             failed = MirrorUnavailable(f"IronMQ does not answer within {self._timeout_s:g} s")
+        stored = [piece for into in pieces for piece in into]
         self.given_up |= failed is not None and not isinstance(failed, MirrorFull)
         if failed is not None and not isinstance(failed, MirrorUnavailable):
             for piece in stored:  # nobody will book them: to be recovered
@@ -248,18 +236,12 @@ class IronMQ:
             segment.source, segment.position = SOURCE, next(self._positions)
             self.held.setdefault(queue, {})[segment.position] = held
             self._bytes += held.bytes
-            if held.recovered:
-                self.recovered[queue] += 1
-                self.recovered_bytes[queue] += held.memory_bytes
 
     def _forget(self, queue: str, position: int) -> None:
         held = self.held[queue].pop(position, None)
         if held is not None:
             self.known.pop(held.segment, None)
             self._bytes -= held.bytes
-            if held.recovered:
-                self.recovered[queue] -= 1
-                self.recovered_bytes[queue] -= held.memory_bytes
 
     # --- read, remove ---
 

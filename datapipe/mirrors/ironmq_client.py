@@ -10,8 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
@@ -103,17 +102,12 @@ class Client:
         answer = await self._call("post", "POST", f"/queues/{_name(queue)}/messages", content)
         return _picked(lambda: str(answer["ids"][0]))
 
-    async def reserve(self, queue: str, count: int, lease_s: int, wait_s: int = 0) -> list[Message]:
-        """Take up to `count` (at most 100) messages for `lease_s` seconds, oldest first.
-
-        Args: wait_s: hold the call so long (at most 30) until there is one.
-        """
-        content = {"n": count, "timeout": lease_s, "wait": wait_s}
+    async def reserve(self, queue: str, count: int, lease_s: int) -> list[Message]:
+        """Take up to `count` (at most 100) messages for `lease_s` seconds, oldest first."""
+        content = {"n": count, "timeout": lease_s, "wait": 0}
         path = f"/queues/{_name(queue)}/reservations"
         return _messages(
-            await self._call(
-                "reserve", "POST", path, content, absent=True, longer_s=wait_s, repeat=False
-            )
+            await self._call("reserve", "POST", path, content, absent=True, repeat=False)
         )
 
     async def peek(self, queue: str, count: int) -> list[Message]:
@@ -180,15 +174,14 @@ class Client:
         content: Mapping[str, Any] | bytes | None = None,
         *,
         absent: bool = False,
-        longer_s: float = 0.0,
         repeat: bool = True,
     ) -> dict[str, Any]:
         """One call, repeated with full jitter while that may help; empty for 404 if `absent`."""
-        timeout_s = self._timeout_s + longer_s
-        stop = tenacity.stop_after_delay(timeout_s) if repeat else tenacity.stop_after_attempt(1)
+        after = tenacity.stop_after_delay(self._timeout_s)
+        stop = after if repeat else tenacity.stop_after_attempt(1)
         data = json.dumps(content).encode() if isinstance(content, Mapping) else content
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(self._timeout_s):
                 async for attempt in tenacity.AsyncRetrying(
                     retry=tenacity.retry_if_exception_type(_Again),
                     wait=tenacity.wait_random_exponential(multiplier=0.1, max=5, exp_base=4),
@@ -198,7 +191,8 @@ class Client:
                     with attempt:
                         return await self._once(kind, method, path, data, absent)
         except TimeoutError:
-            raise MirrorUnavailable(f"IronMQ does not answer within {timeout_s:g} s") from None
+            detail = f"IronMQ does not answer within {self._timeout_s:g} s"
+            raise MirrorUnavailable(detail) from None
         except _Again as exc:
             raise MirrorUnavailable(str(exc)) from None
         raise AssertionError  # AsyncRetrying ends by return or raise
@@ -240,16 +234,6 @@ class Client:
         except (ValueError, KeyError, TypeError):
             said = "no reason"
         return f"IronMQ refuses: {status} {said.replace(self._token, '***')[:200]}"
-
-
-@asynccontextmanager
-async def open_client(settings: Settings) -> AsyncIterator[Client]:
-    """A client with a bounded number of connections; nothing is sent yet."""
-    async with aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=CONNECTIONS),
-        timeout=aiohttp.ClientTimeout(total=None),  # each call has its own
-    ) as session:
-        yield Client(session, settings)
 
 
 def encode_post(body: str) -> bytes:

@@ -13,10 +13,12 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
+import aiohttp
+
 from datapipe.errors import MirrorUnavailable
 from datapipe.mirrors import Found, Neighbours
 from datapipe.mirrors.ironmq import ANEW_S, BATCH, LEASE_S, IronMQ, held_of, unpacked
-from datapipe.mirrors.ironmq_client import Client, Message, Refused, open_client
+from datapipe.mirrors.ironmq_client import CONNECTIONS, Client, Message, Refused
 from datapipe.mirrors.ironmq_wire import Envelope, Unreadable, envelope_of, rows_bytes
 from datapipe.segment import SEGMENT_OVERHEAD_BYTES
 from datapipe.settings import Settings
@@ -74,22 +76,39 @@ class RecoveringIronMQ(IronMQ):
 
     def _room(self, queue: str) -> int:
         """Bytes in memory that recovered segments of this queue may still take."""
-        if self.recovered[queue] >= BATCH:  # their leases may have to be prolonged one by one
+        recovered = [held for held in self.held.get(queue, {}).values() if held.recovered]
+        if len(recovered) >= BATCH:  # their leases may have to be prolonged one by one
             return 0
-        return self._share // max(1, len(self._queues)) - self.recovered_bytes[queue]
+        taken = sum(held.rows_bytes + SEGMENT_OVERHEAD_BYTES for held in recovered)
+        return self._share // max(1, len(self._queues)) - taken
 
     async def _recover_queue(
         self, queue: str, lane: str, neighbours: Neighbours, found: Found
     ) -> None:
-        """Reserve and take what is nobody's in the queue of a lane that we load."""
+        """Take what is nobody's in the queue of a lane that we load."""
         room = self._room(queue)
         if room <= 0:
             self._unfinished.add(queue)
             return
+
+        def wanted(message: Message) -> bool:
+            return self._wants(message, lane, neighbours, found)
+
         seen = await self._noting(self.client.peek(queue, BATCH))
+        now = self.clock()
+        async for message in self._reserved(queue, seen, wanted, room):
+            await self._take(queue, lane, message, now, found)
+
+    async def _reserved(
+        self, queue: str, seen: Sequence[Message], wanted: Callable[[Message], bool], room: int
+    ) -> AsyncIterator[Message]:
+        """Reserve what is wanted of what was seen; what else comes on the way is released.
+
+        Args: room: bytes of memory that they may take, unless a single one is larger.
+        """
         reach = 0
         for i, message in enumerate(seen):
-            if self._wants(message, lane, neighbours, found):
+            if wanted(message):
                 room -= _cost(message)
                 if reach and room < 0:
                     self._unfinished.add(queue)
@@ -99,12 +118,13 @@ class RecoveringIronMQ(IronMQ):
             return
         if len(seen) == BATCH:
             self._unfinished.add(queue)
-        now = self.clock()
         for message in await self._noting(self.client.reserve(queue, reach, LEASE_S)):
-            if self._wants(message, lane, neighbours, found):
-                await self._take(queue, lane, message, now, found)
+            assert message.reservation_id is not None
+            if wanted(message):
+                yield message
             else:
-                await self._release(queue, message)
+                lease = message.reservation_id
+                await self._noting(self.client.release(queue, message.id, lease))
 
     def _wants(self, message: Message, lane: str, neighbours: Neighbours, found: Found) -> bool:
         """Whether a message is nobody's, or a copy: then we are the one to take it away."""
@@ -146,10 +166,6 @@ class RecoveringIronMQ(IronMQ):
             return
         held.lease(message.reservation_id, LEASE_S, now)
 
-    async def _release(self, queue: str, message: Message) -> None:
-        if message.reservation_id is not None:
-            await self._noting(self.client.release(queue, message.id, message.reservation_id))
-
     # --- lanes that are not loaded here, or not now ---
 
     async def _look_after(
@@ -161,32 +177,14 @@ class RecoveringIronMQ(IronMQ):
         if oldest is None or oldest.lane != lane:
             return  # not in our wire form: somebody else's queue
         found.strangers.add(lane)
-        old = [
-            i
-            for i, message in enumerate(seen)
-            if self._is_old(message) and self._wants(message, lane, neighbours, found)
-        ]
-        if not old:
-            return
-        if len(seen) == BATCH:
-            self._unfinished.add(queue)
-        taken = await self._noting(self.client.reserve(queue, old[-1] + 1, LEASE_S))
-        await self._post_all_anew(queue, lane, taken, neighbours, found)
 
-    async def _post_all_anew(
-        self,
-        queue: str,
-        lane: str,
-        taken: Sequence[Message],
-        neighbours: Neighbours,
-        found: Found,
-    ) -> None:
+        def old(message: Message) -> bool:
+            return self._is_old(message) and self._wants(message, lane, neighbours, found)
+
+        taken = [message async for message in self._reserved(queue, seen, old, self._share)]
         ids = {message.id: e.segment for message in taken if (e := _envelope(message)) is not None}
         loaded = await self.ledger_knows(neighbours, list(ids.values()))
         for message in taken:
-            if not self._is_old(message) or not self._wants(message, lane, neighbours, found):
-                await self._release(queue, message)
-                continue
             if ids[message.id] not in loaded:
                 await self.repost(queue, message.body, self.clock())
             await self._noting(self.client.delete(queue, [(message.id, message.reservation_id)]))
@@ -220,6 +218,9 @@ def _envelope(message: Message) -> Envelope | None:
 async def open_ironmq(
     settings: Settings, process: str, clock: Callable[[], float] = time.time
 ) -> AsyncIterator[RecoveringIronMQ]:
-    """Open the mirror; nothing is sent until there is something to do."""
-    async with open_client(settings) as client:
-        yield RecoveringIronMQ(client, settings, process, clock)
+    """Open the mirror, with so many connections; nothing is sent until there is something to do."""
+    async with aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=CONNECTIONS),
+        timeout=aiohttp.ClientTimeout(total=None),  # each call has its own
+    ) as session:
+        yield RecoveringIronMQ(Client(session, settings), settings, process, clock)

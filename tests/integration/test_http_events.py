@@ -88,11 +88,6 @@ DECLARED = {
 NAMES = {"crash_report", "purchase", "install", "required", "optional", "nullable", *DECLARED}
 
 
-@pytest.fixture(scope="module")
-def database_url(postgres: Postgres) -> str:
-    return postgres.create_database()
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def service(
     tmp_path_factory: pytest.TempPathFactory, database_url: str

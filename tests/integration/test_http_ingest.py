@@ -25,11 +25,6 @@ KEYS = ["first key+/", "second-key"]
 shared = pytest.mark.asyncio(loop_scope="module")
 
 
-@pytest.fixture(scope="module")
-def database_url(postgres: Postgres) -> str:
-    return postgres.create_database()
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def service(
     tmp_path_factory: pytest.TempPathFactory, database_url: str

@@ -232,6 +232,8 @@ async def test_openapi(service: Service) -> None:
             assert operation["responses"]
             for status, response in operation["responses"].items():
                 assert re.fullmatch(r"[1-5]\d\d|default", status)
+                for step in response.get("$ref", "").split("/")[3:]:
+                    response = document["components"]["responses"][step]
                 assert response["description"]
             if method == "get":
                 async with service.session.get(f"{service.url}{path}") as answered:

@@ -434,12 +434,8 @@ class Whole:
 
 @pytest.fixture(scope="module")
 def hurt() -> Iterator[Postgres]:
-    server = Postgres()
-    try:
-        server.start()
+    with Postgres.running() as server:
         yield server
-    finally:
-        server.remove()
 
 
 @pytest_asyncio.fixture(loop_scope="module")
