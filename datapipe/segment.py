@@ -87,12 +87,11 @@ class Segment:
         parts: runs of rows with an idempotency key; rows outside of them have none.
         source, position: set by the mirror that holds it: where, and how far along.
         gone: the mirror no longer holds it, so `data` is empty: the ledger may know why.
-        tries: ids of the loads that took it, so that a commit of unknown outcome is known again.
     """
 
     __slots__ = (
         "columns", "created_at", "data", "events", "gone", "id", "lane",
-        "parts", "position", "source", "tries",
+        "parts", "position", "source",
     )  # fmt: skip
 
     def __init__(
@@ -118,7 +117,6 @@ class Segment:
         self.source = source
         self.position = position
         self.gone = False
-        self.tries: set[str] = set()
 
     @property
     def bytes(self) -> int:

@@ -74,6 +74,9 @@ class PostgresSink:
         self._idle: list[psycopg2.extensions.connection] = []
         self._busy: set[psycopg2.extensions.connection] = set()
         self._stopping = threading.Event()
+        # loads that took a segment and failed, by its id: one of them may have committed all the
+        # same. Not in the segment, which may be parked and read anew before it is tried again
+        self._tried: dict[str, set[str]] = {}
 
     def _name(self, table: str) -> str:
         return f"{quote(self._schema)}.{quote(table)}"
@@ -99,6 +102,8 @@ class PostgresSink:
                 self._database.failed(exc)
                 raise error_of(exc, table.name) from exc
             self._database.works(began)
+            for segment in segments:
+                self._tried.pop(segment.id, None)
             return loaded
         raise AssertionError  # the second pass returns or raises
 
@@ -160,7 +165,7 @@ class PostgresSink:
         known = [segment for segment in segments if segment.id not in new]
         result = self._known(cursor, known)
         for segment in segments:
-            segment.tries.add(load)
+            self._tried.setdefault(segment.id, set()).add(load)
         fresh = [segment for segment in segments if segment.id in new]
         ledger = self._name("datapipe_ledger")
         rows, duplicates = Keys(cursor, ledger, self._process).rows(table.name, fresh)
@@ -228,7 +233,7 @@ class PostgresSink:
         rows = {segment: rest for segment, *rest in cursor.fetchall()}
         for segment in segments:
             load, dead, duplicates = rows[segment.id]
-            if load in segment.tries:
+            if load in self._tried.get(segment.id, ()):
                 result.dead += dead
                 result.duplicate += duplicates
                 result.loaded += segment.events - dead - duplicates

@@ -10,6 +10,11 @@ from typing import Any
 
 import pytest
 
+from datapipe.errors import SinkUnavailable
+from datapipe.events import Column
+from datapipe.segment import Segment
+from datapipe.settings import Settings
+from datapipe.sinks import Table, open_sink
 from tests.fault.driver import Driver
 from tests.fault.proxy import Moment, Proxy, cut
 from tests.postgres import Postgres
@@ -201,3 +206,23 @@ async def test_one_event_whose_commit_breaks_is_loaded_not_duplicate(
     assert await count() == 1
     assert (books["accepted"], books["loaded"], books["duplicate"]) == (1, 1, 0)
     assert len(service.logged("load failed")) == 1
+
+
+async def test_a_commit_of_unknown_outcome_is_known_again_after_parking(proxy: Proxy) -> None:
+    """A parked segment is read anew: what is remembered of its loads must not hang on the object."""
+    table = Table("n", (Column("n", "bigint"), Column("received_at", "timestamptz")))
+
+    def anew() -> Segment:
+        row = b"1\t2026-01-01 12:00:00+00:00\n"
+        return Segment("n", table.columns, row, 1, id="0" * 32)
+
+    async with open_sink(Settings(database_url=proxy.url), "a process") as sink:
+        await sink.load(table, [Segment("n", table.columns, anew().data, 1)])
+        async with asyncio.TaskGroup() as both:
+            both.create_task(proxy.at(Moment.COMMITTED, cut))
+            with pytest.raises(SinkUnavailable):
+                await sink.load(table, [anew()])
+        again = await sink.load(table, [anew()])
+        assert (again.loaded, again.duplicate) == (1, 0)
+        third = await sink.load(table, [anew()])
+        assert (third.loaded, third.duplicate) == (0, 1)
