@@ -209,7 +209,7 @@ async def test_one_event_whose_commit_breaks_is_loaded_not_duplicate(
 
 
 async def test_a_commit_of_unknown_outcome_is_known_again_after_parking(proxy: Proxy) -> None:
-    """A parked segment is read anew: what is remembered of its loads must not hang on the object."""
+    """A parked segment is read anew: what is known of its loads must not hang on the object."""
     table = Table("n", (Column("n", "bigint"), Column("received_at", "timestamptz")))
 
     def anew() -> Segment:
