@@ -1,4 +1,4 @@
-"""The README and docs/*.md, as a reader of their Markdown has them: blocks, links, words of code."""
+"""The README and docs/*.md as readers have them: blocks, links, headings, words of code."""
 
 from __future__ import annotations
 

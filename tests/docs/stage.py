@@ -9,7 +9,8 @@
     toml, ini, yaml   parsed
     text    what the block before it printed; `...` stands for anything
 
-A page that starts no service is read with one running. The page's port 8080 is a free one here, and so is 3000. A block that names a file is written to it.
+A page that starts no service is read with one running. The page's port 8080 is a free one here, and
+so is 3000. A block that names a file is written to it.
 """
 
 from __future__ import annotations
@@ -119,6 +120,7 @@ class Stage:
         return "".join(self.said[-20:])
 
     async def _sh(self, block: Block, text: str) -> None:
+        """A file is a script; it is run, too."""
         lines = [line for line in text.splitlines() if line.strip()]
         if lines and _SERVES.fullmatch(lines[-1].partition(" #")[0].strip()):
             await self._serve(text)

@@ -36,9 +36,9 @@ def folder() -> Iterator[Path]:
 
 def why_not(block: Block) -> str | None:
     """Why it need not be run: as its mark says, or by its commands."""
-    if block.not_run is None and block.kind == "sh" and commands(block):
-        if all(re.match("heroku |git push heroku ", line) for line in commands(block)):
-            return "needs a Heroku account"
+    heroku = [re.match("heroku |git push heroku ", line) for line in commands(block)]
+    if block.not_run is None and block.kind == "sh" and heroku and all(heroku):
+        return "needs a Heroku account"
     return block.not_run
 
 
