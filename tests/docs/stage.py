@@ -6,7 +6,7 @@
     python, js    written to its file, or run where it has none
     html    written, and opened in a browser, from http://localhost:3000
     json    settings: read, event types and all
-    toml, ini, yaml   parsed
+    toml, ini, yaml   parsed; promql   looked through for metrics that there are not
     text    what the block before it printed; `...` stands for anything
 
 A page that starts no service is read with one running. The page's port 8080 is a free one here, and
@@ -32,6 +32,7 @@ import yaml
 from aiohttp import web
 
 from tests.browser.chromium import chromium
+from tests.docs import metrics
 from tests.docs.pages import ROOT, Block
 from tests.postgres import free_port
 from tests.service import until
@@ -244,8 +245,15 @@ class Stage:
         parser.read_string(text)
         assert parser.sections()
 
+    async def _promql(self, block: Block, text: str) -> None:
+        for line in text.splitlines():
+            metrics.check(line)
+
     async def _yaml(self, block: Block, text: str) -> None:
         assert yaml.safe_load(text)
+
+    async def _diagram(self, block: Block, text: str) -> None:
+        assert "->" in text
 
     async def _text(self, block: Block, text: str) -> None:
         # lines are told apart: an answer of one line has no end

@@ -3,41 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from prometheus_client.parser import text_string_to_metric_families
 
-from datapipe.metrics import REASONS, Metrics
+from tests.docs.metrics import check, families
+from tests.docs.pages import ROOT
 
-DOCS = Path(__file__).parents[2] / "docs"
-NUMBERS = ("accepted", "recovered", "loaded", "duplicate", "dead", "waiting", "parked")
-
-
-@pytest.fixture
-def exposed() -> dict[str, set[str]]:
-    """The names of all samples at /metrics, and the labels of each."""
-    lane: dict[str, Any] = dict.fromkeys(NUMBERS, 0)
-    lane |= {"oldest_seconds": 0, "blocked": None, "waiting_bytes": 0}
-    metrics = Metrics()
-    metrics.load_seconds.observe(1)
-    metrics.append_seconds.observe(1)
-    status = {
-        "lanes": {"install": lane},
-        "rejected": {"busy": 1},
-        "mirror": {"calls": {"post": 1}, "up": True},
-        "database": {"up": True},
-    }
-    metrics.expose(lambda: status, lambda: [metrics.histograms()])
-    found: dict[str, set[str]] = {}
-    for family in text_string_to_metric_families(metrics.text().decode()):
-        for sample in family.samples:
-            found.setdefault(sample.name, set()).update(sample.labels)
-    return found
+DOCS = ROOT / "docs"
 
 
 def dashboard() -> Iterator[str]:
@@ -55,23 +30,11 @@ def alerts() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("expressions", [dashboard, alerts])
-def test_metrics_exist(expressions: Any, exposed: dict[str, set[str]]) -> None:
+def test_metrics_exist(expressions: Any) -> None:
     for expression in expressions():
-        named = re.findall(r"datapipe_\w+(?:\{[^}]*\})?", expression)
-        assert named, expression
-        for use in named:
-            name, _, selector = use.partition("{")
-            assert name in exposed, f"{name} in {expression}"
-            labels = set(re.findall(r"(\w+)\s*[!=]=?~?\s*\"", selector)) - {"job"}
-            assert labels <= exposed[name], use
-        for grouping in re.findall(r"by \(([^)]*)\)", expression):
-            known = set().union(*(exposed[use.split("{")[0]] for use in named))
-            assert {label.strip() for label in grouping.split(",")} <= known, expression
-        for reason in re.findall(r'reason!?="(\w+)"', expression):
-            assert reason in REASONS
+        check(expression)
 
 
-def test_dashboard_shows_every_metric(exposed: dict[str, set[str]]) -> None:
+def test_dashboard_shows_every_metric() -> None:
     shown = " ".join(dashboard())
-    families = {re.sub(r"_(bucket|sum|count|created)$", "", name) for name in exposed}
-    assert sorted(name for name in families if name not in shown) == []
+    assert sorted(name for name in families() if name not in shown) == []
