@@ -76,7 +76,7 @@ class Stage:
             "python3": sys.executable,
             "pytest": f"{sys.executable} -P -m pytest -p no:cacheprovider",
             "psql": f"{bin / 'psql'} -X -P pager=off",
-            "make": f"{shutil.which('make')} -C {ROOT} -o .venv/.run -o .venv/.test "
+            "make": f"{shutil.which('make')} -f {ROOT / 'Makefile'} -o .venv/.run -o .venv/.test "
             f"BIN={Path(sys.executable).parent}",
         }
         (self.folder / ".venv/bin").mkdir(parents=True)
