@@ -10,7 +10,8 @@
     text    what the block before it printed; `...` stands for anything
 
 A page that starts no service is read with one running. The page's port 8080 is a free one here, and
-so is 3000. A block that names a file is written to it.
+so is 3000. A block that names a file of the repository shows what stands in it; one that names
+another is written to it.
 """
 
 from __future__ import annotations
@@ -103,19 +104,34 @@ class Stage:
     async def run(self, block: Block) -> None:
         """Raises: AssertionError: it does not do what the page says."""
         text = self.real(block.text)
-        if block.file:
-            named = [word for word in re.findall(r"`([^`]+)`", block.before) if word == block.file]
-            assert named, f"{block.place}: the prose before it must name `{block.file}`"
-            (self.folder / block.file).parent.mkdir(parents=True, exist_ok=True)
-            (self.folder / block.file).write_text(text)
+        if block.file and self._is_ours(block):
+            return
         if ":8080" in block.text and self._service is None and block.kind == "sh":
             await self._serve("datapipe serve")  # the reader's, of another page
-        how = getattr(self, f"_{block.kind}", None)
+        known = {
+            "sh": self._sh, "bash": self._sh, "sql": self._sql, "python": self._python,
+            "js": self._js, "html": self._html, "json": self._json, "toml": self._toml,
+            "ini": self._ini, "yaml": self._yaml, "promql": self._promql, "text": self._text,
+            "diagram": self._diagram,
+        }  # fmt: skip
+        how = known.get(block.kind)
         assert how is not None, f"{block.place}: nobody knows how to run a block of {block.kind!r}"
         try:
             await how(block, text)
         except AssertionError as exc:
             raise AssertionError(f"{block.place}: {exc}\n{self._last_words()}") from None
+
+    def _is_ours(self, block: Block) -> bool:
+        """Whether it shows a file of the repository, as it is there; others are written."""
+        named = re.findall(r"`([^`]+)`", block.before)
+        assert block.file in named, f"{block.place}: the prose before it must name `{block.file}`"
+        if (ours := ROOT / block.file).is_file():
+            assert block.text in ours.read_text(), f"{block.place}: {block.file} is otherwise"
+            return True
+        file = self.folder / block.file
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(self.real(block.text))
+        return False
 
     def _last_words(self) -> str:
         return "".join(self.said[-20:])

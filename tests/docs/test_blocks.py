@@ -19,6 +19,7 @@ from tests.postgres import Postgres
 NOT_RUN = {
     "needs a Heroku account": r"heroku .*|git push heroku .*",
     "installs packages": r"(python -m )?pip install .*",
+    "needs the network": r"git clone .*|cd \S+",
     "needs root": r"sudo .*|apt(-get)? .*",
     "takes long": r"make (test|bench|torture|screenshots|lock)|python -m (benchmarks|tests\.\S+).*",
 }
@@ -81,6 +82,8 @@ def test_the_pages_are_found() -> None:
         ("<!-- exit: 3 -->\n```sh\nexit 3\n```\n```sh\necho a; false | cat\n```", "exit 1"),
         ("```sh\necho a\n```\n```text\nb\n```", "the page says:\nb"),
         ("```python a.py\nx = 1\n```", "a.py"),
+        ("`Procfile`:\n```yaml Procfile\nweb: nothing\n```", "Procfile is otherwise"),
+        ("```serve\nx\n```", "'serve'"),
         ("```python\nraise SystemExit(4)\n```", "exit 4"),
         ("```python\nx =\n```", "invalid syntax"),
         ('```json\n{"lod_interval": 1}\n```', "lod_interval"),
