@@ -6,12 +6,17 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import aiohttp
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 RETRY_AFTER_S = 1
+_BUSY: dict[str, tuple[int, dict[str, Any]]] = {  # nothing has room, or one lane has none
+    "busy": (503, {"status_code": 9}),
+    "full": (207, {"status_code": 1, "accepted": 1, "rejected": 1, "busy": ["purchase"]}),
+}
 _HOP = ("Host", "Content-Length", "Transfer-Encoding", "Connection")
 
 
@@ -44,8 +49,8 @@ async def front(service: str) -> AsyncIterator[Front]:
         if key is not None:
             made.tries.append(Try(time.monotonic(), key, body))
             fault = made.faults.pop(0) if made.faults else ""
-        if fault == "busy":
-            return busy(request.headers.get("Origin", "*"))
+        if fault in _BUSY:
+            return busy(request.headers.get("Origin", "*"), *_BUSY[fault])
         headers = {k: v for k, v in request.headers.items() if k not in _HOP}
         async with session.request(
             request.method, f"{service}{request.path_qs}", data=body, headers=headers
@@ -63,14 +68,15 @@ async def front(service: str) -> AsyncIterator[Front]:
         yield made
 
 
-def busy(origin: str) -> web.Response:
+def busy(origin: str, status: int, more: dict[str, Any]) -> web.Response:
     """As a service that has no room; as its own, for a page of another origin to read."""
     headers = {
         "Retry-After": str(RETRY_AFTER_S), "Access-Control-Allow-Origin": origin,
         "Access-Control-Expose-Headers": "Retry-After, X-Request-ID", "Vary": "Origin",
     }  # fmt: skip
-    body = {"status_code": 9, "status_message": "the journal is full"}
-    response = web.json_response(body, status=503, headers=headers)
+    response = web.json_response(
+        {"status_message": "no room", **more}, status=status, headers=headers
+    )
     # curl and browsers send again at once when a connection breaks that had served before
     response.force_close()
     return response

@@ -52,7 +52,7 @@ def test_keys_that_no_class_could_have() -> None:
         ("signup", "a b", "int", ["events.signup", "'a b'"]),
         ("signup", "a\0", "int", ["events.signup", "'a\\x00'"]),
         ("signup", "\ud800", "int", ["events.signup", "'\\ud800'"]),
-        ("signup", "__doc__", "str", ["events.signup", "'__doc__'"]),
+        ("signup", "__slots__", "str", ["events.signup", "'__slots__'"]),
         ("signup", "received_at", "int", ["events.signup", "'received_at'"]),
         ("signup", "x" * 64, "int", ["events.signup", "x" * 64]),
         ("Signup", "n", "int", ["events.Signup", "[a-z]"]),
