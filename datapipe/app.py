@@ -17,6 +17,7 @@ from pathlib import Path
 import structlog
 from aiohttp import web
 
+from datapipe import cors
 from datapipe import settings as settings_module
 from datapipe.access import Access
 from datapipe.admin import Admin
@@ -58,6 +59,7 @@ class Pipeline:
     ) -> None:
         self.settings = settings
         self.registry = registry
+        self.cors = bool(settings.cors_origins)
         self.metrics = Metrics()
         self.failed: asyncio.Future[None] | None = None
         self._open_mirror = open_mirror
@@ -180,6 +182,8 @@ def create_app(
     app.router.add_post("/", pipeline.post)
     app.cleanup_ctx.append(pipeline.run)
     app.on_response_prepare.append(add_headers)
+    if pipeline.cors:
+        cors.allow(app, settings.cors_origins)
     return app
 
 

@@ -23,6 +23,7 @@ _RUN_DEFAULTS = {"host": "127.0.0.1", "load_interval": 5.0, "load_min_interval":
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
+    sys.path.append("")  # for `event_modules` of the folder one is in, as `python -m` has it
     parser = _parser()
     args = parser.parse_args(argv)
     if args.command is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import re
 from collections.abc import Sequence
 
@@ -27,6 +28,8 @@ def class_text(name: str, fields: Sequence[str]) -> str:
         key, colon, text = field.partition(":")
         if not colon or not key.isidentifier():
             raise ConfigError(f"{field!r} is no field: write it as name:type, e.g. user_id:int")
+        if keyword.iskeyword(key):
+            raise ConfigError(f"{key}: Python keeps this word to itself; use the setting events")
         if key in declared:
             raise ConfigError(f"{key}: this field is given twice")
         declared[key] = text

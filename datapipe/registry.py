@@ -79,10 +79,15 @@ def load_registry(settings: Settings) -> Registry:
             raise ConfigError(f"event_modules: {module!r} can't be imported: {why}") from exc
     length = settings.input_max_len
     types = [EventType(name, cls, length) for name, cls in registered()]
-    types += [
-        EventType(name, declared_class(name, fields), length)
-        for name, fields in settings.events.items()
-    ]
+    taken = {kind.name for kind in types}
+    for name, fields in settings.events.items():
+        if name in taken:
+            raise ConfigError(f"events.{name}: there is an event type of this name already")
+        cls = declared_class(name, fields)
+        try:
+            types.append(EventType(name, cls, length))
+        except ConfigError as exc:
+            raise ConfigError(f"events.{name}: {exc}") from exc
     return Registry(types)
 
 
@@ -91,6 +96,10 @@ def declared_class(name: str, fields: dict[str, str]) -> type[Event]:
     body: dict[str, Any] = {"__annotations__": {}}
     for field, text in fields.items():
         place = f"events.{name}.{field}"
+        if not field.isidentifier() or field.startswith("__"):
+            raise ConfigError(
+                f"events.{name}: {field!r} can't be a key: letters, digits and _, not __ in front"
+            )
         match = _DECLARED.fullmatch(text)
         kind = _TYPE_NAMES.get(match[1]) if match else None
         if match is None or kind is None:
@@ -105,7 +114,11 @@ def declared_class(name: str, fields: dict[str, str]) -> type[Event]:
             try:
                 body[field] = msgspec.json.decode(match[3], type=hint)
             except (msgspec.DecodeError, ValueError) as exc:
-                raise ConfigError(f"{place}: default {match[3]!r}: {exc}") from None
+                quotes = ", text in quotes" if kind is str else ""
+                raise ConfigError(
+                    f"{place}: the default {match[3]!r} must be {kind.__name__} as JSON{quotes}: "
+                    f"{exc}"
+                ) from None
         elif match[2]:
             body[field] = None  # `datetime?`: the key may be left out too
     return type(name, (Event,), body)

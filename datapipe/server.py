@@ -33,7 +33,12 @@ _SWEEP_S = 0.5
 
 
 class Door(Protocol):
-    """What answers `POST /`; it raises nothing."""
+    """What answers `POST /`; it raises nothing.
+
+    `cors`: a request with an `Origin` wants headers that only aiohttp's way adds.
+    """
+
+    cors: bool
 
     async def post(self, request: web.BaseRequest) -> web.StreamResponse:
         """A request as aiohttp has it."""
@@ -126,7 +131,9 @@ class Connection(web_protocol.RequestHandler):
                 finally:
                     self._waiter = None
             message, payload = self._messages[0]
-            if not _is_plain_post(message, payload):
+            if not _is_plain_post(message, payload) or (
+                server.door.cors and "Origin" in message.headers
+            ):
                 return True
             self._take_message()
             server.requests_count += 1

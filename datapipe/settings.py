@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -56,6 +57,8 @@ LEAST: dict[str, float] = {
     "shutdown_timeout": 0,
 }
 
+_ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^\s/?#@A-Z]+")  # as browsers write it
+
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, repr_omit_defaults=True):
     """What the service is told. `load` reads it; tests make it directly.
@@ -75,7 +78,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, repr_omit_defaults=Tru
 
     ingest_keys: list[str] = []  # empty: anyone may post
     admin_key: str = ""
-    cors_origins: list[str] = []
+    cors_origins: list[str] = []  # whose pages may post
 
     event_modules: list[str] = []
     events: dict[str, dict[str, str]] = {}  # types without code: name -> field -> type
@@ -193,6 +196,9 @@ def check(settings: Settings, sources: Mapping[str, str] | None = None) -> None:
     for key in ("ingest_keys", "cors_origins", "event_modules"):
         if not all(getattr(settings, key)):
             refuse(key, "has an empty entry")
+    for origin in settings.cors_origins:
+        if not _ORIGIN.fullmatch(origin):
+            refuse("cors_origins", f"{origin!r} is neither '*' nor like 'https://example.com'")
     if not settings.data_dir:
         refuse("data_dir", "must name a folder")
 

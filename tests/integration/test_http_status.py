@@ -206,7 +206,10 @@ async def test_answers_bear_headers_that_keep_them_safe(service: Service) -> Non
     for path in ("/", "/status.json", "/nope"):
         async with service.session.get(f"{service.url}{path}") as response:
             assert response.headers["X-Content-Type-Options"] == "nosniff"
-            assert "default-src 'none'" in response.headers["Content-Security-Policy"]
+            assert response.headers["Referrer-Policy"] == "same-origin"
+            policy = response.headers["Content-Security-Policy"]
+            assert "default-src 'none'" in policy
+            assert "frame-ancestors 'none'" in policy
 
 
 def refs(node: Any) -> list[str]:

@@ -113,7 +113,7 @@ class Town:
         return running
 
     def users(self, lane: str = "install") -> list[int]:
-        return sorted(int(row.split(b"\t")[0]) for row in self.database.rows.get(lane, []))
+        return sorted(int(row.split(b"\t")[0]) for row in self.database.lines.get(lane, []))
 
     async def emptied(self) -> None:
         await self.mq.until(lambda: not sum(queue.size for queue in self.mq.queues.values()), 15)
@@ -205,7 +205,7 @@ async def test_parked_events_are_read_back_once_and_in_order(town: Town) -> None
     assert town.users() == list(range(900))
     await town.emptied()
     assert town.mq.requests["get"] < 100
-    rows = [int(row.split(b"\t")[0]) for row in town.database.rows["install"]]
+    rows = [int(row.split(b"\t")[0]) for row in town.database.lines["install"]]
     assert rows == sorted(rows)
 
 

@@ -34,7 +34,8 @@ def test_the_class_can_be_used_as_printed(monkeypatch: pytest.MonkeyPatch) -> No
     [
         ("Bad Name", [], "Bad Name"), ("x", ["user_id"], "user_id"), ("x", ["a:text"], "text"),
         ("x", ["a:int", "a:int"], "twice"), ("x", ["received_at:datetime"], "received_at"),
-        ("x", ["a b:int"], "a b"), ("x", ["at:date = \"2020-01-01\""], "by hand"),
+        ("x", ["a b:int"], "a b"), ("x", ["class:str"], "class"),
+        ("x", ["at:date = \"2020-01-01\""], "by hand"),
     ],
 )  # fmt: skip
 def test_what_can_not_be_is_told(name: str, fields: list[str], word: str) -> None:

@@ -1,0 +1,66 @@
+"""The setting `events`: event types without code, by the same rules; errors name the place."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+import pytest
+
+from datapipe import Event
+from datapipe.errors import ConfigError
+from datapipe.events import EventType
+from datapipe.registry import load_registry
+from datapipe.settings import Settings
+
+SIGNUP = {"user_id": "int", "plan": "str", "trial": "bool = false", "seen_at": "datetime?"}
+
+
+class Signup(Event):
+    user_id: int
+    plan: str
+    trial: bool = False
+    seen_at: datetime | None = None
+
+
+def test_it_is_what_the_class_would_be() -> None:
+    declared = load_registry(Settings(events={"signup": SIGNUP})).types["signup"]
+    written = EventType("signup", Signup)
+    assert declared.columns == written.columns
+    assert declared.fields == written.fields
+
+
+def test_keys_that_no_class_could_have() -> None:
+    fields = {"from": "str", "class": "int = 1", "größe": "float?"}
+    kind = load_registry(Settings(events={"x": fields})).types["x"]
+    assert [column.name for column in kind.columns] == [*fields, "received_at"]
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "text", "words"),
+    [
+        ("signup", "n", "integer", ["events.signup.n", "'integer'", "int, float"]),
+        ("signup", "n", "", ["events.signup.n", "''"]),
+        ("signup", "n", "int ??", ["events.signup.n", "'int ??'"]),
+        ("signup", "n", "list[int]", ["events.signup.n", "'list[int]'"]),
+        ("signup", "n", "int = x", ["events.signup.n", "'x'", "int as JSON"]),
+        ("signup", "n", "int = null", ["events.signup.n", "'null'"]),
+        ("signup", "n", "int = 9223372036854775808", ["events.signup", "'n'", "<= 92233720"]),
+        ("signup", "n", "str = free", ["events.signup.n", "'free'", "text in quotes"]),
+        ("signup", "n", 'str = "\\u0000"', ["events.signup", "'n'", "U+0000"]),
+        ("signup", "n", 'date = "soon"', ["events.signup.n", "soon", "date"]),
+        ("signup", "", "int", ["events.signup", "''"]),
+        ("signup", "a b", "int", ["events.signup", "'a b'"]),
+        ("signup", "a\0", "int", ["events.signup", "'a\\x00'"]),
+        ("signup", "\ud800", "int", ["events.signup", "'\\ud800'"]),
+        ("signup", "__slots__", "str", ["events.signup", "'__slots__'"]),
+        ("signup", "received_at", "int", ["events.signup", "'received_at'"]),
+        ("signup", "x" * 64, "int", ["events.signup", "x" * 64]),
+        ("Signup", "n", "int", ["events.Signup", "[a-z]"]),
+        ("install", "n", "int", ["events.install", "already"]),
+    ],
+)
+def test_errors_name_the_place(name: str, field: str, text: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_registry(Settings(events={name: {field: text}}))
+    for word in words:
+        assert word in str(refused.value)
