@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -12,7 +14,18 @@ from datapipe.events import EventType
 from datapipe.new_event import class_text
 
 
-def test_the_class_can_be_used_as_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def module() -> Iterator[ModuleType]:
+    """One that is gone afterwards, with its classes: a registered one counts while it lives."""
+    module = ModuleType("made_by_new_event")
+    sys.modules[module.__name__] = module
+    yield module
+    del sys.modules[module.__name__]
+    vars(module).clear()
+    gc.collect()
+
+
+def test_the_class_can_be_used_as_printed(module: ModuleType) -> None:
     text = class_text(
         "trial_signup",
         ["user_id:int", 'plan:str = "free"', "seen_at:datetime?", "price:Decimal", "tags:list"],
@@ -20,8 +33,6 @@ def test_the_class_can_be_used_as_printed(monkeypatch: pytest.MonkeyPatch) -> No
     assert "class TrialSignup(Event):" in text
     assert "    plan: str = 'free'\n" in text
     assert "    seen_at: datetime | None = None\n" in text
-    module = ModuleType("made_by_new_event")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
     exec(compile(text, "made", "exec"), vars(module))
     kind = EventType("other_name", module.TrialSignup)
     assert [column.type for column in kind.columns] == [
