@@ -21,6 +21,12 @@ class Reading(NamedTuple):
     waiting: int
 
 
+def _rates(first: Reading, last: Reading, seconds: float) -> tuple[float, float]:
+    """Events accepted and loaded per second, from one reading to another."""
+    accepted, loaded = last.accepted - first.accepted, last.loaded - first.loaded
+    return round(accepted / seconds, 1), round(loaded / seconds, 1)
+
+
 class _Lane:
     """A lane's series. A point is events accepted and loaded per second, and the most that waited
     at any reading: the depth just before each load, however the loads fall."""
@@ -33,11 +39,7 @@ class _Lane:
     def close(self, reading: Reading, seconds: float) -> None:
         first = self.opened or Reading(0, 0, 0)  # a lane comes into being with its first event
         times = min(POINTS, max(1, round(seconds / STEP_S)))  # more than one after a pause
-        point = (
-            round((reading.accepted - first.accepted) / seconds, 1),
-            round((reading.loaded - first.loaded) / seconds, 1),
-            max(self.peak, reading.waiting),
-        )
+        point = (*_rates(first, reading, seconds), max(self.peak, reading.waiting))
         self.points.extend([point] * times)
         self.opened, self.peak = reading, reading.waiting
 
@@ -76,12 +78,7 @@ class History:
         (began, first), (ended, last) = self._latest[0], self._latest[-1]
         if name not in last or ended <= began:
             return 0.0, 0.0
-        before = first.get(name, Reading(0, 0, 0))
-        seconds = ended - began
-        return (
-            round((last[name].accepted - before.accepted) / seconds, 1),
-            round((last[name].loaded - before.loaded) / seconds, 1),
-        )
+        return _rates(first.get(name, Reading(0, 0, 0)), last[name], ended - began)
 
     def series(self) -> dict[str, dict[str, list[float]]]:
         """All points by lane, oldest first; a lane that is younger than others has fewer."""

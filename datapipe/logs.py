@@ -11,7 +11,6 @@ import os
 import sys
 import threading
 from types import TracebackType
-from typing import Any
 
 import structlog
 from structlog.types import EventDict, Processor, WrappedLogger
@@ -38,11 +37,11 @@ def configure(level: str, fmt: str) -> None:
         _add_dyno,
         structlog.processors.StackInfoRenderer(),
     ]
-    last: list[Processor]
+    last: list[Processor] = [
+        structlog.processors.format_exc_info, structlog.processors.JSONRenderer(),
+    ]  # fmt: skip
     if fmt == "console":
         last = [structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty())]
-    else:
-        last = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,
@@ -73,13 +72,9 @@ def _log_uncaught(
     if issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, exc, traceback)
         return
-    _logger().critical("uncaught exception", exc_info=(kind, exc, traceback))
+    log = structlog.stdlib.get_logger("datapipe")
+    log.critical("uncaught exception", exc_info=(kind, exc, traceback))
 
 
 def _log_uncaught_in_thread(args: threading.ExceptHookArgs) -> None:
-    exc = args.exc_value or args.exc_type()
-    _log_uncaught(args.exc_type, exc, args.exc_traceback)
-
-
-def _logger() -> Any:
-    return structlog.stdlib.get_logger("datapipe")
+    _log_uncaught(args.exc_type, args.exc_value or args.exc_type(), args.exc_traceback)

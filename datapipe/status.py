@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -21,25 +22,19 @@ from datapipe.together import BOOKS, together, together_series
 from datapipe.version import __version__
 
 
+@dataclass
 class Status:
     """Puts `/status.json` together; `docs/status.md` tells its keys."""
 
-    def __init__(
-        self,
-        buffer: Buffer,
-        loader: Loader,
-        ingest: Ingest,
-        dead: DeadLetters,
-        metrics: Metrics,
-        peers: Peers,
-    ) -> None:
-        self._dead = dead
-        self._metrics = metrics
-        self._peers = peers
+    buffer: Buffer
+    loader: Loader
+    ingest: Ingest
+    dead: DeadLetters
+    metrics: Metrics
+    peers: Peers
+
+    def __post_init__(self) -> None:
         self._others: list[dict[str, Any]] = []  # what the other processes last told
-        self._buffer = buffer
-        self._loader = loader
-        self._ingest = ingest
         self._started = time.monotonic()
         self._started_at = now()
         self._summary = Summary()
@@ -52,28 +47,28 @@ class Status:
     def tick(self) -> None:
         """Once a second: take the readings of which pictures and rates are made."""
         moment = time.monotonic()
-        mirror = self._buffer.mirror.state()
+        mirror = self.buffer.mirror.state()
         self._growth.take(moment, mirror.bytes)
         if self._month != (month := datetime.now(UTC).month):
             self._month, self._before_month = month, sum(mirror.calls.values())
         readings = {
             name: Reading(lane.accepted, lane.loaded, lane.waiting)
-            for name, lane in self._buffer.lanes.items()
+            for name, lane in self.buffer.lanes.items()
         }
         self.history.take(moment, readings)
 
     def not_ready(self) -> str | None:
         """Why an event would be refused now, or None."""
-        if self._ingest.stopping:
+        if self.ingest.stopping:
             return "shutting down"
-        mirror = self._buffer.mirror.state()
-        if not mirror.up or not self._buffer.mirror_up:
+        mirror = self.buffer.mirror.state()
+        if not mirror.up or not self.buffer.mirror_up:
             return f"the mirror does not work: {mirror.error or 'no answer'}"
         return mirror.full
 
     async def refresh(self) -> None:
         """Ask the other processes; what follows is told for all of them."""
-        self._others = await self._peers.ask("GET", "/status.json")
+        self._others = await self.peers.ask("GET", "/status.json")
 
     def snapshot(self) -> dict[str, Any]:
         """All numbers at one moment, of all processes, without the series of the pictures."""
@@ -87,15 +82,15 @@ class Status:
 
     def for_peers(self) -> dict[str, Any]:
         """What this process tells the others."""
-        history, histograms = self.history.series(), self._metrics.histograms()
+        history, histograms = self.history.series(), self.metrics.histograms()
         return self._own() | {"history": history, "histograms": histograms}
 
     def histograms(self) -> list[dict[str, Any]]:
         """Those of all processes."""
-        return [self._metrics.histograms(), *(other["histograms"] for other in self._others)]
+        return [self.metrics.histograms(), *(other["histograms"] for other in self._others)]
 
     def _own(self) -> dict[str, Any]:
-        lanes = {name: self._lane(lane) for name, lane in sorted(self._buffer.lanes.items())}
+        lanes = {name: self._lane(lane) for name, lane in sorted(self.buffer.lanes.items())}
         return {
             "version": __version__,
             "now": now(),
@@ -103,26 +98,26 @@ class Status:
             "uptime_seconds": round(time.monotonic() - self._started, 3),
             "ready": self.not_ready() is None,
             "lanes": lanes,
-            "rejected": dict(self._ingest.rejected),
+            "rejected": dict(self.ingest.rejected),
             "mirror": self._mirror(),
             "database": self._database(),
-            "recent_loads": self._loader.recent.loads(),
+            "recent_loads": self.loader.recent.loads(),
         }
 
     def refusals(self) -> list[dict[str, Any]]:
         """The last events that were refused: for admins, they show what clients sent."""
-        return self._ingest.recent.refusals()
+        return self.ingest.recent.refusals()
 
     def _lane(self, lane: Lane) -> dict[str, Any]:
-        schedule = self._loader.schedules.get(lane.name)
+        schedule = self.loader.schedules.get(lane.name)
         last = schedule.last_load if schedule else None
-        seconds = self._loader.next_load_seconds(lane.name)
+        seconds = self.loader.next_load_seconds(lane.name)
         accepted, loaded = self.history.rates(lane.name)
         # while the whole database is away that is told once, at the top
-        outage = self._loader.sink.state().up is False
+        outage = self.loader.sink.state().up is False
         return {
             **{key: getattr(lane, key) for key in BOOKS},
-            "replayed": self._dead.replayed[lane.name],
+            "replayed": self.dead.replayed[lane.name],
             "balanced": lane.balanced,
             "in_memory": lane.in_memory,
             "parked": lane.parked,
@@ -131,7 +126,7 @@ class Status:
             "accepted_per_second": accepted,
             "loaded_per_second": loaded,
             "state": self._state(lane, schedule),
-            "full": self._buffer.is_full(lane.name),
+            "full": self.buffer.is_full(lane.name),
             "blocked": lane.blocked,
             "error": None if outage or lane.blocked else _error(schedule),
             "last_load": last
@@ -149,18 +144,18 @@ class Status:
         return "waiting" if lane.waiting else "empty"
 
     def _mirror(self) -> dict[str, Any]:
-        mirror = self._buffer.mirror.state()
+        mirror = self.buffer.mirror.state()
         requests = sum(mirror.calls.values())
         left = self._growth.seconds_left(mirror.max_bytes - mirror.bytes)
         return {
             "kind": mirror.kind,
-            "up": mirror.up and self._buffer.mirror_up,
+            "up": mirror.up and self.buffer.mirror_up,
             "error": mirror.error,
             "bytes": mirror.bytes,
             "max_bytes": mirror.max_bytes,
             "used": round(mirror.bytes / mirror.max_bytes, 4) if mirror.max_bytes else 0.0,
             "seconds_left": None if left is None else round(left),
-            "append_seconds": _rounded(self._buffer.append_seconds),
+            "append_seconds": _rounded(self.buffer.append_seconds),
             "requests": requests,
             "calls": dict(mirror.calls),
             "requests_this_month": requests - self._before_month,
@@ -168,7 +163,7 @@ class Status:
         }
 
     def _database(self) -> dict[str, Any]:
-        database = self._loader.sink.state()
+        database = self.loader.sink.state()
         return {
             "up": bool(database.up),
             "error": database.error,

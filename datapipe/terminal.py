@@ -1,66 +1,54 @@
-"""What the commands show: with colours on a terminal, as plain lines otherwise."""
+"""What the commands show: plain lines, on a terminal with a little colour."""
 
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from rich.text import Text
-
 from datapipe import formats
+from datapipe.loader import background
 from datapipe.together import BOOKS
 
-_LOOK_S = 0.2  # how often progress is looked at
-_TELL_S = 5.0  # and told, where lines can't be overwritten
-_LANES = (*BOOKS, "oldest", "next load", "state")
+_HEAD = ("lane", *BOOKS, "oldest", "next load", "state")
+_BOLD, _RED, _GREEN = "1", "1;31", "32"  # Source: ECMA-48, "Select Graphic Rendition"
 
 
-def show_status(status: Mapping[str, Any], console: Console | None = None) -> None:
+def show_status(status: Mapping[str, Any]) -> None:
     """Print `/status.json` at a glance."""
-    console = console or Console(highlight=False)
-    summary = status["summary"]
-    style = "green" if summary["state"] == "healthy" else "bold red"
+    summary, books = status["summary"], status["books"]
+    colour = _GREEN if summary["state"] == "healthy" else _RED
     for text in (summary["text"], *summary["also"]):
-        console.print(Text(_clean(text), style=style), soft_wrap=True)
-    rows = [_lane(name, lane) for name, lane in status["lanes"].items()]
-    books = status["books"]
+        _print(text, colour)
     balance = "balanced" if books["balanced"] else "NOT balanced"
+    rows = [_HEAD, *(_lane(name, lane) for name, lane in status["lanes"].items())]
     rows.append(_lane("all lanes", books | {"state": balance}))
-    if console.is_terminal:
-        console.print(_table(rows))
-    else:
-        for row in rows:
-            pairs = zip(_LANES, row[1:], strict=True)
-            told = ", ".join(f"{key} {value}" for key, value in pairs if value != formats.NOTHING)
-            console.print(Text(f"{row[0]}: {told}"), soft_wrap=True)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        name, *numbers, state = row
+        aligned = (text.rjust(width) for text, width in zip(numbers, widths[1:-1], strict=True))
+        line = "  ".join((name.ljust(widths[0]), *aligned, state))
+        _print(line, _BOLD if row is _HEAD else "")
     for line in _facts(status):
-        console.print(Text(_clean(line)), soft_wrap=True)
+        _print(line)
 
 
-def _lane(name: str, lane: Mapping[str, Any]) -> list[str]:
+def _print(text: str, style: str = "") -> None:
+    """One line, without the control characters that would steer a terminal."""
+    line = "".join(char if char.isprintable() else " " for char in text)
+    coloured = style and sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    print(f"\x1b[{style}m{line}\x1b[m" if coloured else line)
+
+
+def _lane(name: str, lane: Mapping[str, Any]) -> tuple[str, ...]:
     blocked = lane.get("blocked") or lane.get("error")
     state = f"{lane['state']}: {blocked}" if blocked else lane["state"]
-    numbers = [formats.count(lane[key]) for key in BOOKS]
     oldest = lane.get("oldest_seconds") if lane["waiting"] else None
-    times = [formats.seconds(oldest), formats.seconds(lane.get("next_load_seconds"))]
-    return [_clean(name), *numbers, *times, _clean(state)]
-
-
-def _table(rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("lane", no_wrap=True)
-    for name in _LANES[:-1]:
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column(_LANES[-1])
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    return table
+    times = (formats.seconds(oldest), formats.seconds(lane.get("next_load_seconds")))
+    return name, *(formats.count(lane[key]) for key in BOOKS), *times, state
 
 
 def _facts(status: Mapping[str, Any]) -> list[str]:
@@ -80,38 +68,18 @@ def _error(part: Mapping[str, Any]) -> str:
     return f": {part['error']}" if part["error"] else ""
 
 
-def _clean(text: str) -> str:
-    """Without the control characters that would steer a terminal."""
-    return "".join(char if char.isprintable() else " " for char in text)
-
-
 @asynccontextmanager
 async def progress(what: str, left: Callable[[], int]) -> AsyncIterator[None]:
     """Show on stderr how `left` falls to nothing, as long as the block lasts."""
-    console = Console(stderr=True)
-    task = asyncio.create_task(
-        _bar(what, left, console) if console.is_terminal else _lines(what, left)
-    )
-    try:
-        yield
-    finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
+    over, end, every_s = ("\r\x1b[K", "", 0.2) if sys.stderr.isatty() else ("", "\n", 5.0)
 
-
-async def _bar(what: str, left: Callable[[], int], console: Console) -> None:
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        total = left()
-        shown = bar.add_task(what, total=total)
+    async def tell() -> None:
         while True:
-            total = max(total, left())
-            bar.update(shown, total=total, completed=total - left())
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(every_s)
+            print(f"{over}{what}: {left():,} left", end=end, file=sys.stderr, flush=True)
 
-
-async def _lines(what: str, left: Callable[[], int]) -> None:
-    while True:
-        await asyncio.sleep(_TELL_S)
-        print(f"{what}: {left():,} left", file=sys.stderr, flush=True)
+    async with background([tell()], lambda failure: None):
+        try:
+            yield
+        finally:
+            print(over, end="", file=sys.stderr, flush=True)

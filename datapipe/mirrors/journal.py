@@ -187,13 +187,9 @@ class Journal:
 
     def state(self) -> MirrorState:
         return MirrorState(
-            "journal",
-            self._error is None,
-            self._error,
-            self._bytes(),
-            self._max_bytes,
+            "journal", self._error is None, self._error, self._bytes(), self._max_bytes,
             self._full(ROW_BYTES),
-        )
+        )  # fmt: skip
 
     def close(self) -> None:
         self._writer.shutdown()

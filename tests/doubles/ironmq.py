@@ -44,6 +44,18 @@ Effect = Callable[[], Json]
 Away = Literal["closed", "reset"]
 
 
+class Clock:
+    """Unix time that a test moves on."""
+
+    now = 1_800_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def pass_(self, seconds: float) -> None:
+        self.now += seconds
+
+
 class IronMQ:
     """The server, open between `async with` and its end. Nothing is kept beyond it.
 

@@ -20,7 +20,7 @@ from typing import Any
 import aiohttp
 
 from tests.postgres import Postgres
-from tests.service import until
+from tests.service import Service, until
 
 LANES = ("crash_report", "purchase", "install")
 # what COPY must escape, and what JSON must
@@ -272,3 +272,12 @@ def read_letters(database: str) -> Counter[tuple[str, int]]:
 
 def _exists(database: str, table: str) -> bool:
     return Postgres.execute(database, "SELECT to_regclass(%s)", table)[0][0] is not None
+
+
+async def fill(service: Service, seed: int, answers: int = 40) -> Driver:
+    """Start the service and post to it until so many answers of 200 have come."""
+    await service.start()
+    driver = Driver(lambda: service.url, seed)
+    async with driver.running():
+        await driver.answered(answers)
+    return driver

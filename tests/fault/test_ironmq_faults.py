@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.fault.driver import Driver, Verdict
+from tests.fault.driver import Driver, Verdict, fill
 from tests.fault.ironmq_process import Queue, running_queue
 from tests.service import Service, until
 
@@ -114,10 +114,8 @@ async def test_away_for_a_while(
 async def test_every_reservation_expires(
     queue: Queue, make: MakeService, database: str, seed: int
 ) -> None:
-    victim = await make(load_interval=300).start()
-    driver = Driver(lambda: victim.url, seed)
-    async with driver.running():
-        await driver.answered(200)
+    victim = make(load_interval=300)
+    driver = await fill(victim, seed, 200)
     await victim.kill()
     await queue.order(faults=[{"what": "expire", "rate": 1.0}])
     heirs = [make(), make()]
@@ -207,10 +205,8 @@ async def test_a_release_that_ends_with_the_database_away_leaves_it_to_the_next(
     queue: Queue, make: MakeService, own_postgres: Any, seed: int
 ) -> None:
     database = own_postgres.create_database()
-    service = await make(database_url=database, load_interval=300).start()
-    driver = Driver(lambda: service.url, seed)
-    async with driver.running():
-        await driver.answered(100)
+    service = make(database_url=database, load_interval=300)
+    driver = await fill(service, seed, 100)
     own_postgres.stop()
     assert await service.stop() == 0
     assert service.logged("stopped")[0]["waiting"] > 0

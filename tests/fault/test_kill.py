@@ -6,7 +6,7 @@ import os
 import random
 from collections.abc import Callable
 
-from tests.fault.driver import Driver
+from tests.fault.driver import fill
 from tests.fault.kills import kill_many
 from tests.postgres import Postgres
 from tests.service import Service, until
@@ -25,10 +25,7 @@ async def test_sigkill_of_an_idle_service_keeps_what_waits(
 ) -> None:
     """Nothing was loaded before, so all of it is recovered."""
     service = make_service(database_url=database, load_interval=300)
-    await service.start()
-    driver = Driver(lambda: service.url, seed)
-    async with driver.running():
-        await driver.answered(100)
+    driver = await fill(service, seed, 100)
     before = (await service.status())["books"]
     await service.kill()
     await service.start()

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.fault.driver import Driver
+from tests.fault.driver import Driver, fill
 from tests.fault.proxy import Moment, Proxy
 from tests.postgres import free_port
 from tests.service import ROOT, Service, until
@@ -94,10 +94,7 @@ async def test_the_load_command_loads_an_orphaned_journal(
     database: str, make_service: MakeService, seed: int
 ) -> None:
     service = make_service(database_url=database, load_interval=300)
-    await service.start()
-    driver = Driver(lambda: service.url, seed)
-    async with driver.running():
-        await driver.answered(50)
+    driver = await fill(service, seed, 50)
     waiting = (await service.status())["books"]["waiting"]
     assert waiting > 0
     await service.kill()
@@ -112,10 +109,7 @@ async def test_the_load_command_leaves_alone_what_a_living_process_owns(
     database: str, make_service: MakeService, seed: int
 ) -> None:
     service = make_service(database_url=database, load_interval=300)
-    await service.start()
-    driver = Driver(lambda: service.url, seed)
-    async with driver.running():
-        await driver.answered(20)
+    driver = await fill(service, seed, 20)
     assert await command(service, "load") == (0, "waiting: 0\n")
     books = (await service.status())["books"]
     assert books["waiting"] == books["accepted"]
@@ -129,10 +123,7 @@ async def test_the_load_command_fails_while_the_database_is_away(
 ) -> None:
     nowhere = f"postgresql://postgres@127.0.0.1:{free_port()}/nothing"
     service = make_service(database_url=nowhere, load_interval=300)
-    await service.start()
-    driver = Driver(lambda: service.url, seed)
-    async with driver.running():
-        await driver.answered(20)
+    await fill(service, seed, 20)
     waiting = (await service.status())["books"]["waiting"]
     await service.kill()
     code, output = await command(service, "load")

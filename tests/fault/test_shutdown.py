@@ -9,22 +9,13 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.fault.driver import Driver
+from tests.fault.driver import Driver, fill
 from tests.fault.proxy import Moment, Proxy
 from tests.postgres import Postgres
 from tests.service import Service, until
 
 MakeService = Callable[..., Service]
 LATER = {"load_interval": 300}
-
-
-async def fill(service: Service, seed: int, answers: int = 40) -> Driver:
-    """Start it and post; nothing is loaded yet."""
-    await service.start()
-    driver = Driver(lambda: service.url, seed)
-    async with driver.running():
-        await driver.answered(answers)
-    return driver
 
 
 async def restart_and_check(service: Service, driver: Driver, database: str) -> None:

@@ -26,20 +26,10 @@ from datapipe.mirrors.ironmq_wire import pack
 from datapipe.segment import Part, Segment
 from datapipe.settings import Settings
 from tests.doubles.faults import What
-from tests.doubles.ironmq import IronMQ
+from tests.doubles.ironmq import Clock, IronMQ
 
 COLUMNS = (Column("user_id", "bigint"), Column("note", "text"))
 DAY_S = 86_400.0
-
-
-class Clock:
-    now = 1_800_000_000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def pass_(self, seconds: float) -> None:
-        self.now += seconds
 
 
 @dataclass

@@ -23,22 +23,12 @@ import pytest
 from yarl import URL
 
 from tests.doubles.faults import Fault, What
-from tests.doubles.ironmq import IronMQ
+from tests.doubles.ironmq import Clock, IronMQ
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 STALE = "0" * 32
 Answer = tuple[int, dict[str, Any]]
-
-
-class Clock:
-    now = 1_000_000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def pass_(self, seconds: float) -> None:
-        self.now += seconds
 
 
 class Api:

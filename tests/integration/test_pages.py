@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import pty
 import sys
 from base64 import b64encode
 from collections.abc import Callable
@@ -16,6 +18,7 @@ import pytest
 from datapipe import openapi
 from datapipe.registry import load_registry
 from datapipe.settings import Settings
+from datapipe.terminal import progress
 from tests.service import ROOT, Service
 
 CRASH = {"event_name": "crash_report", "user_id": 1, "timestamp": 2, "message": "boom"}
@@ -176,24 +179,51 @@ async def test_status_in_the_terminal(database: str, make_service: MakeService) 
         .start()  # fmt: skip
     await service.post([CRASH] * 1204)
 
-    async def status(url: str, **env: str) -> tuple[int | None, str]:
+    async def status(
+        url: str, out: int = asyncio.subprocess.PIPE, **env: str
+    ) -> tuple[int | None, str]:
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "datapipe", "status", url, cwd=service.file.parent,
-            env={"PYTHONPATH": str(ROOT), **env},
-            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+            env={"PYTHONPATH": str(ROOT), **env}, stdout=out, stderr=asyncio.subprocess.STDOUT,
         )  # fmt: skip
         told, _ = await process.communicate()
-        return process.returncode, told.decode()
+        return process.returncode, (told or b"").decode()
 
     code, told = await status(service.url, DATAPIPE_ADMIN_KEY="a-key")
     assert code == 0
     lines = told.splitlines()
     assert lines[0].startswith("Healthy. 1,204 events waiting")
-    assert "crash_report: accepted 1,204, recovered 0, loaded 0" in told
+    head, *lanes = lines[1:6]
+    assert head.split()[:4] == ["lane", "accepted", "recovered", "loaded"]
+    crash, *_, everything = lanes
+    assert crash.split()[:4] == ["crash_report", "1,204", "0", "0"]
+    assert crash.index("1,204") + len("1,204") == head.index("accepted") + len("accepted")
+    assert everything.startswith("all lanes ")
+    assert everything.endswith("  balanced")
     assert "\x1b" not in told
+    reader, terminal = pty.openpty()
+    code, _ = await status(service.url, terminal, DATAPIPE_ADMIN_KEY="a-key")
+    coloured = os.read(reader, 65_536).decode()
+    assert coloured.startswith("\x1b[32mHealthy. 1,204 events waiting")
+    assert "\r\n\x1b[1mlane  " in coloured
+    for end in (reader, terminal):
+        os.close(end)
     code, told = await status(service.url)
     assert (code, len(told.splitlines())) == (1, 1)
     assert "DATAPIPE_ADMIN_KEY" in told
     for nowhere in ("http://127.0.0.1:1", "nonsense"):
         code, told = await status(nowhere)
         assert (code, len(told.splitlines())) == (1, 1)
+
+
+async def test_progress_takes_one_line_of_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, terminal = pty.openpty()
+    with os.fdopen(terminal, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        async with progress("loading events", lambda: 1204):
+            told = await asyncio.to_thread(os.read, reader, 100)
+        assert told == b"\r\x1b[Kloading events: 1,204 left"
+        rest = os.read(reader, 65_536)
+    assert rest.endswith(b"\r\x1b[K")
+    assert b"\n" not in rest
+    os.close(reader)
