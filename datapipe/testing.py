@@ -22,7 +22,7 @@ from aiohttp import web
 from datapipe.app import PIPELINE, Pipeline, create_app, create_runner
 from datapipe.events import PG_TYPES
 from datapipe.settings import Settings
-from datapipe.sinks.letters import event_json
+from datapipe.sinks.dead import event_json
 from datapipe.sinks.memory import MemorySink
 
 _PYTHON: dict[str, Any] = {name: kind for kind, name in PG_TYPES.items()} | {"jsonb": Any}
