@@ -3,27 +3,32 @@
     POST /  ->  ingest  ->  buffer (lanes, mirrored)  ->  loader  ->  sink
                               status, pages: read the books
 
-`create_app` gives an aiohttp application; `create_runner` the runner that serves it best.
+`create_app` gives an aiohttp application; `create_runner` the runner that serves it best;
+`gunicorn_app` is that runner for gunicorn.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager
 from pathlib import Path
 
 import structlog
 from aiohttp import web
+from msgspec import structs
 
-from datapipe import cors
+from datapipe import cors, logs
 from datapipe import settings as settings_module
 from datapipe.access import Access
 from datapipe.admin import Admin
 from datapipe.answers import Answer
 from datapipe.buffer import Buffer
 from datapipe.dead import DeadLetters
+from datapipe.errors import DatapipeError
 from datapipe.feed import Feed, running
 from datapipe.housekeeping import new_process_id
 from datapipe.ingest import Ingest
@@ -122,6 +127,10 @@ class Pipeline:
             waiting = {n: lane.waiting for n, lane in self.buffer.lanes.items() if lane.waiting}
             log.info("stopped", waiting=sum(waiting.values()), lanes=waiting)
 
+    async def shut_down(self, app: web.Application) -> None:
+        """Stop while connections are still open: what comes on them meanwhile is answered 503."""
+        await self.stop()
+
     async def _finish(self) -> None:
         started = time.monotonic()
         while self.ingest.under_way and time.monotonic() - started < REQUESTS_GRACE_S:
@@ -181,17 +190,62 @@ def create_app(
     app[PIPELINE] = pipeline
     app.router.add_post("/", pipeline.post)
     app.cleanup_ctx.append(pipeline.run)
+    app.on_shutdown.append(pipeline.shut_down)
     app.on_response_prepare.append(add_headers)
     if pipeline.cors:
         cors.allow(app, settings.cors_origins)
     return app
 
 
-def create_runner(app: web.Application) -> web.AppRunner:
+def create_runner(app: web.Application, kind: type[Runner] = Runner) -> web.AppRunner:
     """The runner that gives `POST /` its short way in and bounds slow heads."""
     pipeline = app[PIPELINE]
-    return Runner(
+    return kind(
         app, pipeline, pipeline.settings.request_timeout, access_log=None,
         shutdown_timeout=1.0,
         lingering_time=3.0, handle_signals=False,
     )  # fmt: skip
+
+
+async def gunicorn_app() -> web.AppRunner:
+    """The service in a worker of gunicorn: `gunicorn -k aiohttp.GunicornWebWorker`.
+
+    gunicorn has the port, the processes and the signals; `host`, `port` and `reuse_port` say
+    nothing here. A part that dies ends its worker, and gunicorn starts another.
+    """
+    logs.configure("info", "json")
+    with _told():
+        # a `host` that says loopback would let anybody act without a key, wherever gunicorn listens
+        settings = structs.replace(settings_module.load(), host="")
+        logs.configure(settings.log_level, settings.log_format)
+        app = create_app(settings)
+    return create_runner(app, _InWorker)
+
+
+class _InWorker(Runner):
+    async def setup(self) -> None:
+        with _told():
+            await super().setup()
+        pipeline = self.app[PIPELINE]
+        assert pipeline.failed is not None
+        pipeline.failed.add_done_callback(_end_worker)
+        log.info("listening", pid=os.getpid(), mirror=pipeline.settings.mirror_kind)
+
+    async def cleanup(self) -> None:
+        log.info("stopping")
+        await super().cleanup()
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What keeps it from starting is told in one line; gunicorn would print a traceback."""
+    try:
+        yield
+    except (DatapipeError, OSError) as exc:
+        log.critical("not started", error=" ".join(str(exc).split()))
+        raise SystemExit(3) from None  # gunicorn's WORKER_BOOT_ERROR: it ends and does not retry
+
+
+def _end_worker(failed: asyncio.Future[None]) -> None:
+    log.critical("stopping", error=str(failed.exception()))
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     serving.add_argument("--try-out", action="store_true", help=argparse.SUPPRESS)
     checking = add("check", commands.check, "are settings, database and mirror well?")
     checking.add_argument(
-        "--release", action="store_true", help="before a release: fail where serve would not start"
+        "--release", action="store_true", help="before a release: what is away is no failure"
     )
     loading = add("load", commands.load, "load once all that waits and has no living owner")
     loading.add_argument(

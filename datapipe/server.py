@@ -74,6 +74,10 @@ class Runner(web.AppRunner):
         self._sweeper = asyncio.create_task(server.end_slow_heads(self._head_timeout_s))
         return server
 
+    async def shutdown(self) -> None:
+        await super().shutdown()
+        cast(_Server, self._server).end_idle()
+
     async def _cleanup_server(self) -> None:
         if self._sweeper is not None:
             self._sweeper.cancel()
@@ -92,6 +96,12 @@ class _Server(Server):
 
     def __call__(self) -> web_protocol.RequestHandler:
         return Connection(self, loop=self._loop, **self._kwargs)
+
+    def pre_shutdown(self) -> None:
+        """Not yet: what comes on open connections while the service stops is to be answered."""
+
+    def end_idle(self) -> None:
+        super().pre_shutdown()
 
     async def end_slow_heads(self, timeout_s: float) -> None:
         """Close connections that began a request and don't get its head done."""

@@ -182,7 +182,7 @@ async def open_mirror(settings: Settings, process: str) -> AsyncIterator[Mirror]
 
 
 async def check_mirror(settings: Settings) -> list[tuple[str, str]]:
-    """Is the mirror well? Findings as (ok, warn or fail; text). Takes nothing, changes nothing."""
+    """Is the mirror well? Findings as (ok, warn, fail or away; text). Changes nothing."""
     kind = settings.mirror_kind
     if kind == "journal":
         from datapipe.mirrors.salvage import check_journals

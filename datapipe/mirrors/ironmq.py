@@ -430,8 +430,10 @@ class IronMQ:
         try:
             queues = await self.client.queues(self.prefix)
             sizes = [(queue, await self.client.size(queue)) for queue in queues]
+        except Refused as exc:  # 404 may be said of a project in which no queue was made yet
+            return [("away" if exc.status == 404 else "fail", f"ironmq: {exc.detail}")]
         except MirrorUnavailable as exc:
-            return [("fail", f"ironmq: {exc.detail}")]
+            return [("away", f"ironmq: {exc.detail}")]
         found = [("ok", f"ironmq: the credentials work, {len(queues)} queues")]
         return found + [
             ("ok", f"ironmq queue {queue}: {size} messages")

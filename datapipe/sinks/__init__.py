@@ -151,7 +151,7 @@ class Sink(Protocol):
         """A line for the shell that shows rows. Raises: SinkUnavailable."""
 
     async def check(self, tables: Sequence[Table]) -> list[tuple[str, str]]:
-        """Reach the database; findings as (ok, warn or fail; text). Changes nothing."""
+        """Reach the database; findings as (ok, warn, fail or away; text). Changes nothing."""
 
 
 def table_of(kind: EventType) -> Table:

@@ -33,7 +33,7 @@ from datapipe.sinks.schema import (
     create_table,
     quote,
 )
-from datapipe.sinks.sqlstate import Verdict, error_of, one_line, verdict
+from datapipe.sinks.sqlstate import Verdict, error_of, is_away, one_line, verdict
 from datapipe.sinks.threads import in_thread
 
 # Source: PostgreSQL documentation, libpq "Parameter Key Words". Seconds, and milliseconds for the
@@ -60,13 +60,16 @@ log = structlog.stdlib.get_logger("datapipe.sinks.postgres")
 def connection_dsn(url: str) -> str:
     """The libpq string of a database URL; what the URL itself says stands.
 
+    On a Heroku dyno TLS is a must: what is between it and its database is anybody's network.
+
     Raises: ConfigError: the URL can't be read; what it says is not repeated, it holds a password.
     """
     try:
         given = psycopg2.extensions.parse_dsn(url)
     except psycopg2.Error:
         raise ConfigError("database_url: can't be read as a PostgreSQL URL") from None
-    dsn: str = psycopg2.extensions.make_dsn(**{**_CONNECTION, **given})
+    tls = {"sslmode": os.environ.get("PGSSLMODE") or "require"} if os.environ.get("DYNO") else {}
+    dsn: str = psycopg2.extensions.make_dsn(**{**_CONNECTION, **tls, **given})
     return dsn
 
 
@@ -180,7 +183,7 @@ class Database:
             for table in (*OWN_TABLES, *tables):
                 found += await self.run(partial(self._check, table=table))
         except (SinkUnavailable, LaneBlocked) as exc:
-            return [("fail", f"database: {exc}")]
+            return [("away" if is_away(exc.__cause__) else "fail", f"database: {exc}")]
         return found
 
     async def _check(self, cursor: aiopg.Cursor, table: Table) -> list[tuple[str, str]]:

@@ -6,6 +6,7 @@ Source of the classes: PostgreSQL documentation, appendix "PostgreSQL Error Code
 from __future__ import annotations
 
 import enum
+import re
 
 import psycopg2
 
@@ -63,6 +64,25 @@ def verdict(exc: psycopg2.Error) -> Verdict:
     if code[:2] in _BY_CLASS:
         return _BY_CLASS[code[:2]]
     return Verdict.ROW if copy_line(exc) else Verdict.BLOCKED
+
+
+# libpq gives no SQLSTATE for a connection that it could not make, so its words decide
+_AWAY_CLASSES = ("08", "53", "57")
+_AWAY_WORDS = re.compile(
+    "Connection refused|timeout expired|timed out|no answer in time|unreachable|No route to host"
+    "|reset by peer|closed the connection|Temporary failure in name resolution|starting up"
+    "|shutting down|recovery mode|not yet accepting|too many|slots are reserved"
+)
+
+
+def is_away(exc: BaseException | None) -> bool:
+    """Whether the server does not answer now, or has no room: nothing that a setting can mend."""
+    if not isinstance(exc, psycopg2.Error):
+        return False
+    if exc.pgcode:
+        return exc.pgcode[:2] in _AWAY_CLASSES
+    tried = str(exc).split("connection to server")  # once for each address of the host
+    return all(_AWAY_WORDS.search(each) for each in tried if each.strip())
 
 
 def copy_line(exc: psycopg2.Error) -> str | None:

@@ -20,8 +20,13 @@ LATER = {"load_interval": 300}
 
 async def restart_and_check(service: Service, driver: Driver, database: str) -> None:
     """The next start loads what was left."""
+
+    async def recovered() -> bool:
+        return bool((await service.status())["books"]["recovered"])
+
     await service.start()
     await driver.settle()
+    await until(recovered, what="recovery, which runs behind the open port")
     await service.drained()
     await driver.check(database)
 

@@ -1,0 +1,31 @@
+"""Fixtures of the deployment tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.deploy.environment import locked_environment
+from tests.deploy.tls import TlsPostgres
+from tests.fault.conftest import seed
+
+__all__ = ["seed"]
+
+
+@pytest.fixture(scope="session")
+def locked() -> Path:
+    """The environment that requirements.txt makes."""
+    return locked_environment()
+
+
+@pytest.fixture
+def tls_postgres() -> Iterator[TlsPostgres]:
+    """A server that takes no connection of an app without TLS."""
+    server = TlsPostgres()
+    try:
+        server.start()
+        yield server
+    finally:
+        server.remove()
