@@ -20,6 +20,7 @@ NOT_RUN = {
     "needs a Heroku account": r"heroku .*|git push heroku .*",
     "installs packages": r"(python -m )?pip install .*",
     "needs the network": r"git clone .*|cd \S+",
+    "is run by tests/deploy": r".* -m gunicorn .*",
     "needs root": r"sudo .*|apt(-get)? .*",
     "takes long": r"make (test|bench|torture|screenshots|lock)|python -m (benchmarks|tests\.\S+).*",
 }
