@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import (
@@ -98,35 +98,25 @@ class Metrics(Collector):
         lanes = status["lanes"]
         for key, text in _LANE_COUNTERS.items():
             counter = CounterMetricFamily(f"datapipe_events_{key}", text, labels=["lane"])
-            for lane, numbers in lanes.items():
-                counter.add_metric([lane], numbers.get(key, 0))
-            yield counter
+            yield _labelled(counter, {name: lane.get(key, 0) for name, lane in lanes.items()})
         rejected = CounterMetricFamily(
             "datapipe_events_rejected", "Events, or whole bodies, refused at the door.",
             labels=["reason"],
         )  # fmt: skip
-        for reason in REASONS:
-            rejected.add_metric([reason], status["rejected"].get(reason, 0))
-        yield rejected
+        yield _labelled(rejected, {reason: status["rejected"].get(reason, 0) for reason in REASONS})
         for key, (name, text) in _LANE_GAUGES.items():
             gauge = GaugeMetricFamily(name, text, labels=["lane"])
-            for lane, numbers in lanes.items():
-                gauge.add_metric([lane], numbers[key])
-            yield gauge
+            yield _labelled(gauge, {name: lane[key] for name, lane in lanes.items()})
         blocked = GaugeMetricFamily(
             "datapipe_lane_blocked", "1 while a person must act for this lane.", labels=["lane"]
         )
-        for lane, numbers in lanes.items():
-            blocked.add_metric([lane], float(numbers["blocked"] is not None))
-        yield blocked
-        waiting = sum(numbers["waiting_bytes"] for numbers in lanes.values())
+        yield _labelled(blocked, {name: bool(lane["blocked"]) for name, lane in lanes.items()})
+        waiting = sum(lane["waiting_bytes"] for lane in lanes.values())
         yield GaugeMetricFamily("datapipe_waiting_bytes", "Bytes of waiting rows.", value=waiting)
         calls = CounterMetricFamily(
             "datapipe_mirror_requests", "Requests to the mirror.", labels=["call"]
         )
-        for call, count in status["mirror"]["calls"].items():
-            calls.add_metric([call], count)
-        yield calls
+        yield _labelled(calls, status["mirror"]["calls"])
         yield GaugeMetricFamily(
             "datapipe_database_up", "1 if the last work with the database succeeded.",
             value=float(status["database"]["up"]),
@@ -135,3 +125,12 @@ class Metrics(Collector):
             "datapipe_mirror_up", "1 if the last work with the mirror succeeded.",
             value=float(status["mirror"]["up"]),
         )  # fmt: skip
+
+
+_Labelled = TypeVar("_Labelled", CounterMetricFamily, GaugeMetricFamily)
+
+
+def _labelled(metric: _Labelled, values: Mapping[str, float]) -> _Labelled:
+    for label, value in values.items():
+        metric.add_metric([label], float(value))
+    return metric

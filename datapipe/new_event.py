@@ -36,10 +36,10 @@ def class_text(name: str, fields: Sequence[str]) -> str:
     kind = EventType(name, declared_class(name, declared))
     used = {each.kind.__name__ for each in kind.fields}
     lines = [_IMPORTS[each] for each in ("datetime", "date", "Decimal", "UUID") if each in used]
-    lines += ["", "from datapipe import Event, register"] if lines else [
-        "from datapipe import Event, register"
-    ]  # fmt: skip
-    lines += ["", "", f'@register("{name}")', f"class {_camel(name)}(Event):"]
+    if lines:
+        lines.append("")
+    lines += ["from datapipe import Event, register", "", ""]
+    lines += [f'@register("{name}")', f"class {_camel(name)}(Event):"]
     for each in kind.fields:
         hint = each.kind.__name__ + (" | None" if each.nullable else "")
         lines.append(f"    {each.name}: {hint}{_default(each.default, declared[each.name])}")

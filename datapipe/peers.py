@@ -69,7 +69,7 @@ class Peers:
                 log.warning("peers can't see this process", error=str(exc))
             yield
 
-    def _path(self, stack: contextlib.ExitStack | contextlib.AsyncExitStack) -> str:
+    def _path(self, stack: contextlib.AsyncExitStack) -> str:
         """A path short enough for a socket; where the folder's is not, a link leads there."""
         link = self._folder / self._own
         if len(os.fsencode(link)) <= _LONGEST_PATH:
@@ -82,11 +82,7 @@ class Peers:
 
     async def ask(self, method: str, path: str) -> list[dict[str, Any]]:
         """The JSON answers of all living peers; what a dead one left behind is removed."""
-        if not self._folder.is_dir():
-            return []
         others = [p for p in sorted(self._folder.glob("*.sock")) if p.name != self._own]
-        if not others:
-            return []
         answers = await asyncio.gather(*(self._ask(other, method, path) for other in others))
         return [answer for answer in answers if answer is not None]
 

@@ -163,14 +163,10 @@ class JournalFile:
         if len(segments) == 1:
             self._insert(segments[0])
         else:
-            self._write.execute("BEGIN IMMEDIATE")
-            try:
+            with self._write:
+                self._write.execute("BEGIN IMMEDIATE")
                 for segment in segments:
                     self._insert(segment)
-                self._write.execute("COMMIT")
-            except BaseException:
-                self._rollback()
-                raise
 
     def _insert(self, segment: Segment) -> None:
         head = encode_head(segment)
@@ -190,15 +186,11 @@ class JournalFile:
         self._mending(lambda: self._remove(segments))
 
     def _remove(self, segments: Sequence[Segment]) -> None:
-        self._write.execute("BEGIN IMMEDIATE")
-        try:
+        with self._write:
+            self._write.execute("BEGIN IMMEDIATE")
             removed = self._write.executemany(
                 "DELETE FROM segments WHERE position = ?", [(s.position,) for s in segments]
             ).rowcount
-            self._write.execute("COMMIT")
-        except BaseException:
-            self._rollback()
-            raise
         if removed == len(segments):
             self.used_bytes -= size_of(segments)
         else:
@@ -214,10 +206,6 @@ class JournalFile:
             self._write.executescript(
                 f"PRAGMA incremental_vacuum({pages}); PRAGMA wal_checkpoint(TRUNCATE)"
             )
-
-    def _rollback(self) -> None:
-        if self._write.in_transaction:
-            self._write.execute("ROLLBACK")
 
     def inherited(self) -> list[Run]:
         """What earlier owners left here and still waits, a run per lane; reads the index alone."""

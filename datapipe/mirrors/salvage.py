@@ -11,6 +11,7 @@ import shutil
 import sqlite3
 import time
 import zlib
+from bisect import bisect_left
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,8 @@ def rescue(damaged: Path, fresh: sqlite3.Connection, name: str | None) -> tuple[
     """
     rows = gaps = 0
     fresh.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()  # its first page is in its file now
-    fresh.execute("BEGIN IMMEDIATE")
-    try:
+    with fresh:
+        fresh.execute("BEGIN IMMEDIATE")
         for connection in _openings(damaged, fresh):
             for row in _rows(connection):
                 if row is None:
@@ -73,10 +74,6 @@ def rescue(damaged: Path, fresh: sqlite3.Connection, name: str | None) -> tuple[
             f"INSERT INTO sqlite_sequence SELECT 'segments', {_JUMP} + coalesce(max(position), 0)"
             " FROM segments"
         )
-        fresh.execute("COMMIT")
-    except BaseException:
-        fresh.execute("ROLLBACK")
-        raise
     return rows, gaps
 
 
@@ -145,15 +142,8 @@ def _past(connection: sqlite3.Connection, at: int) -> int | None:
         step *= 2
         if step > _LAST:
             return None
-    low = at + step // 2
-    high = at + step
-    while low + 1 < high:
-        middle = (low + high) // 2
-        if _reaches(connection, middle):
-            high = middle
-        else:
-            low = middle
-    return high
+    between = range(at + step // 2 + 1, at + step)
+    return between.start + bisect_left(between, True, key=lambda at: _reaches(connection, at))
 
 
 def _reaches(connection: sqlite3.Connection, at: int) -> bool:
