@@ -141,8 +141,8 @@ class Loader:
         ]
 
     def _hurry_fullest(self) -> None:
-        able = [s for s in self._eligible() if not s.failures]
-        if able:
+        able = [s for s in self.schedules.values() if not s.failures and not s.lane.stuck]
+        if able:  # the fullest may be under way: then it is
             max(able, key=lambda s: s.lane.waiting_bytes).hurry()
 
     async def _work(self) -> None:
