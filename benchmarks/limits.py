@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 _HTTP = (
-    "Node's HTTP server takes a request for 17 us of CPU where bare aiohttp takes 25, so even an "
-    "aiohttp application that stores nothing is behind it. A second process does not double the "
-    "rate on two cores: the generator, the journals' writers and the kernel's flushes have them too."
+    "Node's HTTP server takes a request for 17 us of CPU where bare aiohttp takes 25: an aiohttp "
+    "application that stores nothing is behind it, too. A second process does not double the rate "
+    "on two cores, which the generator, the journals' writers and the kernel's flushes share."
 )
 _BATCH = (
-    "datapipe writes each row twice, into the journal before the answer and into PostgreSQL, where "
-    "the peer writes it once and its client waits for that. On two cores the difference between "
-    "COPY and one INSERT of 1,000 rows (0.42 against some 0.9 us of a core a row) is used up by it. "
-    "What the peer lacks: while PostgreSQL is away it refuses everything, and a lost answer doubles."
+    "datapipe writes each row twice, into the journal before the answer and into PostgreSQL; the "
+    "peer writes it once, and its client waits for that. On two cores this uses up what COPY gains "
+    "over one INSERT of 1,000 rows. What the peer has not: while PostgreSQL is away it refuses "
+    "everything, and an answer that is lost doubles what is sent again."
 )
 
 LIMITS: dict[str, str] = {
