@@ -48,7 +48,7 @@ async def _hour() -> Counter[str]:
             for number in range(3600):
                 posting.create_task(_post(client, url, number))
                 await asyncio.sleep(1)
-        rows = sum(map(len, database.rows.values()))
+        rows = sum(map(len, database.lines.values()))
         left = sum(queue.size for queue in mq.queues.values())
         if (rows, left) != (3600, 0):
             raise RuntimeError(f"3600 events were sent, {rows} loaded; {left} messages are left")

@@ -22,6 +22,8 @@ from datapipe.rate import Rate
 from datapipe.segment import SEGMENT_OVERHEAD_BYTES, SEGMENTS_AT_ONCE, Chunk, Segment
 from datapipe.settings import Settings
 
+_REMOVALS_S = 1.0  # how long reading back waits for them, where it has to
+
 log = structlog.stdlib.get_logger("datapipe.buffer")
 
 
@@ -216,7 +218,9 @@ class Buffer:
 
         Not while another `take` of this lane is under way. Raises: MirrorUnavailable.
         """
-        if lane.runs and self._peek(lane) is None and self._room() >= max_bytes:
+        if not (self.mirror.reads_ahead and lane.runs):
+            return
+        if self._peek(lane) is None and self._room() >= max_bytes:
             for segment in await self._unpark(lane, max_bytes):
                 lane.queue.put_nowait(segment)
 
@@ -237,6 +241,8 @@ class Buffer:
 
     async def _unpark(self, lane: Lane, max_bytes: int) -> list[Segment]:
         """Read the next parked segments of a lane, of its oldest run."""
+        if self._removals and not self.mirror.reads_ahead:
+            await asyncio.wait(self._removals, timeout=_REMOVALS_S)
         run = min(lane.runs.values(), key=lambda run: run.oldest)
         until = run.until  # more may be parked behind it while this reads
         going = self._going.copy()  # its removal may end while this reads it

@@ -95,6 +95,7 @@ class Mirror(Protocol):
         gather_s: seconds to gather rows before an append, unless there is a segment full.
         identity: the store that only this process appends to.
         forgets_for_good: what was removed can't come back, so its ledger row may go.
+        reads_ahead: what waits can be read while what lies before it is being removed, at no cost.
         recover_interval_s: seconds between two recoveries, while nothing asks for one sooner.
         given_up: a segment may be stored although its append failed: recover soon.
     """
@@ -102,6 +103,7 @@ class Mirror(Protocol):
     parks: bool
     identity: str
     forgets_for_good: bool
+    reads_ahead: bool
     recover_interval_s: float
     given_up: bool
 

@@ -115,6 +115,7 @@ class IronMQ:
 
     parks = True
     forgets_for_good = False  # a copy may come back until it expires
+    reads_ahead = False  # a look shows the oldest messages, those on their way out too
     recover_interval_s = 1800.0
 
     def __init__(

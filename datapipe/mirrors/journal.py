@@ -47,6 +47,7 @@ class Journal:
     appends_at_once = 1
     gather_s = 0.0
     forgets_for_good = True
+    reads_ahead = True
     recover_interval_s = 30.0
     given_up = False
 

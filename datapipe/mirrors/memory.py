@@ -18,6 +18,7 @@ class MemoryMirror:
     appends_at_once = 1
     gather_s = 0.0
     forgets_for_good = True
+    reads_ahead = False  # nothing is parked
     recover_interval_s = 3600.0
     given_up = False
 
