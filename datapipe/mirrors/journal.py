@@ -34,6 +34,7 @@ from datapipe.settings import Settings
 MIN_FREE_BYTES = 64 * 1024 * 1024  # on a full disk even DELETE fails, so appends stop before
 SEGMENT_MAX_BYTES = 1_048_576
 
+_REMOVED_AT_ONCE = 256  # 1 ms or so: appends wait for the same thread, and clients for them
 _LOOK_S = 0.1  # how long the free space of the disk is taken as it was
 _T = TypeVar("_T")
 
@@ -105,7 +106,9 @@ class Journal:
             by_source.setdefault(segment.source, []).append(segment)
         for source, of_source in by_source.items():
             if file := self._files.get(source):
-                await self._run(self._writer, partial(file.remove, of_source))
+                for at in range(0, len(of_source), _REMOVED_AT_ONCE):
+                    some = of_source[at : at + _REMOVED_AT_ONCE]
+                    await self._run(self._writer, partial(file.remove, some))
 
     async def read(self, run: Run, max_bytes: int) -> list[Segment]:
         file = self._files[run.source]
