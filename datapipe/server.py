@@ -18,7 +18,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Protocol, TypeGuard, cast
 
-from aiohttp import web, web_protocol
+from aiohttp import HttpVersion11, web, web_protocol
 from aiohttp.http_parser import RawRequestMessage
 from aiohttp.streams import StreamReader
 from aiohttp.web_server import Server
@@ -237,6 +237,7 @@ def _is_plain_post(message: Any, payload: StreamReader) -> TypeGuard[RawRequestM
         isinstance(message, RawRequestMessage)
         and message.method == "POST"
         and (message.path == "/" or message.path.startswith("/?"))
+        and message.version >= HttpVersion11  # 1.0 wants to be told that the connection is kept
         and not message.should_close
         and not message.upgrade
         and payload.is_eof()

@@ -792,6 +792,20 @@ async def test_http_versions(service: Service, version: str) -> None:
 
 
 @shared
+async def test_http_1_0_is_told_that_its_connection_is_kept(service: Service) -> None:
+    """A client that asked for it (`ab -k`) and is not told reads until the end, and hangs."""
+    async with wire(service) as line:
+        for _ in range(3):
+            await line.send(post(J1, "Connection: keep-alive", version="1.0"))
+            answer = await line.answer()
+            assert (answer.status, answer.code) == (200, 0)
+            assert answer.headers["connection"].lower() == "keep-alive"
+    async with wire(service) as line:
+        await line.send(post(J1, version="1.0"))
+        assert b" 200 " in (await line.ended()).split(b"\r\n")[0]
+
+
+@shared
 async def test_a_client_that_leaves_in_the_middle(service: Service) -> None:
     before = await accepted(service)
     async with wire(service) as line:
