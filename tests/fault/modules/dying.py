@@ -2,12 +2,13 @@
 
 import asyncio
 
-from datapipe import housekeeping
+from datapipe.housekeeping import Housekeeper
+from tests.fault.modules.patching import patch
 
 
-async def _die(self: housekeeping.Housekeeper) -> None:
+async def _die(self: Housekeeper) -> None:
     await asyncio.sleep(1.0)
     raise RuntimeError("this task dies on purpose")
 
 
-housekeeping.Housekeeper.keep = _die  # type: ignore[method-assign]
+patch(Housekeeper, "keep", _die)

@@ -1,6 +1,7 @@
 """An event module that breaks the journal on purpose: it is not flushed any more."""
 
 from datapipe.mirrors.journal import JournalFile
+from tests.fault.modules.patching import patch
 
 _open = JournalFile._open
 
@@ -10,4 +11,4 @@ def _open_without_flush(self: JournalFile) -> None:
     self._write.execute("PRAGMA synchronous=OFF")
 
 
-JournalFile._open = _open_without_flush  # type: ignore[method-assign]
+patch(JournalFile, "_open", _open_without_flush)

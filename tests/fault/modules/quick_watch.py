@@ -2,9 +2,11 @@
 
 from datapipe import housekeeping
 from datapipe.mirrors import ironmq, ironmq_recovery
+from tests.fault.modules.patching import patch
 
-housekeeping.BEAT_S = 0.2
-housekeeping.SILENT_S = 2.0
-housekeeping._FIRST_PAUSE_S = 0.5
-ironmq.LEASE_S = ironmq_recovery.LEASE_S = 2
-ironmq.IronMQ.recover_interval_s = 3.0
+patch(housekeeping, "BEAT_S", 0.2)
+patch(housekeeping, "SILENT_S", 2.0)
+patch(housekeeping, "_FIRST_PAUSE_S", 0.5)
+for module in (ironmq, ironmq_recovery):
+    patch(module, "LEASE_S", 2)
+patch(ironmq.IronMQ, "recover_interval_s", 3.0)

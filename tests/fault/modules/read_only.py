@@ -1,6 +1,7 @@
 """An event module: the journal can't be written while a file `read-only` lies beside it."""
 
 from datapipe.mirrors.journal_file import JournalFile
+from tests.fault.modules.patching import patch
 
 
 def _while_allowed(name: str) -> None:
@@ -11,7 +12,7 @@ def _while_allowed(name: str) -> None:
         self._write.execute(f"PRAGMA query_only={int(shut)}")
         call(self, segments)
 
-    setattr(JournalFile, name, checked)
+    patch(JournalFile, name, checked)
 
 
 _while_allowed("append")
