@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import structlog
 import tenacity
 
 from datapipe.commit import Group
 from datapipe.errors import BufferFull, MirrorFull, MirrorUnavailable
-from datapipe.lane import Lane
+from datapipe.lane import Lane, Totals
 from datapipe.mirrors import Found, Mirror, Neighbours
 from datapipe.rate import Rate
 from datapipe.segment import SEGMENT_OVERHEAD_BYTES, SEGMENTS_AT_ONCE, Chunk, Segment
@@ -35,6 +35,7 @@ class Buffer:
     ) -> None:
         self.mirror = mirror
         self.lanes: dict[str, Lane] = {}
+        self.totals = Totals()
         self.mirror_up = True
         self._worked_at = 0.0
         self.append_seconds: float | None = None  # of the last append
@@ -55,19 +56,18 @@ class Buffer:
     def lane(self, name: str) -> Lane:
         """The lane of this name, made if need be."""
         if name not in self.lanes:
-            self.lanes[name] = Lane(name)
+            self.lanes[name] = Lane(name, self.totals)
         return self.lanes[name]
 
     @property
     def memory_bytes(self) -> int:
         """Segments held in memory, with their overhead."""
-        return sum(lane.memory_bytes for lane in self.lanes.values())
+        return self.totals.memory
 
     @property
     def pressed(self) -> bool:
         """Whether half of the memory is in use, or would be if nothing had been parked."""
-        waiting = sum([lane.waiting_bytes for lane in self.lanes.values() if not lane.stuck])
-        return max(waiting, self.memory_bytes) * 2 >= self._max_bytes
+        return max(self.totals.waiting, self.totals.memory) * 2 >= self._max_bytes
 
     # --- in ---
 
@@ -94,15 +94,15 @@ class Buffer:
             if isinstance(outcome, BaseException):
                 raise outcome
 
-    def is_full(self, lane: str) -> bool:
-        """Whether this lane has used up what lanes that can't be loaded may hold.
+    def full(self, lanes: Iterable[str]) -> set[str]:
+        """Those of these lanes that have used up what lanes that can't be loaded may hold.
 
         Together that is half of the mirror: the other half is for those that can.
         """
-        if lane not in self.lanes or not self.lanes[lane].stuck:
-            return False
-        held = sum(each.waiting_bytes for each in self.lanes.values() if each.stuck)
-        return held * 2 >= self.mirror.state().max_bytes
+        stuck = {name for name in lanes if name in self.lanes and self.lanes[name].stuck}
+        if not stuck or self.totals.stuck * 2 < self.mirror.state().max_bytes:
+            return set()
+        return stuck
 
     def _check_room(self, chunks: Sequence[Chunk]) -> None:
         coming = sum(len(chunk.data) + SEGMENT_OVERHEAD_BYTES for chunk in chunks)
@@ -186,11 +186,11 @@ class Buffer:
         for run in found.runs:
             lane = self.lane(run.lane)
             lane.recovered += run.events
-            lane.runs[run.source] = run
             log.info(
                 "recovered", lane=run.lane, segments=run.segments, events=run.events,
                 bytes=run.bytes, source=run.source,
             )  # fmt: skip
+            lane.park_run(run)
             self.on_change(lane)
         return found
 
@@ -256,13 +256,9 @@ class Buffer:
         passed = lane.segments_in_memory.keys() | going
         segments = [segment for segment in read if segment.id not in passed]
         for segment in segments:
-            lane.hold(segment)
-            run.segments -= 1
-            run.events -= segment.events
-            run.bytes -= len(segment.data)
-            run.oldest = segment.created_at
+            lane.unpark(run, segment)
         if run.after >= run.until:
-            del lane.runs[run.source]
+            lane.end_run(run)
             if run.events:  # the books stay out of balance, as they should: these are nowhere
                 log.error("segments missing in the mirror", lane=lane.name, events=run.events)
         return segments

@@ -135,7 +135,7 @@ class Ingest:
 
     def _refuse_full(self, parsed: Parsed) -> list[str]:
         """Turn rows of full lanes into errors; the lanes, so that the client knows."""
-        full = [chunk.lane for chunk in parsed.chunks if self.buffer.is_full(chunk.lane)]
+        full = self.buffer.full(chunk.lane for chunk in parsed.chunks)
         if not full:
             return []
         for chunk in parsed.chunks:
@@ -143,7 +143,7 @@ class Ingest:
                 error = EventRejected(9, "busy", f"the lane {chunk.lane} is full", 503)
                 parsed.errors += [(index, error) for index in chunk.indexes]
         parsed.chunks = [chunk for chunk in parsed.chunks if chunk.lane not in full]
-        return sorted(set(full))
+        return sorted(full)
 
 
 class _Clock:

@@ -90,7 +90,11 @@ class Status:
         return [self.metrics.histograms(), *(other["histograms"] for other in self._others)]
 
     def _own(self) -> dict[str, Any]:
-        lanes = {name: self._lane(lane) for name, lane in sorted(self.buffer.lanes.items())}
+        full = self.buffer.full(self.buffer.lanes)
+        lanes = {
+            name: self._lane(lane) | {"full": name in full}
+            for name, lane in sorted(self.buffer.lanes.items())
+        }
         return {
             "version": __version__,
             "now": now(),
@@ -126,7 +130,6 @@ class Status:
             "accepted_per_second": accepted,
             "loaded_per_second": loaded,
             "state": self._state(lane, schedule),
-            "full": self.buffer.is_full(lane.name),
             "blocked": lane.blocked,
             "error": None if outage or lane.blocked else _error(schedule),
             "last_load": last

@@ -1,4 +1,4 @@
-"""The event modules that change the service for a test: a name that is gone must not go unnoticed."""
+"""Event modules that change the service for a test: a name that is gone must not go unnoticed."""
 
 from __future__ import annotations
 
