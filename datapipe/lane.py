@@ -48,7 +48,7 @@ class Lane:
         self.duplicate = 0
         self.dead = 0
         self.in_memory = 0  # events
-        self.segments_in_memory: dict[str, Segment] = {}  # by id, oldest first, taken ones too
+        self.segments_in_memory: dict[str, Segment] = {}  # by id, taken ones too
         self.memory_bytes = 0
         self.rows_bytes = 0
 

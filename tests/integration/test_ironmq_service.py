@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
@@ -186,6 +187,21 @@ async def test_the_oldest_message_tells_its_age(town: Town) -> None:
     await service.comes_true(lambda: service.status["lanes"]["install"]["oldest_seconds"] > 0.1)
     assert 'datapipe_oldest_waiting_seconds{lane="install"} 0.' in await service.get("/metrics")
     assert 'datapipe_mirror_requests_total{call="post"} 1.0' in await service.get("/metrics")
+
+
+async def test_the_oldest_tells_its_age_though_it_came_last(town: Town) -> None:
+    """What a dead process left an hour ago is found behind newer events."""
+    service = await town.start()
+    town.database.loading = False
+    assert await service.post(1) == 200
+    columns = service.pipeline.registry.types["install"].columns
+    left = Segment("install", columns, b"7\t1\t\n", 1, created_at=time.time() - 3600)
+    town.mq.put("install", [pack(left, "dead", 0.0)])
+    await service.comes_true(lambda: service.books["recovered"] == 1)
+    assert 3600 <= service.status["lanes"]["install"]["oldest_seconds"] < 3660
+    town.database.loading = True
+    await service.drained()
+    assert service.status["lanes"]["install"]["oldest_seconds"] == 0
 
 
 # --- parking ---
