@@ -126,7 +126,7 @@ async def test_a_batch_over_all_lanes_holds_up_nobody(tmp_path: Path, database: 
     body = json.dumps([{"event_name": name, "user_id": 1} for name in names]).encode()
     held: list[float] = []
     async with running(
-        tmp_path, database_url=database, events=dict.fromkeys(names, {"user_id": "int"})
+        tmp_path, database_url=database, events={name: {"user_id": "int"} for name in names}
     ) as service:
         for _ in range(5):
             async with pinging(service) as took:
