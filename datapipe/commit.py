@@ -52,11 +52,13 @@ class Group:
     def add(self, chunks: Sequence[Chunk]) -> asyncio.Future[None]:
         """Take rows in. The future ends once they are durable, or with MirrorUnavailable.
 
-        Raises: MirrorUnavailable: an append hangs, and more must not pile up behind it.
+        While an append hangs that is at once: more must not pile up behind it. It is never raised
+        here, because the rows of other lanes may be under way by then.
         """
-        if self._hung is not None and not self._hung.done():
-            raise MirrorUnavailable(_NO_ANSWER)
         waiter = asyncio.get_running_loop().create_future()
+        if self._hung is not None and not self._hung.done():
+            waiter.set_exception(MirrorUnavailable(_NO_ANSWER))
+            return waiter
         self._waiting[waiter] = chunks
         for chunk in chunks:
             self._bytes += len(chunk.data)
