@@ -41,8 +41,8 @@ def _is_id(value: Any) -> bool:
 
 
 def storable(text: str) -> bool:
-    """Whether PostgreSQL could hold this text: no U+0000, no lone surrogate."""
-    return "\0" not in text and not any("\ud800" <= char <= "\udfff" for char in text)
+    """Whether any database could hold this text: ASCII, as lanes and SQLSTATEs are; no U+0000."""
+    return "\0" not in text and text.isascii()
 
 
 class DeadLetters:

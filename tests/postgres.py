@@ -142,10 +142,11 @@ class Postgres:
     def url(self, database: str) -> str:
         return f"postgresql://postgres@127.0.0.1:{self.port}/{database}"
 
-    def create_database(self) -> str:
+    def create_database(self, encoding: str = "UTF8") -> str:
         """A new, empty database; its URL."""
         name = f"t{uuid4().hex[:12]}"
-        self.execute(self.url("postgres"), f"CREATE DATABASE {name}")
+        made = f"CREATE DATABASE {name} ENCODING '{encoding}' TEMPLATE template0"
+        self.execute(self.url("postgres"), made)
         return self.url(name)
 
     @staticmethod

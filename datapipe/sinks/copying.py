@@ -2,7 +2,9 @@
 
 Rows go in pieces, each under a savepoint. When one is refused, PostgreSQL usually names its line
 in the error's context; other lines there can say "line N" too, so the row is tried alone before it
-is called refused. Where no line is named (a foreign key, a trigger) it is found by halving.
+is called refused. Where no line is named (a foreign key, a trigger) it is found by halving. An
+error that a COPY of no rows meets, too, is no matter of rows, whatever its SQLSTATE. No word of a
+message decides anything: the server may speak any language.
 psycopg2 sends a whole piece even after the server has refused it, so after the first refusal
 pieces are small.
 """
@@ -10,6 +12,7 @@ pieces are small.
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,13 +20,27 @@ import psycopg2
 import psycopg2.extensions
 
 from datapipe.errors import LaneBlocked
-from datapipe.sinks.sqlstate import Verdict, copy_line, one_line, verdict
+from datapipe.events import Column
+from datapipe.sinks.sqlstate import is_unrouted, may_be_of_a_row, one_line
 
 PIECE_BYTES = 2_097_152  # of the first try: what a refusal makes us send again
 SMALL_PIECE_ROWS = 512  # after a refusal; doubled with each piece that passes
 GUARD_ROWS = 100  # so many refused rows, and more than half of all: the table is taken to be wrong
 
-_FIRST_NUMBER = re.compile(r"\d+")
+# What no table could hold, as (SQLSTATE, declared type or None for any): a character that the
+# database's encoding lacks; a number in JSON beyond `numeric`; an escape in JSON under SQL_ASCII,
+# before PostgreSQL 16.
+_OF_ITSELF = {("22P05", None), ("22003", "jsonb"), ("0A000", "jsonb")}
+
+# The columns by which a table is partitioned, also within expressions: they depend on it.
+# Source: PostgreSQL, `StorePartitionKey` in heap.c.
+_KEY = (
+    "SELECT attname::text FROM pg_depend JOIN pg_attribute"
+    " ON attrelid = objid AND attnum = objsubid"
+    " WHERE classid = 'pg_class'::regclass AND refclassid = classid AND deptype = 'i'"
+    " AND objid = refobjid AND refobjsubid = 0 AND objid = (SELECT c.oid FROM pg_class c"
+    " JOIN pg_namespace n ON n.oid = c.relnamespace WHERE nspname = %s AND relname = %s)"
+)
 
 
 @dataclass(slots=True, frozen=True)
@@ -36,13 +53,18 @@ class Rows:
 
 @dataclass(slots=True, frozen=True)
 class Refused:
-    """One row that the database refuses, and what it said."""
+    """One row that the database refuses, and what it said.
+
+    Attributes:
+        of_itself: any table of this database would refuse it, so it tells nothing of this one.
+    """
 
     segment: str
     row: bytes
     sqlstate: str
     message: str
     column: str | None
+    of_itself: bool = False
 
 
 class _Reader:
@@ -66,12 +88,25 @@ class Copier:
     """Copies rows into one table, in the transaction of `cursor`, with one list of columns."""
 
     def __init__(
-        self, cursor: psycopg2.extensions.cursor, statement: str, table: str, chunk_bytes: int
+        self,
+        cursor: psycopg2.extensions.cursor,
+        statement: str,
+        table: str,
+        columns: Sequence[Column],
+        chunk_bytes: int,
     ) -> None:
         self._cursor = cursor
         self._statement = statement
-        self._table = table
+        self._types = {column.name: column.type for column in columns}
         self._chunk_bytes = chunk_bytes
+        # a line of the context that begins with the table's name, in whatever language; most have
+        # the word COPY before it. Its first number is the line, a column may follow
+        self._told = re.compile(
+            rf"^(?:COPY )?{re.escape(table)}(?![0-9A-Za-z_])[^0-9\n]*([0-9]+)([^:\n]*)",
+            re.MULTILINE,
+        )
+        self._takes_none = False  # known to take no rows at all
+        self._chosen: dict[tuple[str | None, str | None], bool] = {}
         self.refused: list[Refused] = []
 
     def copy(self, rows: Sequence[Rows]) -> None:
@@ -90,12 +125,35 @@ class Copier:
         try:
             self._cursor.copy_expert(self._statement, _Reader(rows), self._chunk_bytes)
         except psycopg2.Error as exc:
-            if verdict(exc) is not Verdict.ROW:
+            if not may_be_of_a_row(exc):
                 raise
             self._cursor.execute("ROLLBACK TO SAVEPOINT piece")
+            if is_unrouted(exc) and not self._clients_choose(exc):
+                raise
+            self._take_none()
             return exc
         self._cursor.execute("RELEASE SAVEPOINT piece; SAVEPOINT piece")
         return None
+
+    def _take_none(self) -> None:
+        """Copy no rows. Raises: psycopg2.Error: even that is refused, so no row is to blame."""
+        if not self._takes_none:
+            self._cursor.copy_expert(self._statement, _Reader([]), self._chunk_bytes)
+            self._cursor.execute("ROLLBACK TO SAVEPOINT piece")
+            self._takes_none = True
+
+    def _clients_choose(self, error: psycopg2.Error) -> bool:
+        """Whether the partition that is missing is one that clients can ask for.
+
+        By the time of receipt, or a column of somebody else's, they can't: then no row is to blame.
+        Else anyone could block the lane by a value that no partition is meant for.
+        """
+        table = (error.diag.schema_name, error.diag.table_name)
+        if table not in self._chosen:
+            self._cursor.execute(_KEY, table)
+            key = {name for (name,) in self._cursor.fetchall()}
+            self._chosen[table] = not key or bool(key & self._types.keys() - {"received_at"})
+        return self._chosen[table]
 
     def _copy_lines(self, lines: list[Rows]) -> None:
         """Copy rows of which at least one is refused."""
@@ -150,37 +208,78 @@ class Copier:
         return done + 1
 
     def _line(self, error: psycopg2.Error) -> int | None:
-        """The index of the refused row in its piece; the word for "line" is translated."""
-        context = copy_line(error)
-        if context is None or not context.startswith(f"COPY {self._table}, "):
-            return None
-        found = _FIRST_NUMBER.search(context, len(f"COPY {self._table}, "))
-        return int(found[0]) - 1 if found and int(found[0]) > 0 else None
+        """The index of the refused row in its piece, or what may be it."""
+        found = self._told.search(error.diag.context or "")
+        return int(found[1]) - 1 if found and int(found[1]) > 0 else None
+
+    def _column(self, error: psycopg2.Error) -> str | None:
+        """The column that is to blame, if the error names one, itself or in its context."""
+        if name := error.diag.column_name:
+            return str(name)
+        found = self._told.search(error.diag.context or "")
+        words = re.findall(r"\w+", found[2]) if found else []
+        return next((word for word in reversed(words) if word in self._types), None)
 
     def _refuse(self, row: Rows, error: psycopg2.Error) -> None:
+        sqlstate, column = error.pgcode or "", self._column(error)
+        of_itself = {(sqlstate, None), (sqlstate, self._types.get(column or ""))} & _OF_ITSELF
         self.refused.append(
             Refused(
-                row.segment, bytes(row.data), error.pgcode or "", one_line(error),
-                error.diag.column_name or _column_of(error),
+                row.segment, bytes(row.data), sqlstate, one_line(error), column, bool(of_itself)
             )
-        )  # fmt: skip
+        )
 
 
-def guard(refused: Sequence[Refused], rows: int, accept_dead: bool) -> None:
-    """Raises: LaneBlocked: so much is refused that the table is taken to be wrong."""
-    if accept_dead or len(refused) < GUARD_ROWS or len(refused) * 2 <= rows:
-        return
-    first = refused[0]
-    raise LaneBlocked(
-        f"the table refuses {len(refused)} of {rows} rows: {first.message} (SQLSTATE "
-        f"{first.sqlstate}); mend the table, or let them through with POST /load?accept=dead"
-    )
+class Guard:
+    """Whether the table of a lane is to be taken to be wrong, by what it refused of the last loads.
 
+    They are remembered as long as the process lives. It goes by the fewest of them, back from the
+    one in hand, in which enough was refused: so good times long ago excuse nothing.
+    """
 
-def _column_of(error: psycopg2.Error) -> str | None:
-    """The column that COPY names: "COPY t, line 3, column c: ..."."""
-    found = re.search(r", column ([^:]+):", copy_line(error) or "")
-    return found[1] if found else None
+    def __init__(self) -> None:
+        # (refused, rows) of loads with refused rows; clean ones are added to the rows before them
+        self._last: deque[tuple[int, int]] = deque()
+        self._in_hand = (0, 0)
+        self._afresh = False
+
+    def look(self, refused: Sequence[Refused], rows: int, accept_dead: bool) -> None:
+        """Look at a load that is about to commit, of so many rows.
+
+        Raises: LaneBlocked: so much is refused that the table is taken to be wrong.
+        """
+        telling = [each for each in refused if not each.of_itself]
+        self._in_hand = len(telling), rows - (len(refused) - len(telling))
+        self._afresh |= accept_dead
+        if not telling or accept_dead:
+            return
+        count, of = self._in_hand
+        for before in reversed(self._last):
+            if count >= GUARD_ROWS:
+                break
+            count, of = count + before[0], of + before[1]
+        if count < GUARD_ROWS or count * 2 <= of:
+            return
+        self._afresh = True
+        raise LaneBlocked(
+            f"the table refuses {count} of {of} rows: {telling[0].message} (SQLSTATE "
+            f"{telling[0].sqlstate}); mend the table, or let them through with "
+            "POST /load?accept=dead"
+        )
+
+    def committed(self) -> None:
+        """The load has committed; once somebody has acted on a block, counting starts afresh."""
+        refused, rows = self._in_hand
+        if self._afresh:
+            self._last.clear()
+            self._afresh = False
+        elif refused:
+            self._last.append((refused, rows))
+            while sum(count for count, _ in self._last) - self._last[0][0] >= GUARD_ROWS:
+                self._last.popleft()
+        elif self._last:
+            count, of = self._last.pop()
+            self._last.append((count, of + rows))
 
 
 def _pieces(rows: Sequence[Rows]) -> Iterator[list[Rows]]:

@@ -69,7 +69,9 @@ def connection_dsn(url: str) -> str:
     except psycopg2.Error:
         raise ConfigError("database_url: can't be read as a PostgreSQL URL") from None
     tls = {"sslmode": os.environ.get("PGSSLMODE") or "require"} if os.environ.get("DYNO") else {}
-    dsn: str = psycopg2.extensions.make_dsn(**{**_CONNECTION, **tls, **given})
+    # whatever the encoding of the database: only UTF8 holds all that clients can send
+    utf8 = {"client_encoding": "UTF8"}
+    dsn: str = psycopg2.extensions.make_dsn(**{**_CONNECTION, **tls, **given, **utf8})
     return dsn
 
 
@@ -180,11 +182,20 @@ class Database:
         try:
             await self.run(self._read_version)
             found = [("ok", f"database: PostgreSQL {self._version}, schema {self._schema}")]
+            found += await self.run(self._check_encoding)
             for table in (*OWN_TABLES, *tables):
                 found += await self.run(partial(self._check, table=table))
         except (SinkUnavailable, LaneBlocked) as exc:
             return [("away" if is_away(exc.__cause__) else "fail", f"database: {exc}")]
         return found
+
+    async def _check_encoding(self, cursor: aiopg.Cursor) -> list[tuple[str, str]]:
+        await cursor.execute("SHOW server_encoding")
+        (encoding,) = await cursor.fetchone()
+        if encoding == "UTF8":
+            return []
+        text = "events with text that it lacks become dead letters; UTF8 holds all"
+        return [("warn", f"database: its encoding is {encoding}: {text}")]
 
     async def _check(self, cursor: aiopg.Cursor, table: Table) -> list[tuple[str, str]]:
         lacking = await self._lacking(cursor, table)

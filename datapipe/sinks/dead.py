@@ -1,13 +1,17 @@
 """Dead letters in the database: write, look, put back, remove.
 
-The event of a refused row is rebuilt from its columns.
+The event of a refused row is rebuilt from its columns, and kept as a JSON object. Where `jsonb`
+can't hold that (a character that the encoding of the database lacks, a number out of range) it is
+kept as a JSON string: the event's JSON in ASCII. `#>> '{}'` gives the text of both.
+Source: PostgreSQL documentation, "JSON Types", on escapes in databases that are not UTF8.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import aiopg
 import msgspec
@@ -19,12 +23,29 @@ from datapipe.errors import EventRejected
 from datapipe.events import Column
 from datapipe.sinks import Check, Selection
 from datapipe.sinks.copying import Copier, Refused, Rows
-from datapipe.sinks.sqlstate import Verdict, verdict
+from datapipe.sinks.sqlstate import may_be_of_a_row
 
 REPLAY_ROWS = 1000  # in one transaction
 
 _ESCAPED = re.compile(rb"\\([\\tnr])")
+_BEYOND_ASCII = re.compile(r"[^\x00-\x7f]+")
 _PLAIN = {b"\\": b"\\", b"t": b"\t", b"n": b"\n", b"r": b"\r"}
+
+
+class _Letter(NamedTuple):
+    """What is inserted, in this order."""
+
+    lane: str
+    event: str
+    sqlstate: str
+    message: str
+    column_name: str | None
+    segment: str
+
+    def in_ascii(self) -> _Letter:
+        """The same for any database: the event as a JSON string of its JSON."""
+        message = self.message.encode("ascii", "backslashreplace").decode()
+        return self._replace(event=json.dumps(_escaped(self.event)), message=message)
 
 
 def write(
@@ -33,43 +54,65 @@ def write(
     lane: str,
     columns_of: Mapping[str, Sequence[Column]],
     refused: Sequence[Refused],
-    *,
-    json_as_text: bool = False,
 ) -> None:
     """Insert the refused rows as dead letters; `columns_of` is by segment.
 
-    JSON that `jsonb` itself refuses (a number out of its range) is kept as text.
+    Raises: psycopg2.Error: what is no matter of single letters.
     """
-    values = [
-        (
-            lane, event_json(lane, columns_of[each.segment], each.row, json_as_text),
-            each.sqlstate, each.message, each.column, each.segment,
+    letters = [
+        _Letter(
+            lane, event_json(lane, columns_of[each.segment], each.row), each.sqlstate, each.message,
+            each.column, each.segment,
         )
         for each in refused
     ]  # fmt: skip
     cursor.execute("SAVEPOINT letters")
+    _write(cursor, table, letters)
+    cursor.execute("RELEASE SAVEPOINT letters")
+
+
+def _write(cursor: psycopg2.extensions.cursor, table: str, letters: Sequence[_Letter]) -> None:
+    """All at once; of what is refused, each half alone; at last a letter in ASCII."""
+    if (error := _insert(cursor, table, letters)) is None:
+        return
+    if len(letters) > 1:
+        half = len(letters) // 2
+        _write(cursor, table, letters[:half])
+        _write(cursor, table, letters[half:])
+    elif _insert(cursor, table, [letters[0].in_ascii()]) is not None:
+        raise error
+
+
+def _insert(
+    cursor: psycopg2.extensions.cursor, table: str, letters: Sequence[_Letter]
+) -> psycopg2.Error | None:
+    """Insert behind the savepoint, and set it anew; the error, if it may be about a letter."""
     try:
         psycopg2.extras.execute_values(
             cursor,
             f"INSERT INTO {table} (lane, event, sqlstate, message, column_name, segment) VALUES %s",
-            values,
+            letters,
             template="(%s, %s::jsonb, %s, %s, %s, %s)",
         )
     except psycopg2.Error as exc:
-        if json_as_text or verdict(exc) is not Verdict.ROW:
+        if not may_be_of_a_row(exc):
             raise
         cursor.execute("ROLLBACK TO SAVEPOINT letters")
-        for each in refused:  # one by one, and then as text
-            write(cursor, table, lane, columns_of, [each], json_as_text=len(refused) == 1)
-    cursor.execute("RELEASE SAVEPOINT letters")
+        return exc
+    cursor.execute("RELEASE SAVEPOINT letters; SAVEPOINT letters")
+    return None
 
 
-def event_json(lane: str, columns: Sequence[Column], row: bytes, json_as_text: bool = False) -> str:
+def _escaped(text: str) -> str:
+    """JSON in ASCII; what is beyond it can only stand in strings."""
+    return _BEYOND_ASCII.sub(lambda found: json.dumps(found[0])[1:-1], text)
+
+
+def event_json(lane: str, columns: Sequence[Column], row: bytes) -> str:
     """The JSON object of a COPY row: as it could be posted again, and `received_at`."""
     event: dict[str, Any] = {"event_name": lane}
     for column, text in zip(columns, row.rstrip(b"\n").split(b"\t"), strict=True):
-        as_text = json_as_text and column.type == "jsonb"
-        event[column.name] = _value("text" if as_text else column.type, text)
+        event[column.name] = _value(column.type, text)
     return msgspec.json.encode(event).decode()
 
 
@@ -84,6 +127,12 @@ def _value(type: str, text: bytes) -> Any:
     return plain.decode()
 
 
+class _Received(msgspec.Struct):
+    """Of an event: when it came."""
+
+    received_at: str
+
+
 async def look(
     cursor: aiopg.Cursor, table: str, selection: Selection, limit: int
 ) -> dict[str, Any]:
@@ -96,7 +145,7 @@ async def look(
     )
     groups = await _fetched(cursor)
     await cursor.execute(
-        "SELECT id, lane, event::text AS event, sqlstate, message, column_name, created_at"
+        "SELECT id, lane, event #>> '{}' AS event, sqlstate, message, column_name, created_at"
         f" FROM {table} WHERE {where} ORDER BY id DESC LIMIT %s",
         [*values, limit],
     )
@@ -137,16 +186,17 @@ def replay(
     """
     where, values = selection.where()
     cursor.execute(
-        f"SELECT id, lane, event::text, event->>'received_at' FROM {table} WHERE {where}"
+        f"SELECT id, lane, event #>> '{{}}' FROM {table} WHERE {where}"
         " AND id > %s ORDER BY id LIMIT %s FOR UPDATE SKIP LOCKED",
         [*values, after, REPLAY_ROWS],
     )
     letters = cursor.fetchall()
     rows: dict[str, list[Rows]] = {}
     refused: list[Refused] = []
-    for id, lane, event, received_at in letters:
+    for id, lane, text in letters:
+        event = text.encode()
         try:
-            row = check(lane, event.encode(), received_at)
+            row = check(lane, event, msgspec.json.decode(event, type=_Received).received_at)
         except EventRejected as exc:
             refused.append(Refused(str(id), b"", "", exc.detail, None))
         else:

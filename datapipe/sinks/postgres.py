@@ -15,7 +15,7 @@ import os
 import socket
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
@@ -31,7 +31,7 @@ from datapipe.events import Column
 from datapipe.segment import Segment
 from datapipe.settings import Settings
 from datapipe.sinks import Check, Loaded, Selection, Table, dead
-from datapipe.sinks.copying import Copier, Refused, guard
+from datapipe.sinks.copying import Copier, Guard, Refused
 from datapipe.sinks.database import Database
 from datapipe.sinks.keys import Keys
 from datapipe.sinks.schema import OWN_TABLES, quote
@@ -71,6 +71,7 @@ class PostgresSink(Database):
         # loads that took a segment and failed, by its id: one of them may have committed all the
         # same. Not in the segment, which may be parked and read anew before it is tried again
         self._tried: dict[str, set[str]] = {}
+        self._guards: defaultdict[str, Guard] = defaultdict(Guard)  # by lane
 
     def _name(self, table: str) -> str:
         return f"{quote(self._schema)}.{quote(table)}"
@@ -93,6 +94,7 @@ class PostgresSink(Database):
                 self.failed(exc)
                 raise error_of(exc, table.name) from exc
             self.works(began)
+            self._guards[table.name].committed()
             for segment in segments:
                 self._tried.pop(segment.id, None)
             return loaded
@@ -167,8 +169,9 @@ class PostgresSink(Database):
             copier.copy(list(group))
             refused += copier.refused
         dead_of = dict.fromkeys(columns_of, 0)
+        copied = sum(s.events for s in fresh) - sum(duplicates.values())
+        self._guards[table.name].look(refused, copied, accept_dead)
         if refused:
-            guard(refused, sum(segment.events for segment in fresh), accept_dead)
             dead.write(cursor, self._letters, table.name, columns_of, refused)
             for each in refused:
                 dead_of[each.segment] += 1
@@ -176,9 +179,7 @@ class PostgresSink(Database):
         self._book(cursor, dead_of, duplicates)
         result.dead += sum(dead_of.values())
         result.duplicate += sum(duplicates.values())
-        result.loaded += (
-            sum(s.events for s in fresh) - sum(dead_of.values()) - sum(duplicates.values())
-        )
+        result.loaded += copied - sum(dead_of.values())
         return result
 
     def _copier(
@@ -186,7 +187,7 @@ class PostgresSink(Database):
     ) -> Copier:
         names = ", ".join(quote(column.name) for column in columns)
         statement = f"COPY {self._name(table.name)} ({names}) FROM STDIN"
-        return Copier(cursor, statement, table.name, self._chunk_bytes)
+        return Copier(cursor, statement, table.name, columns, self._chunk_bytes)
 
     def _enter(
         self,

@@ -61,9 +61,24 @@ def verdict(exc: psycopg2.Error) -> Verdict:
         return Verdict.DOWN if lost or not isinstance(exc, psycopg2.DataError) else Verdict.ROW
     if code in _BY_STATE:
         return _BY_STATE[code]
-    if code[:2] in _BY_CLASS:
-        return _BY_CLASS[code[:2]]
-    return Verdict.ROW if copy_line(exc) else Verdict.BLOCKED
+    return _BY_CLASS.get(code[:2], Verdict.BLOCKED)
+
+
+def may_be_of_a_row(exc: psycopg2.Error) -> bool:
+    """Whether rows can be to blame; so can they for a code of nobody's, which a trigger made up."""
+    code = exc.pgcode
+    unlisted = code is not None and code not in _BY_STATE and code[:2] not in _BY_CLASS
+    return unlisted or verdict(exc) is Verdict.ROW
+
+
+def is_unrouted(exc: psycopg2.Error) -> bool:
+    """Whether there is no partition for a row.
+
+    It bears the code of a violated CHECK, which alone names its constraint. Source: PostgreSQL,
+    `ExecFindPartition` in execPartition.c; documentation, "Error and Notice Message Fields".
+    """
+    diag = exc.diag
+    return exc.pgcode == "23514" and bool(diag.table_name) and not diag.constraint_name
 
 
 # libpq gives no SQLSTATE for a connection that it could not make, so its words decide
@@ -83,12 +98,6 @@ def is_away(exc: BaseException | None) -> bool:
         return exc.pgcode[:2] in _AWAY_CLASSES
     tried = str(exc).split("connection to server")  # once for each address of the host
     return all(_AWAY_WORDS.search(each) for each in tried if each.strip())
-
-
-def copy_line(exc: psycopg2.Error) -> str | None:
-    """The line of the error's context that tells of the COPY, if any."""
-    context = exc.diag.context or ""
-    return next((line for line in context.split("\n") if line.startswith("COPY ")), None)
 
 
 def error_of(exc: psycopg2.Error, lane: str | None = None) -> SinkUnavailable | LaneBlocked:

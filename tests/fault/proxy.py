@@ -57,6 +57,7 @@ class Proxy:
         to = urlsplit(database)
         self._to = to
         self.hook: Hook = _pass
+        self.translate: Callable[[str], str] | None = None  # the text of the server's errors
         self.url = ""
         self._links: dict[asyncio.Task[None], _Link] = {}
 
@@ -158,6 +159,9 @@ class Proxy:
                 committed = link.committing and kind == b"C"
                 if committed and not await self.hook(Moment.COMMITTED):
                     return
+                if kind == b"E" and self.translate is not None:
+                    text = self.translate(message[5:].decode()).encode()
+                    message = kind + (len(text) + 4).to_bytes(4) + text
                 link.to_client.write(message)
                 await link.to_client.drain()
                 if link.committing and kind == b"Z":
