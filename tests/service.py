@@ -32,6 +32,8 @@ class Service:
     """One `datapipe serve`. Its log lines are in `lines`, parsed.
 
     Args: settings: over defaults that suit tests (loopback, a free port, its own data_dir).
+
+    Attributes: under: a command that runs it, such as `prlimit`, with its arguments.
     """
 
     def __init__(self, folder: Path, env: dict[str, str] | None = None, **settings: Any) -> None:
@@ -40,6 +42,7 @@ class Service:
             "load_interval": 0.5, "load_min_interval": 0.1, **settings,
         }  # fmt: skip
         self.file = folder / f"datapipe-{id(self)}.json"
+        self.under: tuple[str, ...] = ()
         self._env = env or {}
         self._process: asyncio.subprocess.Process | None = None
         self._reader: asyncio.Task[None] | None = None
@@ -70,7 +73,8 @@ class Service:
         env |= {"DATAPIPE_CNF": str(self.file), "PYTHONPATH": str(ROOT), **self._env}
         self.url = ""
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "datapipe", "serve", env=env, limit=16 * 1024 * 1024,
+            *self.under, sys.executable, "-m", "datapipe", "serve", env=env,
+            limit=16 * 1024 * 1024,
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
             start_new_session=True, cwd=self.file.parent,
         )  # fmt: skip

@@ -24,9 +24,9 @@ from datapipe.mirrors.journal_file import (
     ROW_BYTES,
     Damaged,
     JournalFile,
+    open_file,
     own_file,
     size_of,
-    try_lock,
 )
 from datapipe.segment import Segment
 from datapipe.settings import Settings
@@ -131,15 +131,15 @@ class Journal:
         for path in sorted(self._folder.glob("*.sqlite")):
             if any(path == file.path for file in self._files.values()):
                 continue
-            if (lock := try_lock(path)) is None:
-                continue
             try:
-                file = JournalFile(path, lock)
+                file = open_file(path)
             except (ConfigError, sqlite3.Error, OSError) as exc:
-                os.close(lock)  # one that can't be read must not keep us from all the others
+                # one that can't be read must not keep us from all the others
                 if path not in self._unreadable:
                     log.error("journal not adopted", path=str(path), error=str(exc))
                     self._unreadable.add(path)
+                continue
+            if file is None:
                 continue
             if file.inherited() or self._settled.get(file.source) != file.inherited_until:
                 self._files[file.source] = file

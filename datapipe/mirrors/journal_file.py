@@ -274,11 +274,39 @@ class JournalFile:
 
 
 def own_file(folder: Path) -> JournalFile:
+    """The first journal that nobody holds; what belongs to another user is passed over.
+
+    Raises: OSError, sqlite3.OperationalError: none can be had in this folder.
+    """
     for number in itertools.count():
         path = folder / f"{number}.sqlite"
-        if (lock := try_lock(path)) is not None:
-            return JournalFile(path, lock)
+        try:
+            if (file := open_file(path)) is not None:
+                return file
+        except (PermissionError, sqlite3.OperationalError):
+            if not _closed_to_us(path):
+                raise
     raise AssertionError  # count() never ends
+
+
+def open_file(path: Path) -> JournalFile | None:
+    """The journal, or None: its owner lives.
+
+    Raises: ConfigError, OSError, sqlite3.Error: it can't be opened.
+    """
+    if (lock := try_lock(path)) is None:
+        return None
+    try:
+        return JournalFile(path, lock)
+    except BaseException:
+        os.close(lock)
+        raise
+
+
+def _closed_to_us(path: Path) -> bool:
+    """Whether the file, or its lock, is there and may not be written by this user."""
+    both = (path, path.with_suffix(".lock"))
+    return any(each.exists() and not os.access(each, os.R_OK | os.W_OK) for each in both)
 
 
 def try_lock(path: Path) -> int | None:

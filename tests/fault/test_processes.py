@@ -10,10 +10,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.fault.driver import Driver, fill
 from tests.fault.proxy import Moment, Proxy
-from tests.postgres import free_port
+from tests.postgres import Postgres, free_port
 from tests.service import ROOT, Service, until
+from tests.wire import crash
 
 MakeService = Callable[..., Service]
 OFTEN = {"load_interval": 0.1, "load_min_interval": 0, "load_trigger_bytes": 20_000}
@@ -130,3 +133,37 @@ async def test_the_load_command_fails_while_the_database_is_away(
     assert code == 1
     assert output.rstrip().endswith(f"waiting: {waiting}")
     assert "Traceback" not in output
+
+
+@pytest.mark.needs_root
+async def test_what_another_user_left_in_the_folder_is_passed_over(
+    database: str, make_service: MakeService, seed: int
+) -> None:
+    """As by `datapipe load` of root, beside a service of a user without rights.
+
+    Here the user without rights is a root that may enter only what is its own.
+    """
+    one, two = (make_service(database_url=database, **ADOPTS) for _ in range(2))
+    one.under = two.under = ("setpriv", "--bounding-set", "-dac_override,-dac_read_search")
+    driver = await fill(one, seed)
+    assert await command(one, "load") == (0, "waiting: 0\n")
+    folder = journals(one)[0].parent
+    for left in (folder / "1.lock", folder / "2.sqlite", folder / "2.lock", folder / "3.sqlite"):
+        left.touch()
+        left.chmod(0o644)
+        os.chown(left, 65534, 65534)
+    await two.start()
+    assert [path.name for path in journals(two)] == ["0.sqlite", "2.sqlite", "3.sqlite", "4.sqlite"]
+    assert (await two.post(crash(user_id=-1)))[0] == 200
+    await two.kill()
+
+    async def adopted() -> bool:
+        return bool(one.logged("recovered"))
+
+    await until(adopted, what="adoption of the journal behind them")
+    await one.drained()
+    told = {Path(line["path"]).name for line in one.logged("journal not adopted")}
+    assert told == {"2.sqlite", "3.sqlite"}
+    assert not one.logged("recovery failed")
+    Postgres.execute(database, "DELETE FROM crash_report WHERE user_id = -1")
+    await driver.check(database)
