@@ -130,19 +130,35 @@ class Housekeeper:
         failures = 0
         while True:
             try:
-                await self._prepare()
                 await self.tidy()
                 failures = 0
-            except (SinkUnavailable, LaneBlocked):
-                failures += 1  # the sink has told it; loads ask again, and so does this
+            except (SinkUnavailable, LaneBlocked) as exc:
+                failures += 1
+                if failures == 1 and self._sink.state().up is not False:  # else it was told
+                    log.warning("heartbeat failed", error=str(exc))
                 self._watch.lost_sight()
             await asyncio.sleep(backoff(failures, BEAT_S) if failures else BEAT_S)
 
-    async def _prepare(self) -> None:
-        """Make the tables before the first event comes, so that who looks finds them."""
-        for table in self._tables:
-            with suppress(LaneBlocked):  # its lane will tell, once it has something to load
-                await self._sink.prepare(table)
+    async def prepare(self) -> None:
+        """Make the tables before the first event comes, so that who looks finds them.
+
+        Apart from the heartbeat: a table may be locked for hours by somebody's long SELECT.
+        """
+        left, failures = list(self._tables), 0
+        while left:
+            longest_s = _FIRST_PAUSE_S
+            for table in list(left):
+                try:
+                    await self._sink.prepare(table)
+                    left.remove(table)
+                except LaneBlocked:
+                    pass  # its lane will tell, once it has something to load
+                except SinkUnavailable as exc:
+                    if exc.everywhere:  # the sink has told it
+                        longest_s = BEAT_S
+                        break
+            failures += 1
+            await asyncio.sleep(backoff(failures, longest_s))
 
     async def tidy(self, *, ended: bool = False) -> None:
         """One heartbeat; drop ledger rows of what the mirror has forgotten; watch the others.

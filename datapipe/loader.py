@@ -76,7 +76,8 @@ class Loader:
 
         A task that dies is told to `failed`: nothing dies in silence.
         """
-        work = [*self._workers(), self.house.recover(), self.house.beat(), self.house.keep()]
+        house = self.house
+        work = [*self._workers(), house.recover(), house.prepare(), house.beat(), house.keep()]
         async with background(work, failed):
             try:
                 yield
@@ -325,11 +326,17 @@ def _now() -> float:
 async def background(
     work: Sequence[Coroutine[None, None, None]], failed: Callable[[BaseException], None]
 ) -> AsyncIterator[None]:
-    """Tasks that live as long as the block; one that dies is told to `failed`."""
+    """Tasks that live as long as the block; one that dies is told to `failed`.
+
+    To end by a cancellation that nobody asked for is to die, too.
+    """
 
     def watch(task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (exc := task.exception()) is not None:
-            failed(exc)
+        if not task.cancelled():
+            if (exc := task.exception()) is not None:
+                failed(exc)
+        elif not task.cancelling():
+            failed(RuntimeError(f"cancelled by nobody: {task.get_coro()}"))
 
     tasks = [asyncio.create_task(each) for each in work]
     for task in tasks:

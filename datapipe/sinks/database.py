@@ -1,7 +1,8 @@
 """The database as all but the loads see it: where it is, whether it is up, DDL, housekeeping.
 
-All of this goes through aiopg's pool. Pooled connections are dead after a restart of the server and
-say so only when used, so a failure of the connection is tried once more on a new one.
+All of this goes through aiopg, on a few connections that are kept. They are dead after a restart of
+the server and may say so only when used, so a failure of the connection is tried once more on a new
+one.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import os
 import shlex
 import socket
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -53,6 +54,8 @@ _IRONMQ_DAYS = 31
 # What others wait for is told by their last heartbeat, which may be some seconds old.
 _BEAT_SLACK_S = 15.0
 
+_CONNECTIONS = 2  # at once
+
 _T = TypeVar("_T")
 log = structlog.stdlib.get_logger("datapipe.sinks.postgres")
 
@@ -75,17 +78,109 @@ def connection_dsn(url: str) -> str:
     return dsn
 
 
-class _Connection(psycopg2.extensions.connection):  # type: ignore[misc]
-    """A connection of the pool.
+class _Cancelled(psycopg2.OperationalError):  # type: ignore[misc]
+    """The server cancelled the statement: `statement_timeout`, or somebody's `pg_cancel_backend`.
 
-    libpq closes the socket of a refused connection itself; uvloop then keeps a dead handle under
-    its number, and the next connection, which gets the same number, can't be watched. (Source:
-    uvloop, `handles/poll.pyx`: `_fatal_error` closes a handle that `Loop._polls` still holds.)
+    Of psycopg2's own error aiopg makes an `asyncio.CancelledError`, which would end the task.
     """
+
+    pgcode = "57014"
+
+
+class _Connection(psycopg2.extensions.connection):  # type: ignore[misc]
+    """A connection of the pool; the event loop watches a duplicate of its socket.
+
+    libpq closes the socket itself when the connection breaks, while aiopg still has it on the loop.
+    Whatever is opened next, in any thread, gets the same number, and uvloop, which keeps a handle
+    for each number, then fails who watches it. The duplicate's number is ours until the loop has
+    forgotten it. (Source: uvloop, `handles/poll.pyx`: `_fatal_error` closes a handle that
+    `Loop._polls` still holds.)
+    """
+
+    _watched = -1
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        asyncio.get_running_loop().remove_reader(self.fileno())
+        self._loop = asyncio.get_running_loop()
+        self._watched = os.dup(super().fileno())
+
+    def fileno(self) -> int:
+        """What aiopg asks for once, to have it watched."""
+        return self._watched
+
+    def poll(self) -> int:
+        """See psycopg2. aiopg calls it when there is something to read or write."""
+        try:
+            state: int = super().poll()
+        except psycopg2.extensions.QueryCanceledError as exc:
+            raise _Cancelled(one_line(exc)) from exc
+        except psycopg2.Error:
+            if self._watched >= 0 and (self.closed or super().fileno() < 0):
+                self._unwatch()  # the duplicate would be ready to read for ever
+            raise
+        return state
+
+    def close(self) -> None:
+        super().close()
+        if self._watched >= 0:
+            self._unwatch()
+            os.close(self._watched)
+            self._watched = -1
+
+    def _unwatch(self) -> None:
+        self._loop.remove_reader(self._watched)
+        self._loop.remove_writer(self._watched)
+
+    def __del__(self) -> None:
+        if self._watched >= 0:  # it broke, was unwatched, and aiopg dropped it
+            os.close(self._watched)
+
+
+class _Pool:
+    """Connections to one address.
+
+    One that fails is closed alone. aiopg's own pool would wake nobody who waits for its place, and
+    ends the work of others when it is terminated.
+    """
+
+    def __init__(self, dsn: str) -> None:
+        self._dsn = dsn
+        self._free: list[aiopg.Connection] = []
+        self._closed = False
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[aiopg.Connection]:
+        """One that is free, or a new one. After an error it is not used again.
+
+        Raises: psycopg2.Error, TimeoutError.
+        """
+        connection = self._take() or await aiopg.connect(
+            self._dsn, timeout=20.0, enable_json=False, enable_hstore=False, enable_uuid=False,
+            connection_factory=_Connection,
+        )  # fmt: skip
+        try:
+            yield connection
+        except BaseException:
+            connection.raw.close()
+            raise
+        if self._closed:
+            connection.raw.close()
+        else:
+            self._free.append(connection)
+
+    def _take(self) -> aiopg.Connection | None:
+        while self._free:
+            connection = self._free.pop()
+            if not connection.closed:
+                return connection
+            connection.raw.close()  # it broke while nobody used it
+        return None
+
+    def close(self) -> None:
+        """Close those that are free, and the others as soon as they are."""
+        self._closed = True
+        while self._free:
+            self._free.pop().raw.close()
 
 
 def _answering(dsn: str) -> str:
@@ -118,7 +213,8 @@ class Database:
         url = settings.database_url
         self._dsn = connection_dsn(url) if url else None
         self.psql: str | None = None  # a line that opens the embedded server
-        self._pool: aiopg.Pool | None = None
+        self._pool: _Pool | None = None
+        self._turns = asyncio.Semaphore(_CONNECTIONS)
         self._starting = asyncio.Lock()
         self._preparing = asyncio.Lock()
         self._prepared: set[Table] = set()
@@ -149,7 +245,8 @@ class Database:
     def works(self, began: float) -> None:
         """Note that real work succeeded, which began then (`time.perf_counter`).
 
-        What began before the last failure tells nothing: the server may have ended since.
+        What began before the last failure tells nothing: the server may have ended since. Nor does
+        what only read, once it was down: a standby, or a full disk, lets us read.
         """
         if began < self._failed_at:
             return
@@ -229,10 +326,12 @@ class Database:
             try:
                 return await self._run_once(work)
             except (TimeoutError, psycopg2.Error, OSError) as exc:
-                await self._close_pool()
                 if not isinstance(exc, psycopg2.Error):
                     exc = psycopg2.OperationalError(one_line(exc))
-                if again or verdict(exc) is not Verdict.DOWN:
+                down = verdict(exc) is Verdict.DOWN
+                if down:
+                    self._close_pool()
+                if again or not down:
                     self.failed(exc)
                     raise error_of(exc, lane) from exc
             except SinkUnavailable as exc:
@@ -241,30 +340,31 @@ class Database:
         raise AssertionError  # the second pass returns or raises
 
     async def _run_once(self, work: Callable[[aiopg.Cursor], Awaitable[_T]]) -> _T:
-        began = time.perf_counter()
+        async with self._turns:
+            began = time.perf_counter()
+            pool = await self._open_pool()
+            async with pool.connection() as connection, connection.cursor() as cursor:
+                started = time.perf_counter()
+                result = await work(cursor)
+                self._answer_s = time.perf_counter() - started
+        if self._up is None:
+            self.works(began)
+        return result
+
+    async def _open_pool(self) -> _Pool:
         if self._pool is None:
             # libpq changes its socket from one address to the next while aiopg watches the first:
             # so the pool is given the one that answers
             configured = await self.dsn()
             _, answering = in_thread(lambda: _answering(configured))
             dsn = await answering
-            self._pool = await aiopg.create_pool(
-                dsn, minsize=0, maxsize=2, timeout=20.0, enable_json=False,
-                enable_hstore=False, enable_uuid=False, connection_factory=_Connection,
-            )  # fmt: skip
-        async with self._pool.acquire() as connection, connection.cursor() as cursor:
-            started = time.perf_counter()
-            result = await work(cursor)
-            self._answer_s = time.perf_counter() - started
-        self.works(began)
-        return result
+            self._pool = self._pool or _Pool(dsn)  # somebody else may have been faster
+        return self._pool
 
-    async def _close_pool(self) -> None:
+    def _close_pool(self) -> None:
         pool, self._pool = self._pool, None
         if pool is not None:
-            pool.terminate()
-            with suppress(Exception):
-                await pool.wait_closed()
+            pool.close()
 
     # --- DDL ---
 
@@ -273,11 +373,14 @@ class Database:
 
         Raises: SinkUnavailable, LaneBlocked.
         """
+        wanted = (*OWN_TABLES, table)
+        if not again and self._prepared.issuperset(wanted):
+            return  # nor does it wait for what another table waits for
         async with self._preparing:
-            for wanted in (*OWN_TABLES, table):
-                if again or wanted not in self._prepared:
-                    await self.run(partial(self._make, table=wanted), table.name)
-                    self._prepared.add(wanted)
+            for each in wanted:
+                if again or each not in self._prepared:
+                    await self.run(partial(self._make, table=each), table.name)
+                    self._prepared.add(each)
 
     async def _make(self, cursor: aiopg.Cursor, table: Table) -> None:
         await self._read_version(cursor)
@@ -286,15 +389,10 @@ class Database:
         await cursor.execute(
             "BEGIN; SET LOCAL lock_timeout = '5s'; SET LOCAL statement_timeout = 0"
         )
-        try:
-            await cursor.execute("SELECT pg_advisory_xact_lock(%s)", (DDL_LOCK,))
-            for statement in await self._lacking(cursor, table):
-                await cursor.execute(statement)
-            await cursor.execute("COMMIT")
-        except psycopg2.Error:
-            with suppress(psycopg2.Error):
-                await cursor.execute("ROLLBACK")
-            raise
+        await cursor.execute("SELECT pg_advisory_xact_lock(%s)", (DDL_LOCK,))
+        for statement in await self._lacking(cursor, table):
+            await cursor.execute(statement)
+        await cursor.execute("COMMIT")
 
     async def _lacking(self, cursor: aiopg.Cursor, table: Table) -> list[str]:
         """The statements that would make the table as it should be."""
@@ -322,7 +420,10 @@ class Database:
     async def keep_house(self, beat: Heartbeat, removed: Sequence[str]) -> dict[str, Beat]:
         """See `Sink.keep_house`. Raises: SinkUnavailable, LaneBlocked."""
         await self.prepare(OWN_TABLES[0])
-        return await self.run(lambda cursor: self._keep_house(cursor, beat, removed))
+        began = time.perf_counter()
+        beats = await self.run(lambda cursor: self._keep_house(cursor, beat, removed))
+        self.works(began)
+        return beats
 
     async def _keep_house(
         self, cursor: aiopg.Cursor, beat: Heartbeat, removed: Sequence[str]

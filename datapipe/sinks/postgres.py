@@ -117,24 +117,50 @@ class PostgresSink(Database):
             with connection.cursor() as cursor:
                 result = work(cursor)
                 cursor.execute("COMMIT")
-        except BaseException:
+        except BaseException as exc:
             self._busy.discard(connection)
-            with suppress(psycopg2.Error):
-                if not connection.closed:
-                    connection.cursor().execute("ROLLBACK")
-                    self._idle.append(connection)
+            self._after_failure(connection, exc)
             raise
         self._busy.discard(connection)
         self._idle.append(connection)
         return result
 
+    def _after_failure(
+        self, connection: psycopg2.extensions.connection, exc: BaseException
+    ) -> None:
+        """Keep the connection for the next load, unless it may be to blame."""
+        try:
+            if isinstance(exc, psycopg2.Error) and verdict(exc) is Verdict.DOWN:
+                connection.close()
+            else:
+                connection.cursor().execute("ROLLBACK")
+                self._idle.append(connection)
+        except psycopg2.Error:
+            connection.close()
+
+    def _take_idle(self) -> psycopg2.extensions.connection | None:
+        with suppress(IndexError):  # threads take them at the same time
+            while True:
+                connection = self._idle.pop()
+                if not connection.closed:
+                    return connection
+        return None
+
+    def down(self, error: str) -> None:
+        """Note that the database does not answer, or not as it should.
+
+        What it says holds for a session, perhaps: read-only, an address that is a standby now. So
+        none is kept.
+        """
+        super().down(error)
+        while (connection := self._take_idle()) is not None:
+            connection.close()
+
     def _connect(self, dsn: str) -> psycopg2.extensions.connection:
         if self._stopping.is_set():
             raise psycopg2.OperationalError("shutting down")
-        while self._idle:
-            connection = self._idle.pop()
-            if not connection.closed:
-                return connection
+        if (idle := self._take_idle()) is not None:
+            return idle
         try:
             connection = psycopg2.connect(dsn)
         except psycopg2.OperationalError as exc:
@@ -298,7 +324,7 @@ class PostgresSink(Database):
         await asyncio.to_thread(self._join, time.monotonic() + _CLOSE_S)
         for connection in self._idle:
             connection.close()
-        await self._close_pool()
+        self._close_pool()
 
     def _join(self, until: float) -> None:
         for thread in list(self._threads):
