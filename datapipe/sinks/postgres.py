@@ -26,7 +26,7 @@ from uuid import uuid4
 import psycopg2
 import psycopg2.extensions
 
-from datapipe.errors import ConfigError
+from datapipe.errors import ConfigError, SinkUnavailable
 from datapipe.events import Column
 from datapipe.segment import Segment
 from datapipe.settings import Settings
@@ -41,12 +41,14 @@ from datapipe.sinks.threads import in_thread
 # Each load states what it relies on, whatever the role or the database says. Without
 # synchronous_commit a crash of the server after COMMIT loses what the mirror has forgotten; without
 # lock_timeout one VACUUM FULL holds all workers. Deferred constraints would fail at COMMIT, where
-# no row can be named any more.
+# no row can be named any more. What is less than a WARNING is not sent: so whatever comes with the
+# answer to COMMIT is one, in whatever language.
 _BEGIN = (
     "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL synchronous_commit = on;"
     " SET LOCAL lock_timeout = '10s'; SET LOCAL statement_timeout = 0;"
     " SET LOCAL idle_in_transaction_session_timeout = '60s'; SET LOCAL timezone = 'UTC';"
     " SET LOCAL datestyle = 'ISO'; SET LOCAL standard_conforming_strings = on;"
+    " SET LOCAL client_min_messages = warning;"
     " SET CONSTRAINTS ALL IMMEDIATE"
 )
 
@@ -107,14 +109,15 @@ class PostgresSink(Database):
     def _in_transaction(self, dsn: str, work: Callable[[psycopg2.extensions.cursor], _T]) -> _T:
         """Work that begins a transaction, and its COMMIT, in a worker thread.
 
-        Raises: psycopg2.Error, and whatever `work` raises: it is rolled back, or unknown.
+        Raises: psycopg2.Error, SinkUnavailable, and whatever `work` raises: it is rolled back, or
+        unknown.
         """
         connection = self._connect(dsn)
         self._busy.add(connection)
         try:
             with connection.cursor() as cursor:
                 result = work(cursor)
-                cursor.execute("COMMIT")
+                _commit(cursor)
         except BaseException:
             self._busy.discard(connection)
             with suppress(psycopg2.Error):
@@ -211,12 +214,17 @@ class PostgresSink(Database):
         return {segment for (segment,) in cursor.fetchall()}
 
     def _known(self, cursor: psycopg2.extensions.cursor, segments: Sequence[Segment]) -> Loaded:
-        """What is in already. A commit of ours whose answer was lost counts as what it did."""
+        """What is in already. A commit of ours whose answer was lost counts as what it did.
+
+        The rows are locked, which is written to the log: a transaction that writes nothing does not
+        wait for the synchronous standby at its end, and what it has seen need not be there yet.
+        """
         result = Loaded()
         if not segments:
             return result
         cursor.execute(
-            f"SELECT segment, load, dead, duplicates FROM {self._ledger} WHERE segment = ANY(%s)",
+            f"SELECT segment, load, dead, duplicates FROM {self._ledger} WHERE segment = ANY(%s)"
+            " ORDER BY segment FOR UPDATE",
             ([segment.id for segment in segments],),
         )
         rows = {segment: rest for segment, *rest in cursor.fetchall()}
@@ -302,6 +310,23 @@ class PostgresSink(Database):
     def _join(self, until: float) -> None:
         for thread in list(self._threads):
             thread.join(max(0.0, until - time.monotonic()))
+
+
+def _commit(cursor: psycopg2.extensions.cursor) -> None:
+    """COMMIT; believed only if the server does not warn.
+
+    Who ends the wait for a synchronous standby leaves the rows on the primary alone, and COMMIT
+    returns with a WARNING. (Source: PostgreSQL, `SyncRepWaitForLSN` in `replication/syncrep.c`.)
+
+    Raises: psycopg2.Error; SinkUnavailable: to be loaded again, by a new connection, against the
+    ledger of whatever is primary then: what it knows is committed anew, which waits once more.
+    """
+    notices = cursor.connection.notices
+    notices.clear()
+    cursor.execute("COMMIT")
+    if notices:
+        cursor.connection.close()
+        raise SinkUnavailable(" ".join(notices[0].split()), everywhere=False)
 
 
 def _widened(table: Table, segments: Sequence[Segment]) -> Table:
