@@ -11,8 +11,8 @@ import os
 import shlex
 import socket
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,6 +46,25 @@ _CONNECTION = {
     "keepalives_count": "3",
     "tcp_user_timeout": "30000",
 }
+
+# Each transaction of ours begins with these. A host that loses power says nothing, and the server
+# waits for two hours, by the kernel's default, while the dead session holds its locks: so it is
+# told to give up after 20 s, about as we do. By SQL, for a pooler refuses `options` at the start,
+# and a URL may bring its own; not SET LOCAL, so that idle sessions end, too; over a socket file
+# they do nothing. Source: PostgreSQL documentation, "Connections and Authentication", "TCP
+# Settings". Seconds, and milliseconds for the fourth.
+PEER_MAY_VANISH = (
+    "SET tcp_keepalives_idle = 10; SET tcp_keepalives_interval = 3;"
+    " SET tcp_keepalives_count = 3; SET tcp_user_timeout = 20000;"
+    " SET LOCAL idle_in_transaction_session_timeout = '60s'; SET LOCAL statement_timeout = 0;"
+)
+
+# Nothing that is done here need wait for a synchronous standby, which may be away for hours: DDL is
+# repeated where it is missing, a heartbeat comes every 5 s, ledger rows that come back are met by
+# nothing. A load's own COMMIT waits for all that was written before it.
+_BEGIN = (
+    f"BEGIN; {PEER_MAY_VANISH} SET LOCAL lock_timeout = '5s'; SET LOCAL synchronous_commit = local"
+)
 
 # An IronMQ message lives 30 days at the most, so its segment's ledger row must live longer.
 _IRONMQ_DAYS = 31
@@ -102,6 +121,19 @@ def _answering(dsn: str) -> str:
     finally:
         connection.close()
     return pinned
+
+
+@asynccontextmanager
+async def _transaction(cursor: aiopg.Cursor) -> AsyncIterator[None]:
+    """A transaction of housekeeping, on a pooled connection."""
+    await cursor.execute(_BEGIN)
+    try:
+        yield
+        await cursor.execute("COMMIT")
+    except psycopg2.Error:
+        with suppress(psycopg2.Error):
+            await cursor.execute("ROLLBACK")
+        raise
 
 
 class Database:
@@ -272,18 +304,10 @@ class Database:
         await self._read_version(cursor)
         if not await self._lacking(cursor, table):
             return  # nothing to do, and no lock taken
-        await cursor.execute(
-            "BEGIN; SET LOCAL lock_timeout = '5s'; SET LOCAL statement_timeout = 0"
-        )
-        try:
+        async with _transaction(cursor):
             await cursor.execute("SELECT pg_advisory_xact_lock(%s)", (DDL_LOCK,))
             for statement in await self._lacking(cursor, table):
                 await cursor.execute(statement)
-            await cursor.execute("COMMIT")
-        except psycopg2.Error:
-            with suppress(psycopg2.Error):
-                await cursor.execute("ROLLBACK")
-            raise
 
     async def _lacking(self, cursor: aiopg.Cursor, table: Table) -> list[str]:
         """The statements that would make the table as it should be."""
@@ -311,7 +335,12 @@ class Database:
     async def keep_house(self, beat: Heartbeat, removed: Sequence[str]) -> dict[str, Beat]:
         """See `Sink.keep_house`. Raises: SinkUnavailable, LaneBlocked."""
         await self.prepare(OWN_TABLES[0])
-        return await self.run(lambda cursor: self._keep_house(cursor, beat, removed))
+
+        async def keep(cursor: aiopg.Cursor) -> dict[str, Beat]:
+            async with _transaction(cursor):
+                return await self._keep_house(cursor, beat, removed)
+
+        return await self.run(keep)
 
     async def _keep_house(
         self, cursor: aiopg.Cursor, beat: Heartbeat, removed: Sequence[str]
@@ -364,8 +393,9 @@ class Database:
         """See `Sink.forget_source`. Raises: SinkUnavailable, LaneBlocked."""
 
         async def forget(cursor: Any) -> None:
-            for where in (f"{self._ledger} WHERE source", f"{self._processes} WHERE mirror"):
-                statement = f"DELETE FROM {where} = %s AND process <> %s"
-                await cursor.execute(statement, (source, process))
+            async with _transaction(cursor):
+                for where in (f"{self._ledger} WHERE source", f"{self._processes} WHERE mirror"):
+                    statement = f"DELETE FROM {where} = %s AND process <> %s"
+                    await cursor.execute(statement, (source, process))
 
         await self.run(forget)

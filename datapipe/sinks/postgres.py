@@ -32,7 +32,7 @@ from datapipe.segment import Segment
 from datapipe.settings import Settings
 from datapipe.sinks import Check, Loaded, Selection, Table, dead
 from datapipe.sinks.copying import Copier, Refused, guard
-from datapipe.sinks.database import Database
+from datapipe.sinks.database import PEER_MAY_VANISH, Database
 from datapipe.sinks.keys import Keys
 from datapipe.sinks.schema import OWN_TABLES, quote
 from datapipe.sinks.sqlstate import Verdict, error_of, one_line, verdict
@@ -44,12 +44,11 @@ from datapipe.sinks.threads import in_thread
 # no row can be named any more. What is less than a WARNING is not sent: so whatever comes with the
 # answer to COMMIT is one, in whatever language.
 _BEGIN = (
-    "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL synchronous_commit = on;"
-    " SET LOCAL lock_timeout = '10s'; SET LOCAL statement_timeout = 0;"
-    " SET LOCAL idle_in_transaction_session_timeout = '60s'; SET LOCAL timezone = 'UTC';"
+    f"BEGIN ISOLATION LEVEL READ COMMITTED; {PEER_MAY_VANISH} SET LOCAL synchronous_commit = on;"
+    " SET LOCAL lock_timeout = '10s'; SET LOCAL timezone = 'UTC';"
     " SET LOCAL datestyle = 'ISO'; SET LOCAL standard_conforming_strings = on;"
     " SET LOCAL client_min_messages = warning;"
-    " SET CONSTRAINTS ALL IMMEDIATE"
+    " SET CONSTRAINTS ALL IMMEDIATE; SELECT pg_backend_pid()"
 )
 
 _CLOSE_S = 1.0  # for loads to end once their sockets are shut down
@@ -73,6 +72,7 @@ class PostgresSink(Database):
         # loads that took a segment and failed, by its id: one of them may have committed all the
         # same. Not in the segment, which may be parked and read anew before it is tried again
         self._tried: dict[str, set[str]] = {}
+        self._backends: dict[str, int] = {}  # the server's processes of loads under way, by lane
 
     def _name(self, table: str) -> str:
         return f"{quote(self._schema)}.{quote(table)}"
@@ -94,11 +94,27 @@ class PostgresSink(Database):
                     continue  # somebody dropped it: one DDL pass, one retry
                 self.failed(exc)
                 raise error_of(exc, table.name) from exc
+            finally:
+                self._backends.pop(table.name, None)
             self.works(began)
             for segment in segments:
                 self._tried.pop(segment.id, None)
             return loaded
         raise AssertionError  # the second pass returns or raises
+
+    async def waits(self) -> dict[str, str]:
+        """See `Sink.waits`. Raises: SinkUnavailable."""
+        lanes = {backend: lane for lane, backend in self._backends.items()}
+
+        async def look(cursor: Any) -> dict[str, str]:
+            await cursor.execute(
+                "SELECT pid, wait_event_type || ': ' || wait_event FROM pg_stat_activity"
+                " WHERE pid = ANY(%s) AND wait_event IS NOT NULL",
+                (list(lanes),),
+            )
+            return {lanes[backend]: event for backend, event in await cursor.fetchall()}
+
+        return await self.run(look)
 
     async def _transaction(self, work: Callable[[psycopg2.extensions.cursor], _T]) -> _T:
         dsn = await self.dsn()
@@ -156,6 +172,7 @@ class PostgresSink(Database):
     ) -> Loaded:
         load = uuid4().hex
         cursor.execute(_BEGIN)
+        ((self._backends[table.name],),) = cursor.fetchall()
         new = self._enter(cursor, table.name, segments, load)
         known = [segment for segment in segments if segment.id not in new]
         result = self._known(cursor, known)

@@ -141,3 +141,54 @@ async def test_a_standby_that_comes_back_confirms_what_was_committed_before(
     assert (books["loaded"], books["duplicate"]) == (200, 0)
     assert await rows(pair, pair.database) == (200, 200)
     assert len(service.logged("load failed")) == 3
+
+
+async def test_what_waits_for_the_standby_is_named_and_nothing_else_waits(
+    pair: Pair, make_service: MakeService
+) -> None:
+    """A new lane gets its table, and the heartbeat goes on; the database is not called away."""
+    name = pair.database.rpartition("/")[2]
+    reset = f"ALTER DATABASE {name} RESET synchronous_commit"
+    await pair.primary.aexecute(pair.database, reset)
+    modules = ["tests.fault.modules.quick_slow", "tests.fault.modules.quick_watch"]
+    service = make_service(
+        database_url=pair.proxy.url, event_modules=modules, **OFTEN | {"load_workers": 2}
+    )
+    await standby_away(pair, service)
+    purchase = {"event_name": "purchase", "user_id": 1, "timestamp": 2, "sku": "tea"}
+    assert (await service.post(purchase))[0] == 200
+    lanes = ("install", "purchase")
+
+    async def named() -> bool:
+        told = (await service.status())["lanes"]
+        slow = [told.get(lane, {}).get("slow_load") for lane in lanes]
+        return all(load and load["waits_for"] == "IPC: SyncRep" for load in slow)
+
+    async def beats() -> int:
+        ((count,),) = await pair.primary.aexecute(
+            pair.database, "SELECT beats FROM datapipe_processes"
+        )
+        return int(count)
+
+    await until(named, what="two slow loads")
+    before = await beats()
+
+    async def beaten() -> bool:
+        return await beats() >= before + 5
+
+    await until(beaten, what="five more beats")
+    status = await service.status()
+    assert all(status["lanes"][lane]["slow_load"]["seconds"] >= 1 for lane in lanes)
+    assert status["summary"]["state"] == "lane_slow"
+    for text, lane in zip(
+        (status["summary"]["text"], *status["summary"]["also"]), lanes, strict=True
+    ):
+        assert text.startswith(f"A load of lane {lane} has been under way since ")
+        assert "COMMIT waits for the synchronous standby (IPC: SyncRep)" in text
+        assert "synchronous_standby_names" in text
+    assert not service.logged("database down")
+    await asyncio.to_thread(pair.standby.start)
+    await service.drained()
+    status = await service.status()
+    assert status["summary"]["state"] == "healthy"
+    assert [status["lanes"][lane]["slow_load"] for lane in lanes] == [None, None]
