@@ -22,7 +22,7 @@ from datapipe.housekeeping import Housekeeper
 from datapipe.lane import Lane
 from datapipe.recent import Load, Recent
 from datapipe.registry import Registry
-from datapipe.schedule import Schedule
+from datapipe.schedule import SLOW_S, Schedule, SlowLoad
 from datapipe.segment import Segment
 from datapipe.settings import Settings
 from datapipe.sinks import Loaded, Sink, table_of
@@ -77,7 +77,8 @@ class Loader:
         A task that dies is told to `failed`: nothing dies in silence.
         """
         house = self.house
-        work = [*self._workers(), house.recover(), house.prepare(), house.beat(), house.keep()]
+        upkeep = [house.recover(), house.prepare(), house.beat(), house.keep()]
+        work = [*self._workers(), self._ask_for_slow_ones(), *upkeep]
         async with background(work, failed):
             try:
                 yield
@@ -96,6 +97,21 @@ class Loader:
 
     def _workers(self) -> list[Coroutine[None, None, None]]:
         return [self._work() for _ in range(self._settings.load_workers)]
+
+    async def _ask_for_slow_ones(self) -> None:
+        """For ever: what loads that have been under way for long wait for."""
+        while True:
+            await asyncio.sleep(SLOW_S / 5)
+            slow = [s for s in self.schedules.values() if s.slow_load(_now())]
+            waits: dict[str, str] = {}
+            with suppress(SinkUnavailable, LaneBlocked):  # the sink has told it
+                waits = await self.sink.waits() if slow else {}
+            for schedule in slow:
+                schedule.waits_for = waits.get(schedule.lane.name) if schedule.busy else None
+
+    def slow_load(self, lane: str) -> SlowLoad | None:
+        """The lane's load, if it has been under way for long."""
+        return self.schedules[lane].slow_load(_now()) if lane in self.schedules else None
 
     # --- when ---
 
@@ -153,11 +169,11 @@ class Loader:
             if schedule is None:
                 await self._sleep()
                 continue
-            schedule.busy = True
+            schedule.busy_since = _now()
             try:
                 await self._load(schedule)
             finally:
-                schedule.busy = False
+                schedule.busy_since = schedule.waits_for = None
                 schedule.served_at = _now()
                 self._wake.set()
 

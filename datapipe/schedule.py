@@ -15,6 +15,7 @@ from datapipe.sinks import Loaded
 # should not find everybody asleep.
 _OUTAGE_S = 2.0
 _LANE_S = 30.0
+SLOW_S = 10.0  # a load that takes longer is named
 
 
 @dataclass(slots=True, frozen=True)
@@ -26,12 +27,21 @@ class LastLoad:
     seconds: float
 
 
+@dataclass(slots=True, frozen=True)
+class SlowLoad:
+    """A load that has been under way for long, and what it waits for, if that is known."""
+
+    seconds: float
+    waits_for: str | None
+
+
 class Schedule:
     """All times are of the monotonic clock, in seconds."""
 
     def __init__(self, lane: Lane, now: float) -> None:
         self.lane = lane
-        self.busy = False
+        self.busy_since: float | None = None  # a load is under way
+        self.waits_for: str | None = None  # what it waits for, as the database tells
         self.served_at = now
         self.accept_dead = False
         self.failures = 0
@@ -45,6 +55,16 @@ class Schedule:
         self._hurry = False
         self._rows_of_turn = 0
         self._callers: list[asyncio.Future[tuple[int, str | None]]] = []
+
+    @property
+    def busy(self) -> bool:
+        return self.busy_since is not None
+
+    def slow_load(self, now: float) -> SlowLoad | None:
+        """The load under way, if that is longer than `SLOW_S`."""
+        if self.busy_since is None or now - self.busy_since < SLOW_S:
+            return None
+        return SlowLoad(now - self.busy_since, self.waits_for)
 
     def due_at(self, settings: Settings) -> float:
         """When this lane is to be loaded, if something waits."""

@@ -116,6 +116,7 @@ class Status:
         schedule = self.loader.schedules.get(lane.name)
         last = schedule.last_load if schedule else None
         seconds = self.loader.next_load_seconds(lane.name)
+        slow = self.loader.slow_load(lane.name)
         accepted, loaded = self.history.rates(lane.name)
         # while the whole database is away that is told once, at the top
         outage = self.loader.sink.state().up is False
@@ -134,6 +135,7 @@ class Status:
             "error": None if outage or lane.blocked else _error(schedule),
             "last_load": last
             and {"at": iso(last.at), "rows": last.rows, "seconds": round(last.seconds, 4)},
+            "slow_load": slow and {"seconds": round(slow.seconds, 1), "waits_for": slow.waits_for},
             "next_load_seconds": None if seconds is None else round(seconds, 3),
         }
 

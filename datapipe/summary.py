@@ -143,6 +143,20 @@ def _lanes(status: Mapping[str, Any]) -> Iterator[Trouble]:
         elif lane["error"] is not None:
             then = f"It is tried again by itself. Its events are kept, {waiting}"
             yield Trouble("lane_failing", f"Lane {name} can't be loaded", lane["error"], then)
+        if lane["slow_load"] is not None:
+            why, then = _slow(lane["slow_load"]["waits_for"])
+            what = f"A load of lane {name} has been under way"
+            yield Trouble("lane_slow", what, why, f"{then}Its events are kept, {waiting}")
+
+
+def _slow(waits_for: str | None) -> tuple[str, str]:
+    """Why a load is slow, and what to do, by what PostgreSQL says that it waits for."""
+    if waits_for is None:
+        return "", ""
+    if waits_for.endswith("SyncRep"):
+        why = f"COMMIT waits for the synchronous standby ({waits_for})"
+        return why, "Bring the standby back, or change synchronous_standby_names. "
+    return f"PostgreSQL waits ({waits_for})", ""
 
 
 def _kept(status: Mapping[str, Any]) -> str:

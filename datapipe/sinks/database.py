@@ -48,6 +48,25 @@ _CONNECTION = {
     "tcp_user_timeout": "30000",
 }
 
+# Each transaction of ours begins with these. A host that loses power says nothing, and the server
+# waits for two hours, by the kernel's default, while the dead session holds its locks: so it is
+# told to give up after 20 s, about as we do. By SQL, for a pooler refuses `options` at the start,
+# and a URL may bring its own; not SET LOCAL, so that idle sessions end, too; over a socket file
+# they do nothing. Source: PostgreSQL documentation, "Connections and Authentication", "TCP
+# Settings". Seconds, and milliseconds for the fourth.
+PEER_MAY_VANISH = (
+    "SET tcp_keepalives_idle = 10; SET tcp_keepalives_interval = 3;"
+    " SET tcp_keepalives_count = 3; SET tcp_user_timeout = 20000;"
+    " SET LOCAL idle_in_transaction_session_timeout = '60s'; SET LOCAL statement_timeout = 0;"
+)
+
+# Nothing that is done here need wait for a synchronous standby, which may be away for hours: DDL is
+# repeated where it is missing, a heartbeat comes every 5 s, ledger rows that come back are met by
+# nothing. A load's own COMMIT waits for all that was written before it.
+_BEGIN = (
+    f"BEGIN; {PEER_MAY_VANISH} SET LOCAL lock_timeout = '5s'; SET LOCAL synchronous_commit = local"
+)
+
 # An IronMQ message lives 30 days at the most, so its segment's ledger row must live longer.
 _IRONMQ_DAYS = 31
 
@@ -199,6 +218,14 @@ def _answering(dsn: str) -> str:
     finally:
         connection.close()
     return pinned
+
+
+@asynccontextmanager
+async def _transaction(cursor: aiopg.Cursor) -> AsyncIterator[None]:
+    """A transaction of housekeeping, on a pooled connection, which an error closes."""
+    await cursor.execute(_BEGIN)
+    yield
+    await cursor.execute("COMMIT")
 
 
 class Database:
@@ -386,13 +413,10 @@ class Database:
         await self._read_version(cursor)
         if not await self._lacking(cursor, table):
             return  # nothing to do, and no lock taken
-        await cursor.execute(
-            "BEGIN; SET LOCAL lock_timeout = '5s'; SET LOCAL statement_timeout = 0"
-        )
-        await cursor.execute("SELECT pg_advisory_xact_lock(%s)", (DDL_LOCK,))
-        for statement in await self._lacking(cursor, table):
-            await cursor.execute(statement)
-        await cursor.execute("COMMIT")
+        async with _transaction(cursor):
+            await cursor.execute("SELECT pg_advisory_xact_lock(%s)", (DDL_LOCK,))
+            for statement in await self._lacking(cursor, table):
+                await cursor.execute(statement)
 
     async def _lacking(self, cursor: aiopg.Cursor, table: Table) -> list[str]:
         """The statements that would make the table as it should be."""
@@ -421,7 +445,12 @@ class Database:
         """See `Sink.keep_house`. Raises: SinkUnavailable, LaneBlocked."""
         await self.prepare(OWN_TABLES[0])
         began = time.perf_counter()
-        beats = await self.run(lambda cursor: self._keep_house(cursor, beat, removed))
+
+        async def keep(cursor: aiopg.Cursor) -> dict[str, Beat]:
+            async with _transaction(cursor):
+                return await self._keep_house(cursor, beat, removed)
+
+        beats = await self.run(keep)
         self.works(began)
         return beats
 
@@ -476,8 +505,9 @@ class Database:
         """See `Sink.forget_source`. Raises: SinkUnavailable, LaneBlocked."""
 
         async def forget(cursor: Any) -> None:
-            for where in (f"{self._ledger} WHERE source", f"{self._processes} WHERE mirror"):
-                statement = f"DELETE FROM {where} = %s AND process <> %s"
-                await cursor.execute(statement, (source, process))
+            async with _transaction(cursor):
+                for where in (f"{self._ledger} WHERE source", f"{self._processes} WHERE mirror"):
+                    statement = f"DELETE FROM {where} = %s AND process <> %s"
+                    await cursor.execute(statement, (source, process))
 
         await self.run(forget)

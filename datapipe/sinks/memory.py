@@ -38,6 +38,9 @@ class MemorySink:
             result.loaded += segment.events
         return result
 
+    async def waits(self) -> dict[str, str]:
+        return {}
+
     async def prepare(self, table: Table) -> None:
         return
 

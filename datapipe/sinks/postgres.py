@@ -26,13 +26,13 @@ from uuid import uuid4
 import psycopg2
 import psycopg2.extensions
 
-from datapipe.errors import ConfigError
+from datapipe.errors import ConfigError, SinkUnavailable
 from datapipe.events import Column
 from datapipe.segment import Segment
 from datapipe.settings import Settings
 from datapipe.sinks import Check, Loaded, Selection, Table, dead
 from datapipe.sinks.copying import Copier, Guard, Refused
-from datapipe.sinks.database import Database
+from datapipe.sinks.database import PEER_MAY_VANISH, Database
 from datapipe.sinks.keys import Keys
 from datapipe.sinks.schema import OWN_TABLES, quote
 from datapipe.sinks.sqlstate import Verdict, error_of, one_line, verdict
@@ -41,13 +41,14 @@ from datapipe.sinks.threads import in_thread
 # Each load states what it relies on, whatever the role or the database says. Without
 # synchronous_commit a crash of the server after COMMIT loses what the mirror has forgotten; without
 # lock_timeout one VACUUM FULL holds all workers. Deferred constraints would fail at COMMIT, where
-# no row can be named any more.
+# no row can be named any more. What is less than a WARNING is not sent: so whatever comes with the
+# answer to COMMIT is one, in whatever language.
 _BEGIN = (
-    "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL synchronous_commit = on;"
-    " SET LOCAL lock_timeout = '10s'; SET LOCAL statement_timeout = 0;"
-    " SET LOCAL idle_in_transaction_session_timeout = '60s'; SET LOCAL timezone = 'UTC';"
+    f"BEGIN ISOLATION LEVEL READ COMMITTED; {PEER_MAY_VANISH} SET LOCAL synchronous_commit = on;"
+    " SET LOCAL lock_timeout = '10s'; SET LOCAL timezone = 'UTC';"
     " SET LOCAL datestyle = 'ISO'; SET LOCAL standard_conforming_strings = on;"
-    " SET CONSTRAINTS ALL IMMEDIATE"
+    " SET LOCAL client_min_messages = warning;"
+    " SET CONSTRAINTS ALL IMMEDIATE; SELECT pg_backend_pid()"
 )
 
 _CLOSE_S = 1.0  # for loads to end once their sockets are shut down
@@ -72,6 +73,7 @@ class PostgresSink(Database):
         # same. Not in the segment, which may be parked and read anew before it is tried again
         self._tried: dict[str, set[str]] = {}
         self._guards: defaultdict[str, Guard] = defaultdict(Guard)  # by lane
+        self._backends: dict[str, int] = {}  # the server's processes of loads under way, by lane
 
     def _name(self, table: str) -> str:
         return f"{quote(self._schema)}.{quote(table)}"
@@ -93,12 +95,28 @@ class PostgresSink(Database):
                     continue  # somebody dropped it: one DDL pass, one retry
                 self.failed(exc)
                 raise error_of(exc, table.name) from exc
+            finally:
+                self._backends.pop(table.name, None)
             self.works(began)
             self._guards[table.name].committed()
             for segment in segments:
                 self._tried.pop(segment.id, None)
             return loaded
         raise AssertionError  # the second pass returns or raises
+
+    async def waits(self) -> dict[str, str]:
+        """See `Sink.waits`. Raises: SinkUnavailable."""
+        lanes = {backend: lane for lane, backend in self._backends.items()}
+
+        async def look(cursor: Any) -> dict[str, str]:
+            await cursor.execute(
+                "SELECT pid, wait_event_type || ': ' || wait_event FROM pg_stat_activity"
+                " WHERE pid = ANY(%s) AND wait_event IS NOT NULL",
+                (list(lanes),),
+            )
+            return {lanes[backend]: event for backend, event in await cursor.fetchall()}
+
+        return await self.run(look)
 
     async def _transaction(self, work: Callable[[psycopg2.extensions.cursor], _T]) -> _T:
         dsn = await self.dsn()
@@ -109,14 +127,15 @@ class PostgresSink(Database):
     def _in_transaction(self, dsn: str, work: Callable[[psycopg2.extensions.cursor], _T]) -> _T:
         """Work that begins a transaction, and its COMMIT, in a worker thread.
 
-        Raises: psycopg2.Error, and whatever `work` raises: it is rolled back, or unknown.
+        Raises: psycopg2.Error, SinkUnavailable, and whatever `work` raises: it is rolled back, or
+        unknown.
         """
         connection = self._connect(dsn)
         self._busy.add(connection)
         try:
             with connection.cursor() as cursor:
                 result = work(cursor)
-                cursor.execute("COMMIT")
+                _commit(cursor)
         except BaseException as exc:
             self._busy.discard(connection)
             self._after_failure(connection, exc)
@@ -181,6 +200,7 @@ class PostgresSink(Database):
     ) -> Loaded:
         load = uuid4().hex
         cursor.execute(_BEGIN)
+        ((self._backends[table.name],),) = cursor.fetchall()
         new = self._enter(cursor, table.name, segments, load)
         known = [segment for segment in segments if segment.id not in new]
         result = self._known(cursor, known)
@@ -238,12 +258,17 @@ class PostgresSink(Database):
         return {segment for (segment,) in cursor.fetchall()}
 
     def _known(self, cursor: psycopg2.extensions.cursor, segments: Sequence[Segment]) -> Loaded:
-        """What is in already. A commit of ours whose answer was lost counts as what it did."""
+        """What is in already. A commit of ours whose answer was lost counts as what it did.
+
+        The rows are locked, which is written to the log: a transaction that writes nothing does not
+        wait for the synchronous standby at its end, and what it has seen need not be there yet.
+        """
         result = Loaded()
         if not segments:
             return result
         cursor.execute(
-            f"SELECT segment, load, dead, duplicates FROM {self._ledger} WHERE segment = ANY(%s)",
+            f"SELECT segment, load, dead, duplicates FROM {self._ledger} WHERE segment = ANY(%s)"
+            " ORDER BY segment FOR UPDATE",
             ([segment.id for segment in segments],),
         )
         rows = {segment: rest for segment, *rest in cursor.fetchall()}
@@ -329,6 +354,23 @@ class PostgresSink(Database):
     def _join(self, until: float) -> None:
         for thread in list(self._threads):
             thread.join(max(0.0, until - time.monotonic()))
+
+
+def _commit(cursor: psycopg2.extensions.cursor) -> None:
+    """COMMIT; believed only if the server does not warn.
+
+    Who ends the wait for a synchronous standby leaves the rows on the primary alone, and COMMIT
+    returns with a WARNING. (Source: PostgreSQL, `SyncRepWaitForLSN` in `replication/syncrep.c`.)
+
+    Raises: psycopg2.Error; SinkUnavailable: to be loaded again, by a new connection, against the
+    ledger of whatever is primary then: what it knows is committed anew, which waits once more.
+    """
+    notices = cursor.connection.notices
+    notices.clear()
+    cursor.execute("COMMIT")
+    if notices:
+        cursor.connection.close()
+        raise SinkUnavailable(" ".join(notices[0].split()), everywhere=False)
 
 
 def _widened(table: Table, segments: Sequence[Segment]) -> Table:

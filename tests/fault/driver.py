@@ -106,6 +106,7 @@ class Driver:
         connector = aiohttp.TCPConnector(limit=0)
         timeout = aiohttp.ClientTimeout(total=60)
         async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+            self._stopping = False
             work = [asyncio.create_task(self._work(session)) for _ in range(self._connections)]
             try:
                 yield self

@@ -77,6 +77,12 @@ class Proxy:
                 link.cut()
             await asyncio.gather(*self._links)
 
+    def lead_to(self, database: str) -> None:
+        """What connects from now on comes out there; what is connected is cut."""
+        self._to = urlsplit(database)
+        for link in self._links.values():
+            link.cut()
+
     def let_pass(self) -> None:
         """Act at no moment any more."""
         self.hook = _pass

@@ -143,8 +143,8 @@ async def test_what_another_user_left_in_the_folder_is_passed_over(
 
     Here the user without rights is a root that may enter only what is its own.
     """
-    one, two = (make_service(database_url=database, **ADOPTS) for _ in range(2))
-    one.under = two.under = ("setpriv", "--bounding-set", "-dac_override,-dac_read_search")
+    less = ("setpriv", "--bounding-set", "-dac_override,-dac_read_search")
+    one, two = (make_service(inside=less, database_url=database, **ADOPTS) for _ in range(2))
     driver = await fill(one, seed)
     assert await command(one, "load") == (0, "waiting: 0\n")
     folder = journals(one)[0].parent

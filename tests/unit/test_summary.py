@@ -9,7 +9,10 @@ from datapipe import formats
 from datapipe.summary import Growth, Summary
 
 GIB = 1024**3
-LANE = {"waiting": 7, "full": False, "blocked": None, "error": None, "next_load_seconds": 1.9}
+LANE = {
+    "waiting": 7, "full": False, "blocked": None, "error": None, "slow_load": None,
+    "next_load_seconds": 1.9,
+}  # fmt: skip
 
 
 def status(**changes: Any) -> dict[str, Any]:
@@ -62,6 +65,8 @@ def test_since_stays_while_it_lasts_and_is_new_the_next_time() -> None:
         ({"database__up": False}, "starting"),
         ({"lanes__install": LANE | {"blocked": "no column x"}}, "lane_blocked"),
         ({"lanes__install": LANE | {"error": "a lock"}}, "lane_failing"),
+        ({"lanes__install": LANE | {"slow_load": {"waits_for": None}}}, "lane_slow"),
+        ({"lanes__install": LANE | {"slow_load": {"waits_for": "IO: WALSync"}}}, "lane_slow"),
     ],
 )
 def test_states(changes: dict[str, Any], state: str) -> None:
