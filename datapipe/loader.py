@@ -155,6 +155,9 @@ class Loader:
             schedule.busy = True
             try:
                 await self._load(schedule)
+            except Exception as exc:  # it ends this worker: who waits for the lane must hear of it
+                schedule.failed(repr(exc), everywhere=False, now=_now())
+                raise
             finally:
                 schedule.busy = False
                 schedule.served_at = _now()
