@@ -137,7 +137,7 @@ class Pipeline:
             await asyncio.sleep(0.02)
         self.buffer.closed = True
         left = self.settings.shutdown_timeout - (time.monotonic() - started)
-        if left > 0 and self.failed is not None and not self.failed.done():
+        if left > 0:
             try:
                 async with asyncio.timeout(left):
                     await self.loader.drain()

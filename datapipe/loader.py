@@ -172,6 +172,9 @@ class Loader:
             schedule.busy_since = _now()
             try:
                 await self._load(schedule)
+            except Exception as exc:  # it ends this worker: who waits for the lane must hear of it
+                schedule.failed(repr(exc), everywhere=False, now=_now())
+                raise
             finally:
                 schedule.busy_since = schedule.waits_for = None
                 schedule.served_at = _now()

@@ -10,8 +10,8 @@ import os
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -36,6 +36,7 @@ SEGMENT_MAX_BYTES = 1_048_576
 
 _REMOVED_AT_ONCE = 256  # 1 ms or so: appends wait for the same thread, and clients for them
 _LOOK_S = 0.1  # how long the free space of the disk is taken as it was
+_LOOK_AT_OTHERS_S = 1.0
 _T = TypeVar("_T")
 
 log = structlog.stdlib.get_logger("datapipe.mirrors.journal")
@@ -70,35 +71,53 @@ class Journal:
         self._others_bytes: int = 0
         self._others_seen = 0.0
         self._looked_at = 0.0
-        self._why_full: str | None = None
+        self._free_bytes = 0
+        self._look_error: str | None = None
+        self._look_under_way: Future[None] | None = None
 
     def queue_of(self, lane: str) -> str:
         return ""
 
     async def append(self, segments: Sequence[Segment]) -> Sequence[Segment]:
+        # asked here, not in the writing thread, which would have to wait for its turn once more
+        if not self._own.in_place():
+            await self._run(self._writer, self._look_after)
         await self._run(self._writer, lambda: self._append(segments))
         return segments
 
     def _append(self, segments: Sequence[Segment]) -> None:
         coming = size_of(segments)
-        now = time.monotonic()
-        if self._why_full or now - self._looked_at > _LOOK_S:  # a look at the disk is a call
-            self._looked_at = now
-            self._why_full = self._full(coming)
-        elif self._bytes() + coming > self._max_bytes:
-            self._why_full = self._full(coming)
-        if self._why_full is not None:
-            raise MirrorFull(self._why_full)
+        if self._full(coming) or time.monotonic() - self._looked_at > _LOOK_S:
+            self._look()  # a look at the disk is a call
+        if (why := self._full(coming)) is not None:
+            raise MirrorFull(why)
         self._own.append(segments)
 
     def _full(self, coming: int) -> str | None:
-        """Why so many bytes more can't be stored."""
+        """Why so many bytes more can't be stored, as of the last look."""
         if self._bytes() + coming > self._max_bytes:
             return "the journal is full (journal_max_bytes)"
-        disk = os.statvfs(self._folder)
-        if disk.f_bavail * disk.f_frsize < MIN_FREE_BYTES + coming:
+        if self._free_bytes < MIN_FREE_BYTES + coming:
             return "less than 64 MiB of disk is free for the journal"
         return None
+
+    def _look(self) -> None:
+        """In the writing thread: how much room the disk and the other processes leave us."""
+        now = self._looked_at = time.monotonic()
+        disk = os.statvfs(self._folder)
+        self._free_bytes = disk.f_bavail * disk.f_frsize
+        if now - self._others_seen > _LOOK_AT_OTHERS_S:
+            ours = {file.path for file in self._files.values()}
+            others = (path for path in self._folder.glob("*.sqlite") if path not in ours)
+            self._others_bytes = sum(map(_size, others))
+            self._others_seen = now
+
+    def _look_after(self) -> None:
+        """In the writing thread: what was taken from its place is made anew there."""
+        for source, file in list(self._files.items()):
+            if not file.in_place():
+                self._files[source] = fresh = file.renewed()
+                self._own = fresh if file is self._own else self._own
 
     async def remove(self, segments: Sequence[Segment]) -> None:
         by_source: dict[str, list[Segment]] = {}
@@ -123,6 +142,7 @@ class Journal:
 
     async def keep(self, neighbours: Neighbours) -> None:
         """Give space back that a burst has taken, bit by bit."""
+        await self._run(self._writer, self._look_after)
         for file in list(self._files.values()):
             await self._run(self._writer, file.give_back)
 
@@ -176,24 +196,31 @@ class Journal:
         except (sqlite3.Error, OSError) as exc:
             self._error = str(exc)
             raise MirrorUnavailable(f"the journal does not work: {exc}") from exc
-        self._error = None
+        self._error = self._look_error = None
         return result
 
     def _bytes(self) -> int:
         """All journals in the folder: ours as used, those of other processes as files."""
-        if time.monotonic() - self._others_seen > 1:
-            ours = {file.path for file in list(self._files.values())}
-            self._others_bytes = sum(
-                _size(path) for path in self._folder.glob("*.sqlite") if path not in ours
-            )
-            self._others_seen = time.monotonic()
         return self._others_bytes + sum(file.used_bytes for file in list(self._files.values()))
 
     def state(self) -> MirrorState:
+        """As of the last look; it is asked for on the event loop, which no disk may hold up."""
+        waiting = self._look_under_way is not None and not self._look_under_way.done()
+        if not waiting and time.monotonic() - self._looked_at > _LOOK_S:
+            with suppress(RuntimeError):  # closed
+                self._look_under_way = self._writer.submit(self._look_aside)
+        error = self._error or self._look_error
         return MirrorState(
-            "journal", self._error is None, self._error, self._bytes(), self._max_bytes,
-            self._full(ROW_BYTES),
-        )  # fmt: skip
+            "journal", error is None, error, self._bytes(), self._max_bytes, self._full(ROW_BYTES)
+        )
+
+    def _look_aside(self) -> None:
+        try:
+            self._look_after()
+            self._look()
+            self._look_error = None
+        except (sqlite3.Error, OSError) as exc:
+            self._look_error = str(exc)
 
     def close(self) -> None:
         self._writer.shutdown()
@@ -211,10 +238,10 @@ async def open_journal(settings: Settings) -> AsyncIterator[Journal]:
     folder = Path(settings.data_dir) / "journal"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        own = own_file(folder)
+        journal = Journal(settings, folder, own_file(folder))
+        journal._look()
     except (OSError, sqlite3.OperationalError) as exc:
         raise ConfigError(f"data_dir: no journal can be kept in {folder}: {exc}") from exc
-    journal = Journal(settings, folder, own)
     try:
         yield journal
     finally:

@@ -7,6 +7,9 @@ WAL with `synchronous=FULL`: one flush of the log per append. Source: SQLite doc
 "Write-Ahead Logging" and "PRAGMA synchronous". All writing is done by one thread, all reading of
 parked segments by another with its own connection, in short transactions: a long SELECT would keep
 the log from being reset.
+
+An open file can be written though its name is gone, and nobody would find again what was written.
+So each append begins by a look whether file, log and lock are where they were.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ import structlog
 from datapipe.errors import ConfigError
 from datapipe.events import Column
 from datapipe.mirrors import Run
-from datapipe.mirrors.salvage import crc_of, is_damage, rescue, set_aside
+from datapipe.mirrors.salvage import crc_of, is_damage, openings, rescue, set_aside
 from datapipe.segment import (
     SEGMENT_OVERHEAD_BYTES,
     SEGMENTS_AT_ONCE,
@@ -60,13 +63,18 @@ class Damaged(Exception):
 
 
 class JournalFile:
-    """One SQLite file and its lock. Every method blocks: call it in the thread that fits."""
+    """One SQLite file and its lock.
+
+    Every method but `in_place` blocks: call it in the thread that fits.
+    """
 
     def __init__(self, path: Path, lock: int) -> None:
         self.path = path
         self._lock = lock
         self._reading = threading.Lock()
         self._connections: list[sqlite3.Connection] = []
+        self._places: list[tuple[str, tuple[int, int]]] = []
+        self._filled: set[str] = set()  # of these, what must not be found empty
         try:
             self._open()
         except sqlite3.DatabaseError as exc:
@@ -99,6 +107,84 @@ class JournalFile:
         (self.source,) = self._write.execute("SELECT journal FROM meta").fetchone()
         self._read = self._connect()
         self.measure()
+        places = (self._name, self._log, str(self.path.with_suffix(".lock")))
+        self._places = [(each, _identity(os.stat(each))) for each in places if os.path.exists(each)]
+        self._filled.clear()
+
+    @property
+    def _name(self) -> str:
+        return str(self.path)
+
+    @property
+    def _log(self) -> str:
+        return f"{self.path}-wal"
+
+    def in_place(self) -> bool:
+        """Whether file, log and lock are where they were, and were not emptied.
+
+        May be asked in any thread, where a no can be too early: ask again in the writing one. It
+        takes no disk: the system has at hand what is open.
+        """
+        try:
+            for place, identity in self._places:
+                seen = os.stat(place)
+                if _identity(seen) != identity or not seen.st_size and place in self._filled:
+                    return False
+                if seen.st_size and place is self._places[0][0]:
+                    self._filled.add(place)  # our own file is never emptied by us, the log is
+        except OSError:
+            return False
+        return True
+
+    def renewed(self) -> JournalFile:
+        """The journal, made anew of what our connections still see; this one is closed.
+
+        In the writing thread, once it is not in place. Raises: OSError, sqlite3.Error: it can't be
+        made now, and this one is as it was.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        path, lock = self._place()
+        kept = set_aside(path)
+        try:
+            fresh = JournalFile(path, lock)
+            rows, gaps = fresh._take_over(self._write, kept, self.source)
+        except BaseException:
+            for suffix in ("", "-wal", "-shm"):
+                Path(f"{path}{suffix}").unlink(missing_ok=True)
+            if lock != self._lock:
+                os.close(lock)
+            raise
+        fresh.inherited_until = self.inherited_until
+        with self._reading:
+            self._disconnect()
+        if lock != self._lock:
+            os.close(self._lock)
+        log.error(
+            "journal damaged", path=str(path), kept=str(kept) if kept.exists() else None,
+            error=f"{self.path} was removed, replaced or emptied from outside",
+            segments_rescued=rows, gaps=gaps,
+        )  # fmt: skip
+        return fresh
+
+    def _place(self) -> tuple[Path, int]:
+        """Where to make it anew, and the lock: here, unless somebody else has this place now."""
+        lock_path, identity = self._places[-1]
+        if os.path.exists(lock_path) and _identity(os.stat(lock_path)) == identity:
+            return self.path, self._lock
+        others = (self.path.with_name(f"{number}.sqlite") for number in itertools.count())
+        for path in itertools.chain([self.path], others):
+            if path == self.path or not path.exists():
+                if (lock := try_lock(path)) is not None:
+                    return path, lock
+        raise AssertionError  # count() never ends
+
+    def _take_over(self, seen_by: sqlite3.Connection, kept: Path, name: str) -> tuple[int, int]:
+        """Fill this new file; see `rescue`."""
+        sources = openings(kept, self._write) if kept.exists() else iter(())
+        told = rescue(itertools.chain([seen_by], sources), self._write, name)
+        (self.source,) = self._write.execute("SELECT journal FROM meta").fetchone()
+        self.measure()
+        return told
 
     def _connect(self) -> sqlite3.Connection:
         self._connections.append(
@@ -124,7 +210,7 @@ class JournalFile:
         self._disconnect()  # before: to close is to delete the log by its name
         damaged = set_aside(self.path)
         self._open()
-        rows, gaps = rescue(damaged, self._write, name)
+        rows, gaps = rescue(openings(damaged, self._write), self._write, name)
         (self.source,) = self._write.execute("SELECT journal FROM meta").fetchone()
         self.measure()
         log.error(
@@ -157,6 +243,7 @@ class JournalFile:
         threads and has to wait for it again.
         """
         self._mending(lambda: self._append(segments))
+        self._filled.add(self._log)
         self.used_bytes += size_of(segments)
 
     def _append(self, segments: Sequence[Segment]) -> None:
@@ -201,6 +288,7 @@ class JournalFile:
         (free,) = self._write.execute("PRAGMA freelist_count").fetchone()
         if free > _VACUUM_PAGES:
             pages = _VACUUM_PAGES
+            self._filled.discard(self._log)
             # a script, because `execute` would take one step, which frees one page; and so far
             # that stands in the log alone
             self._write.executescript(
@@ -265,8 +353,8 @@ class JournalFile:
     def close(self) -> None:
         try:
             ((last,),) = self._write.execute("SELECT max(seq) FROM sqlite_sequence")
-            if last is None:  # never used: a command that only looked leaves nothing behind
-                self.path.unlink()
+            if last is None and self.in_place():  # never used: a command that only looked
+                self.path.unlink()  # leaves nothing behind
         except sqlite3.Error:
             pass  # damaged: the next owner mends it
         self._disconnect()
@@ -318,6 +406,10 @@ def try_lock(path: Path) -> int | None:
         os.close(lock)
         return None
     return lock
+
+
+def _identity(seen: os.stat_result) -> tuple[int, int]:
+    return seen.st_dev, seen.st_ino
 
 
 def size_of(segments: Sequence[Segment]) -> int:

@@ -12,7 +12,7 @@ import sqlite3
 import time
 import zlib
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,17 +46,21 @@ def set_aside(path: Path) -> Path:
     return kept
 
 
-def rescue(damaged: Path, fresh: sqlite3.Connection, name: str | None) -> tuple[int, int]:
+def rescue(
+    sources: Iterable[sqlite3.Connection], fresh: sqlite3.Connection, name: str | None
+) -> tuple[int, int]:
     """Copy what can be read into an empty journal, positions and all, in one transaction.
 
-    Args: name: the journal's id, if it is known; else it is read, too.
+    Args:
+        sources: ways to read what is damaged; the first that gives anything stands.
+        name: the journal's id, if it is known; else it is read, too.
     Returns: rows copied; gaps, and rows that were not what had been stored.
     """
     rows = gaps = 0
     fresh.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()  # its first page is in its file now
     with fresh:
         fresh.execute("BEGIN IMMEDIATE")
-        for connection in _openings(damaged, fresh):
+        for connection in sources:
             for row in _rows(connection):
                 if row is None:
                     gaps += 1
@@ -77,7 +81,7 @@ def rescue(damaged: Path, fresh: sqlite3.Connection, name: str | None) -> tuple[
     return rows, gaps
 
 
-def _openings(damaged: Path, fresh: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
+def openings(damaged: Path, fresh: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
     """The file as it is; then a copy of it with the first page of a new one.
 
     The first page holds the header and the schema, which is the same in all journals.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -207,3 +210,136 @@ async def test_space_is_given_back_after_a_burst(
         return path.stat().st_size < 12_000_000
 
     await until(small, what="a small file")
+
+
+def _remove_folder(path: Path) -> None:
+    shutil.rmtree(path.parent)
+
+
+def _remove_file(path: Path) -> None:
+    path.unlink()
+
+
+def _remove_log(path: Path) -> None:
+    Path(f"{path}-wal").unlink()
+
+
+def _remove_lock(path: Path) -> None:
+    path.with_suffix(".lock").unlink()
+
+
+def _rename(path: Path) -> None:
+    path.rename(path.with_name("kept"))
+
+
+def _put_another(path: Path) -> None:
+    other = path.with_name("other")
+    other.write_bytes(b"not a journal at all" * 1000)
+    other.rename(path)
+
+
+def _truncate(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def _truncate_log(path: Path) -> None:
+    os.truncate(f"{path}-wal", 0)
+
+
+TAKEN = [_remove_folder, _remove_file, _remove_log, _remove_lock, _rename, _put_another, _truncate,
+         _truncate_log]  # fmt: skip
+
+
+async def some_wait(service: Service, count: int) -> Path:
+    """Post so many events, one by one, which nothing loads yet; the journal's path."""
+    await service.start()
+    for n in range(count):
+        assert (await service.post(crash(user_id=n)))[0] == 200
+    (path,) = (Path(service.settings["data_dir"]) / "journal").glob("*.sqlite")
+    return path
+
+
+async def post_on(service: Service, first: int, count: int) -> set[int]:
+    """Post until so many more were answered 200, which ones; nothing but 503 comes else."""
+    answered: set[int] = set()
+    ids = itertools.count(first)
+
+    async def enough() -> bool:
+        id = next(ids)
+        status, answer = await service.post(crash(user_id=id))
+        assert status in (200, 503), answer
+        if status == 200:
+            answered.add(id)
+        return len(answered) == count
+
+    await until(enough, what="answers of 200")
+    return answered
+
+
+async def ids_in(database: str) -> list[int]:
+    rows = await asyncio.to_thread(
+        Postgres.execute, database, "SELECT user_id FROM crash_report ORDER BY user_id"
+    )
+    return [id for (id,) in rows]
+
+
+@pytest.mark.parametrize("take", TAKEN)
+async def test_a_journal_that_is_taken_away_is_made_anew(
+    database: str, make_service: MakeService, take: Callable[[Path], None]
+) -> None:
+    """No 200 for what lies in a file that nobody will find again."""
+    service = make_service(database_url=database, load_interval=300)
+    path = await some_wait(service, 50)
+    take(path)
+    answered = await post_on(service, 1000, 20)
+    status = await service.status()
+    assert (status["ready"], status["mirror"]["up"]) == (True, True)
+    await service.kill()
+    service.settings["load_interval"] = 0.2
+    await service.start()
+    books = await service.drained()
+    assert books["balanced"]
+    found = await ids_in(database)
+    assert len(set(found)) == len(found)
+    assert answered <= set(found)
+    if take not in (_truncate, _truncate_log):  # what our connections still see is put there again
+        assert set(found) == answered | set(range(50))
+    assert len(service.logged("journal damaged")) == 1
+
+
+@pytest.mark.parametrize("take", TAKEN)
+async def test_what_memory_holds_is_loaded_though_the_journal_was_taken_away(
+    database: str, make_service: MakeService, take: Callable[[Path], None]
+) -> None:
+    service = make_service(database_url=database, load_interval=300)
+    take(await some_wait(service, 50))
+
+    async def told() -> bool:
+        return bool(service.logged("journal damaged"))
+
+    await until(told, 10, "a look, though no POST came")
+    answered = await post_on(service, 1000, 10)
+    assert await service.stop() == 0
+    assert await ids_in(database) == [*range(50), *sorted(answered)]
+
+
+async def test_a_journal_that_cannot_be_made_anew_refuses_and_heals(
+    database: str, make_service: MakeService
+) -> None:
+    service = make_service(database_url=database, load_interval=300)
+    path = await some_wait(service, 50)
+    shutil.rmtree(path.parent)
+    path.parent.write_text("a file where the folder was")
+    await is_refused(service, "journal")
+    summary = (await service.status())["summary"]
+    assert (summary["state"], str(path.parent) in summary["text"]) == ("refusing", True)
+    assert (await service.load()) == {"loaded": {"crash_report": 50}, "failed": {}}
+    path.parent.unlink()
+    answered = await post_on(service, 1000, 10)
+    assert (await service.get("/readyz"))[0] == 200
+    await service.kill()
+    await service.start()
+    assert (await service.load())["failed"] == {}
+    await service.drained()
+    assert await ids_in(database) == [*range(50), *sorted(answered)]
+    assert await service.stop() == 0

@@ -113,7 +113,7 @@ async def test_three_locked_tables_hold_up_nobody_else(
 async def test_a_background_task_that_dies_ends_the_service(
     database: str, make_service: MakeService, seed: int
 ) -> None:
-    """Exit code 1, the traceback as a JSON line; what was answered is kept."""
+    """Exit code 1, the traceback as a JSON line; what was answered is loaded all the same."""
     service = make_service(
         database_url=database, event_modules=["tests.fault.modules.dying"], load_interval=300
     )
@@ -127,6 +127,7 @@ async def test_a_background_task_that_dies_ends_the_service(
     assert died["level"] == "critical"
     assert "RuntimeError: this task dies on purpose" in json.dumps(died)
     assert "Traceback" in json.dumps(died)
+    assert [line["waiting"] for line in service.logged("stopped")] == [0]
     service.settings |= {"event_modules": [], "load_interval": 0.2}
     await service.start()
     await driver.settle()
