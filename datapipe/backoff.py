@@ -6,6 +6,9 @@ import random
 
 
 def backoff(failures: int, max_s: float) -> float:
-    """Seconds, with jitter: about 0.25 after the first, twice as long each time, up to `max_s`."""
-    jitter = random.uniform(0.0, min(1.0, max_s / 8))
-    return min(max_s, 0.25 * 2.0 ** min(failures - 1, 30) + jitter)
+    """Seconds: 0.25 to 0.5 after the first, twice as long each time, up to `max_s`.
+
+    Half of it is by chance, at the bound too: what failed together must not come back together.
+    """
+    most = min(max_s, 0.5 * 2.0 ** min(failures - 1, 30))
+    return random.uniform(most / 2, most)

@@ -13,6 +13,7 @@ import structlog
 from datapipe.backoff import backoff
 from datapipe.buffer import Buffer
 from datapipe.errors import LaneBlocked, MirrorUnavailable, SinkUnavailable
+from datapipe.mirrors import Found
 from datapipe.sinks import Heartbeat, Sink, Table
 from datapipe.watch import Watch
 
@@ -20,7 +21,7 @@ BEAT_S = 5.0
 SILENT_S = 30.0  # six beats missed
 _MORE_S = 0.2  # until the next look, where there was more than one look could take
 # What a dead process had reserved comes back once its lease has run out: so looks follow each other
-# closely after a start or a death, and then less and less.
+# closely after a start or a death, and while there is more than can be had; then less and less.
 _FIRST_PAUSE_S = 30.0
 
 log = structlog.stdlib.get_logger("datapipe.housekeeping")
@@ -55,6 +56,7 @@ class Housekeeper:
         self._watch = Watch(SILENT_S)
         self._suspects: set[str] = set()
         self._dead: set[str] = set()
+        self._stuck: set[str] = set()  # lanes that could not be loaded at the last beat
         self._ended = False
         self._removed: list[str] = []
         self._drained: set[str] = set()
@@ -79,9 +81,12 @@ class Housekeeper:
         while True:
             self._look_now.clear()
             try:
-                more = await self.look()
-                wait_s = min(_MORE_S if more else pause_s, self._buffer.mirror.recover_interval_s)
-                pause_s *= 2
+                found = await self.look()
+                if found.more or found.left:
+                    pause_s = _FIRST_PAUSE_S
+                wait_s = _MORE_S if found.more else pause_s
+                wait_s = min(wait_s, self._buffer.mirror.recover_interval_s)
+                pause_s = min(2 * pause_s, self._buffer.mirror.recover_interval_s)
                 failures = 0
             except (MirrorUnavailable, SinkUnavailable, LaneBlocked) as exc:
                 failures += 1
@@ -93,33 +98,35 @@ class Housekeeper:
                     await self._look_now.wait()
                 pause_s = _FIRST_PAUSE_S
 
-    async def look(self) -> bool:
-        """Recover once; whether there is more. Raises: MirrorUnavailable, SinkUnavailable."""
+    async def look(self) -> Found:
+        """Recover once. Raises: MirrorUnavailable, SinkUnavailable."""
         found = await self._buffer.recover(self)
         self._suspects = found.suspects
         if lanes := {*(run.lane for run in found.runs), *(s.lane for s in found.segments)}:
             self._recovered(lanes)
-        return found.more
+        return found
 
     async def looks(self) -> AsyncIterator[None]:
         """Recover until no more is to be had; gives a turn after each look, to load it.
 
-        Whether a process is dead takes half a minute to tell, where its messages are suspect.
+        Whether a process is dead takes half a minute to tell, where its messages are suspect. What
+        it had reserved takes as long as the mirror tells.
         Raises: MirrorUnavailable, SinkUnavailable, LaneBlocked.
         """
         most = patience = int(SILENT_S / BEAT_S) + 2
         went = 0
         while True:
-            more = await self.look()
+            found = await self.look()
             self._looked.set()
             yield
             before, went = went, sum(lane.went for lane in self._buffer.lanes.values())
-            if more and went > before:
+            if found.more and went > before:
                 patience = most
                 continue
-            if not (more or self._suspects) or not patience:
+            reserved = self._buffer.mirror.state().left
+            if not (found.more or reserved or self._suspects) or not (patience or reserved):
                 return
-            patience -= 1
+            patience = max(0, patience - 1)
             await self.tidy()
             await asyncio.sleep(BEAT_S)
 
@@ -180,10 +187,12 @@ class Housekeeper:
             await self._buffer.mirror.forgotten(source)
             self._drained.discard(source)
         self._watch.note(beats, asyncio.get_running_loop().time())
-        newly_dead = self._watch.dead() - self._dead - {self._process}
-        self._dead |= newly_dead
+        dead = self._watch.dead() - {self._process}
+        newly_dead, self._dead = dead - self._dead, dead
+        stuck = {name for name, lane in self._buffer.lanes.items() if lane.stuck}
+        healed, self._stuck = self._stuck - stuck, stuck
         given_up = self._buffer.mirror.given_up
-        if newly_dead or given_up or any(map(self._watch.silent, self._suspects)):
+        if newly_dead or healed or given_up or any(map(self._watch.silent, self._suspects)):
             self._look_now.set()
 
     async def keep(self) -> None:

@@ -324,7 +324,11 @@ class Loader:
         return loaded, failed
 
     async def farewell(self) -> None:
-        """Tell the others that this process beats no more, if the database listens."""
+        """Tell the others that this process beats no more, if the database listens.
+
+        When they hear it, nothing that they may load is reserved by us.
+        """
+        await self._buffer.mirror.release_all()
         if self.sink.state().up:
             with suppress(DatapipeError, TimeoutError):
                 async with asyncio.timeout(2.0):

@@ -165,6 +165,8 @@ class Status:
             "calls": dict(mirror.calls),
             "requests_this_month": requests - self._before_month,
             "expires_seconds": mirror.expires_s,
+            "left_messages": mirror.left,
+            "left_seconds": None if mirror.left_s is None else round(mirror.left_s),
         }
 
     def _database(self) -> dict[str, Any]:

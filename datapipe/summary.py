@@ -120,6 +120,12 @@ def troubles(status: Mapping[str, Any], refusing: str | None) -> Iterator[Troubl
     if database["up"] is False and not database["error"]:
         then = "Events are kept meanwhile."
         yield Trouble("starting", "The database has not been reached", "", then)
+    if mirror["left_messages"]:
+        messages = f"{formats.count(mirror['left_messages'])} messages, not counted below"
+        within = formats.roughly(mirror["left_seconds"])
+        then = f"They will be taken over within about {within}; nothing need be done."
+        what = "A process that is gone has left events in the mirror"
+        yield Trouble("recovering", what, messages, then)
 
 
 def _refusing(status: Mapping[str, Any], refusing: str) -> str:

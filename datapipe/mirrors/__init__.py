@@ -40,7 +40,9 @@ class MirrorState:
     """For the page: `up` is the outcome of the last real call; sizes in bytes.
 
     `full` says why no more can be stored now. `calls` counts the requests to a remote mirror, by
-    kind; `expires_s` is how long it keeps a message that nobody takes.
+    kind; `expires_s` is how long it keeps a message that nobody takes. `left` counts what a process
+    that is gone had taken, or what waits behind that, and `left_s` tells within how many seconds it
+    will have been taken over.
     """
 
     kind: str
@@ -51,6 +53,8 @@ class MirrorState:
     full: str | None = None
     calls: Mapping[str, int] = field(default_factory=dict)
     expires_s: float | None = None
+    left: int = 0
+    left_s: float | None = None
 
 
 @dataclass(slots=True)
@@ -63,6 +67,7 @@ class Found:
         strangers: lanes seen that are not loaded here.
         suspects: processes whose messages were seen and left, because they may live.
         more: there is more to be had, once this is loaded.
+        left: there is more that can't be had yet: look again before long.
     """
 
     runs: list[Run] = field(default_factory=list)
@@ -70,6 +75,7 @@ class Found:
     strangers: set[str] = field(default_factory=set)
     suspects: set[str] = field(default_factory=set)
     more: bool = False
+    left: bool = False
 
 
 class Neighbours(Protocol):
@@ -97,7 +103,8 @@ class Mirror(Protocol):
         forgets_for_good: what was removed can't come back, so its ledger row may go.
         reads_ahead: what waits can be read while what lies before it is being removed, at no cost.
         recover_interval_s: seconds between two recoveries, while nothing asks for one sooner.
-        given_up: a segment may be stored although its append failed: recover soon.
+        given_up: a segment may be stored although its append failed, or its removal was refused:
+            recover soon.
     """
 
     parks: bool
@@ -155,6 +162,12 @@ class Mirror(Protocol):
         """Do what keeps waiting segments from being lost by age; called every few seconds.
 
         Raises: MirrorUnavailable.
+        """
+
+    async def release_all(self) -> None:
+        """At a stop: what was recovered and is not loaded can be had by others at once.
+
+        Takes a second or so at the most, and never fails: what stays is theirs after a while.
         """
 
     def state(self) -> MirrorState: ...

@@ -16,9 +16,11 @@ effect. So this is how nothing is lost and nothing doubled:
 - A message whose form is not ours is moved to `<queue>-unreadable`, never dropped.
 
 Leases only keep recoverers out of each other's way; one that runs out costs work, not events. So
-they are short, for a recoverer that is killed must not hold up what it had reserved; and each time
-one is prolonged it is doubled, for prolonging costs requests. Messages live 30 days at the most; at
-80 % of that one is posted anew, with the same segment id, and the old one deleted.
+they are short, for a recoverer that is killed must not hold up what it had reserved. Each time one
+is prolonged it is doubled, for prolonging costs requests, up to two minutes; then it runs out, and
+the message is anyone's again. A stop gives back what is reserved. Each touch makes the reservation
+id before it worthless, so whatever uses one has its queue's lock. Messages live 30 days at the
+most; at 80 % of that one is posted anew, with the same segment id, and the old one deleted.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ import asyncio
 import itertools
 import math
 import time
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -56,12 +60,13 @@ from datapipe.settings import Settings
 
 SOURCE = "ironmq"  # by this the ledger knows that a segment may come back for 31 days
 LEASE_S = 30  # the shortest there is
-LEASE_MAX_S = 86_400
+LEASE_MAX_S = 120  # so long, and a look later, what a dead recoverer had is anyone's
 ANEW_S = EXPIRATION_S * 0.8  # the age at which a message is posted anew
 BATCH = 100  # the most messages that one reserve or peek gives
 _HELD_BYTES = 512  # what a message costs in memory though its rows are parked; measured, rounded up
 _HELD_LEAST = 100_000  # messages that may be listed, however small the buffer
 _PACK_INLINE_BYTES = 4_096  # more is packed in a thread
+_RELEASE_S = 1.0  # a stop does not wait longer
 _APPENDS = 16  # under way at once, per lane
 _CROWDED = 2_000  # one fewer for so many messages
 _FULL = "no room for more in IronMQ (ironmq_max_bytes)"
@@ -130,6 +135,9 @@ class IronMQ:
         self.given_up = False  # a post of ours may be stored though it failed
         self.held: dict[str, dict[int, Held]] = {}  # by queue and position
         self.known: dict[str, Held] = {}  # by segment
+        self.undeleted: dict[str, set[str]] = {}  # segments done with; somebody has their message
+        # by queue: for all that uses or makes reservation ids of what is held
+        self.leases: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._max_bytes = settings.ironmq_max_bytes
         self._most_held = max(_HELD_LEAST, settings.buffer_max_bytes // _HELD_BYTES)
         self._bytes = 0
@@ -273,9 +281,8 @@ class IronMQ:
         queue = self.queue_of(run.lane)
         message = seen.get(held.id)
         if message is None:
-            if held.reservation:  # not said whether a reserved message can be read by its id
-                await self._noting(self.client.release(queue, held.id, held.reservation))
-                held.reservation = None
+            # not said whether a reserved message can be read by its id
+            await self._release(queue, held)
             message = await self._noting(self.client.get(queue, held.id))
         if message is not None:
             try:
@@ -313,12 +320,20 @@ class IronMQ:
                 by_queue.setdefault(queue, []).append(segment)
         for queue, of_queue in by_queue.items():
             for at in range(0, len(of_queue), DELETE_MAX_IDS):
-                some = of_queue[at : at + DELETE_MAX_IDS]
-                held, now = self.held[queue], self.clock()
-                entries = [held[segment.position].entry(now) for segment in some]
-                await self._noting(self.client.delete(queue, entries))
-                for segment in some:
-                    self._forget(queue, segment.position)
+                async with self.leases[queue]:
+                    await self._remove(queue, of_queue[at : at + DELETE_MAX_IDS])
+
+    async def _remove(self, queue: str, segments: Sequence[Segment]) -> None:
+        """Delete up to a hundred messages; one that somebody has reserved is deleted by a look."""
+        held, now = self.held[queue], self.clock()
+        segments = [each for each in segments if each.position in held]
+        entries = {each.id: held[each.position].entry(now) for each in segments}
+        refused = await self._noting(self.client.delete(queue, list(entries.values())))
+        for segment in segments:
+            if entries[segment.id][0] in refused:
+                self.undeleted.setdefault(queue, set()).add(segment.id)
+                self.given_up = True
+            self._forget(queue, segment.position)
 
     # --- keep ---
 
@@ -327,30 +342,63 @@ class IronMQ:
         for queue, by_position in list(self.held.items()):
             old: list[Held] = []
             for held in list(by_position.values()):
-                now = self.clock()
-                if held.reservation and held.lease_until - now < held.lease_s / 2:
-                    await self._touch(queue, held, held.reservation)
-                if now > held.anew_at:
+                async with self.leases[queue]:
+                    await self._prolong(queue, held)
+                if self.clock() > held.anew_at:
                     old.append(held)
             loaded = await self.ledger_knows(neighbours, [held.segment for held in old])
             for held in old:
                 if held.segment in loaded:
                     held.anew_at = math.inf  # what is left to do here is to book a duplicate
                 else:
-                    await self._post_anew(queue, held)
+                    async with self.leases[queue]:
+                        await self._post_anew(queue, held)
 
-    async def _touch(self, queue: str, held: Held, reservation: str) -> None:
+    def _holds(self, held: Held) -> bool:
+        """Whether it was not removed meanwhile."""
+        return self.known.get(held.segment) is held
+
+    async def _prolong(self, queue: str, held: Held) -> None:
+        """Prolong a lease once half of it is over."""
         now, lease_s = self.clock(), min(2 * held.lease_s, LEASE_MAX_S)
+        half_over = held.lease_until - now < held.lease_s / 2
+        if not (held.reservation and half_over and lease_s > held.lease_s and self._holds(held)):
+            return
         try:
             reservation = await self._noting(
-                self.client.touch(queue, held.id, reservation, lease_s)
+                self.client.touch(queue, held.id, held.reservation, lease_s)
             )
-        except Refused:
+        except Refused as exc:
+            if exc.status not in (403, 404):
+                raise
             held.reservation = None  # lost: the message is anyone's again, and the ledger decides
         else:
             held.lease(reservation, lease_s, now)
 
+    async def _release(self, queue: str, held: Held) -> None:
+        """End a lease of ours: the message is anyone's, and in our books still."""
+        async with self.leases[queue]:
+            if held.reservation is not None:
+                await self._noting(self.client.release(queue, held.id, held.reservation))
+                held.reservation = None
+
+    async def release_all(self) -> None:
+        """See `Mirror.release_all`."""
+        leased = [
+            (queue, held)
+            for queue, by_position in self.held.items()
+            for held in by_position.values()
+            if held.reservation is not None
+        ]
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_RELEASE_S):
+                await asyncio.gather(
+                    *(self._release(*each) for each in leased), return_exceptions=True
+                )
+
     async def _post_anew(self, queue: str, held: Held) -> None:
+        if not self._holds(held):
+            return
         message = await self._noting(self.client.get(queue, held.id))
         if message is None:
             held.anew_at = math.inf
@@ -361,9 +409,6 @@ class IronMQ:
         except Unreadable as exc:
             held.anew_at = math.inf
             log.error("message unreadable", queue=queue, error=str(exc))
-            return
-        if self.known.get(held.segment) is not held:  # loaded and removed meanwhile
-            await self._noting(self.client.delete(queue, [(new, None)]))
             return
         old = held.entry(posted)
         held.id, held.anew_at, held.reservation = new, posted + ANEW_S, None

@@ -121,12 +121,13 @@ class Client:
         answer = await self._call("get", "GET", path, absent=True)
         return _picked(lambda: _message(answer["message"])) if answer else None
 
-    async def delete(self, queue: str, entries: Sequence[tuple[str, str | None]]) -> None:
-        """Delete messages by id and, where we hold one, reservation id.
+    async def delete(self, queue: str, entries: Sequence[tuple[str, str | None]]) -> set[str]:
+        """Delete messages by id and, where we hold one, reservation id. Absent ones are done.
 
-        Absent ones are done. So are those that somebody else has reserved: it is theirs to delete,
-        and if they don't, the message comes back to be recovered.
+        Returns: ids of those that are reserved under an id that we don't know: by somebody else, or
+        by us in a call whose answer was lost. They stay, and come back when that lease ends.
         """
+        refused: set[str] = set()
         for at in range(0, len(entries), DELETE_MAX_IDS):
             some = entries[at : at + DELETE_MAX_IDS]
             content = {"ids": [{"id": id, **_lease(reservation)} for id, reservation in some]}
@@ -137,17 +138,22 @@ class Client:
                     raise
                 # the reference does not say what a bad entry does to the others
                 for id, reservation in some:
-                    await self._delete_one(queue, id, reservation)
+                    if not await self._delete_one(queue, id, reservation):
+                        refused.add(id)
+        return refused
 
-    async def _delete_one(self, queue: str, id: str, reservation: str | None) -> None:
+    async def _delete_one(self, queue: str, id: str, reservation: str | None) -> bool:
+        """Delete a message; whether it is gone."""
         path = f"/queues/{_name(queue)}/messages/{_name(id)}"
         try:
             await self._call("delete", "DELETE", path, _lease(reservation), absent=True)
         except Refused as exc:
             if exc.status != 403:
                 raise
-            if reservation is not None:  # run out: without it, unless somebody has it now
-                await self._delete_one(queue, id, None)
+            if reservation is None:
+                return False
+            return await self._delete_one(queue, id, None)  # run out, unless somebody has it now
+        return True
 
     async def touch(self, queue: str, id: str, reservation: str, lease_s: int) -> str:
         """Prolong a lease; its new reservation id. Raises: Refused: 403 or 404: it is lost."""

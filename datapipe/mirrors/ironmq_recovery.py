@@ -2,8 +2,11 @@
 
 The reasoning stands at the top of `ironmq`. A recoverer looks (peek takes no lease) before it
 reserves, and reserves no further than the last message that it wants; those of the living that it
-gets on the way are released. Of each queue it holds a hundred or two, and no more rows than its
-share of memory, until they are loaded: a backlog of any length does not fill memory.
+gets on the way are released. What it does not see it counts: a queue tells its size, so it is known
+that a recoverer that died has messages reserved, or that they lie behind a hundred of the living,
+and looks follow each other closely until they can be had. Of each queue it holds a hundred or two,
+and no more rows than its share of memory, until they are loaded: a backlog of any length does not
+fill memory.
 """
 
 from __future__ import annotations
@@ -12,18 +15,50 @@ import re
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 
 import aiohttp
 
 from datapipe.errors import MirrorUnavailable
-from datapipe.mirrors import Found, Neighbours
-from datapipe.mirrors.ironmq import ANEW_S, BATCH, LEASE_S, IronMQ, held_of, unpacked
+from datapipe.mirrors import Found, MirrorState, Neighbours
+from datapipe.mirrors.ironmq import (
+    ANEW_S,
+    BATCH,
+    LEASE_MAX_S,
+    LEASE_S,
+    IronMQ,
+    held_of,
+    unpacked,
+)
 from datapipe.mirrors.ironmq_client import CONNECTIONS, Client, Message, Refused
 from datapipe.mirrors.ironmq_wire import Envelope, Unreadable, envelope_of, rows_bytes
 from datapipe.segment import SEGMENT_OVERHEAD_BYTES
 from datapipe.settings import Settings
 
 _LANE = re.compile(r"[a-z][a-z0-9_]{0,47}")
+
+
+@dataclass(slots=True)
+class Beyond:
+    """Messages of a queue that are in no books of ours and that a look did not reach.
+
+    Attributes:
+        reserved: they are reserved, all of them, or wait for room here: nobody is known to hold
+            them who lives.
+        since: when there were last more of them, or fewer.
+    """
+
+    messages: int
+    reserved: bool
+    since: float
+
+    def left_s(self, now: float) -> float:
+        """How long until a look will have reached them, if they are reserved by a dead process.
+
+        That was told of a lease that is as long as can be. What is reserved for longer than that is
+        not reserved by any of us.
+        """
+        return max(0.0, self.since + LEASE_MAX_S + LEASE_S - now)
 
 
 class RecoveringIronMQ(IronMQ):
@@ -38,6 +73,9 @@ class RecoveringIronMQ(IronMQ):
         self._queues: list[str] = []  # as of the last look at all of them
         self._looked = 0.0
         self._unfinished: set[str] = set()  # queues that hold more, once this is loaded
+        self._suspects: dict[str, set[str]] = {}  # by queue
+        self._beyond: dict[str, Beyond] = {}  # by queue
+        self._thorough = False  # a message of ours may lie in a queue that says it is empty
 
     async def recover(self, neighbours: Neighbours) -> Found:
         """See `Mirror.recover`. While there is no room for more, nothing is asked."""
@@ -55,8 +93,24 @@ class RecoveringIronMQ(IronMQ):
                 raise
             found.more = True  # those are ours now; the next look tells what is wrong
         self.place(found.segments)
+        found.suspects = set().union(*self._suspects.values())
         found.more = found.more or bool(self._unfinished)
+        found.left = any(self._waits_for(each) for each in self._beyond.values())
         return found
+
+    def _waits_for(self, beyond: Beyond) -> bool:
+        return not beyond.reserved or beyond.left_s(self.clock()) > 0
+
+    def state(self) -> MirrorState:
+        now = self.clock()
+        left = [each for each in self._beyond.values() if each.reserved and each.left_s(now) > 0]
+        if not left:
+            return super().state()
+        return replace(
+            super().state(),
+            left=sum(each.messages for each in left),
+            left_s=max(each.left_s(now) for each in left),
+        )
 
     async def _to_look_at(self) -> list[str]:
         """All queues of lanes, or those that were not done with, as soon as there is room."""
@@ -69,9 +123,12 @@ class RecoveringIronMQ(IronMQ):
             if exc.status != 404:
                 raise
             names = []  # perhaps nothing was posted yet
-        self.given_up = False
+        self._thorough, self.given_up = self.given_up, False
         self._looked = now
         self._queues = [name for name in names if _is_lane(name.removeprefix(self.prefix))]
+        for by_queue in (self._suspects, self._beyond):
+            for queue in by_queue.keys() - set(self._queues):
+                del by_queue[queue]
         return self._queues
 
     def _room(self, queue: str) -> int:
@@ -91,13 +148,38 @@ class RecoveringIronMQ(IronMQ):
             self._unfinished.add(queue)
             return
 
+        found.suspects = self._suspects[queue] = set()
+
         def wanted(message: Message) -> bool:
             return self._wants(message, lane, neighbours, found)
 
-        seen = await self._noting(self.client.peek(queue, BATCH))
-        now = self.clock()
-        async for message in self._reserved(queue, seen, wanted, room):
-            await self._take(queue, lane, message, now, found)
+        async with self.leases[queue]:  # no removal meanwhile: what is counted must match
+            size, seen = await self._look(queue)
+            reached = {held.id for held in self.held.get(queue, {}).values()}
+            reached.update(message.id for message in seen if not wanted(message))
+            now = self.clock()
+            async for message in self._reserved(queue, seen, wanted, room):
+                reached.add(message.id)
+                await self._take(queue, lane, message, now, found)
+        all_seen = len(seen) < BATCH or not found.suspects
+        self._note_beyond(queue, size - len(reached), all_seen)
+
+    async def _look(self, queue: str) -> tuple[int, Sequence[Message]]:
+        """How many messages the queue holds, and the oldest of those that nobody has reserved."""
+        size = await self._noting(self.client.size(queue)) or 0
+        if not size and not self._thorough:  # it may lag behind by a second
+            return 0, ()
+        return size, await self._noting(self.client.peek(queue, BATCH))
+
+    def _note_beyond(self, queue: str, messages: int, reserved: bool) -> None:
+        """Remember what a look did not reach."""
+        if messages <= 0:
+            self._beyond.pop(queue, None)
+            self.undeleted.pop(queue, None)
+            return
+        before = self._beyond.get(queue)
+        if before is None or (before.messages, before.reserved) != (messages, reserved):
+            self._beyond[queue] = Beyond(messages, reserved, self.clock())
 
     async def _reserved(
         self, queue: str, seen: Sequence[Message], wanted: Callable[[Message], bool], room: int
@@ -134,7 +216,9 @@ class RecoveringIronMQ(IronMQ):
         if envelope.segment in self.appending:
             return False
         if (mine := self.known.get(envelope.segment)) is not None:
-            return mine.recovered or mine.id != message.id  # our lease has run out, or it is a copy
+            return mine.id != message.id  # a copy
+        if envelope.segment in self.undeleted.get(self.queue_of(lane), ()):
+            return True
         if envelope.sender == self.process or neighbours.silent(envelope.sender):
             return True
         found.suspects.add(envelope.sender)
@@ -153,18 +237,16 @@ class RecoveringIronMQ(IronMQ):
             await self.set_aside(queue, message, str(exc))
             return
         assert message.reservation_id is not None
-        mine = self.known.get(segment.id)
-        if mine is None:
-            held = held_of(message.id, segment, len(message.body), envelope.posted)
-            held.recovered = True
-            self.known[segment.id] = held
-            found.segments.append(segment)
-        elif mine.id == message.id:
-            held = mine  # our lease had run out; nobody else took it
-        else:
+        undeleted = self.undeleted.get(queue, set())
+        if segment.id in self.known or segment.id in undeleted:
             await self._noting(self.client.delete(queue, [(message.id, message.reservation_id)]))
+            undeleted.discard(segment.id)
             return
+        held = held_of(message.id, segment, len(message.body), envelope.posted)
+        held.recovered = True
         held.lease(message.reservation_id, LEASE_S, now)
+        self.known[segment.id] = held
+        found.segments.append(segment)
 
     # --- lanes that are not loaded here, or not now ---
 
@@ -172,6 +254,8 @@ class RecoveringIronMQ(IronMQ):
         self, queue: str, lane: str, neighbours: Neighbours, found: Found
     ) -> None:
         """Show a lane that nobody here can load, and keep its messages from expiring."""
+        self._beyond.pop(queue, None)
+        found.suspects = self._suspects[queue] = set()
         seen = await self._noting(self.client.peek(queue, BATCH))
         oldest = _envelope(seen[0]) if seen else None
         if oldest is None or oldest.lane != lane:
@@ -223,4 +307,8 @@ async def open_ironmq(
         connector=aiohttp.TCPConnector(limit=CONNECTIONS),
         timeout=aiohttp.ClientTimeout(total=None),  # each call has its own
     ) as session:
-        yield RecoveringIronMQ(Client(session, settings), settings, process, clock)
+        mirror = RecoveringIronMQ(Client(session, settings), settings, process, clock)
+        try:
+            yield mirror
+        finally:
+            await mirror.release_all()

@@ -146,6 +146,9 @@ class Journal:
         for file in list(self._files.values()):
             await self._run(self._writer, file.give_back)
 
+    async def release_all(self) -> None:
+        """See `Mirror.release_all`: the end of the process lets go of its files."""
+
     def _recover(self) -> list[Run]:
         runs: list[Run] = []
         for path in sorted(self._folder.glob("*.sqlite")):

@@ -57,6 +57,9 @@ class MemoryMirror:
     async def keep(self, neighbours: Neighbours) -> None:
         return
 
+    async def release_all(self) -> None:
+        return
+
     def state(self) -> MirrorState:
         size = sum(self._sizes.values())
         full = "the buffer is full (buffer_max_bytes)" if size >= self._max_bytes else None

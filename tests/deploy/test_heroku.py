@@ -79,8 +79,8 @@ async def test_ten_restarts_under_load(locked: Path, tls_postgres: TlsPostgres, 
             await driver.settle()
             stops.append(await app.web.stop())  # it falls asleep, and wakes up
             boots.append(await app.start())
-            # who died without a word is known by its silence, after half a minute
-            await queue.emptied(240)
+            # who died without a word is known by its silence: docs/operations.md, "How soon"
+            await queue.emptied(90)
             stops.append(await app.web.stop())
         finally:
             for dyno in app.dynos:

@@ -14,4 +14,4 @@ def test_an_event_a_second_for_an_hour() -> None:
 def test_an_idle_process_for_a_day() -> None:
     requests = day()
     assert requests.total() <= DAY_GOAL * LANES, requests
-    assert set(requests) == {"list", "peek"}
+    assert set(requests) == {"list", "info"}

@@ -19,7 +19,14 @@ def status(**changes: Any) -> dict[str, Any]:
     told: dict[str, Any] = {
         "books": {"waiting": 1204, "balanced": True},
         "lanes": {"install": dict(LANE)},
-        "mirror": {"up": True, "bytes": 0, "max_bytes": GIB, "seconds_left": None},
+        "mirror": {
+            "up": True,
+            "bytes": 0,
+            "max_bytes": GIB,
+            "seconds_left": None,
+            "left_messages": 0,
+            "left_seconds": None,
+        },
         "database": {"up": True, "error": None},
     }
     for path, value in changes.items():
@@ -63,6 +70,7 @@ def test_since_stays_while_it_lasts_and_is_new_the_next_time() -> None:
         ({"books__balanced": False}, "unbalanced"),
         ({"mirror__bytes": GIB - 1}, "nearly_full"),
         ({"database__up": False}, "starting"),
+        ({"mirror__left_messages": 20, "mirror__left_seconds": 60}, "recovering"),
         ({"lanes__install": LANE | {"blocked": "no column x"}}, "lane_blocked"),
         ({"lanes__install": LANE | {"error": "a lock"}}, "lane_failing"),
         ({"lanes__install": LANE | {"slow_load": {"waits_for": None}}}, "lane_slow"),

@@ -9,4 +9,5 @@ patch(housekeeping, "SILENT_S", 2.0)
 patch(housekeeping, "_FIRST_PAUSE_S", 0.5)
 for module in (ironmq, ironmq_recovery):
     patch(module, "LEASE_S", 2)
+    patch(module, "LEASE_MAX_S", 8)
 patch(ironmq.IronMQ, "recover_interval_s", 3.0)
