@@ -60,7 +60,7 @@ class Keys:
 
     def _insert(self, kind: str, values: dict[str, str], column: str) -> set[str]:
         """Ledger rows in key order; the names of those that were not there."""
-        names = sorted(values)
+        names = list(values)
         self._cursor.execute(
             f"INSERT INTO {self._ledger} (segment, kind, {column}, process)"
             " SELECT name, %s, value, %s FROM unnest(%s::text[], %s::text[]) AS new (name, value)"

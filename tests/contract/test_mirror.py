@@ -113,6 +113,21 @@ async def test_positions_rise(world: World) -> None:
     assert all(each.source for each in segments)
 
 
+async def test_a_position_never_comes_back(world: World) -> None:
+    """Who still means what stood there would read, or remove, what it does not know."""
+    mirror = await world.open()
+    last = 0
+    for number in range(3):
+        stored = segment(number)
+        await mirror.append([stored])
+        assert stored.position > last
+        last = stored.position
+        await mirror.remove([stored])
+        if world.settings.mirror == "journal":  # positions of the others are a process's own
+            await world.end()
+            mirror = await world.open()
+
+
 async def test_what_was_stored_is_recovered_by_the_next_process(world: World) -> None:
     mirror = await world.open()
     assert await world.recover(mirror) == ([], [])
