@@ -12,9 +12,10 @@ from typing import Any
 import psycopg2
 
 from tests.fault.driver import Driver
+from tests.fault.proxy import Moment, Proxy, cut
 from tests.postgres import Postgres
 from tests.service import Service, until
-from tests.wire import ask, post
+from tests.wire import ask, crash, post, purchase
 
 MakeService = Callable[..., Service]
 STUCK = ("one", "two", "three")
@@ -108,6 +109,45 @@ async def test_three_locked_tables_hold_up_nobody_else(
         count = postgres.execute(database, f"SELECT count(*) FROM {lane}")
         assert count == [(taken[lane],)]
     assert (await send(service, {"event_name": "one", "n": 3}))[0] == 200
+
+
+async def test_what_is_parked_is_loaded_before_what_came_later(
+    database: str, make_service: MakeService, proxy: Proxy
+) -> None:
+    """Though memory has room again for what comes later."""
+    service = make_service(
+        database_url=proxy.url, load_interval=0.2, load_min_interval=0, load_trigger_bytes=20_000,
+        buffer_max_bytes=100_000,
+    )  # fmt: skip
+    await service.start()
+    for event in (crash(user_id=0), purchase(user_id=0)):
+        assert (await service.post(event))[0] == 200
+    await service.drained()
+
+    async def cut_all(moment: Moment) -> bool:
+        return await cut()
+
+    proxy.hook = cut_all
+    for user in range(1, 7):
+        assert (await service.post([purchase("x" * 1000, user)] * 20))[0] == 200
+    for user in range(1, 11):
+        assert (await service.post([crash("x" * 1000, user)] * 20))[0] == 200
+    found = await lanes(service)
+    assert found["purchase"]["parked"] > 0
+    assert found["crash_report"]["parked"] > 100
+    with psycopg2.connect(database) as lock, lock.cursor() as cursor:
+        cursor.execute("LOCK TABLE crash_report IN ACCESS EXCLUSIVE MODE")
+        proxy.let_pass()
+
+        async def others_loaded() -> bool:
+            return bool((await lanes(service))["purchase"]["waiting"] == 0)
+
+        await until(others_loaded, what="memory with room")
+        assert (await service.post([crash("x" * 1000, 11)] * 20))[0] == 200
+    await service.drained()
+    by_transaction = "SELECT user_id FROM crash_report ORDER BY xmin::text::bigint, user_id"
+    users = [user for (user,) in Postgres.execute(database, by_transaction)]
+    assert users == [0, *(user for user in range(1, 12) for _ in range(20))]
 
 
 async def test_a_background_task_that_dies_ends_the_service(

@@ -40,6 +40,9 @@ def bodies() -> dict[str, tuple[bytes, tuple[str, ...]]]:
         "ones": (b"[" + b"1," * (BODY // 2 - 2) + b"1]", ()),
         "lists": (b"[" + b"[]," * (BODY // 3 - 2) + b"1]", ()),
         "objects": (b"[" + b"{}," * (BODY // 3 - 2) + b"1]", ()),
+        "a good event, one of many brackets": (
+            b"[" + good + b',{"x": [' + b"{}," * (MIB // 2) + b"1]}]", (),
+        ),
         "20,000 bad events": (b"[" + b",".join([bad] * 20_000) + b"]", ()),
         "20,000 bad lines": (b"\n".join([bad] * 20_000), ()),
         "20,000 good events, the last is bad": (b"[" + b",".join([good] * 19_999) + b",1]", ()),

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from typing import Any
 
+import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from datapipe.bodies import PART_BYTES, Parsed, parse
+from datapipe.bodies import PART_BYTES, Parsed, _elements, parse
 from datapipe.errors import EventRejected
 from datapipe.registry import Registry, load_registry
 from datapipe.settings import Settings
@@ -86,6 +91,42 @@ async def test_a_broken_line_costs_itself_only(registry: Registry) -> None:
     parsed = await read(registry, GOOD + b'\n{"event_name":\n\xff\n' + GOOD)
     assert [(index, error.code) for index, error in parsed.errors] == [(1, 3), (2, 3)]
     assert [rows.data for rows in parsed.chunks] == [ROW * 2]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text() | st.text(r'"\[]{}, ', max_size=9),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+)  # fmt: skip
+SEPARATORS = [(",", ":"), (" ,\n", " :\t"), (", \r", ": ")]
+
+
+@given(st.lists(JSON, max_size=8), st.sampled_from([None, 1]), st.sampled_from(SEPARATORS))
+def test_an_array_is_taken_apart_at_the_right_places(
+    elements: list[Any], indent: int | None, separators: tuple[str, str]
+) -> None:
+    for ascii in (True, False):
+        text = json.dumps(elements, ensure_ascii=ascii, indent=indent, separators=separators)
+        body = text.encode()
+        raws = [raw for raw in _elements(body + b" \n") if raw is not None]
+        assert raws == [bytes(raw) for raw in msgspec.json.decode(body, type=list[msgspec.Raw])]
+        assert [json.loads(raw) for raw in raws] == json.loads(body)
+
+
+async def test_others_get_a_turn_while_many_brackets_are_passed_over(registry: Registry) -> None:
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    task = asyncio.create_task(others())
+    parsed = await read(registry, b"[" + GOOD + b',{"x":[' + b"{}," * 100_000 + b"1]}]")
+    task.cancel()
+    assert [error.code for _, error in parsed.errors] == [4]
+    assert turns > 20
 
 
 @pytest.mark.parametrize(
