@@ -177,8 +177,9 @@ class _Pool:
     def close(self) -> None:
         """Close those that are free, and the others as soon as they are."""
         self._closed = True
-        while self._free:
-            self._free.pop().raw.close()
+        for connection in self._free:
+            connection.raw.close()
+        self._free.clear()
 
 
 def _answering(dsn: str) -> str:
