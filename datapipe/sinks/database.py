@@ -206,8 +206,8 @@ class Database:
     def __init__(self, settings: Settings, stack: AsyncExitStack) -> None:
         self._settings = settings
         self._schema = settings.database_schema
-        self._ledger = f"{quote(self._schema)}.datapipe_ledger"
-        self._processes = f"{quote(self._schema)}.datapipe_processes"
+        self._ledger = self._own("datapipe_ledger")
+        self._processes = self._own("datapipe_processes")
         self._stack = stack
         url = settings.database_url
         self._dsn = connection_dsn(url) if url else None
@@ -222,6 +222,13 @@ class Database:
         self._error: str | None = None
         self._version: str | None = None
         self._answer_s: float | None = None
+
+    def _name(self, table: str) -> str:
+        return f"{quote(self._schema)}.{quote(table)}"
+
+    def _own(self, table: str) -> str:
+        """The name in a statement with parameters, be there none: psycopg2 looks at each `%`."""
+        return self._name(table).replace("%", "%%")
 
     async def dsn(self) -> str:
         """The libpq connection string; starts the embedded server where that is meant.
@@ -287,15 +294,36 @@ class Database:
     async def _check(self, cursor: aiopg.Cursor, table: Table) -> list[tuple[str, str]]:
         lacking = await self._lacking(cursor, table)
         if lacking:
+            if wanting := await self._wanting(cursor, table):
+                return [("fail", f"table {table.name}: {wanting}")]
             return [("ok", f"table {table.name}: will be made or completed when it is needed")]
         await cursor.execute(
             "SELECT relpersistence = 'u' FROM pg_class WHERE oid = %s::regclass",
-            (f"{quote(self._schema)}.{quote(table.name)}",),
+            (self._name(table.name),),
         )
         if (await cursor.fetchone())[0]:
             text = "is UNLOGGED: a crash of the database empties it, rows and all"
             return [("warn", f"table {table.name}: {text}")]
         return []
+
+    async def _wanting(self, cursor: aiopg.Cursor, table: Table) -> str | None:
+        """The right that our role lacks to make or complete this table, and the remedy."""
+        await cursor.execute(
+            "SELECT current_user::text, current_database()::text, n.oid IS NULL, c.oid IS NULL,"
+            " CASE WHEN n.oid IS NULL THEN has_database_privilege(current_database(), 'CREATE')"
+            " WHEN c.oid IS NULL THEN has_schema_privilege(n.oid, 'CREATE')"
+            " ELSE pg_has_role(c.relowner, 'USAGE') END"
+            " FROM (VALUES (1)) AS one LEFT JOIN pg_namespace n ON n.nspname = %s"
+            " LEFT JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = %s",
+            (self._schema, table.name),
+        )
+        role, database, no_schema, no_table, may = await cursor.fetchone()
+        if may:
+            return None
+        if not no_table:
+            return f"lacks columns, and only its owner may add them, not {role}"
+        within = f"DATABASE {quote(database)}" if no_schema else f"SCHEMA {quote(self._schema)}"
+        return f"is missing, and {role} may not make it: GRANT CREATE ON {within} TO {quote(role)}"
 
     async def _read_version(self, cursor: aiopg.Cursor) -> None:
         if self._version is None:
@@ -440,7 +468,8 @@ class Database:
         )
         await cursor.execute(
             f"DELETE FROM {self._ledger} WHERE kind = 'segment' AND source = 'ironmq'"
-            f" AND loaded_at < now() - interval '{_IRONMQ_DAYS} days'"
+            f" AND loaded_at < now() - interval '{_IRONMQ_DAYS} days'",
+            (),
         )
         await cursor.execute(
             f"DELETE FROM {self._processes} WHERE seen_at < now() - interval"
@@ -448,7 +477,7 @@ class Database:
             " '1 hour') OR (mirror = %s AND process <> %s)",
             (beat.mirror, beat.process),
         )
-        await cursor.execute(f"SELECT process, beats, ended FROM {self._processes}")
+        await cursor.execute(f"SELECT process, beats, ended FROM {self._processes}", ())
         return {process: Beat(beats, ended) for process, beats, ended in await cursor.fetchall()}
 
     async def loaded(self, segments: Sequence[str]) -> set[str]:

@@ -61,7 +61,7 @@ class PostgresSink(Database):
 
     def __init__(self, settings: Settings, process: str, stack: AsyncExitStack) -> None:
         super().__init__(settings, stack)
-        self._letters = self._name("datapipe_dead_letters")
+        self._letters = self._own("datapipe_dead_letters")
         self._chunk_bytes = settings.load_chunk_bytes
         self._process = process
         self._threads: set[threading.Thread] = set()
@@ -71,9 +71,6 @@ class PostgresSink(Database):
         # loads that took a segment and failed, by its id: one of them may have committed all the
         # same. Not in the segment, which may be parked and read anew before it is tried again
         self._tried: dict[str, set[str]] = {}
-
-    def _name(self, table: str) -> str:
-        return f"{quote(self._schema)}.{quote(table)}"
 
     async def load(
         self, table: Table, segments: Sequence[Segment], *, accept_dead: bool = False
