@@ -76,6 +76,31 @@ def connection_dsn(url: str) -> str:
     return dsn
 
 
+class _Places:
+    """Descriptors that are open all the time, for sockets to be put in their places.
+
+    Taken early they have small numbers: when a connection breaks, aiopg calls `select`, which
+    refuses those from 1,024 on.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._nothing = os.open(os.devnull, os.O_RDONLY)
+        self._free = [os.dup(self._nothing) for _ in range(count)]
+
+    def take(self, descriptor: int) -> int:
+        """The number under which a duplicate of it is open now."""
+        return os.dup2(descriptor, self._free.pop(), inheritable=False)
+
+    def leave(self, number: int) -> None:
+        """Close what is open under that number; it stays ours."""
+        os.dup2(self._nothing, number, inheritable=False)
+        self._free.append(number)
+
+    def close(self) -> None:
+        for descriptor in (self._nothing, *self._free):
+            os.close(descriptor)
+
+
 class _Cancelled(psycopg2.OperationalError):  # type: ignore[misc]
     """The server cancelled the statement: `statement_timeout`, or somebody's `pg_cancel_backend`.
 
@@ -97,10 +122,11 @@ class _Connection(psycopg2.extensions.connection):  # type: ignore[misc]
 
     _watched = -1
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, places: _Places, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._loop = asyncio.get_running_loop()
-        self._watched = os.dup(super().fileno())
+        self._places = places
+        self._watched = places.take(super().fileno())
 
     def fileno(self) -> int:
         """What aiopg asks for once, to have it watched."""
@@ -122,16 +148,12 @@ class _Connection(psycopg2.extensions.connection):  # type: ignore[misc]
         super().close()
         if self._watched >= 0:
             self._unwatch()
-            os.close(self._watched)
+            self._places.leave(self._watched)
             self._watched = -1
 
     def _unwatch(self) -> None:
         self._loop.remove_reader(self._watched)
         self._loop.remove_writer(self._watched)
-
-    def __del__(self) -> None:
-        if self._watched >= 0:  # it broke, was unwatched, and aiopg dropped it
-            os.close(self._watched)
 
 
 class _Pool:
@@ -141,8 +163,9 @@ class _Pool:
     ends the work of others when it is terminated.
     """
 
-    def __init__(self, dsn: str) -> None:
+    def __init__(self, dsn: str, places: _Places) -> None:
         self._dsn = dsn
+        self._places = places
         self._free: list[aiopg.Connection] = []
         self._closed = False
 
@@ -154,7 +177,7 @@ class _Pool:
         """
         connection = self._take() or await aiopg.connect(
             self._dsn, timeout=20.0, enable_json=False, enable_hstore=False, enable_uuid=False,
-            connection_factory=_Connection,
+            connection_factory=partial(_Connection, self._places),
         )  # fmt: skip
         try:
             yield connection
@@ -214,6 +237,8 @@ class Database:
         self.psql: str | None = None  # a line that opens the embedded server
         self._pool: _Pool | None = None
         self._turns = asyncio.Semaphore(_CONNECTIONS)
+        self._places = _Places(_CONNECTIONS)
+        stack.callback(self._places.close)
         self._starting = asyncio.Lock()
         self._preparing = asyncio.Lock()
         self._prepared: set[Table] = set()
@@ -376,7 +401,8 @@ class Database:
             configured = await self.dsn()
             _, answering = in_thread(lambda: _answering(configured))
             dsn = await answering
-            self._pool = self._pool or _Pool(dsn)  # somebody else may have been faster
+            # somebody else may have been faster
+            self._pool = self._pool or _Pool(dsn, self._places)
         return self._pool
 
     def _close_pool(self) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import resource
+import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import psycopg2
+import pytest
 
 from tests.fault.ironmq_process import running_queue
 from tests.fault.test_database import OFTEN, check_all, loads, summary_is, under_load
@@ -107,15 +110,45 @@ async def test_a_new_column_whose_statement_is_cancelled_comes_later(
     assert await service.stop() == 0
 
 
+@pytest.mark.parametrize("clients", [0, 1100])
 async def test_a_statement_timeout_ends_no_heartbeat_and_no_answer(
-    postgres: Postgres, database: str, make_service: MakeService
+    postgres: Postgres, database: str, make_service: MakeService, clients: int
 ) -> None:
-    """`statement_timeout` of the database meets what waits for a lock."""
+    """`statement_timeout` of the database meets what waits for a lock.
+
+    With so many clients a descriptor that is opened now has a number that `select` can't take.
+    """
     await made(postgres, database, make_service)
     name = database.rsplit("/", 1)[1]
     postgres.execute(database, f"ALTER DATABASE {name} SET statement_timeout = '300ms'")
     service = await make_service(database_url=database, event_modules=QUICK, **OFTEN).start()
-    await goes_on_beating(postgres, database)
+    with idle_clients(service, clients):
+        await throw_out(postgres, database)
+        await goes_on_beating(postgres, database)
+        await heartbeat_is_cancelled(service, database)
+        await goes_on_beating(postgres, database)
+    assert (await service.get("/dead"))[0] == 200
+    assert (await service.post(INSTALL))[0] == 200
+    await loads(service, 1)
+    assert len(service.logged("database down")) <= 1  # as the sessions were thrown out
+    assert await service.stop() == 0
+
+
+@contextmanager
+def idle_clients(service: Service, count: int) -> Iterator[None]:
+    """Connections that send nothing, while the service, and we, may open so many."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    resource.prlimit(service.pid, resource.RLIMIT_NOFILE, (most, most))
+    host, port = service.url.removeprefix("http://").split(":")
+    with ExitStack() as stack:
+        for _ in range(count):
+            stack.enter_context(socket.create_connection((host, int(port))))
+        yield
+
+
+async def heartbeat_is_cancelled(service: Service, database: str) -> None:
+    """And what else waits for the lock: it is answered, and says why."""
     with transaction(database, "LOCK TABLE datapipe_processes, datapipe_dead_letters"):
 
         async def told() -> bool:
@@ -127,12 +160,6 @@ async def test_a_statement_timeout_ends_no_heartbeat_and_no_answer(
         status, answer = await service.get("/dead")
         assert (status, answer["status_code"]) == (503, 9)
         assert "statement timeout" in answer["status_message"]
-    await goes_on_beating(postgres, database)
-    assert (await service.get("/dead"))[0] == 200
-    assert (await service.post(INSTALL))[0] == 200
-    await loads(service, 1)
-    assert not service.logged("database down")
-    assert await service.stop() == 0
 
 
 async def test_a_background_task_that_is_cancelled_by_nobody_ends_the_service(
