@@ -97,6 +97,31 @@ def connection_dsn(url: str) -> str:
     return dsn
 
 
+class _Places:
+    """Descriptors that are open all the time, for sockets to be put in their places.
+
+    Taken early they have small numbers: when a connection breaks, aiopg calls `select`, which
+    refuses those from 1,024 on.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._nothing = os.open(os.devnull, os.O_RDONLY)
+        self._free = [os.dup(self._nothing) for _ in range(count)]
+
+    def take(self, descriptor: int) -> int:
+        """The number under which a duplicate of it is open now."""
+        return os.dup2(descriptor, self._free.pop(), inheritable=False)
+
+    def leave(self, number: int) -> None:
+        """Close what is open under that number; it stays ours."""
+        os.dup2(self._nothing, number, inheritable=False)
+        self._free.append(number)
+
+    def close(self) -> None:
+        for descriptor in (self._nothing, *self._free):
+            os.close(descriptor)
+
+
 class _Cancelled(psycopg2.OperationalError):  # type: ignore[misc]
     """The server cancelled the statement: `statement_timeout`, or somebody's `pg_cancel_backend`.
 
@@ -118,10 +143,11 @@ class _Connection(psycopg2.extensions.connection):  # type: ignore[misc]
 
     _watched = -1
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, places: _Places, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._loop = asyncio.get_running_loop()
-        self._watched = os.dup(super().fileno())
+        self._places = places
+        self._watched = places.take(super().fileno())
 
     def fileno(self) -> int:
         """What aiopg asks for once, to have it watched."""
@@ -143,16 +169,12 @@ class _Connection(psycopg2.extensions.connection):  # type: ignore[misc]
         super().close()
         if self._watched >= 0:
             self._unwatch()
-            os.close(self._watched)
+            self._places.leave(self._watched)
             self._watched = -1
 
     def _unwatch(self) -> None:
         self._loop.remove_reader(self._watched)
         self._loop.remove_writer(self._watched)
-
-    def __del__(self) -> None:
-        if self._watched >= 0:  # it broke, was unwatched, and aiopg dropped it
-            os.close(self._watched)
 
 
 class _Pool:
@@ -162,8 +184,9 @@ class _Pool:
     ends the work of others when it is terminated.
     """
 
-    def __init__(self, dsn: str) -> None:
+    def __init__(self, dsn: str, places: _Places) -> None:
         self._dsn = dsn
+        self._places = places
         self._free: list[aiopg.Connection] = []
         self._closed = False
 
@@ -175,7 +198,7 @@ class _Pool:
         """
         connection = self._take() or await aiopg.connect(
             self._dsn, timeout=20.0, enable_json=False, enable_hstore=False, enable_uuid=False,
-            connection_factory=_Connection,
+            connection_factory=partial(_Connection, self._places),
         )  # fmt: skip
         try:
             yield connection
@@ -198,8 +221,9 @@ class _Pool:
     def close(self) -> None:
         """Close those that are free, and the others as soon as they are."""
         self._closed = True
-        while self._free:
-            self._free.pop().raw.close()
+        for connection in self._free:
+            connection.raw.close()
+        self._free.clear()
 
 
 def _answering(dsn: str) -> str:
@@ -234,14 +258,16 @@ class Database:
     def __init__(self, settings: Settings, stack: AsyncExitStack) -> None:
         self._settings = settings
         self._schema = settings.database_schema
-        self._ledger = f"{quote(self._schema)}.datapipe_ledger"
-        self._processes = f"{quote(self._schema)}.datapipe_processes"
+        self._ledger = self._own("datapipe_ledger")
+        self._processes = self._own("datapipe_processes")
         self._stack = stack
         url = settings.database_url
         self._dsn = connection_dsn(url) if url else None
         self.psql: str | None = None  # a line that opens the embedded server
         self._pool: _Pool | None = None
         self._turns = asyncio.Semaphore(_CONNECTIONS)
+        self._places = _Places(_CONNECTIONS)
+        stack.callback(self._places.close)
         self._starting = asyncio.Lock()
         self._preparing = asyncio.Lock()
         self._prepared: set[Table] = set()
@@ -250,6 +276,13 @@ class Database:
         self._error: str | None = None
         self._version: str | None = None
         self._answer_s: float | None = None
+
+    def _name(self, table: str) -> str:
+        return f"{quote(self._schema)}.{quote(table)}"
+
+    def _own(self, table: str) -> str:
+        """The name in a statement with parameters, be there none: psycopg2 looks at each `%`."""
+        return self._name(table).replace("%", "%%")
 
     async def dsn(self) -> str:
         """The libpq connection string; starts the embedded server where that is meant.
@@ -324,15 +357,36 @@ class Database:
     async def _check(self, cursor: aiopg.Cursor, table: Table) -> list[tuple[str, str]]:
         lacking = await self._lacking(cursor, table)
         if lacking:
+            if wanting := await self._wanting(cursor, table):
+                return [("fail", f"table {table.name}: {wanting}")]
             return [("ok", f"table {table.name}: will be made or completed when it is needed")]
         await cursor.execute(
             "SELECT relpersistence = 'u' FROM pg_class WHERE oid = %s::regclass",
-            (f"{quote(self._schema)}.{quote(table.name)}",),
+            (self._name(table.name),),
         )
         if (await cursor.fetchone())[0]:
             text = "is UNLOGGED: a crash of the database empties it, rows and all"
             return [("warn", f"table {table.name}: {text}")]
         return []
+
+    async def _wanting(self, cursor: aiopg.Cursor, table: Table) -> str | None:
+        """The right that our role lacks to make or complete this table, and the remedy."""
+        await cursor.execute(
+            "SELECT current_user::text, current_database()::text, n.oid IS NULL, c.oid IS NULL,"
+            " CASE WHEN n.oid IS NULL THEN has_database_privilege(current_database(), 'CREATE')"
+            " WHEN c.oid IS NULL THEN has_schema_privilege(n.oid, 'CREATE')"
+            " ELSE pg_has_role(c.relowner, 'USAGE') END"
+            " FROM (VALUES (1)) AS one LEFT JOIN pg_namespace n ON n.nspname = %s"
+            " LEFT JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = %s",
+            (self._schema, table.name),
+        )
+        role, database, no_schema, no_table, may = await cursor.fetchone()
+        if may:
+            return None
+        if not no_table:
+            return f"lacks columns, and only its owner may add them, not {role}"
+        within = f"DATABASE {quote(database)}" if no_schema else f"SCHEMA {quote(self._schema)}"
+        return f"is missing, and {role} may not make it: GRANT CREATE ON {within} TO {quote(role)}"
 
     async def _read_version(self, cursor: aiopg.Cursor) -> None:
         if self._version is None:
@@ -385,7 +439,8 @@ class Database:
             configured = await self.dsn()
             _, answering = in_thread(lambda: _answering(configured))
             dsn = await answering
-            self._pool = self._pool or _Pool(dsn)  # somebody else may have been faster
+            # somebody else may have been faster
+            self._pool = self._pool or _Pool(dsn, self._places)
         return self._pool
 
     def _close_pool(self) -> None:
@@ -479,7 +534,8 @@ class Database:
         )
         await cursor.execute(
             f"DELETE FROM {self._ledger} WHERE kind = 'segment' AND source = 'ironmq'"
-            f" AND loaded_at < now() - interval '{_IRONMQ_DAYS} days'"
+            f" AND loaded_at < now() - interval '{_IRONMQ_DAYS} days'",
+            (),
         )
         await cursor.execute(
             f"DELETE FROM {self._processes} WHERE seen_at < now() - interval"
@@ -487,7 +543,7 @@ class Database:
             " '1 hour') OR (mirror = %s AND process <> %s)",
             (beat.mirror, beat.process),
         )
-        await cursor.execute(f"SELECT process, beats, ended FROM {self._processes}")
+        await cursor.execute(f"SELECT process, beats, ended FROM {self._processes}", ())
         return {process: Beat(beats, ended) for process, beats, ended in await cursor.fetchall()}
 
     async def loaded(self, segments: Sequence[str]) -> set[str]:

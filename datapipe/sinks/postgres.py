@@ -62,7 +62,7 @@ class PostgresSink(Database):
 
     def __init__(self, settings: Settings, process: str, stack: AsyncExitStack) -> None:
         super().__init__(settings, stack)
-        self._letters = self._name("datapipe_dead_letters")
+        self._letters = self._own("datapipe_dead_letters")
         self._chunk_bytes = settings.load_chunk_bytes
         self._process = process
         self._threads: set[threading.Thread] = set()
@@ -74,9 +74,6 @@ class PostgresSink(Database):
         self._tried: dict[str, set[str]] = {}
         self._guards: defaultdict[str, Guard] = defaultdict(Guard)  # by lane
         self._backends: dict[str, int] = {}  # the server's processes of loads under way, by lane
-
-    def _name(self, table: str) -> str:
-        return f"{quote(self._schema)}.{quote(table)}"
 
     async def load(
         self, table: Table, segments: Sequence[Segment], *, accept_dead: bool = False

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import resource
+import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import psycopg2
+import pytest
 
 from tests.fault.ironmq_process import running_queue
 from tests.fault.test_database import OFTEN, check_all, loads, summary_is, under_load
@@ -15,6 +18,7 @@ from tests.service import Service, until
 
 MakeService = Callable[..., Service]
 QUICK = ["tests.fault.modules.quick_watch"]  # a beat each 0.2 s
+READ_ONLY = "default_transaction_read_only"
 CRASH = {"event_name": "crash_report", "user_id": 1, "timestamp": 2, "message": "it broke"}
 INSTALL = {"event_name": "install", "user_id": 1, "timestamp": 2}
 
@@ -58,6 +62,15 @@ async def made(postgres: Postgres, database: str, make_service: MakeService) -> 
     postgres.execute(database, "TRUNCATE crash_report, install")
 
 
+async def throw_out(postgres: Postgres, database: str) -> None:
+    """End all sessions, as a failover does."""
+    await postgres.aexecute(
+        postgres.url("postgres"),
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s",
+        database.rsplit("/", 1)[1],
+    )
+
+
 async def cancelled(postgres: Postgres, database: str, like: str) -> bool:
     """Cancel what waits for a lock; whether there was something."""
     rows = await postgres.aexecute(
@@ -97,15 +110,52 @@ async def test_a_new_column_whose_statement_is_cancelled_comes_later(
     assert await service.stop() == 0
 
 
+@pytest.mark.parametrize("clients", [0, 1100])
 async def test_a_statement_timeout_ends_no_heartbeat_and_no_answer(
-    postgres: Postgres, database: str, make_service: MakeService
+    postgres: Postgres, database: str, make_service: MakeService, clients: int
 ) -> None:
-    """`statement_timeout` of the database meets what waits for a lock."""
+    """`statement_timeout` of the database meets what waits for a lock.
+
+    With so many clients a descriptor that is opened now has a number that `select` can't take.
+    """
     await made(postgres, database, make_service)
     name = database.rsplit("/", 1)[1]
     postgres.execute(database, f"ALTER DATABASE {name} SET statement_timeout = '300ms'")
     service = await make_service(database_url=database, event_modules=QUICK, **OFTEN).start()
     await goes_on_beating(postgres, database)
+    allow = f"ALTER DATABASE {name} ALLOW_CONNECTIONS"
+    await postgres.aexecute(postgres.url("postgres"), f"{allow} false")
+    await throw_out(postgres, database)
+    await summary_is(service, "database_down")
+    with idle_clients(service, clients):
+        await postgres.aexecute(postgres.url("postgres"), f"{allow} true")
+        await summary_is(service, "healthy")
+        await goes_on_beating(postgres, database)
+        await heartbeat_is_cancelled(service, database)
+        await goes_on_beating(postgres, database)
+    assert (await service.get("/dead"))[0] == 200
+    assert (await service.post(INSTALL))[0] == 200
+    await loads(service, 1)
+    assert len(service.logged("database down")) == 1  # as the sessions were thrown out
+    assert await service.stop() == 0
+
+
+@contextmanager
+def idle_clients(service: Service, count: int) -> Iterator[None]:
+    """Connections that send nothing, while the service, and we, may open so many."""
+    usual, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    resource.prlimit(service.pid, resource.RLIMIT_NOFILE, (most, most))
+    host, port = service.url.removeprefix("http://").split(":")
+    with ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (usual, most))
+        for _ in range(count):
+            stack.enter_context(socket.create_connection((host, int(port))))
+        yield
+
+
+async def heartbeat_is_cancelled(service: Service, database: str) -> None:
+    """And what else waits for the lock: it is answered, and says why."""
     with transaction(database, "LOCK TABLE datapipe_processes, datapipe_dead_letters"):
 
         async def told() -> bool:
@@ -117,12 +167,6 @@ async def test_a_statement_timeout_ends_no_heartbeat_and_no_answer(
         status, answer = await service.get("/dead")
         assert (status, answer["status_code"]) == (503, 9)
         assert "statement timeout" in answer["status_message"]
-    await goes_on_beating(postgres, database)
-    assert (await service.get("/dead"))[0] == 200
-    assert (await service.post(INSTALL))[0] == 200
-    await loads(service, 1)
-    assert not service.logged("database down")
-    assert await service.stop() == 0
 
 
 async def test_a_background_task_that_is_cancelled_by_nobody_ends_the_service(
@@ -141,21 +185,23 @@ async def test_a_background_task_that_is_cancelled_by_nobody_ends_the_service(
 async def test_no_broken_connection_takes_the_number_of_a_new_one(
     own_postgres: Postgres, make_service: MakeService, seed: int
 ) -> None:
-    """The database ends under load while connections to IronMQ come and go."""
+    """The database ends while others take its sockets' numbers, and connections to IronMQ come."""
     database = own_postgres.create_database()
     async with running_queue() as queue:
-        await queue.order(faults=[{"what": "reset", "rate": 0.1, "after": True}])
+        modules = [*QUICK, "tests.fault.modules.descriptors"]
         service = make_service(
-            database_url=database, **queue.settings, event_modules=QUICK, **OFTEN
+            database_url=database, **queue.settings, event_modules=modules, **OFTEN
         )
         async with under_load(service, seed) as driver:
-            for _ in range(4):
+            for _ in range(3):
+                await asyncio.gather(*(service.get("/dead") for _ in range(4)))
                 await asyncio.to_thread(own_postgres.stop)
                 await summary_is(service, "database_down")
-                await driver.answered(150)
+                await queue.order(faults=[{"what": "reset", "n": 30}], latency=0.05)
+                await driver.answered(100)  # on as many connections as there can be
+                await queue.order(latency=0)
                 await asyncio.to_thread(own_postgres.start)
                 await loads(service)
-        await queue.order(clear=True)
         await driver.settle()
         await service.drained(60)
         verdict = await driver.compare(database)
@@ -173,19 +219,12 @@ async def test_a_database_that_was_read_only_for_a_while_is_loaded_again(
 ) -> None:
     """As a standby behind the address for some seconds; it is told once, and over once."""
     name = database.rsplit("/", 1)[1]
-
-    async def turn(how: str) -> None:
-        """As a failover does it: whoever is connected is thrown out."""
-        await postgres.aexecute(postgres.url("postgres"), f"ALTER DATABASE {name} {how}")
-        await postgres.aexecute(
-            postgres.url("postgres"),
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s",
-            name,
-        )
-
     service = make_service(database_url=database, event_modules=QUICK, **OFTEN)
     async with under_load(service, seed) as driver:
-        await turn("SET default_transaction_read_only = on")
+        await postgres.aexecute(
+            postgres.url("postgres"), f"ALTER DATABASE {name} SET {READ_ONLY} = on"
+        )
+        await throw_out(postgres, database)
         await summary_is(service, "database_down")
         for _ in range(10):
             status, answer = await service.get("/dead")
@@ -194,7 +233,7 @@ async def test_a_database_that_was_read_only_for_a_while_is_loaded_again(
         assert (await service.status())["summary"]["state"] == "database_down"
         # nobody is thrown out now: what is read-only must go by itself
         await postgres.aexecute(
-            postgres.url("postgres"), f"ALTER DATABASE {name} RESET default_transaction_read_only"
+            postgres.url("postgres"), f"ALTER DATABASE {name} RESET {READ_ONLY}"
         )
         async with asyncio.timeout(10):
             await loads(service)

@@ -302,6 +302,40 @@ async def test_check_finds_what_is_wrong(datapipe: Run, database: str, tmp_path:
     assert (wrong.code, "mirror" in wrong.one_line()) == (2, True)
 
 
+async def test_check_asks_whether_what_is_missing_may_be_made(
+    datapipe: Run, postgres: Postgres
+) -> None:
+    """A role with USAGE alone; then with CREATE; then tables of somebody else that lack columns."""
+    database = postgres.create_database()
+    role, name = f"role_{database[-8:]}", database.rsplit("/", 1)[1]
+    postgres.execute(database, f"CREATE ROLE {role} LOGIN; CREATE SCHEMA a")
+    postgres.execute(database, f"GRANT USAGE ON SCHEMA a TO {role}")
+    limited = database.replace("postgres@", f"{role}@")
+
+    async def check(schema: str) -> Result:
+        result = await datapipe("check", database_url=limited, database_schema=schema)
+        assert isinstance(result, Result)
+        assert "Traceback" not in result.out + result.err
+        return result
+
+    result = await check("a")
+    assert result.code == 1
+    grant = f'is missing, and {role} may not make it: GRANT CREATE ON SCHEMA "a" TO "{role}"'
+    assert f"fail  table crash_report: {grant}\n" in result.out
+    assert f"fail  table datapipe_ledger: {grant}\n" in result.out
+    result = await check("b")
+    assert result.code == 1
+    assert f'may not make it: GRANT CREATE ON DATABASE "{name}" TO "{role}"\n' in result.out
+    postgres.execute(database, "CREATE TABLE a.crash_report (user_id bigint)")
+    postgres.execute(database, f'GRANT CREATE ON SCHEMA "a" TO "{role}"')
+    result = await check("a")
+    assert result.code == 1
+    (failed,) = (line for line in result.out.splitlines() if line.startswith("fail"))
+    assert "table crash_report: lacks columns, and only its owner may add them" in failed
+    postgres.execute(database, f"ALTER TABLE a.crash_report OWNER TO {role}")
+    assert (await check("a")).code == 0
+
+
 async def test_check_verifies_the_journals(
     datapipe: Run, make_service: Callable[..., Service], database: str, tmp_path: Path
 ) -> None:

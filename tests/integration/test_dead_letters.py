@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.postgres import Postgres
-from tests.service import ROOT, Service
+from tests.service import ROOT, Service, until
 
 Make = Callable[..., Service]
 
@@ -118,6 +118,50 @@ async def test_the_command(service: Service, postgres: Postgres, database: str) 
     assert (code, "replayed install: 2 rows" in text) == (0, True)
     code, text = await command(service, "dead", "drop", "--all")
     assert (code, text) == (0, "dropped: 0\n")
+
+
+async def test_a_schema_with_percent_signs(
+    postgres: Postgres, database: str, make_service: Callable[..., Service]
+) -> None:
+    """What psycopg2 takes for a placeholder, in every statement: load, key, letters, heartbeat."""
+    schema = "100% of %s"
+    modules = ["tests.fault.modules.quick_watch", "tests.fault.modules.quick_recovery"]
+    settings = {"database_url": database, "database_schema": schema, "event_modules": modules}
+    service = await make_service(**settings).start()
+    await service.post(install(0))
+    await service.drained()
+    postgres.execute(
+        database, f'ALTER TABLE "{schema}".install ADD CONSTRAINT even CHECK (user_id % 2 = 0)'
+    )
+    for _ in range(2):
+        assert (await service.post(install(2), headers={"Idempotency-Key": "once"}))[0] == 200
+    await service.post([install(3), install(5)])
+    books = await service.drained()
+    assert (books["loaded"], books["duplicate"], books["dead"]) == (2, 1, 2)
+    (one, other) = (await service.get("/dead?lane=install&sqlstate=23514"))[1]["letters"]
+    for body, dropped in (({"ids": [one["id"]]}, 1), ({"lane": "purchase"}, 0)):
+        async with service.session.post(f"{service.url}/dead/drop", json=body) as answer:
+            assert await answer.json() == {"dropped": dropped}
+    async with service.session.post(f"{service.url}/dead/replay", json={"all": True}) as answer:
+        assert await answer.json() == {"replayed": {"install": 0}, "dead": 1}
+    assert (await service.get("/dead"))[1]["letters"][0]["id"] == other["id"]
+
+    neighbour = await make_service(**settings, load_interval=3600).start()
+    await neighbour.post(install(4))
+    await neighbour.kill()
+
+    async def taken_over() -> bool:
+        rows = await postgres.aexecute(
+            database,
+            f'SELECT (SELECT count(*) FROM "{schema}".install), count(*), min(beats) > 2'
+            f' FROM "{schema}".datapipe_processes',
+        )
+        return bool(rows == [(3, 1, True)])
+
+    await until(taken_over, what="the neighbour's event, and its heartbeat gone")
+    assert not service.logged("heartbeat failed")
+    assert not service.logged("lane blocked")
+    assert await service.stop() == 0
 
 
 async def test_a_table_that_refuses_nearly_all_blocks_its_lane_and_heals(
