@@ -217,7 +217,7 @@ async def gunicorn_app() -> web.AppRunner:
     with _told():
         # a `host` that says loopback would let anybody act without a key, wherever gunicorn listens
         settings = structs.replace(settings_module.load(), host="")
-        logs.configure(settings.log_level, settings.log_format)
+        logs.configure(settings.log_level, settings.log_format, queued=True)
         app = create_app(settings)
     return create_runner(app, _InWorker)
 

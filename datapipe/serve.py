@@ -31,7 +31,7 @@ async def serve(settings: Settings, args: argparse.Namespace) -> int:
 
     Raises: ConfigError, DatapipeError: it can't start.
     """
-    logs.configure(settings.log_level, settings.log_format)
+    logs.configure(settings.log_level, settings.log_format, queued=True)
     app = create_app(settings)
     runner = create_runner(app)
     pipeline = app[PIPELINE]

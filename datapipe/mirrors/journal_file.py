@@ -128,10 +128,12 @@ class JournalFile:
         try:
             for place, identity in self._places:
                 seen = os.stat(place)
-                if _identity(seen) != identity or not seen.st_size and place in self._filled:
+                if seen.st_ino != identity[1] or seen.st_dev != identity[0]:
+                    return False
+                if not seen.st_size and place in self._filled:
                     return False
                 if seen.st_size and place is self._places[0][0]:
-                    self._filled.add(place)  # our own file is never emptied by us, the log is
+                    self._filled.add(place)  # the file is never emptied by us, the log is
         except OSError:
             return False
         return True
@@ -173,9 +175,10 @@ class JournalFile:
             return self.path, self._lock
         others = (self.path.with_name(f"{number}.sqlite") for number in itertools.count())
         for path in itertools.chain([self.path], others):
-            if path == self.path or not path.exists():
-                if (lock := try_lock(path)) is not None:
-                    return path, lock
+            if path.exists() and path != self.path:
+                continue
+            if (lock := try_lock(path)) is not None:
+                return path, lock
         raise AssertionError  # count() never ends
 
     def _take_over(self, seen_by: sqlite3.Connection, kept: Path, name: str) -> tuple[int, int]:

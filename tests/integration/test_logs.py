@@ -1,0 +1,126 @@
+"""Who reads the log may stop reading, or go: the service goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from tests.postgres import free_port
+from tests.service import ROOT, until
+from tests.wire import crash
+
+F_SETPIPE_SZ = 1031  # Source: Linux, include/uapi/linux/fcntl.h
+CHATTY = "tests.fault.modules.chatty"
+
+
+class Logging:
+    """A service whose standard output is a pipe that is read when the test wants it."""
+
+    def __init__(self, folder: Path, database: str) -> None:
+        self.url = f"http://127.0.0.1:{free_port()}"
+        self._file = folder / "datapipe.json"
+        self._file.write_text(
+            json.dumps({
+                "host": "127.0.0.1", "port": int(self.url.rpartition(":")[2]),
+                "data_dir": str(folder / "var"), "database_url": database, "load_interval": 0.1,
+                "load_min_interval": 0.1, "event_modules": [CHATTY],
+            })
+        )  # fmt: skip
+        self.out, self._in = os.pipe()
+        fcntl.fcntl(self._in, F_SETPIPE_SZ, 4096)
+        self._session: aiohttp.ClientSession
+        self.process: asyncio.subprocess.Process
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[Logging]:
+        env = {"PATH": os.environ["PATH"], "DATAPIPE_CNF": str(self._file), "PYTHONPATH": str(ROOT)}
+        self.process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "datapipe", "serve", env=env, cwd=self._file.parent,
+            stdout=self._in, stderr=asyncio.subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        os.close(self._in)
+        timeout = aiohttp.ClientTimeout(total=15)
+        async with aiohttp.ClientSession(timeout=timeout) as self._session:
+            try:
+                await until(self._answers, what="an answer")
+                yield self
+            finally:
+                if self.process.returncode is None:
+                    self.process.kill()
+                    await self.process.wait()
+
+    async def _answers(self) -> bool:
+        try:
+            async with self._session.get(f"{self.url}/healthz") as response:
+                return response.status == 200
+        except aiohttp.ClientConnectionError:
+            return False
+
+    async def post(self, count: int = 1) -> None:
+        for _ in range(count):
+            async with self._session.post(f"{self.url}/", json=crash()) as response:
+                assert response.status == 200
+
+    def chat(self) -> None:
+        """Have the service log five thousand lines, numbered."""
+        self.process.send_signal(signal.SIGUSR1)
+
+    async def lines(self) -> list[dict[str, Any]]:
+        """All that is in the pipe, until the service ends."""
+
+        def read() -> bytes:
+            with open(self.out, "rb", closefd=True) as pipe:
+                return pipe.read()
+
+        return [json.loads(line) for line in (await asyncio.to_thread(read)).splitlines()]
+
+    async def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(20):
+            return await self.process.wait()
+
+
+async def test_posts_go_on_while_nobody_reads_the_log(database: str, tmp_path: Path) -> None:
+    """Dropped lines are counted, and told once it flows again; the others are in order."""
+    async with Logging(tmp_path, database).running() as service:
+        service.chat()
+        await service.post(20)
+        reading = asyncio.create_task(service.lines())
+        assert await service.stop() == 0
+        lines = await reading
+    numbers = [line["number"] for line in lines if line["event"] == "chat"]
+    assert numbers == list(range(len(numbers)))
+    assert 1000 <= len(numbers) < 5000
+    told = [line for line in lines if line["event"] == "log lines dropped"]
+    assert {line["level"] for line in told} == {"warning"}
+    assert sum(line["count"] for line in told) >= 5000 - len(numbers)
+    assert lines[-1]["event"] == "stopped"
+
+
+async def test_a_stop_ends_though_nobody_reads_the_log(database: str, tmp_path: Path) -> None:
+    async with Logging(tmp_path, database).running() as service:
+        service.chat()
+        await service.post()
+        started = time.monotonic()
+        assert await service.stop() == 0
+        assert time.monotonic() - started < 10
+    os.close(service.out)
+
+
+async def test_nobody_is_there_any_more_to_read_the_log(database: str, tmp_path: Path) -> None:
+    async with Logging(tmp_path, database).running() as service:
+        os.close(service.out)
+        service.chat()
+        await service.post(20)
+        assert await service.stop() == 0
