@@ -2,4 +2,5 @@
 
 from datapipe.sinks import postgres
 
+assert "lock_timeout = '10s'" in postgres._BEGIN, "what this changes is no longer told"
 postgres._BEGIN = postgres._BEGIN.replace("lock_timeout = '10s'", "lock_timeout = '300ms'")
