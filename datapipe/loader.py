@@ -215,7 +215,7 @@ class Loader:
                 accept_dead=schedule.accept_dead,
             )  # fmt: skip
         except (SinkUnavailable, LaneBlocked) as exc:
-            await ahead  # before the lane is parked: nothing may come into memory behind it
+            await ahead  # before the lane is parked: else what is given back is passed over
             if isinstance(exc, LaneBlocked):
                 self._block(schedule, str(exc))
             else:

@@ -139,6 +139,41 @@ async def test_a_disk_that_turns_read_only_is_down_and_heals(
     assert len(service.logged("mirror down")) == len(service.logged("mirror up")) == 1
 
 
+async def test_the_ledger_keeps_what_the_journal_could_not_remove(
+    postgres: Postgres, database: str, make_service: MakeService, tmp_path: Path
+) -> None:
+    """Else a crash before that removal would load it again."""
+    modules = ["tests.fault.modules.read_only", "tests.fault.modules.quick_watch"]
+    service = make_service(database_url=database, load_interval=300, event_modules=modules)
+    await service.start()
+    assert (await service.post(crash(user_id=1)))[0] == 200
+    flag = tmp_path / "var" / "journal" / "read-only"
+    flag.touch()
+    assert (await service.load())["loaded"] == {"crash_report": 1}
+
+    async def beats() -> int:
+        ((count,),) = await postgres.aexecute(
+            database, "SELECT coalesce(max(beats), 0) FROM datapipe_processes"
+        )
+        return int(count)
+
+    before = await beats()
+
+    async def beaten() -> bool:
+        return await beats() >= before + 3
+
+    await until(beaten, what="three more beats, each of which tidies the ledger up")
+    await service.kill()
+    flag.unlink()
+    await service.start()
+
+    async def recovered() -> bool:
+        return (await service.status())["books"]["duplicate"] == 1
+
+    await until(recovered, what="the segment, known to the ledger")
+    assert await postgres.aexecute(database, "SELECT count(*) FROM crash_report") == [(1,)]
+
+
 @pytest.mark.needs_root
 async def test_a_read_only_disk_at_the_start_is_one_clear_line(
     make_service: MakeService, disk: Path

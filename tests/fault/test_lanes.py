@@ -5,6 +5,7 @@ And a background task that dies: the service ends with it.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable
 from typing import Any
@@ -148,6 +149,58 @@ async def test_what_is_parked_is_loaded_before_what_came_later(
     by_transaction = "SELECT user_id FROM crash_report ORDER BY xmin::text::bigint, user_id"
     users = [user for (user,) in Postgres.execute(database, by_transaction)]
     assert users == [0, *(user for user in range(1, 12) for _ in range(20))]
+
+
+async def test_what_is_read_ahead_while_a_load_fails_is_neither_lost_nor_held(
+    postgres: Postgres, database: str, make_service: MakeService
+) -> None:
+    """The load fails in the middle of that reading: all is parked again, and loaded later."""
+    service = make_service(
+        database_url=database, load_interval=0.2, load_min_interval=0,
+        buffer_max_bytes=262_144, load_trigger_bytes=20_000,
+        event_modules=["tests.fault.modules.quick_locks", "tests.fault.modules.slow_reads"],
+        events={"one": FIELDS},
+    )  # fmt: skip
+    await service.start()
+    assert (await send(service, {"event_name": "one", "n": 0}))[0] == 200
+    await service.drained()
+    locks = psycopg2.connect(database)
+    locks.cursor().execute("LOCK TABLE one")
+
+    async def failed(times: int) -> bool:
+        return len(service.logged("load failed")) >= times
+
+    assert (await send(service, *({"event_name": "one", "n": 1},) * 10))[0] == 200
+    await until(lambda: failed(1), what="a lane that is put off")
+    for _ in range(9):
+        assert (await send(service, *({"event_name": "one", "n": 1},) * 10))[0] == 200
+    before = len(service.logged("load failed"))
+    await until(lambda: failed(before + 2), what="two loads that fail as more is read")
+    locks.close()
+    books = await service.drained()
+    assert (books["loaded"], books["balanced"]) == (101, True), service.logged("load failed")
+    assert postgres.execute(database, "SELECT count(*) FROM one") == [(101,)]
+    assert not service.logged("segments missing in the mirror")
+
+
+async def test_what_comes_during_the_last_load_of_a_turn_waits_for_the_next(
+    database: str, proxy: Proxy, make_service: MakeService
+) -> None:
+    service = make_service(database_url=proxy.url, load_interval=300)
+    await service.start()
+    event = {"event_name": "install", "user_id": 1, "timestamp": 2}
+    assert (await service.post(event))[0] == 200
+
+    async def one_more_comes() -> bool:
+        return (await service.post(event))[0] == 200
+
+    async with asyncio.TaskGroup() as both:
+        both.create_task(proxy.at(Moment.COPY, one_more_comes))
+        load = both.create_task(service.load())
+    assert load.result() == {"loaded": {"install": 1}, "failed": {}}
+    lane = (await lanes(service))["install"]
+    assert (lane["waiting"], lane["state"]) == (1, "waiting")
+    assert lane["next_load_seconds"] > 200
 
 
 async def test_a_background_task_that_dies_ends_the_service(

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable
 
+import psycopg2
 import pytest
 
 from tests.fault.driver import Driver, fill
@@ -16,6 +17,7 @@ from tests.service import Service, until
 
 MakeService = Callable[..., Service]
 LATER = {"load_interval": 300}
+INSTALL = {"event_name": "install", "user_id": 1, "timestamp": 2}
 
 
 async def restart_and_check(service: Service, driver: Driver, database: str) -> None:
@@ -132,3 +134,55 @@ async def ends_in(seconds: float, service: Service) -> None:
     assert await service.stop() == 0
     took = time.monotonic() - started
     assert took < seconds, f"the stop took {took:.1f} s"
+
+
+async def test_a_stop_tries_once_more_what_was_put_off(
+    postgres: Postgres, database: str, make_service: MakeService
+) -> None:
+    """A lane in back-off is loaded, if that is possible by now."""
+    service = make_service(database_url=database, event_modules=["tests.fault.modules.quick_locks"])
+    await service.start()
+    assert (await service.post(INSTALL))[0] == 200
+    await service.drained()
+    locks = psycopg2.connect(database)
+    locks.cursor().execute("LOCK TABLE install")
+    assert (await service.post(INSTALL))[0] == 200
+
+    async def for_long() -> bool:
+        return any(line["retry_seconds"] >= 2 for line in service.logged("load failed"))
+
+    await until(for_long, what="a back-off of 2 s")
+    service._process.send_signal(signal.SIGTERM)  # type: ignore[union-attr]
+    locks.close()
+    assert await service.wait() == 0
+    assert [line["waiting"] for line in service.logged("stopped")] == [0]
+    assert postgres.execute(database, "SELECT count(*) FROM install") == [(2,)]
+
+
+async def test_what_was_loaded_is_removed_even_where_loading_is_skipped(
+    postgres: Postgres, database: str, make_service: MakeService
+) -> None:
+    """The second signal ends the loading, not the removal that is under way."""
+    service = make_service(
+        database_url=database, event_modules=["tests.fault.modules.slow_removals"], **LATER
+    )
+    await service.start()
+    assert (await service.post(INSTALL))[0] == 200
+    assert (await service.load())["loaded"] == {"install": 1}
+
+    async def stopping() -> bool:
+        return bool(service.logged("stopping"))
+
+    service._process.send_signal(signal.SIGTERM)  # type: ignore[union-attr]
+    await until(stopping, what="stopping")
+    assert await service.stop(signal.SIGTERM) == 0
+    assert len(service.logged("stopping")) == 2
+    beats = "SELECT process FROM datapipe_processes"
+    before = await postgres.aexecute(database, beats)
+    await service.start()
+
+    async def looked() -> bool:
+        return await postgres.aexecute(database, beats) != before
+
+    await until(looked, what="a heartbeat, which follows the first look at the mirror")
+    assert (await service.status())["books"]["recovered"] == 0

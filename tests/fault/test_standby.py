@@ -166,7 +166,7 @@ async def test_what_waits_for_the_standby_is_named_and_nothing_else_waits(
 
     async def beats() -> int:
         ((count,),) = await pair.primary.aexecute(
-            pair.database, "SELECT beats FROM datapipe_processes"
+            pair.database, "SELECT coalesce(max(beats), 0) FROM datapipe_processes"
         )
         return int(count)
 
