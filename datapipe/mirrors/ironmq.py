@@ -281,8 +281,9 @@ class IronMQ:
         queue = self.queue_of(run.lane)
         message = seen.get(held.id)
         if message is None:
-            # not said whether a reserved message can be read by its id
-            await self._release(queue, held)
+            if held.reservation:  # not said whether a reserved message can be read by its id
+                async with self.leases[queue]:
+                    await self._release(queue, held)
             message = await self._noting(self.client.get(queue, held.id))
         if message is not None:
             try:
@@ -342,8 +343,9 @@ class IronMQ:
         for queue, by_position in list(self.held.items()):
             old: list[Held] = []
             for held in list(by_position.values()):
-                async with self.leases[queue]:
-                    await self._prolong(queue, held)
+                if self._half_over(held):
+                    async with self.leases[queue]:
+                        await self._prolong(queue, held)
                 if self.clock() > held.anew_at:
                     old.append(held)
             loaded = await self.ledger_knows(neighbours, [held.segment for held in old])
@@ -358,12 +360,17 @@ class IronMQ:
         """Whether it was not removed meanwhile."""
         return self.known.get(held.segment) is held
 
+    def _half_over(self, held: Held) -> bool:
+        """Whether a lease is to be prolonged."""
+        if held.reservation is None or held.lease_s >= LEASE_MAX_S:
+            return False
+        return held.lease_until - self.clock() < held.lease_s / 2 and self._holds(held)
+
     async def _prolong(self, queue: str, held: Held) -> None:
-        """Prolong a lease once half of it is over."""
-        now, lease_s = self.clock(), min(2 * held.lease_s, LEASE_MAX_S)
-        half_over = held.lease_until - now < held.lease_s / 2
-        if not (held.reservation and half_over and lease_s > held.lease_s and self._holds(held)):
+        if not self._half_over(held):  # it was removed, or released, meanwhile
             return
+        assert held.reservation is not None
+        now, lease_s = self.clock(), min(2 * held.lease_s, LEASE_MAX_S)
         try:
             reservation = await self._noting(
                 self.client.touch(queue, held.id, held.reservation, lease_s)
@@ -377,24 +384,20 @@ class IronMQ:
 
     async def _release(self, queue: str, held: Held) -> None:
         """End a lease of ours: the message is anyone's, and in our books still."""
+        if held.reservation is not None:
+            await self._noting(self.client.release(queue, held.id, held.reservation))
+            held.reservation = None
+
+    async def _release_queue(self, queue: str) -> None:
         async with self.leases[queue]:
-            if held.reservation is not None:
-                await self._noting(self.client.release(queue, held.id, held.reservation))
-                held.reservation = None
+            releases = [self._release(queue, held) for held in self.held[queue].values()]
+            await asyncio.gather(*releases, return_exceptions=True)
 
     async def release_all(self) -> None:
         """See `Mirror.release_all`."""
-        leased = [
-            (queue, held)
-            for queue, by_position in self.held.items()
-            for held in by_position.values()
-            if held.reservation is not None
-        ]
         with suppress(TimeoutError):
             async with asyncio.timeout(_RELEASE_S):
-                await asyncio.gather(
-                    *(self._release(*each) for each in leased), return_exceptions=True
-                )
+                await asyncio.gather(*map(self._release_queue, list(self.held)))
 
     async def _post_anew(self, queue: str, held: Held) -> None:
         if not self._holds(held):

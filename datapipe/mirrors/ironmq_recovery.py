@@ -43,20 +43,19 @@ class Beyond:
     """Messages of a queue that are in no books of ours and that a look did not reach.
 
     Attributes:
-        reserved: they are reserved, all of them, or wait for room here: nobody is known to hold
-            them who lives.
+        messages: so many at least: none of those that are being posted.
+        visible: some of them may be seen by a later look, once what lies before them is gone.
         since: when there were last more of them, or fewer.
     """
 
     messages: int
-    reserved: bool
+    visible: bool
     since: float
 
     def left_s(self, now: float) -> float:
-        """How long until a look will have reached them, if they are reserved by a dead process.
+        """How long until a look will have reached them, if a dead process has them reserved.
 
-        That was told of a lease that is as long as can be. What is reserved for longer than that is
-        not reserved by any of us.
+        For that long a lease of ours may be; what stays longer is nobody's of us.
         """
         return max(0.0, self.since + LEASE_MAX_S + LEASE_S - now)
 
@@ -99,18 +98,17 @@ class RecoveringIronMQ(IronMQ):
         return found
 
     def _waits_for(self, beyond: Beyond) -> bool:
-        return not beyond.reserved or beyond.left_s(self.clock()) > 0
+        return beyond.visible or beyond.left_s(self.clock()) > 0
 
     def state(self) -> MirrorState:
-        now = self.clock()
-        left = [each for each in self._beyond.values() if each.reserved and each.left_s(now) > 0]
-        if not left:
-            return super().state()
-        return replace(
-            super().state(),
-            left=sum(each.messages for each in left),
-            left_s=max(each.left_s(now) for each in left),
-        )
+        """See `Mirror.state`. What may be visible is not told: the living have most of that."""
+        state, now = super().state(), self.clock()
+        for each in self._beyond.values():
+            left_s = each.left_s(now)
+            if each.messages and left_s and not each.visible:
+                left_s = max(left_s, state.left_s or 0.0)
+                state = replace(state, left=state.left + each.messages, left_s=left_s)
+        return state
 
     async def _to_look_at(self) -> list[str]:
         """All queues of lanes, or those that were not done with, as soon as there is room."""
@@ -154,15 +152,22 @@ class RecoveringIronMQ(IronMQ):
             return self._wants(message, lane, neighbours, found)
 
         async with self.leases[queue]:  # no removal meanwhile: what is counted must match
+            reached = self._ids(queue)
             size, seen = await self._look(queue)
-            reached = {held.id for held in self.held.get(queue, {}).values()}
-            reached.update(message.id for message in seen if not wanted(message))
+            others = {message.id for message in seen if not wanted(message)}
+            ours = self._ids(queue)
             now = self.clock()
             async for message in self._reserved(queue, seen, wanted, room):
                 reached.add(message.id)
                 await self._take(queue, lane, message, now, found)
-        all_seen = len(seen) < BATCH or not found.suspects
-        self._note_beyond(queue, size - len(reached), all_seen)
+        # those that we posted meanwhile may be in the size, or not
+        posted = len(ours - reached) + len(self.appending)
+        beyond = size - len(reached | (others - ours))
+        self._note_beyond(queue, beyond, posted, len(seen) == BATCH and bool(found.suspects))
+
+    def _ids(self, queue: str) -> set[str]:
+        """Of all messages of a queue that are in our books."""
+        return {held.id for held in self.held.get(queue, {}).values()}
 
     async def _look(self, queue: str) -> tuple[int, Sequence[Message]]:
         """How many messages the queue holds, and the oldest of those that nobody has reserved."""
@@ -171,15 +176,15 @@ class RecoveringIronMQ(IronMQ):
             return 0, ()
         return size, await self._noting(self.client.peek(queue, BATCH))
 
-    def _note_beyond(self, queue: str, messages: int, reserved: bool) -> None:
-        """Remember what a look did not reach."""
+    def _note_beyond(self, queue: str, messages: int, posted: int, visible: bool) -> None:
+        """Remember how many messages a look did not reach, of which so many may be our posts."""
         if messages <= 0:
             self._beyond.pop(queue, None)
             self.undeleted.pop(queue, None)
             return
-        before = self._beyond.get(queue)
-        if before is None or (before.messages, before.reserved) != (messages, reserved):
-            self._beyond[queue] = Beyond(messages, reserved, self.clock())
+        messages, before = max(0, messages - posted), self._beyond.get(queue)
+        if before is None or (before.messages, before.visible) != (messages, visible):
+            self._beyond[queue] = Beyond(messages, visible, self.clock())
 
     async def _reserved(
         self, queue: str, seen: Sequence[Message], wanted: Callable[[Message], bool], room: int

@@ -414,6 +414,18 @@ async def test_a_living_process_is_left_alone_and_a_dead_one_recovered(world: Wo
     assert world.mq.queue("install").size == 0
 
 
+async def test_suspects_stay_while_another_queue_is_looked_at(world: World) -> None:
+    """Nobody but the message may name them, so who forgets them never asks whether they live."""
+    mirror, unheard = await world.open(), await world.open("unheard")
+    await unheard.append([segment()])
+    await world.left_by("dead", [segment(n, "purchase") for n in range(150)])
+    for _ in range(3):
+        found = await world.recover(mirror)
+        assert found.suspects == {"unheard"}
+        await mirror.remove(found.segments)
+    assert world.mq.queue("purchase").size == 0
+
+
 async def test_a_recoverer_reaches_no_further_than_it_must_and_releases_the_living(
     world: World,
 ) -> None:

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import aiohttp
 import pytest
@@ -52,10 +52,15 @@ def ironmq(settings: Settings, process: str) -> Any:
     return open_ironmq(settings, process, unix_time)
 
 
+class Serving(NamedTuple):
+    pipeline: Pipeline
+    url: str
+
+
 @asynccontextmanager
 async def serving(
     database: MemoryDatabase, opened: Callable[[Settings, str], Any] = open_mirror, **more: Any
-) -> AsyncIterator[tuple[Pipeline, str]]:
+) -> AsyncIterator[Serving]:
     settings = Settings(host="127.0.0.1", port=0, **more)
     app = create_app(settings, open_mirror=opened, open_sink=database.open)
     runner = create_runner(app)
@@ -63,10 +68,16 @@ async def serving(
     try:
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         host, port = runner.addresses[0][:2]
-        yield app[PIPELINE], f"http://{host}:{port}/"
+        yield Serving(app[PIPELINE], f"http://{host}:{port}/")
     finally:
         app[PIPELINE]._stopped = True  # it is killed: nothing is loaded on the way out
         await runner.cleanup()
+
+
+async def post(url: str, user: int) -> None:
+    event = {"event_name": "install", "user_id": user, "timestamp": 1}
+    async with aiohttp.ClientSession() as client, client.post(url, json=event) as response:
+        assert response.status == 200
 
 
 async def loaded(database: MemoryDatabase, rows: int, timeout_s: float) -> float:
@@ -108,7 +119,7 @@ class Neighbour:
 
 
 @asynccontextmanager
-async def two_on_ironmq() -> AsyncIterator[tuple[Pipeline, Neighbour, MemoryDatabase, IronMQ]]:
+async def two_on_ironmq() -> AsyncIterator[tuple[Serving, Neighbour, MemoryDatabase, IronMQ]]:
     database = MemoryDatabase()
     async with AsyncExitStack() as stack:
         mq = await stack.enter_async_context(IronMQ(clock=unix_time, latency=0.05))
@@ -116,7 +127,7 @@ async def two_on_ironmq() -> AsyncIterator[tuple[Pipeline, Neighbour, MemoryData
             "mirror": "ironmq", "ironmq_host": mq.host, "ironmq_token": mq.token,
             "ironmq_project_id": mq.project_id,
         }  # fmt: skip
-        heir, _ = await stack.enter_async_context(serving(database, ironmq, **settings))
+        heir = await stack.enter_async_context(serving(database, ironmq, **settings))
         yield heir, Neighbour(mq, database), database, mq
 
 
@@ -150,14 +161,14 @@ def test_what_a_dead_process_had_reserved_in_ironmq(messages: int, lease_s: floa
             await loaded(database, messages - 20, IRONMQ_S)
             await asyncio.sleep(IRONMQ_S - (now() - died))
             if lease_s > IRONMQ_S:
-                status = heir.status.snapshot()
+                status = heir.pipeline.status.snapshot()
                 assert status["summary"]["state"] == "recovering", status["summary"]
                 assert status["mirror"]["left_messages"] == 20
                 assert status["mirror"]["left_seconds"] <= IRONMQ_RESERVED_S
             assert await loading < most
             await asyncio.sleep(1)
             assert mq.queue("install").size == 0
-            assert heir.status.snapshot()["summary"]["state"] == "healthy"
+            assert heir.pipeline.status.snapshot()["summary"]["state"] == "healthy"
 
     simulated(main)
 
@@ -193,18 +204,33 @@ def test_what_lies_behind_more_than_a_hundred_messages_of_the_living() -> None:
     simulated(main)
 
 
+def test_what_a_dead_process_left_in_a_lane_that_was_blocked() -> None:
+    """It is loaded when the lane heals, not at the next rare look."""
+
+    async def main() -> None:
+        async with two_on_ironmq() as (heir, neighbour, database, _):
+            database.blocked.add("install")
+            neighbour.posts(5)
+            await neighbour.lives(LONG_S)
+            await post(heir.url, 1)
+            await asyncio.sleep(LONG_S)
+            assert heir.pipeline.buffer.lane("install").blocked
+            database.blocked.clear()
+            await loaded(database, 1, 3600)
+            assert await loaded(database, 6, 3600) < IRONMQ_S
+
+    simulated(main)
+
+
 def test_the_journal_of_a_dead_process(tmp_path: Path) -> None:
     async def main() -> None:
         database = MemoryDatabase()
         settings = {"mirror": "journal", "data_dir": str(tmp_path)}
         async with serving(database, **settings):
             for turn in range(1, 6):
-                async with serving(database, **settings) as (_, url):
+                async with serving(database, **settings) as victim:
                     await asyncio.sleep(600 + 7 * turn)
-                    async with aiohttp.ClientSession() as client:
-                        event = {"event_name": "install", "user_id": turn, "timestamp": 1}
-                        async with client.post(url, json=event) as response:
-                            assert response.status == 200
+                    await post(victim.url, turn)
                 assert await loaded(database, turn, 3600) < JOURNAL_S
 
     simulated(main)
