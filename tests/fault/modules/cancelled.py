@@ -2,12 +2,13 @@
 
 import asyncio
 
-from datapipe import housekeeping
+from datapipe.housekeeping import Housekeeper
+from tests.fault.modules.patching import patch
 
 
-async def _end(self: housekeeping.Housekeeper) -> None:
+async def _end(self: Housekeeper) -> None:
     await asyncio.sleep(1.0)
     raise asyncio.CancelledError
 
 
-housekeeping.Housekeeper.keep = _end  # type: ignore[method-assign]
+patch(Housekeeper, "keep", _end)

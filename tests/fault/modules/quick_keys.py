@@ -2,7 +2,7 @@
 
 from datapipe import housekeeping
 from datapipe.sinks import database
+from tests.fault.modules.patching import patch
 
-assert (housekeeping.BEAT_S, database._BEAT_SLACK_S) == (5.0, 15.0)
-housekeeping.BEAT_S = 0.1
-database._BEAT_SLACK_S = 0.0
+patch(housekeeping, "BEAT_S", 0.1)
+patch(database, "_BEAT_SLACK_S", 0.0)

@@ -1,7 +1,8 @@
 """An event module: who is dead is told in two seconds, not in thirty; leases and looks are real."""
 
 from datapipe import housekeeping
+from tests.fault.modules.patching import patch
 
-for _name, _seconds in (("BEAT_S", 0.2), ("SILENT_S", 2.0), ("_FIRST_PAUSE_S", 0.5)):
-    getattr(housekeeping, _name)  # it must be there
-    setattr(housekeeping, _name, _seconds)
+patch(housekeeping, "BEAT_S", 0.2)
+patch(housekeeping, "SILENT_S", 2.0)
+patch(housekeeping, "_FIRST_PAUSE_S", 0.5)

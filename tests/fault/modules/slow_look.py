@@ -1,15 +1,17 @@
 """An event module that makes a look into the journal take two seconds, as a slow disk does."""
 
 import asyncio
+from typing import Any
 
 from datapipe.mirrors.journal import Journal
+from tests.fault.modules.patching import patch
 
 _recover = Journal.recover
 
 
-async def _slowly(self, neighbours):
+async def _slowly(self: Journal, *args: Any) -> Any:
     await asyncio.sleep(2.0)
-    return await _recover(self, neighbours)
+    return await _recover(self, *args)
 
 
-Journal.recover = _slowly
+patch(Journal, "recover", _slowly)

@@ -1,17 +1,17 @@
 """An event module: the journal takes 1.5 s before it removes what was loaded."""
 
 import asyncio
-from collections.abc import Sequence
+from typing import Any
 
 from datapipe.mirrors.journal import Journal
-from datapipe.segment import Segment
+from tests.fault.modules.patching import patch
 
 _remove = Journal.remove
 
 
-async def _remove_late(self: Journal, segments: Sequence[Segment]) -> None:
+async def _remove_late(self: Journal, *args: Any) -> None:
     await asyncio.sleep(1.5)
-    await _remove(self, segments)
+    await _remove(self, *args)
 
 
-Journal.remove = _remove_late  # type: ignore[method-assign]
+patch(Journal, "remove", _remove_late)
