@@ -198,7 +198,7 @@ async def test_no_broken_connection_takes_the_number_of_a_new_one(
                 await asyncio.to_thread(own_postgres.stop)
                 await summary_is(service, "database_down")
                 await queue.order(faults=[{"what": "reset", "n": 30}], latency=0.05)
-                await driver.answered(100)  # on as many connections as there can be
+                await driver.answered(50)  # on as many connections as there can be
                 await queue.order(latency=0)
                 await asyncio.to_thread(own_postgres.start)
                 await loads(service)
