@@ -37,6 +37,7 @@ from datapipe.metrics import Metrics
 from datapipe.mirrors import Mirror, open_mirror
 from datapipe.pages import Pages, add_headers, errors_are_answers, fault
 from datapipe.peers import Peers
+from datapipe.port import raise_limit
 from datapipe.registry import Registry, load_registry
 from datapipe.server import Runner, request_id
 from datapipe.settings import Settings
@@ -214,6 +215,7 @@ async def gunicorn_app() -> web.AppRunner:
     nothing here. A part that dies ends its worker, and gunicorn starts another.
     """
     logs.configure("info", "json")
+    raise_limit()
     with _told():
         # a `host` that says loopback would let anybody act without a key, wherever gunicorn listens
         settings = structs.replace(settings_module.load(), host="")

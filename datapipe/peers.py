@@ -82,7 +82,11 @@ class Peers:
 
     async def ask(self, method: str, path: str) -> list[dict[str, Any]]:
         """The JSON answers of all living peers; what a dead one left behind is removed."""
-        others = [p for p in sorted(self._folder.glob("*.sock")) if p.name != self._own]
+        try:
+            others = [p for p in sorted(self._folder.glob("*.sock")) if p.name != self._own]
+        except OSError as exc:  # no open file is left
+            log.warning("a peer does not answer", error=str(exc))
+            return []
         answers = await asyncio.gather(*(self._ask(other, method, path) for other in others))
         return [answer for answer in answers if answer is not None]
 
@@ -97,9 +101,11 @@ class Peers:
             ):
                 answer: dict[str, Any] = await response.json()
                 return answer if response.status == 200 else None
-        except (aiohttp.ClientConnectorError, FileNotFoundError):
-            _unlink(socket)  # nobody listens: its process is gone
         except (aiohttp.ClientError, TimeoutError, OSError) as exc:
+            cause = exc.os_error if isinstance(exc, aiohttp.ClientConnectorError) else exc
+            if isinstance(cause, ConnectionRefusedError | FileNotFoundError):
+                _unlink(socket)  # nobody listens: its process is gone
+                return None
             log.warning("a peer does not answer", error=f"{type(exc).__name__}: {exc}")
         return None
 

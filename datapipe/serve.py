@@ -10,20 +10,18 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import structlog
-from aiohttp import web
 
 from datapipe import logs
 from datapipe.app import PIPELINE, Pipeline, create_app, create_runner
 from datapipe.errors import DatapipeError
+from datapipe.port import Port, raise_limit
 from datapipe.settings import Settings
 
 log = structlog.stdlib.get_logger("datapipe.serve")
-
-_BACKLOG = 1024
 
 
 async def serve(settings: Settings, args: argparse.Namespace) -> int:
@@ -32,6 +30,7 @@ async def serve(settings: Settings, args: argparse.Namespace) -> int:
     Raises: ConfigError, DatapipeError: it can't start.
     """
     logs.configure(settings.log_level, settings.log_format, queued=True)
+    files = raise_limit()
     app = create_app(settings)
     runner = create_runner(app)
     pipeline = app[PIPELINE]
@@ -39,42 +38,47 @@ async def serve(settings: Settings, args: argparse.Namespace) -> int:
     with _signals_into(signals):
         try:
             await runner.setup()
-            site = web.TCPSite(
-                runner, settings.host, settings.port,
-                reuse_port=settings.reuse_port or None, backlog=_BACKLOG,
-            )  # fmt: skip
-            await _listen(site, settings)
-            address = site.name if settings.port else _address(runner)
-            log.info("listening", address=address, pid=os.getpid(), mirror=settings.mirror_kind)
-            hints: set[asyncio.Future[Any]] = set()
-            if getattr(args, "try_out", False):
-                hints.add(asyncio.ensure_future(_print_hints(pipeline, address)))
-            # what start-up made stays for good: the collector need not look at it again and again
-            gc.collect()
-            gc.freeze()
-            gc.set_threshold(20_000, 20, 20)
-            code = await _until_the_end(pipeline, signals, hints)
-            await site.stop()
+            assert runner.server is not None
+            port = Port(runner.server, files)
+            async with _listening(port, settings):
+                address = _address(port, settings)
+                log.info("listening", address=address, pid=os.getpid(), mirror=settings.mirror_kind)
+                hints: set[asyncio.Future[Any]] = set()
+                if getattr(args, "try_out", False):
+                    hints.add(asyncio.ensure_future(_print_hints(pipeline, address)))
+                # what start-up made stays for good: the collector need not look at it each time
+                gc.collect()
+                gc.freeze()
+                gc.set_threshold(20_000, 20, 20)
+                code = await _until_the_end(pipeline, signals, hints)
             await _stop(pipeline, signals)
         finally:
             await runner.cleanup()
     return code
 
 
-async def _listen(site: web.TCPSite, settings: Settings) -> None:
-    try:
-        await site.start()
-    except OSError as exc:
-        where = f"{settings.host}:{settings.port}"
-        if exc.errno == errno.EADDRINUSE:
-            text = f"port: {where} is taken; stop what listens there, or set another port (PORT)"
-            raise DatapipeError(text) from exc
-        raise DatapipeError(f"host: can't listen on {where}: {exc.strerror}") from exc
+@contextlib.asynccontextmanager
+async def _listening(port: Port, settings: Settings) -> AsyncIterator[None]:
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            await stack.enter_async_context(port.listening(settings))
+        except OSError as exc:
+            raise DatapipeError(_why_not(exc, f"{settings.host}:{settings.port}")) from exc
+        yield
 
 
-def _address(runner: web.AppRunner) -> str:
-    host, port = runner.addresses[0][:2]
-    return f"http://{host}:{port}"
+def _why_not(exc: OSError, where: str) -> str:
+    if exc.errno == errno.EADDRINUSE:
+        return f"port: {where} is taken; stop what listens there, or set another port (PORT)"
+    return f"host: can't listen on {where}: {exc.strerror}"
+
+
+def _address(port: Port, settings: Settings) -> str:
+    """As the settings name it, or, where they leave the port open, as it was bound."""
+    host, number = port.addresses[0]
+    if settings.port:
+        host = settings.host or "0.0.0.0"
+    return f"http://[{host}]:{number}" if ":" in host else f"http://{host}:{number}"
 
 
 async def _until_the_end(
