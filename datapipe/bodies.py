@@ -29,7 +29,7 @@ _BLANK = b" \t\r\n"
 _CLOSING = ord("]")
 _LINE = re.compile(rb"[^ \t\r\n][^\n]*")
 _BROKEN = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-_YIELD_EVERY = 256  # events looked at closely before other requests get a turn
+_YIELD_EVERY = 256  # events looked at closely, or chunks, before other requests get a turn
 
 # JSON that is known to parse, taken apart at C speed and in constant memory: possessive quantifiers
 # (`++`, `*+`) remember no place to go back to.
@@ -93,7 +93,7 @@ async def parse(
         raise EventRejected(2, "no_content", "the batch is empty")
     if len(events) > max_events:
         raise _too_many(max_events)
-    chunks = _chunks(body, first, events, registry, received_at, keyed)
+    chunks = await _chunks(body, first, events, registry, received_at, keyed)
     if chunks is None:
         return await _look_closer(body, first, single, registry, max_events, received_at, keyed)
     return Parsed(not single, len(events), chunks)
@@ -133,7 +133,7 @@ def _decode_lines(body: bytes, registry: Registry, max_events: int) -> list[Any]
     return events if len(events) == lines else None
 
 
-def _chunks(
+async def _chunks(
     body: bytes, first: bytes, events: list[Any], registry: Registry, at: str, keyed: bool
 ) -> list[Chunk] | None:
     """The rows of a body in which every event decoded, or None: look closer."""
@@ -148,8 +148,10 @@ def _chunks(
     groups: dict[tuple[type, int], list[int]] = {}
     for i, event in enumerate(events):
         groups.setdefault((type(event), parts[i]), []).append(i)
-    chunks = []
+    chunks: list[Chunk] = []
     for (struct, part), indexes in groups.items():
+        if len(chunks) % _YIELD_EVERY == _YIELD_EVERY - 1:
+            await asyncio.sleep(0)
         of_one = [events[i] for i in indexes]
         chunk = _chunk(registry.by_struct[struct], part, of_one, indexes, at, simple)
         if chunk is None:

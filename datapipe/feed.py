@@ -36,7 +36,7 @@ class Feed:
             if self._listeners:
                 await self._status.refresh()
                 fresh_points = self._status.history.closed != closed
-                self._publish(self._encode(with_history=fresh_points))
+                self._publish(await self._encode(with_history=fresh_points))
 
     async def listen(self) -> AsyncGenerator[str]:
         """What `/status.json` tells, at once, and each second until the service stops.
@@ -47,7 +47,7 @@ class Feed:
         self._listeners += 1
         try:
             if not self.ended:
-                yield self._encode(with_history=True)
+                yield await self._encode(with_history=True)
             while not self.ended:
                 await self._news.wait()
                 if not self.ended:
@@ -60,8 +60,8 @@ class Feed:
         self.ended = True
         self._publish("")
 
-    def _encode(self, *, with_history: bool) -> str:
-        status = self._status.whole() if with_history else self._status.snapshot()
+    async def _encode(self, *, with_history: bool) -> str:
+        status = await self._status.whole() if with_history else self._status.snapshot()
         return msgspec.json.encode(status).decode()
 
     def _publish(self, text: str) -> None:

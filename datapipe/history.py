@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 STEP_S = 5.0
@@ -11,6 +11,7 @@ POINTS = 180  # of STEP_S each: 15 minutes
 RATE_S = 10.0  # the time over which "per second" is told
 
 SERIES = ("accepted", "loaded", "waiting")
+Point = tuple[float, float, int]
 
 
 class Reading(NamedTuple):
@@ -32,7 +33,7 @@ class _Lane:
     at any reading: the depth just before each load, however the loads fall."""
 
     def __init__(self) -> None:
-        self.points: deque[tuple[float, float, int]] = deque(maxlen=POINTS)
+        self.points: deque[Point] = deque(maxlen=POINTS)
         self.opened: Reading | None = None  # where the point that is being made began
         self.peak = 0
 
@@ -80,10 +81,15 @@ class History:
             return 0.0, 0.0
         return _rates(first.get(name, Reading(0, 0, 0)), last[name], ended - began)
 
-    def series(self) -> dict[str, dict[str, list[float]]]:
-        """All points by lane, oldest first; a lane that is younger than others has fewer."""
-        lanes = {}
-        for name, lane in sorted(self._lanes.items()):
-            columns = zip(*lane.points, strict=True) if lane.points else ((), (), ())
-            lanes[name] = {key: list(column) for key, column in zip(SERIES, columns, strict=True)}
-        return lanes
+    def points(self) -> dict[str, list[Point]]:
+        """All points by lane, oldest first, as they are now; a younger lane has fewer."""
+        return {name: list(lane.points) for name, lane in sorted(self._lanes.items())}
+
+
+def series_of(points: Mapping[str, Sequence[Point]]) -> dict[str, dict[str, list[float]]]:
+    """The same, each number in a list of its own."""
+    lanes = {}
+    for name, of_lane in points.items():
+        columns = zip(*of_lane, strict=True) if of_lane else ((), (), ())
+        lanes[name] = {key: list(column) for key, column in zip(SERIES, columns, strict=True)}
+    return lanes

@@ -83,7 +83,7 @@ class Lane:
 
     @property
     def parked(self) -> int:
-        return sum(run.events for run in self.runs.values())
+        return sum([run.events for run in self.runs.values()]) if self.runs else 0
 
     @property
     def waiting(self) -> int:
@@ -91,7 +91,8 @@ class Lane:
 
     @property
     def waiting_bytes(self) -> int:
-        return self.rows_bytes + sum(run.bytes for run in self.runs.values())
+        parked = sum([run.bytes for run in self.runs.values()]) if self.runs else 0
+        return self.rows_bytes + parked
 
     @property
     def came(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -54,6 +55,7 @@ class Metrics(Collector):
         )  # fmt: skip
         self._status: Callable[[], Mapping[str, Any]] = dict
         self._histograms: Callable[[], Sequence[Samples]] = tuple
+        self._seen: tuple[Mapping[str, Any], Sequence[Samples]] = ({}, ())
 
     def expose(
         self, status: Callable[[], Mapping[str, Any]], histograms: Callable[[], Sequence[Samples]]
@@ -74,9 +76,8 @@ class Metrics(Collector):
             }
         return found
 
-    def _added(self) -> Iterator[Metric]:
+    def _added(self, everybody: Sequence[Samples]) -> Iterator[Metric]:
         """The histograms of all processes, added up."""
-        everybody = self._histograms()
         for histogram in (self.load_seconds, self.append_seconds):
             (metric,) = histogram.collect()
             values = [each[metric.name] for each in everybody]
@@ -86,15 +87,17 @@ class Metrics(Collector):
                 metric.name, metric.documentation, list(added.items()), total
             )
 
-    def text(self) -> bytes:
-        return generate_latest(self.registry)
+    async def text(self) -> bytes:
+        """What is so now; written in a thread, because thousands of lanes take their time."""
+        self._seen = self._status(), self._histograms()
+        return await asyncio.to_thread(generate_latest, self.registry)
 
     def describe(self) -> Iterator[Metric]:
         return iter(())
 
     def collect(self) -> Iterator[Metric]:
-        yield from self._added()
-        status = self._status()
+        status, histograms = self._seen
+        yield from self._added(histograms)
         lanes = status["lanes"]
         for key, text in _LANE_COUNTERS.items():
             counter = CounterMetricFamily(f"datapipe_events_{key}", text, labels=["lane"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
@@ -64,15 +65,18 @@ class Pages:
         denied = self.access.why_not(request)
         await self.status.refresh()
         context = {
-            "status": self.status.whole(),
+            "status": await self.status.whole(),
             "denied": denied.detail if denied else None,
             "refused": None if denied else self.status.refusals(),
             "dead": None if denied else await self.dead.shown(),
             "reasons": REASONS,
         }
-        response = aiohttp_jinja2.render_template("status.html", request, context)
-        response.headers["Cache-Control"] = "no-store"
-        return response
+        # in a thread: thousands of lanes take their time
+        text = await asyncio.to_thread(
+            aiohttp_jinja2.render_string, "status.html", request, context
+        )
+        headers = {"Cache-Control": "no-store"}
+        return web.Response(text=text, content_type="text/html", headers=headers)
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
         self.access.may_look(request)
@@ -89,7 +93,7 @@ class Pages:
     async def status_json(self, request: web.Request) -> web.StreamResponse:
         self.access.may_look(request)
         await self.status.refresh()
-        return answers.plain(self.status.whole())
+        return answers.plain(await self.status.whole())
 
     async def refused(self, request: web.Request) -> web.StreamResponse:
         self.access.may_act(request)
@@ -98,7 +102,8 @@ class Pages:
     async def metrics(self, request: web.Request) -> web.StreamResponse:
         self.access.may_look(request)
         await self.status.refresh()
-        return web.Response(body=self.numbers.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        text = await self.numbers.text()
+        return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def healthz(self, request: web.Request) -> web.StreamResponse:
         return answers.answer(200, 0, "alive").response()

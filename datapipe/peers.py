@@ -17,8 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import msgspec
 import structlog
 from aiohttp import web
+
+from datapipe import answers
 
 _ANSWER_S = 2.0  # a peer that takes longer is left out
 _LONGEST_PATH = 100  # bytes; sun_path holds 108 on Linux, 104 elsewhere
@@ -36,7 +39,7 @@ class Peers:
     @asynccontextmanager
     async def listening(
         self,
-        status: Callable[[], Mapping[str, Any]],
+        status: Callable[[], Awaitable[Mapping[str, Any]]],
         load: Callable[[str | None, bool], Awaitable[Mapping[str, Any]]],
     ) -> AsyncIterator[None]:
         """Answer the others; where that can't be, they only see less.
@@ -47,7 +50,7 @@ class Peers:
         """
 
         async def tell(request: web.Request) -> web.Response:
-            return web.json_response(status())
+            return answers.plain(await status())
 
         async def load_now(request: web.Request) -> web.Response:
             query = request.query
@@ -99,8 +102,10 @@ class Peers:
                 ) as session,
                 session.request(method, f"http://peer{path}") as response,
             ):
-                answer: dict[str, Any] = await response.json()
-                return answer if response.status == 200 else None
+                if response.status != 200:
+                    return None
+                answer: dict[str, Any] = msgspec.json.decode(await response.read())
+                return answer
         except (aiohttp.ClientError, TimeoutError, OSError) as exc:
             cause = exc.os_error if isinstance(exc, aiohttp.ClientConnectorError) else exc
             if isinstance(cause, ConnectionRefusedError | FileNotFoundError):

@@ -19,7 +19,7 @@ SEGMENT_OVERHEAD_BYTES = 1024
 SEGMENTS_AT_ONCE = 4096
 
 
-class Part(msgspec.Struct, array_like=True, frozen=True):
+class Part(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """A run of rows of a POST that had an `Idempotency-Key`, whole in one segment.
 
     Attributes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -10,7 +11,7 @@ from typing import Any
 from datapipe.buffer import Buffer
 from datapipe.dead import DeadLetters
 from datapipe.formats import iso, now
-from datapipe.history import History, Reading
+from datapipe.history import History, Reading, series_of
 from datapipe.ingest import Ingest
 from datapipe.lane import Lane
 from datapipe.loader import Loader
@@ -75,15 +76,20 @@ class Status:
         status = together(self._own(), self._others)
         return status | {"summary": self._summary.of(status, self.not_ready())}
 
-    def whole(self) -> dict[str, Any]:
+    async def whole(self) -> dict[str, Any]:
         """All that the page shows, but the last refusals."""
-        series = [self.history.series(), *(other["history"] for other in self._others)]
-        return self.snapshot() | {"history": together_series(series)}
+        points, others = self.history.points(), [other["history"] for other in self._others]
 
-    def for_peers(self) -> dict[str, Any]:
+        def history() -> dict[str, Any]:
+            return together_series([series_of(points), *others])
+
+        # in a thread: it can be a million numbers
+        return self.snapshot() | {"history": await asyncio.to_thread(history)}
+
+    async def for_peers(self) -> dict[str, Any]:
         """What this process tells the others."""
-        history, histograms = self.history.series(), self.metrics.histograms()
-        return self._own() | {"history": history, "histograms": histograms}
+        own = self._own() | {"histograms": self.metrics.histograms()}
+        return own | {"history": await asyncio.to_thread(series_of, self.history.points())}
 
     def histograms(self) -> list[dict[str, Any]]:
         """Those of all processes."""

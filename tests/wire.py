@@ -101,6 +101,11 @@ def post(body: bytes, *headers: str, target: str = "/", version: str = "1.1") ->
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
+def get(path: str) -> bytes:
+    """A raw GET."""
+    return f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+
+
 def crash(message: str = "m", user_id: int = 1, **more: object) -> dict[str, Any]:
     """A good `crash_report`."""
     event = {"event_name": "crash_report", "user_id": user_id, "timestamp": 1000}

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from datapipe.history import POINTS, STEP_S, History, Reading
+from datapipe.history import POINTS, STEP_S, History, Reading, series_of
 from datapipe.together import together_series
 
 
@@ -9,7 +9,7 @@ def test_points_are_rates_and_the_highest_depth() -> None:
     for second in range(1, 11):
         waiting = 7 if second == 3 else 0
         history.take(float(second), {"a": Reading(10 * second, 5 * second, waiting)})
-    series = history.series()["a"]
+    series = series_of(history.points())["a"]
     assert series == {"accepted": [10.0, 10.0], "loaded": [5.0, 5.0], "waiting": [7, 0]}
     assert history.closed == 2
     assert history.rates("a") == (10.0, 5.0)
@@ -19,7 +19,7 @@ def test_a_younger_lane_has_fewer_points_and_counts_in_the_total() -> None:
     history = History(0.0)
     history.take(5.0, {"a": Reading(5, 0, 5)})
     history.take(10.0, {"a": Reading(5, 0, 5), "b": Reading(50, 50, 0)})
-    series = together_series([history.series()])
+    series = together_series([series_of(history.points())])
     assert series["lanes"]["b"]["accepted"] == [10.0]
     assert series["total"]["accepted"] == [1.0, 10.0]
     assert series["total"]["waiting"] == [5, 5]
@@ -29,15 +29,15 @@ def test_memory_is_bounded() -> None:
     history = History(0.0)
     for second in range(2000):
         history.take(float(second), {"a": Reading(second, second, 0)})
-    assert len(history.series()["a"]["accepted"]) == POINTS
+    assert len(series_of(history.points())["a"]["accepted"]) == POINTS
 
 
 def test_a_pause_leaves_no_gap() -> None:
     history = History(0.0)
     history.take(4 * STEP_S, {"a": Reading(200, 0, 0)})
-    assert history.series()["a"]["accepted"] == [10.0] * 4
+    assert series_of(history.points())["a"]["accepted"] == [10.0] * 4
     history.take(1e6, {"a": Reading(200, 0, 0)})
-    assert len(history.series()["a"]["accepted"]) == POINTS
+    assert len(series_of(history.points())["a"]["accepted"]) == POINTS
 
 
 def test_rates_of_a_lane_that_is_not_known() -> None:
@@ -49,7 +49,7 @@ def test_several_processes_are_added_at_the_newest_point() -> None:
     one.take(5.0, {"a": Reading(5, 0, 5)})
     one.take(10.0, {"a": Reading(10, 0, 10)})
     two.take(5.0, {"a": Reading(50, 0, 50), "b": Reading(0, 0, 1)})
-    series = together_series([one.series(), two.series()])
+    series = together_series([series_of(one.points()), series_of(two.points())])
     assert series["lanes"]["a"]["accepted"] == [1.0, 11.0]
     assert series["total"]["waiting"] == [5, 61]
     assert together_series([{}])["total"] == {"accepted": [], "loaded": [], "waiting": []}
