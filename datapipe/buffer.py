@@ -23,6 +23,7 @@ from datapipe.segment import SEGMENT_OVERHEAD_BYTES, SEGMENTS_AT_ONCE, Chunk, Se
 from datapipe.settings import Settings
 
 _REMOVALS_S = 1.0  # how long reading back waits for them, where it has to
+_QUEUES_AT_ONCE = 64  # a POST's appends under way: to begin thousands holds up the event loop
 
 log = structlog.stdlib.get_logger("datapipe.buffer")
 
@@ -87,12 +88,15 @@ class Buffer:
         by_queue: dict[str, list[Chunk]] = {}
         for chunk in chunks:
             by_queue.setdefault(self.mirror.queue_of(chunk.lane), []).append(chunk)
-        waiters = [self._group(queue).add(of_queue) for queue, of_queue in by_queue.items()]
-        # until each has ended: what is still under way must not be called refused
-        outcomes = await asyncio.gather(*waiters, return_exceptions=True)
-        for outcome in outcomes:
-            if isinstance(outcome, BaseException):
-                raise outcome
+        queues = list(by_queue)
+        for at in range(0, len(queues), _QUEUES_AT_ONCE):
+            some = queues[at : at + _QUEUES_AT_ONCE]
+            waiters = [self._group(queue).add(by_queue[queue]) for queue in some]
+            # until each has ended: what is still under way must not be called refused
+            outcomes = await asyncio.gather(*waiters, return_exceptions=True)
+            for outcome in outcomes:
+                if isinstance(outcome, BaseException):
+                    raise outcome
 
     def full(self, lanes: Iterable[str]) -> set[str]:
         """Those of these lanes that have used up what lanes that can't be loaded may hold.

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.fault.ironmq_process import Queue, running_queue
+from tests.fault.test_limits import BLOCK_S, pinging, some
 from tests.postgres import Postgres
 from tests.service import Service, until
 from tests.wire import crash, purchase
@@ -141,3 +142,27 @@ async def test_mirror_linger_ms_waits_for_more_events(
     await until(told, what="a log line")
     (load,) = service.logged("segments loaded")
     assert (load["segments"], load["rows"]) == (1, 2)
+
+
+async def test_a_batch_over_many_queues_holds_up_nobody(
+    database: str, make_service: MakeService, queue: Queue
+) -> None:
+    """Each lane has a queue of its own in IronMQ: a request for each, but not all at once."""
+    names = [f"type_{n}" for n in range(1500)]
+    service = make_service(
+        database_url=database, load_interval=3600, **queue.settings,
+        events={name: {"user_id": "int"} for name in names},
+    )  # fmt: skip
+    await service.start()
+    batch = [{"event_name": name, "user_id": 1} for name in names]
+    assert (await service.post(batch))[0] == 200  # and the queues are there
+    held: list[float] = []
+    while not held or (held[-1] >= BLOCK_S and len(held) < 5):
+        async with pinging(service) as took:
+            await some(took, 3)
+            took.clear()
+            status, answer = await service.post(batch)
+            assert (status, answer["accepted"]) == (200, len(names))
+            await some(took, len(took) + 2)
+        held.append(max(took))
+    assert min(held) < BLOCK_S, held
