@@ -5,12 +5,19 @@ from __future__ import annotations
 import asyncio
 import resource
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import psycopg2
 import pytest
+import uvloop
 
+from datapipe.errors import SinkUnavailable
+from datapipe.events import Column
+from datapipe.settings import Settings
+from datapipe.sinks import Table, open_sink
+from tests.fault.files import churn
 from tests.fault.ironmq_process import running_queue
 from tests.fault.test_database import OFTEN, check_all, loads, summary_is, under_load
 from tests.postgres import Postgres
@@ -193,7 +200,7 @@ async def test_no_broken_connection_takes_the_number_of_a_new_one(
             database_url=database, **queue.settings, event_modules=modules, **OFTEN
         )
         async with under_load(service, seed) as driver:
-            for _ in range(3):
+            for _ in range(2):
                 await asyncio.gather(*(service.get("/dead") for _ in range(4)))
                 await asyncio.to_thread(own_postgres.stop)
                 await summary_is(service, "database_down")
@@ -209,6 +216,43 @@ async def test_no_broken_connection_takes_the_number_of_a_new_one(
         verdict.check()
         assert not service.logged("fault"), service.logged("fault")
         assert await service.stop() == 0
+
+
+def test_no_number_of_a_broken_connection_stays_with_the_loop(own_postgres: Postgres) -> None:
+    """Step by step, in this process: what can't connect leaves nothing to who connects next."""
+    uvloop.run(break_and_connect(own_postgres, own_postgres.create_database(), 5))
+
+
+async def break_and_connect(postgres: Postgres, database: str, times: int) -> None:
+    loop = asyncio.get_running_loop()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        async with open_sink(Settings(database_url=database), "a process") as sink:
+            await sink.prepare(Table("n", (Column("n", "bigint"),)))
+            for _ in range(times):
+                assert await sink.loaded(["0"]) == set()
+                await asyncio.to_thread(postgres.stop)
+                with files_come_and_go(), pytest.raises(SinkUnavailable):
+                    await sink.loaded(["0"])
+                with ExitStack() as clients:
+                    for _ in range(10):
+                        client = clients.enter_context(socket.socket())
+                        client.setblocking(False)
+                        await loop.sock_connect(client, server.getsockname())
+                        clients.enter_context(server.accept()[0])
+                await asyncio.to_thread(postgres.start)
+
+
+@contextmanager
+def files_come_and_go() -> Iterator[None]:
+    """In another thread, as long as the block lasts."""
+    ending = threading.Event()
+    thread = threading.Thread(target=churn, args=(ending.is_set,))
+    thread.start()
+    try:
+        yield
+    finally:
+        ending.set()
+        thread.join()
 
 
 # --- a database that takes no writes ---

@@ -1,15 +1,7 @@
-"""An event module with a thread that opens and closes a file all the time.
+"""An event module with a thread that opens and closes files all the time."""
 
-So the number of a descriptor that is closed has a new owner at once, as with threads that connect.
-"""
-
-import os
 import threading
 
+from tests.fault.files import churn
 
-def _churn() -> None:
-    while True:
-        os.close(os.open(os.devnull, os.O_RDONLY))
-
-
-threading.Thread(target=_churn, daemon=True).start()
+threading.Thread(target=churn, daemon=True).start()
