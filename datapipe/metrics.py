@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -87,10 +86,13 @@ class Metrics(Collector):
                 metric.name, metric.documentation, list(added.items()), total
             )
 
-    async def text(self) -> bytes:
-        """What is so now; written in a thread, because thousands of lanes take their time."""
+    def take(self) -> None:
+        """Take the numbers as they are now, for `text`."""
         self._seen = self._status(), self._histograms()
-        return await asyncio.to_thread(generate_latest, self.registry)
+
+    def text(self) -> bytes:
+        """The numbers that were taken last. For a thread: thousands of lanes take their time."""
+        return generate_latest(self.registry)
 
     def describe(self) -> Iterator[Metric]:
         return iter(())

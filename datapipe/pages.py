@@ -102,7 +102,8 @@ class Pages:
     async def metrics(self, request: web.Request) -> web.StreamResponse:
         self.access.may_look(request)
         await self.status.refresh()
-        text = await self.numbers.text()
+        self.numbers.take()
+        text = await asyncio.to_thread(self.numbers.text)
         return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def healthz(self, request: web.Request) -> web.StreamResponse:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from typing import Any
 
@@ -27,8 +26,9 @@ def exposed() -> dict[str, set[str]]:
         "database": {"up": True},
     }
     metrics.expose(lambda: status, lambda: [metrics.histograms()])
+    metrics.take()
     found: dict[str, set[str]] = {}
-    for family in text_string_to_metric_families(asyncio.run(metrics.text()).decode()):
+    for family in text_string_to_metric_families(metrics.text().decode()):
         for sample in family.samples:
             found.setdefault(sample.name, set()).update(sample.labels)
     return found

@@ -47,8 +47,10 @@ def clients(address: str, count: int) -> Iterator[list[socket.socket]]:
 
 
 async def limited(make_service: MakeService, database: str, limit: int) -> Service:
-    service = make_service(database_url=database, load_interval=0.2, request_timeout=300)
-    service.under = ("prlimit", f"--nofile={limit}:{limit}")
+    limited_to = ("prlimit", f"--nofile={limit}:{limit}")
+    service = make_service(
+        inside=limited_to, database_url=database, load_interval=0.2, request_timeout=300
+    )
     return await service.start()
 
 
