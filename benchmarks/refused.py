@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from functools import partial
 
 from benchmarks.measure import Bench, Contest, Goal, Sample, in_turn
-from datapipe.events import Column
-from datapipe.segment import Segment
+from datapipe.events.segment import Segment
+from datapipe.events.types import Column
 from datapipe.settings import Settings
 from datapipe.sinks import Table, open_sink
 from tests.postgres import Postgres

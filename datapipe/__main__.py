@@ -2,7 +2,7 @@
 
 import sys
 
-from datapipe.cli import main
+from datapipe.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

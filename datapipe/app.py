@@ -21,29 +21,30 @@ import structlog
 from aiohttp import web
 from msgspec import structs
 
-from datapipe import cors, logs
+from datapipe import logs
 from datapipe import settings as settings_module
-from datapipe.access import Access
-from datapipe.admin import Admin
-from datapipe.answers import Answer
-from datapipe.buffer import Buffer
-from datapipe.dead import DeadLetters
 from datapipe.errors import DatapipeError
-from datapipe.feed import Feed, running
-from datapipe.housekeeping import new_process_id
-from datapipe.ingest import Ingest
-from datapipe.loader import Loader
-from datapipe.metrics import Metrics
+from datapipe.events.registry import Registry, load_registry
+from datapipe.http import cors
+from datapipe.http.admin import Admin
+from datapipe.http.auth import Access
+from datapipe.http.body import Headers
+from datapipe.http.ingest import Ingest
+from datapipe.http.pages import Pages, add_headers, errors_are_answers, fault
+from datapipe.http.port import raise_limit
+from datapipe.http.responses import Answer
+from datapipe.http.server import Runner, request_id
 from datapipe.mirrors import Mirror, open_mirror
-from datapipe.pages import Pages, add_headers, errors_are_answers, fault
-from datapipe.peers import Peers
-from datapipe.port import raise_limit
-from datapipe.registry import Registry, load_registry
-from datapipe.server import Runner, request_id
+from datapipe.monitor.feed import Feed, running
+from datapipe.monitor.metrics import Metrics
+from datapipe.monitor.peers import Peers
+from datapipe.monitor.status import Status
+from datapipe.pipeline.buffer import Buffer
+from datapipe.pipeline.coordinator import new_process_id
+from datapipe.pipeline.dead_letters import DeadLetters
+from datapipe.pipeline.loader import Loader
 from datapipe.settings import Settings
 from datapipe.sinks import Sink, open_sink
-from datapipe.status import Status
-from datapipe.unpack import Headers
 
 OpenMirror = Callable[[Settings, str], AbstractAsyncContextManager[Mirror]]
 OpenSink = Callable[[Settings, str], AbstractAsyncContextManager[Sink]]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from datapipe.segment import Segment
+    from datapipe.events.segment import Segment
 
 
 class DatapipeError(Exception):

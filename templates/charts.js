@@ -1,4 +1,4 @@
-// The pictures. datapipe/charts.py draws the same ones for a page that was just opened.
+// The pictures. datapipe/monitor/charts.py draws the same ones for a page that was just opened.
 import { FORMATS } from "./format.js";
 
 const WIDTH = 360;

@@ -1,4 +1,4 @@
-// Numbers as people read them: the same as datapipe/formats.py, and a test compares the two.
+// Numbers as people read them: the same as datapipe/monitor/formats.py, and a test compares the two.
 const NOTHING = "\u2013";
 
 const rounded = (value, digits) => Math.floor(value * 10 ** digits + 0.5) / 10 ** digits;

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from datapipe.segment import Segment
+from datapipe.events.segment import Segment
 from datapipe.settings import Settings
 
 
@@ -181,12 +181,12 @@ async def open_mirror(settings: Settings, process: str) -> AsyncIterator[Mirror]
     """
     kind = settings.mirror_kind
     if kind == "journal":
-        from datapipe.mirrors.journal import open_journal
+        from datapipe.mirrors.journal.mirror import open_journal
 
         async with open_journal(settings) as journal:
             yield journal
     elif kind == "ironmq":
-        from datapipe.mirrors.ironmq_recovery import open_ironmq
+        from datapipe.mirrors.ironmq.recovery import open_ironmq
 
         async with open_ironmq(settings, process) as ironmq:
             yield ironmq
@@ -200,11 +200,11 @@ async def check_mirror(settings: Settings) -> list[tuple[str, str]]:
     """Is the mirror well? Findings as (ok, warn, fail or away; text). Changes nothing."""
     kind = settings.mirror_kind
     if kind == "journal":
-        from datapipe.mirrors.salvage import check_journals
+        from datapipe.mirrors.journal.salvage import check_journals
 
         return await asyncio.to_thread(check_journals, settings)
     if kind == "ironmq":
-        from datapipe.mirrors.ironmq_recovery import open_ironmq
+        from datapipe.mirrors.ironmq.recovery import open_ironmq
 
         async with open_ironmq(settings, "check") as ironmq:
             return await ironmq.check()

@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Sequence
 from uuid import uuid4
 
+from datapipe.events.segment import Segment
 from datapipe.mirrors import Found, MirrorState, Neighbours, Run
-from datapipe.segment import Segment
 from datapipe.settings import Settings
 
 

@@ -7,8 +7,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from datapipe.events import Column, EventType
-from datapipe.segment import Segment
+from datapipe.events.segment import Segment
+from datapipe.events.types import Column, EventType
 from datapipe.settings import Settings
 
 
@@ -168,7 +168,7 @@ async def open_sink(settings: Settings, process: str) -> AsyncIterator[Sink]:
 
     Args: process: id of this process, for the ledger.
     """
-    from datapipe.sinks.postgres import open_postgres
+    from datapipe.sinks.postgres.sink import open_postgres
 
     async with open_postgres(settings, process) as sink:
         yield sink

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from datapipe.segment import Segment
+from datapipe.events.segment import Segment
 from datapipe.settings import Settings
 from datapipe.sinks import Beat, Check, Heartbeat, Loaded, Selection, SinkState, Table
 

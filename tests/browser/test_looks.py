@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from datapipe.formats import FORMATS
+from datapipe.monitor.formats import FORMATS
 from tests.browser.chromium import OpenPage, Tab
 from tests.postgres import Postgres
 from tests.service import Service

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from datapipe.events import Column
+from datapipe.events.segment import SEGMENT_OVERHEAD_BYTES, Part, Segment
+from datapipe.events.types import Column
 from datapipe.mirrors import Mirror, Run, open_mirror
-from datapipe.segment import SEGMENT_OVERHEAD_BYTES, Part, Segment
 from datapipe.settings import Settings
 from tests.doubles.ironmq import IronMQ
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from datapipe import settings
-from datapipe.cli import _parser
-from datapipe.registry import load_registry
+from datapipe.cli.main import _parser
+from datapipe.events.registry import load_registry
 from tests.deploy.shipped import installed, moved
 from tests.service import ROOT
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from datapipe.metrics import REASONS, Metrics
+from datapipe.monitor.metrics import REASONS, Metrics
 
 NUMBERS = ("accepted", "recovered", "loaded", "duplicate", "dead", "waiting", "parked")
 

@@ -70,7 +70,7 @@ class Stage:
         tools = self.folder / ".bin"
         tools.mkdir()
         # `-P`: as the script that pip installs, it does not look for modules where one is
-        run = "import sys; from datapipe.cli import main; sys.exit(main())"
+        run = "import sys; from datapipe.cli.main import main; sys.exit(main())"
         commands = {
             "datapipe": f"{sys.executable} -P -c '{run}'",
             "python": sys.executable,

@@ -13,9 +13,9 @@ import yaml
 from aiohttp.test_utils import TestServer
 
 from datapipe import create_app, settings
-from datapipe.assets import FILES
-from datapipe.events import PG_TYPES
-from datapipe.metrics import REASONS
+from datapipe.events.types import PG_TYPES
+from datapipe.http.assets import FILES
+from datapipe.monitor.metrics import REASONS
 from datapipe.settings import Settings
 from datapipe.sinks.memory import MemorySink
 from tests.docs.metrics import exposed, families

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from datapipe import cli
+from datapipe.cli import main as cli
 from tests.docs.pages import ROOT, Page, everything, paths, read
 
 _TEST = re.compile(r"`(tests/[\w/]+\.py)(?:::(test_\w+))?`")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from datapipe.errors import LaneBlocked, SinkUnavailable
-from datapipe.segment import Segment
+from datapipe.events.segment import Segment
 from datapipe.sinks import Beat, Heartbeat, Loaded, SinkState, Table
 from datapipe.sinks.memory import MemorySink
 

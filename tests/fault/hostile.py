@@ -19,8 +19,8 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from multidict import CIMultiDict
 
-from datapipe import answers
 from datapipe.app import PIPELINE, Pipeline, create_app
+from datapipe.http import responses as answers
 from datapipe.settings import Settings
 from tests.postgres import Postgres
 

@@ -14,7 +14,7 @@ import pytest
 import uvloop
 
 from datapipe.errors import SinkUnavailable
-from datapipe.events import Column
+from datapipe.events.types import Column
 from datapipe.settings import Settings
 from datapipe.sinks import Table, open_sink
 from tests.fault.files import churn

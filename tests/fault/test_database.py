@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from datapipe.errors import SinkUnavailable
-from datapipe.events import Column
-from datapipe.segment import Segment
+from datapipe.events.segment import Segment
+from datapipe.events.types import Column
 from datapipe.settings import Settings
 from datapipe.sinks import Table, open_sink
 from tests.fault.driver import Driver

@@ -18,7 +18,7 @@ def test_hostile_bodies_are_no_fault_and_cost_no_good_event(postgres: Postgres, 
 
 async def test_a_fault_of_ours_would_be_seen() -> None:
     """The test above can fail."""
-    from datapipe import answers
+    from datapipe.http import responses as answers
 
     class Broken:
         async def post_whole(self, *args: object) -> answers.Answer:

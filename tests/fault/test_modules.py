@@ -33,7 +33,7 @@ def test_a_name_that_is_gone_ends_the_service_at_its_start(tmp_path: Path, name:
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=30, check=False,
     )  # fmt: skip
     assert ended.returncode == 2, ended.stdout
-    assert "datapipe.housekeeping" in ended.stdout or "Housekeeper" in ended.stdout
+    assert "datapipe.pipeline.coordinator" in ended.stdout or "Housekeeper" in ended.stdout
     assert "gone" in ended.stdout.lower()
 
 

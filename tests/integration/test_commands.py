@@ -160,7 +160,7 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, str], str]] = {
 SHELL = """
 import io, json, os, sys
 from contextlib import redirect_stderr, redirect_stdout
-from datapipe.cli import main
+from datapipe.cli.main import main
 for name, env in json.load(sys.stdin).items():
     if os.fork() == 0:
         os.environ |= env

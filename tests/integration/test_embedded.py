@@ -20,15 +20,15 @@ import psycopg2
 import pytest
 
 from datapipe.errors import ConfigError, SinkUnavailable
-from datapipe.sinks import embedded
-from datapipe.sinks.embedded import embedded_postgres
+from datapipe.sinks.postgres import embedded
+from datapipe.sinks.postgres.embedded import embedded_postgres
 
 DEADLINE_S = 60.0
 
 HOLDER = """
 import asyncio, sys
 from pathlib import Path
-from datapipe.sinks.embedded import embedded_postgres
+from datapipe.sinks.postgres.embedded import embedded_postgres
 
 async def main():
     async with embedded_postgres(Path(sys.argv[1])) as server:

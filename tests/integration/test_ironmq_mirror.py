@@ -18,12 +18,13 @@ import pytest
 from structlog.testing import capture_logs
 
 from datapipe.errors import MirrorFull, MirrorUnavailable, SinkUnavailable
-from datapipe.events import Column
-from datapipe.mirrors import Found, Run, ironmq
-from datapipe.mirrors.ironmq import ANEW_S, LEASE_S
-from datapipe.mirrors.ironmq_recovery import RecoveringIronMQ, open_ironmq
-from datapipe.mirrors.ironmq_wire import pack
-from datapipe.segment import Part, Segment
+from datapipe.events.segment import Part, Segment
+from datapipe.events.types import Column
+from datapipe.mirrors import Found, Run
+from datapipe.mirrors.ironmq import mirror as ironmq
+from datapipe.mirrors.ironmq.mirror import ANEW_S, LEASE_S
+from datapipe.mirrors.ironmq.recovery import RecoveringIronMQ, open_ironmq
+from datapipe.mirrors.ironmq.wire import pack
 from datapipe.settings import Settings
 from tests.doubles.faults import What
 from tests.doubles.ironmq import Clock, IronMQ

@@ -16,16 +16,18 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from datapipe import housekeeping, logs
+from datapipe import logs
 from datapipe.app import PIPELINE, Pipeline, create_app, create_runner
 from datapipe.errors import ConfigError, MirrorUnavailable
-from datapipe.housekeeping import Housekeeper
-from datapipe.mirrors import ironmq, ironmq_recovery
-from datapipe.mirrors.ironmq_wire import pack
-from datapipe.segment import Segment
+from datapipe.events.segment import Segment
+from datapipe.mirrors.ironmq import mirror as ironmq
+from datapipe.mirrors.ironmq import recovery as ironmq_recovery
+from datapipe.mirrors.ironmq.wire import pack
+from datapipe.pipeline import coordinator as housekeeping
+from datapipe.pipeline.coordinator import Housekeeper
+from datapipe.pipeline.watch import Watch
 from datapipe.settings import Settings, load
 from datapipe.sinks import Beat
-from datapipe.watch import Watch
 from tests.doubles.faults import What
 from tests.doubles.ironmq import IronMQ
 from tests.doubles.memory_database import MemoryDatabase

@@ -15,10 +15,10 @@ import aiohttp
 import msgspec
 import pytest
 
-from datapipe import openapi
-from datapipe.registry import load_registry
+from datapipe.cli.terminal import progress
+from datapipe.events.registry import load_registry
+from datapipe.http import openapi
 from datapipe.settings import Settings
-from datapipe.terminal import progress
 from tests.service import ROOT, Service
 
 CRASH = {"event_name": "crash_report", "user_id": 1, "timestamp": 2, "message": "boom"}

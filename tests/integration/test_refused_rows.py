@@ -6,8 +6,8 @@ import pytest
 
 from benchmarks import refused
 from datapipe.errors import LaneBlocked
-from datapipe.events import Column
-from datapipe.segment import Segment
+from datapipe.events.segment import Segment
+from datapipe.events.types import Column
 from datapipe.settings import Settings
 from datapipe.sinks import Table, open_sink
 from tests.postgres import Postgres
@@ -97,7 +97,7 @@ async def test_exactly_the_bad_rows_are_refused(
 
 async def test_the_word_for_line_is_translated(postgres: Postgres, database: str) -> None:
     """The number is found without knowing the word: PostgreSQL says it in its own language."""
-    from datapipe.sinks.copying import Copier
+    from datapipe.sinks.postgres.copy import Copier
 
     class Diag:
         context = "Funktion f() Zeile 7\nCOPY rows, Zeile 42, Spalte t: »line 9«"

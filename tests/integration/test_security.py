@@ -11,12 +11,12 @@ import pytest
 from aiohttp.test_utils import make_mocked_request
 from multidict import CIMultiDict
 
-from datapipe.access import Access, AccessDenied
-from datapipe.buffer import Buffer
 from datapipe.errors import EventRejected
-from datapipe.ingest import Ingest
+from datapipe.events.registry import load_registry
+from datapipe.http.auth import Access, AccessDenied
+from datapipe.http.ingest import Ingest
 from datapipe.mirrors.memory import MemoryMirror
-from datapipe.registry import load_registry
+from datapipe.pipeline.buffer import Buffer
 from datapipe.settings import Settings
 from tests.postgres import Postgres
 from tests.service import Service

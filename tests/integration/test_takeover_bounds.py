@@ -17,10 +17,10 @@ import pytest
 from aiohttp import web
 
 from datapipe.app import PIPELINE, Pipeline, create_app, create_runner
+from datapipe.events.segment import Segment
 from datapipe.mirrors import open_mirror
-from datapipe.mirrors.ironmq_recovery import open_ironmq
-from datapipe.mirrors.ironmq_wire import pack
-from datapipe.segment import Segment
+from datapipe.mirrors.ironmq.recovery import open_ironmq
+from datapipe.mirrors.ironmq.wire import pack
 from datapipe.settings import Settings
 from datapipe.sinks import Beat
 from tests.doubles.ironmq import IronMQ

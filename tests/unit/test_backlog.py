@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from datapipe.app import PIPELINE, create_app
-from datapipe.lane import Lane
-from datapipe.segment import Segment
+from datapipe.events.segment import Segment
+from datapipe.pipeline.lane import Lane
 from datapipe.settings import Settings
 from datapipe.sinks import Loaded, Table
 from tests.doubles.memory_database import MemoryDatabase, MemorySink

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datapipe.bodies import PART_BYTES, Parsed, _elements, parse
 from datapipe.errors import EventRejected
-from datapipe.registry import Registry, load_registry
+from datapipe.events.registry import Registry, load_registry
+from datapipe.http.parse import PART_BYTES, Parsed, _elements, parse
 from datapipe.settings import Settings
 
 AT = "2026-11-22 12:00:00+00:00"

@@ -10,11 +10,11 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datapipe.buffer import Buffer
-from datapipe.events import Column
-from datapipe.lane import Lane
+from datapipe.events.segment import Chunk, Segment
+from datapipe.events.types import Column
 from datapipe.mirrors import Found, MirrorState, Neighbours, Run
-from datapipe.segment import Chunk, Segment
+from datapipe.pipeline.buffer import Buffer
+from datapipe.pipeline.lane import Lane
 from datapipe.settings import Settings
 
 COLUMNS = (Column("a", "text"),)

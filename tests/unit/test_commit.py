@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datapipe.commit import seal
-from datapipe.events import Column
-from datapipe.segment import Chunk
+from datapipe.events.segment import Chunk
+from datapipe.events.types import Column
+from datapipe.pipeline.group_commit import seal
 
 COLUMNS = (Column("a", "text"),)
 

@@ -8,8 +8,8 @@ import pytest
 
 from datapipe import Event
 from datapipe.errors import ConfigError
-from datapipe.events import EventType
-from datapipe.registry import load_registry
+from datapipe.events.registry import load_registry
+from datapipe.events.types import EventType
 from datapipe.settings import Settings
 
 SIGNUP = {"user_id": "int", "plan": "str", "trial": "bool = false", "seen_at": "datetime?"}

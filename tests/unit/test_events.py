@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datapipe.errors import ConfigError, EventRejected
-from datapipe.events import Event, EventType
+from datapipe.events.types import Event, EventType
 
 AT = "2026-11-22 12:00:00+00:00"
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from datapipe.history import POINTS, STEP_S, History, Reading, series_of
-from datapipe.together import together_series
+from datapipe.monitor.aggregate import together_series
+from datapipe.monitor.history import POINTS, STEP_S, History, Reading, series_of
 
 
 def test_points_are_rates_and_the_highest_depth() -> None:

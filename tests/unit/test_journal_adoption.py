@@ -5,8 +5,8 @@ from __future__ import annotations
 import sqlite3
 from pathlib import Path
 
+from datapipe.events.segment import Segment
 from datapipe.mirrors import open_mirror
-from datapipe.segment import Segment
 from datapipe.settings import Settings
 from tests.contract.test_mirror import Alone, segment
 

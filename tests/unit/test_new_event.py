@@ -9,9 +9,9 @@ from types import ModuleType
 
 import pytest
 
+from datapipe.cli.new_event import class_text
 from datapipe.errors import ConfigError
-from datapipe.events import EventType
-from datapipe.new_event import class_text
+from datapipe.events.types import EventType
 
 
 @pytest.fixture

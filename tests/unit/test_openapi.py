@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from datapipe.metrics import REASONS
-from datapipe.openapi import document
-from datapipe.registry import load_registry
+from datapipe.events.registry import load_registry
+from datapipe.http.openapi import document
+from datapipe.monitor.metrics import REASONS
 from datapipe.settings import Settings
 
 

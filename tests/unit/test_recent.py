@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from datapipe.recent import BODY_SHOWN, LOADS, REFUSALS, Load, Recent, Refusal, shown
+from datapipe.pipeline.records import BODY_SHOWN, LOADS, REFUSALS, Load, Recent, Refusal, shown
 
 
 def test_only_the_last_ones_are_kept() -> None:

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from datapipe.errors import MirrorUnavailable
-from datapipe.events import Column
+from datapipe.events.segment import Segment
+from datapipe.events.types import Column
 from datapipe.mirrors import Mirror
-from datapipe.mirrors.journal import open_journal
-from datapipe.mirrors.salvage import check_journals
-from datapipe.segment import Segment
+from datapipe.mirrors.journal.mirror import open_journal
+from datapipe.mirrors.journal.salvage import check_journals
 from datapipe.settings import Settings
 from tests.contract.test_mirror import Alone
 

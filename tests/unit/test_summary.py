@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from datapipe import formats
-from datapipe.summary import Growth, Summary
+from datapipe.monitor import formats
+from datapipe.monitor.summary import Growth, Summary
 
 GIB = 1024**3
 LANE = {

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from datapipe.housekeeping import Housekeeper
+from datapipe.pipeline.coordinator import Housekeeper
 from tests.fault.modules.patching import patch
 
 

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datapipe.mirrors.ironmq import IronMQ
-from datapipe.mirrors.journal import Journal
-from datapipe.segment import Segment
+from datapipe.events.segment import Segment
+from datapipe.mirrors.ironmq.mirror import IronMQ
+from datapipe.mirrors.journal.mirror import Journal
 from tests.fault.modules.patching import patch
 
 

@@ -1,6 +1,6 @@
 """An event module that breaks the journal on purpose: it is not flushed any more."""
 
-from datapipe.mirrors.journal import JournalFile
+from datapipe.mirrors.journal.mirror import JournalFile
 from tests.fault.modules.patching import patch
 
 _open = JournalFile._open

@@ -1,6 +1,7 @@
 """An event module: the server is told to give up a host that vanished after 3 s, not after 20 s."""
 
-from datapipe.sinks import database, postgres
+from datapipe.sinks.postgres import database
+from datapipe.sinks.postgres import sink as postgres
 from tests.fault.modules.patching import patch_text
 
 for module in (database, postgres):

@@ -1,7 +1,7 @@
 """An event module that lets go of idempotency keys at once when their time is up."""
 
-from datapipe import housekeeping
-from datapipe.sinks import database
+from datapipe.pipeline import coordinator as housekeeping
+from datapipe.sinks.postgres import database
 from tests.fault.modules.patching import patch
 
 patch(housekeeping, "BEAT_S", 0.1)

@@ -1,6 +1,6 @@
 """An event module: who is dead is told in two seconds, not in thirty; leases and looks are real."""
 
-from datapipe import housekeeping
+from datapipe.pipeline import coordinator as housekeeping
 from tests.fault.modules.patching import patch
 
 patch(housekeeping, "BEAT_S", 0.2)

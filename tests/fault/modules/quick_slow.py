@@ -1,6 +1,6 @@
 """An event module: a load is slow after 1 s, not after 10 s."""
 
-from datapipe import loader, schedule
+from datapipe.pipeline import loader, schedule
 from tests.fault.modules.patching import patch
 
 for module in (loader, schedule):

@@ -1,7 +1,8 @@
 """An event module that makes the service tell in two seconds, not in thirty, who is dead."""
 
-from datapipe import housekeeping
-from datapipe.mirrors import ironmq, ironmq_recovery
+from datapipe.mirrors.ironmq import mirror as ironmq
+from datapipe.mirrors.ironmq import recovery as ironmq_recovery
+from datapipe.pipeline import coordinator as housekeeping
 from tests.fault.modules.patching import patch
 
 patch(housekeeping, "BEAT_S", 0.2)

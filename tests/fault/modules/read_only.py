@@ -1,6 +1,6 @@
 """An event module: the journal can't be written while a file `read-only` lies beside it."""
 
-from datapipe.mirrors.journal_file import JournalFile
+from datapipe.mirrors.journal.file import JournalFile
 from tests.fault.modules.patching import patch
 
 

@@ -3,7 +3,7 @@
 import asyncio
 from typing import Any
 
-from datapipe.mirrors.journal import Journal
+from datapipe.mirrors.journal.mirror import Journal
 from tests.fault.modules.patching import patch
 
 _remove = Journal.remove

@@ -1,0 +1,161 @@
+"""The commands that are not the service: check, load, status, schema, dead."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from functools import partial
+from typing import Any
+
+import aiohttp
+import msgspec
+
+from datapipe import logs
+from datapipe.cli.new_event import class_text
+from datapipe.cli.terminal import progress, show_status
+from datapipe.errors import ConfigError, DatapipeError, EventRejected
+from datapipe.events.registry import load_registry
+from datapipe.mirrors import check_mirror, open_mirror
+from datapipe.pipeline.buffer import Buffer
+from datapipe.pipeline.coordinator import new_process_id
+from datapipe.pipeline.dead_letters import DeadLetters, selection_of
+from datapipe.pipeline.loader import Loader
+from datapipe.settings import Settings
+from datapipe.sinks import Selection, open_sink, table_of
+from datapipe.sinks.postgres.ddl import ddl
+
+
+async def check(settings: Settings, args: argparse.Namespace) -> int:
+    """Read the settings, reach database and mirror, verify the journals; a line for each.
+
+    Before a release what is away is no failure: the service starts without it, takes events and
+    loads them later. What answers and refuses us is one: no restart mends that.
+
+    Raises: ConfigError, DatapipeError.
+    """
+    away = "warn" if args.release else "fail"
+    logs.configure("critical", settings.log_format)
+    registry = load_registry(settings)
+    print(f"ok    settings: {len(registry.types)} event types: {', '.join(sorted(registry.types))}")
+    problems = 0
+    async with open_sink(settings, new_process_id()) as sink:
+        for line in await sink.check([table_of(kind) for kind in registry.types.values()]):
+            problems += _tell(line, away)
+    for line in await check_mirror(settings):
+        problems += _tell(line, away)
+    return 1 if problems else 0
+
+
+def _tell(line: tuple[str, str], away: str) -> int:
+    """Print one finding, of level ok, warn, fail or away; 1 if it failed."""
+    level, text = line
+    level = away if level == "away" else level
+    print(f"{level:<5} {text}")
+    return int(level == "fail")
+
+
+async def load(settings: Settings, args: argparse.Namespace) -> int:
+    """Load what waits in mirrors without a living owner, once; 1 if anything still waits."""
+    logs.configure("warning", settings.log_format)
+    registry = load_registry(settings)
+    process = new_process_id()
+    loaded: Counter[str] = Counter()
+    failed: dict[str, str] = {}
+    async with open_sink(settings, process) as sink, open_mirror(settings, process) as mirror:
+        buffer = Buffer(mirror, settings, lambda seconds: None)
+        loader = Loader(buffer, sink, registry, settings, process, lambda seconds: None)
+        waiting = partial(_waiting, buffer)
+        async with loader.working(), progress("loading events", waiting):
+            async for _ in loader.house.looks():
+                rows, failed = await loader.load_now(accept_dead=args.accept_dead)
+                loaded.update(rows)
+            await buffer.settle(10.0)
+            await loader.farewell()
+    for lane, count in sorted(loaded.items()):
+        print(f"loaded {lane}: {count} rows")
+    for lane, why in sorted(failed.items()):
+        print(f"failed {lane}: {why}", file=sys.stderr)
+    print(f"waiting: {waiting()}")
+    return 1 if waiting() else 0
+
+
+def _waiting(buffer: Buffer) -> int:
+    return sum(lane.waiting for lane in buffer.lanes.values())
+
+
+async def status(settings: Settings, args: argparse.Namespace) -> int:
+    """Print what the page of a running service shows.
+
+    Raises: DatapipeError: it does not answer, or not to us.
+    """
+    url = (args.url or f"http://127.0.0.1:{settings.port}").rstrip("/")
+    headers = {"Authorization": f"Bearer {settings.admin_key}"} if settings.admin_key else {}
+    timeout = aiohttp.ClientTimeout(total=10)
+    try:
+        async with (
+            aiohttp.ClientSession(headers=headers, timeout=timeout) as session,
+            session.get(f"{url}/status.json") as response,
+        ):
+            if response.status == 401:
+                raise DatapipeError(f"{url} wants the admin key: set DATAPIPE_ADMIN_KEY")
+            if response.status != 200:
+                raise DatapipeError(f"{url} answers {response.status} {response.reason}")
+            show_status(msgspec.json.decode(await response.read(), type=dict[str, Any]))
+    except aiohttp.InvalidURL as exc:
+        raise DatapipeError(f"{url} is no URL: http://HOST:PORT wanted") from exc
+    except (aiohttp.ClientError, TimeoutError) as exc:
+        raise DatapipeError(f"{url} does not answer: {exc or 'not in time'}") from exc
+    except (msgspec.MsgspecError, KeyError, TypeError) as exc:
+        raise DatapipeError(f"{url} is no datapipe: its /status.json can't be read") from exc
+    return 0
+
+
+async def schema(settings: Settings, args: argparse.Namespace) -> int:
+    """Print the DDL for all event types and our own tables."""
+    kinds = load_registry(settings).types.values()
+    print(ddl(settings.database_schema, [table_of(kind) for kind in kinds]), end="")
+    return 0
+
+
+async def dead(settings: Settings, args: argparse.Namespace) -> int:
+    """Dead letters: list, replay, drop; 1 if some of those replayed are refused again."""
+    logs.configure("warning", settings.log_format)
+    async with open_sink(settings, new_process_id()) as sink:
+        letters = DeadLetters(sink, load_registry(settings))
+        if args.action == "list":
+            selection = Selection(lane=args.lane, sqlstate=args.sqlstate)
+            _print_letters(await letters.look(selection, args.limit))
+            return 0
+        wanted = {
+            "ids": args.id, "all": args.all or None, "lane": args.lane, "sqlstate": args.sqlstate,
+        }  # fmt: skip
+        try:
+            selection = selection_of({k: v for k, v in wanted.items() if v is not None})
+        except EventRejected:
+            raise ConfigError("say which: --id N, --lane L, --sqlstate S, or --all") from None
+        if args.action == "drop":
+            print(f"dropped: {(await letters.drop(selection))['dropped']}")
+            return 0
+        result = await letters.replay(selection)
+    for lane, rows in sorted(result["replayed"].items()):
+        print(f"replayed {lane}: {rows} rows")
+    print(f"still dead: {result['dead']}")
+    return 1 if result["dead"] else 0
+
+
+def _print_letters(found: dict[str, Any]) -> None:
+    for group in found["groups"]:
+        print("{count:>8}  {lane}  {sqlstate}  {message}".format(**group))
+    for letter in found["letters"]:
+        event = bytes(letter["event"]).decode()
+        print(f"#{letter['id']}  {letter['created_at']:%Y-%m-%d %H:%M:%S}  {letter['lane']}")
+        print(f"    {letter['sqlstate']}: {letter['message']}")
+        print(f"    {event}")
+    print(f"total: {found['total']}")
+
+
+async def new_event(settings: Settings, args: argparse.Namespace) -> int:
+    """Print the class of a new event type."""
+    print(class_text(args.name, args.fields), end="")
+    return 0

@@ -1,0 +1,123 @@
+"""The commands. Each fault is one clear line: exit 2 for usage and settings, 1 for the rest."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+from datapipe import settings
+from datapipe.cli import commands
+from datapipe.cli.serve import serve
+from datapipe.errors import ConfigError, DatapipeError
+from datapipe.settings import Settings
+from datapipe.version import __version__
+
+Command = Callable[[Settings, argparse.Namespace], Coroutine[Any, Any, int]]
+
+# What `make run` wants otherwise: loads soon enough to be watched, reachable from here alone.
+_RUN_DEFAULTS = {"host": "127.0.0.1", "load_interval": 5.0, "load_min_interval": 1.0}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code."""
+    sys.path.append("")  # for `event_modules` of the folder one is in, as `python -m` has it
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return 0
+    try:
+        configured = settings.load(
+            {key: getattr(args, key, None) for key in ("host", "port")},
+            run_defaults=_RUN_DEFAULTS if getattr(args, "try_out", False) else None,
+        )
+        code: int = _run(args.command(configured, args))
+        sys.stdout.flush()
+    except ConfigError as exc:
+        return _say(exc, 2)
+    except DatapipeError as exc:
+        return _say(exc, 1)
+    except BrokenPipeError:  # who read the output has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as exc:
+        return _say(exc, 1)
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+def _say(exc: Exception, code: int) -> int:
+    print(f"datapipe: {' '.join(str(exc).split())}", file=sys.stderr)
+    return code
+
+
+def _run(work: Coroutine[Any, Any, int]) -> int:
+    try:
+        import uvloop
+    except ImportError:  # not on every platform; asyncio's own loop does as well, slower
+        return asyncio.run(work)
+    return uvloop.run(work)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="datapipe",
+        description="Takes JSON events by HTTP POST and loads them into PostgreSQL.",
+    )
+    parser.add_argument("--version", action="version", version=f"datapipe {__version__}")
+    parser.set_defaults(command=None)
+    sub = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    def add(name: str, command: Command, text: str) -> argparse.ArgumentParser:
+        made = sub.add_parser(name, help=text, description=text)
+        made.set_defaults(command=command)
+        return made
+
+    serving = add("serve", serve, "run the service")
+    serving.add_argument("--host", help="address to listen on")
+    serving.add_argument("--port", type=int, help="port to listen on")
+    serving.add_argument("--try-out", action="store_true", help=argparse.SUPPRESS)
+    checking = add("check", commands.check, "are settings, database and mirror well?")
+    checking.add_argument(
+        "--release", action="store_true", help="before a release: what is away is no failure"
+    )
+    loading = add("load", commands.load, "load once all that waits and has no living owner")
+    loading.add_argument(
+        "--accept-dead", action="store_true", help="let refused rows through to the dead letters"
+    )
+    looking = add("status", commands.status, "the page at a glance")
+    looking.add_argument(
+        "url", nargs="?", metavar="URL", help="of the service, this machine's if not given"
+    )
+    add("schema", commands.schema, "print the DDL for all event types")
+    _add_dead(sub)
+    new = add("new-event", commands.new_event, "print the class of a new event type")
+    new.add_argument("name", help="the event_name")
+    new.add_argument("fields", nargs="*", metavar="field:type", help="e.g. user_id:int plan:str?")
+    return parser
+
+
+def _add_dead(sub: Any) -> None:
+    dead = sub.add_parser("dead", help="dead letters: look, put back, remove")
+    dead.set_defaults(command=None)
+    actions = dead.add_subparsers(title="actions", metavar="ACTION", required=True)
+    texts = {
+        "list": "count them by reason and show the newest",
+        "replay": "check them again and put them back into their tables",
+        "drop": "remove them for good",
+    }
+    for name, text in texts.items():
+        made = actions.add_parser(name, help=text, description=text)
+        made.set_defaults(command=commands.dead, action=name)
+        made.add_argument("--lane", help="only of this lane")
+        made.add_argument("--sqlstate", help="only with this SQLSTATE")
+        if name == "list":
+            made.add_argument("--limit", type=int, default=20, help="how many to show")
+        else:
+            made.add_argument("--id", type=int, action="append", help="this one; may be repeated")
+            made.add_argument("--all", action="store_true", help="all there are")

@@ -1,0 +1,60 @@
+"""`datapipe new-event`: the class of a new event type, to be pasted into a module of one's own."""
+
+from __future__ import annotations
+
+import keyword
+import re
+from collections.abc import Sequence
+
+from datapipe.errors import ConfigError
+from datapipe.events.registry import declared_class
+from datapipe.events.types import EventType
+
+_IMPORTS = {
+    "datetime": "from datetime import datetime",
+    "date": "from datetime import date",
+    "Decimal": "from decimal import Decimal",
+    "UUID": "from uuid import UUID",
+}
+
+
+def class_text(name: str, fields: Sequence[str]) -> str:
+    """The module's text for `NAME field:type ...`; types as in the setting `events`.
+
+    Raises: ConfigError: names the field that can't be.
+    """
+    declared: dict[str, str] = {}
+    for field in fields:
+        key, colon, text = field.partition(":")
+        if not colon or not key.isidentifier():
+            raise ConfigError(f"{field!r} is no field: write it as name:type, e.g. user_id:int")
+        if keyword.iskeyword(key):
+            raise ConfigError(f"{key}: Python keeps this word to itself; use the setting events")
+        if key in declared:
+            raise ConfigError(f"{key}: this field is given twice")
+        declared[key] = text
+    kind = EventType(name, declared_class(name, declared))
+    used = {each.kind.__name__ for each in kind.fields}
+    lines = [_IMPORTS[each] for each in ("datetime", "date", "Decimal", "UUID") if each in used]
+    if lines:
+        lines.append("")
+    lines += ["from datapipe import Event, register", "", ""]
+    lines += [f'@register("{name}")', f"class {_camel(name)}(Event):"]
+    for each in kind.fields:
+        hint = each.kind.__name__ + (" | None" if each.nullable else "")
+        lines.append(f"    {each.name}: {hint}{_default(each.default, declared[each.name])}")
+    if not kind.fields:
+        lines.append("    pass")
+    return "\n".join(lines) + "\n"
+
+
+def _default(value: object, text: str) -> str:
+    if "=" not in text:
+        return " = None" if text.rstrip().endswith("?") else ""
+    if type(value).__module__ == "builtins":
+        return f" = {value!r}"
+    raise ConfigError(f"{text}: a default of this type has to be written into the class by hand")
+
+
+def _camel(name: str) -> str:
+    return "".join(part.capitalize() for part in re.split("_+", name))

@@ -1,0 +1,85 @@
+"""What the commands show: plain lines, on a terminal with a little colour."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+from datapipe.monitor import formats
+from datapipe.monitor.aggregate import BOOKS
+from datapipe.pipeline.loader import background
+
+_HEAD = ("lane", *BOOKS, "oldest", "next load", "state")
+_BOLD, _RED, _GREEN = "1", "1;31", "32"  # Source: ECMA-48, "Select Graphic Rendition"
+
+
+def show_status(status: Mapping[str, Any]) -> None:
+    """Print `/status.json` at a glance."""
+    summary, books = status["summary"], status["books"]
+    colour = _GREEN if summary["state"] == "healthy" else _RED
+    for text in (summary["text"], *summary["also"]):
+        _print(text, colour)
+    balance = "balanced" if books["balanced"] else "NOT balanced"
+    rows = [_HEAD, *(_lane(name, lane) for name, lane in status["lanes"].items())]
+    rows.append(_lane("all lanes", books | {"state": balance}))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        name, *numbers, state = row
+        aligned = (text.rjust(width) for text, width in zip(numbers, widths[1:-1], strict=True))
+        line = "  ".join((name.ljust(widths[0]), *aligned, state))
+        _print(line, _BOLD if row is _HEAD else "")
+    for line in _facts(status):
+        _print(line)
+
+
+def _print(text: str, style: str = "") -> None:
+    """One line, without the control characters that would steer a terminal."""
+    line = "".join(char if char.isprintable() else " " for char in text)
+    coloured = style and sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    print(f"\x1b[{style}m{line}\x1b[m" if coloured else line)
+
+
+def _lane(name: str, lane: Mapping[str, Any]) -> tuple[str, ...]:
+    blocked = lane.get("blocked") or lane.get("error")
+    state = f"{lane['state']}: {blocked}" if blocked else lane["state"]
+    oldest = lane.get("oldest_seconds") if lane["waiting"] else None
+    times = (formats.seconds(oldest), formats.seconds(lane.get("next_load_seconds")))
+    return name, *(formats.count(lane[key]) for key in BOOKS), *times, state
+
+
+def _facts(status: Mapping[str, Any]) -> list[str]:
+    mirror, database = status["mirror"], status["database"]
+    used = f"{formats.size(mirror['bytes'])} of {formats.size(mirror['max_bytes'])} used"
+    refused = ", ".join(f"{why} {count:,}" for why, count in sorted(status["rejected"].items()))
+    return [
+        f"mirror: {mirror['kind']}, {formats.up(mirror['up'])}, {used}{_error(mirror)}",
+        f"database: PostgreSQL {database['version'] or '(not reached yet)'}, "
+        f"{formats.up(database['up'])}{_error(database)}",
+        f"refused at the door: {refused or 'nothing'}",
+        f"datapipe {status['version']}, up {formats.seconds(status['uptime_seconds'])}",
+    ]
+
+
+def _error(part: Mapping[str, Any]) -> str:
+    return f": {part['error']}" if part["error"] else ""
+
+
+@asynccontextmanager
+async def progress(what: str, left: Callable[[], int]) -> AsyncIterator[None]:
+    """Show on stderr how `left` falls to nothing, as long as the block lasts."""
+    over, end, every_s = ("\r\x1b[K", "", 0.2) if sys.stderr.isatty() else ("", "\n", 5.0)
+
+    async def tell() -> None:
+        while True:
+            await asyncio.sleep(every_s)
+            print(f"{over}{what}: {left():,} left", end=end, file=sys.stderr, flush=True)
+
+    async with background([tell()], lambda failure: None):
+        try:
+            yield
+        finally:
+            print(over, end="", file=sys.stderr, flush=True)

@@ -1,0 +1,124 @@
+"""The event types of one service: built in, from people's modules, from the setting `events`."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from datetime import date, datetime
+from decimal import Decimal
+from typing import Any, Union
+from uuid import UUID
+
+import msgspec
+
+from datapipe.errors import ConfigError
+from datapipe.events.types import Event, EventType, register, registered
+from datapipe.settings import Settings
+
+_TYPE_NAMES: dict[str, type] = {
+    kind.__name__: kind
+    for kind in (int, float, str, bool, datetime, date, Decimal, UUID, dict, list)
+}
+# type, `?` for nullable, and the default as JSON: "bool = false"
+_DECLARED = re.compile(r"\s*(\w+)\s*(\?)?\s*(?:=\s*(.+))?", re.DOTALL)
+
+
+@register("crash_report")
+class CrashReport(Event):
+    user_id: int
+    timestamp: int
+    message: str
+
+
+@register("purchase")
+class Purchase(Event):
+    user_id: int
+    timestamp: int
+    sku: str
+
+
+@register("install")
+class Install(Event):
+    user_id: int
+    timestamp: int
+
+
+class Registry:
+    """Knows every event type, and decodes what is one of them.
+
+    Attributes:
+        types: by event name.
+        by_struct: by the class of the decoded object.
+        one: decodes one JSON object; `many` an array of them; both raise msgspec's errors.
+    """
+
+    def __init__(self, types: list[EventType]) -> None:
+        self.types: dict[str, EventType] = {}
+        for kind in types:
+            if kind.name in self.types:
+                raise ConfigError(f"event type {kind.name!r} is registered twice")
+            self.types[kind.name] = kind
+        self.by_struct = {kind.struct: kind for kind in types}
+        union: Any = Union[tuple(kind.struct for kind in types)]  # noqa: UP007 - made at run time
+        self.one: msgspec.json.Decoder[Any] = msgspec.json.Decoder(union)
+        self.many: msgspec.json.Decoder[list[Any]] = msgspec.json.Decoder(list[union])
+
+
+def load_registry(settings: Settings) -> Registry:
+    """Import `event_modules`, read `events`, and gather every type.
+
+    Raises: ConfigError: names the module or the place in `events`.
+    """
+    for module in settings.event_modules:
+        try:
+            importlib.import_module(module)
+        except ConfigError:
+            raise
+        except Exception as exc:
+            why = f"{type(exc).__name__}: {exc}"
+            raise ConfigError(f"event_modules: {module!r} can't be imported: {why}") from exc
+    length = settings.input_max_len
+    types = [EventType(name, cls, length) for name, cls in registered()]
+    taken = {kind.name for kind in types}
+    for name, fields in settings.events.items():
+        if name in taken:
+            raise ConfigError(f"events.{name}: there is an event type of this name already")
+        cls = declared_class(name, fields)
+        try:
+            types.append(EventType(name, cls, length))
+        except ConfigError as exc:
+            raise ConfigError(f"events.{name}: {exc}") from exc
+    return Registry(types)
+
+
+def declared_class(name: str, fields: dict[str, str]) -> type[Event]:
+    """The class of an event type without code. Raises: ConfigError: names the place."""
+    body: dict[str, Any] = {"__annotations__": {}}
+    for field, text in fields.items():
+        place = f"events.{name}.{field}"
+        if not field.isidentifier() or field.startswith("__"):
+            raise ConfigError(
+                f"events.{name}: {field!r} can't be a key: letters, digits and _, not __ in front"
+            )
+        match = _DECLARED.fullmatch(text)
+        kind = _TYPE_NAMES.get(match[1]) if match else None
+        if match is None or kind is None:
+            known = ", ".join(_TYPE_NAMES)
+            raise ConfigError(
+                f"{place}: {text!r} is no type: one of {known}, then '?' if it may be null, then "
+                "'= default' as JSON"
+            )
+        hint: Any = kind | None if match[2] else kind
+        body["__annotations__"][field] = hint
+        if match[3] is not None:
+            try:
+                body[field] = msgspec.json.decode(match[3], type=hint)
+            except (msgspec.DecodeError, ValueError) as exc:
+                quotes = ", text in quotes" if kind is str else ""
+                raise ConfigError(
+                    f"{place}: the default {match[3]!r} must be {kind.__name__} as JSON{quotes}: "
+                    f"{exc}"
+                ) from None
+        elif match[2]:
+            body[field] = None  # `datetime?`: the key may be left out too
+    return type(name, (Event,), body)

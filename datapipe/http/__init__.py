@@ -1,0 +1,1 @@
+"""HTTP: how events come in, and what people and programs are shown."""

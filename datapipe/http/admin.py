@@ -1,0 +1,116 @@
+"""What an admin may do: load now, dead letters."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from datapipe.errors import EventRejected, LaneBlocked, SinkUnavailable
+from datapipe.http import responses
+from datapipe.http.auth import Access
+from datapipe.monitor.peers import Peers
+from datapipe.pipeline.dead_letters import DeadLetters, selection_of, storable
+from datapipe.pipeline.loader import Loader
+from datapipe.sinks import Selection
+
+_LETTERS = 100  # answered when nobody says how many
+_LETTERS_MOST = 1000
+
+
+class Admin:
+    """The handlers; each asks `Access` first."""
+
+    def __init__(self, loader: Loader, dead: DeadLetters, access: Access, peers: Peers) -> None:
+        self._peers = peers
+        self._loader = loader
+        self._dead = dead
+        self._access = access
+
+    def add_to(self, app: web.Application) -> None:
+        app.router.add_post("/load", self.load)
+        app.router.add_get("/dead", self.look)
+        app.router.add_post("/dead/replay", self.replay)
+        app.router.add_post("/dead/drop", self.drop)
+
+    async def load(self, request: web.Request) -> web.StreamResponse:
+        """`POST /load`: one try for each lane, or for `?lane=` alone."""
+        self._access.may_act(request)
+        lane = request.query.get("lane")
+        accept = request.query.get("accept")
+        if accept not in (None, "dead"):
+            return responses.answer(400, 5, "accept: only 'dead' can be accepted").response()
+        if lane is not None and lane not in self._loader.schedules:
+            return responses.answer(404, 7, f"lane: there is no lane {lane[:64]!r}").response()
+        # all processes load at once; each answers for itself
+        own, others = await asyncio.gather(
+            self.load_own(lane, accept == "dead"), self._peers.ask("POST", request.path_qs)
+        )
+        loaded: Counter[str] = Counter()
+        failed: dict[str, str] = {}
+        for answer in (own, *others):
+            loaded.update(answer["loaded"])
+            failed |= answer["failed"]
+        if "text/html" in request.headers.get("Accept", ""):  # the page's button, without script
+            return web.Response(status=303, headers={"Location": "./"})
+        return responses.plain({"loaded": loaded, "failed": failed})
+
+    async def load_own(self, lane: str | None, accept_dead: bool) -> dict[str, Any]:
+        """Load now, in this process."""
+        loaded, failed = await self._loader.load_now(
+            None if lane is None else [lane], accept_dead=accept_dead
+        )
+        return {"loaded": loaded, "failed": failed}
+
+    async def look(self, request: web.Request) -> web.StreamResponse:
+        """`GET /dead`."""
+        self._access.may_act(request)
+        try:
+            limit = int(request.query.get("limit", _LETTERS))
+        except ValueError:
+            limit = -1
+        if not 0 <= limit <= _LETTERS_MOST:
+            detail = f"limit: a whole number up to {_LETTERS_MOST} wanted"
+            return responses.answer(400, 5, detail).response()
+        lane, sqlstate = request.query.get("lane"), request.query.get("sqlstate")
+        if not storable((lane or "") + (sqlstate or "")):
+            detail = "lane, sqlstate: text that a database can hold wanted"
+            return responses.answer(400, 5, detail).response()
+        selection = Selection(lane=lane, sqlstate=sqlstate)
+        return await _answered(self._dead.look(selection, limit))
+
+    async def replay(self, request: web.Request) -> web.StreamResponse:
+        """`POST /dead/replay`."""
+        return await self._change(request, self._dead.replay)
+
+    async def drop(self, request: web.Request) -> web.StreamResponse:
+        """`POST /dead/drop`."""
+        return await self._change(request, self._dead.drop)
+
+    async def _change(
+        self, request: web.Request, change: Callable[[Selection], Awaitable[Any]]
+    ) -> web.StreamResponse:
+        self._access.may_act(request)
+        form = request.content_type == "application/x-www-form-urlencoded"  # the page's buttons
+        try:
+            wanted = await request.post() if form else msgspec.json.decode(await request.read())
+            selection = selection_of(wanted)
+        except (msgspec.MsgspecError, UnicodeError, RecursionError) as exc:
+            return responses.answer(400, 3, f"not JSON: {exc}").response()
+        except EventRejected as exc:
+            return responses.rejected(exc).response()
+        response = await _answered(change(selection))
+        if form and response.status == 200:
+            return web.Response(status=303, headers={"Location": "../#dead"})
+        return response
+
+
+async def _answered(work: Awaitable[Any]) -> web.StreamResponse:
+    try:
+        return responses.plain(await work)
+    except (SinkUnavailable, LaneBlocked) as exc:
+        return responses.answer(503, 9, f"the database does not do it: {exc}").response()

@@ -1,0 +1,92 @@
+"""Who may look, and who may act: contract section 4, "The rest"."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+from urllib.parse import urlsplit
+
+from aiohttp import web
+
+from datapipe.errors import DatapipeError
+from datapipe.http.ingest import given_key
+from datapipe.settings import Settings
+
+
+class AccessDenied(DatapipeError):
+    """The request is refused with this HTTP status."""
+
+    def __init__(self, status: int, detail: str) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.detail = detail
+
+
+class Access:
+    """Decides by the settings and the request alone."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._admin_key = settings.admin_key.encode()
+        self._loopback = _is_loopback(settings.host)
+
+    def may_look(self, request: web.BaseRequest) -> None:
+        """Status pages are open unless an admin key is set. Raises: AccessDenied."""
+        if self._admin_key and (denied := self._lacks_key(request)) is not None:
+            raise denied
+
+    def may_act(self, request: web.BaseRequest) -> None:
+        """Without an admin key only from this machine, and from no other site's page.
+
+        The `Host` header names loopback, or a page of another site could reach us under a name
+        of its own that resolves to this machine. Raises: AccessDenied.
+        """
+        if (denied := self.why_not(request)) is not None:
+            raise denied
+        if not _same_origin(request):
+            raise AccessDenied(403, "this request comes from another site's page")
+
+    def why_not(self, request: web.BaseRequest) -> AccessDenied | None:
+        """Why this reader may not act, whatever led them here, and how they may; or None."""
+        if self._admin_key:
+            return self._lacks_key(request)
+        if not self._loopback:
+            return AccessDenied(
+                403,
+                "the service is not on loopback: set admin_key to do this; it is then asked for",
+            )
+        if not _is_loopback(_host_name(request.headers.get("Host", ""))):
+            return AccessDenied(
+                403,
+                "the address does not name this machine: come by http://127.0.0.1 (from afar "
+                "through ssh -L), or set admin_key, which is then asked for",
+            )
+        return None
+
+    def _lacks_key(self, request: web.BaseRequest) -> AccessDenied | None:
+        if hmac.compare_digest(given_key(request.headers), self._admin_key):
+            return None
+        return AccessDenied(401, "no or wrong admin key")
+
+
+def _same_origin(request: web.BaseRequest) -> bool:
+    if request.headers.get("Sec-Fetch-Site", "same-origin") != "same-origin":
+        return False
+    origin = request.headers.get("Origin")
+    return origin is None or urlsplit(origin).netloc == request.headers.get("Host", "")
+
+
+def _host_name(host: str) -> str:
+    """`[::1]:80` -> `::1`, `localhost:80` -> `localhost`."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def _is_loopback(host: str) -> bool:
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,151 @@
+"""All paths but `POST /`: page, stream, status, metrics, health."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+
+import aiohttp_jinja2
+import structlog
+from aiohttp import web
+from aiohttp_sse import sse_response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from datapipe.events.registry import Registry
+from datapipe.http import assets, openapi, responses
+from datapipe.http.auth import Access, AccessDenied
+from datapipe.http.responses import Answer
+from datapipe.http.server import request_id
+from datapipe.monitor.feed import Feed
+from datapipe.monitor.metrics import REASONS, Metrics
+from datapipe.monitor.status import Status
+from datapipe.pipeline.dead_letters import DeadLetters
+
+log = structlog.stdlib.get_logger("datapipe.http.pages")
+
+_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "same-origin",  # with no-referrer a form's Origin would be "null"
+    "Content-Security-Policy": (
+        "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self';"
+        " connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+    ),
+}
+_RETRY_MS = 1000  # until a page that lost its stream asks again
+_SEND_TIMEOUT_S = 30.0  # until a page that takes nothing is given up
+
+
+@dataclass
+class Pages:
+    """The handlers; they read `Status`."""
+
+    status: Status
+    feed: Feed
+    numbers: Metrics
+    registry: Registry
+    access: Access
+    dead: DeadLetters
+
+    def add_to(self, app: web.Application) -> None:
+        """Add the routes, and the templates that they need."""
+        assets.set_up(app)
+        app.router.add_get("/", self.page)
+        app.router.add_get("/stream", self.stream, allow_head=False)
+        app.router.add_get("/status.json", self.status_json)
+        app.router.add_get("/refused", self.refused)
+        app.router.add_get("/metrics", self.metrics)
+        app.router.add_get("/healthz", self.healthz)
+        app.router.add_get("/readyz", self.readyz)
+        app.router.add_get("/openapi.json", self.openapi)
+
+    async def page(self, request: web.Request) -> web.StreamResponse:
+        self.access.may_look(request)
+        denied = self.access.why_not(request)
+        await self.status.refresh()
+        context = {
+            "status": await self.status.whole(),
+            "denied": denied.detail if denied else None,
+            "refused": None if denied else self.status.refusals(),
+            "dead": None if denied else await self.dead.shown(),
+            "reasons": REASONS,
+        }
+        # in a thread: thousands of lanes take their time
+        text = await asyncio.to_thread(
+            aiohttp_jinja2.render_string, "status.html", request, context
+        )
+        headers = {"Cache-Control": "no-store"}
+        return web.Response(text=text, content_type="text/html", headers=headers)
+
+    async def stream(self, request: web.Request) -> web.StreamResponse:
+        self.access.may_look(request)
+        if self.feed.ended:
+            return responses.answer(503, 9, "shutting down").response()
+        async with sse_response(request, send_timeout=_SEND_TIMEOUT_S) as response:
+            # who listened has gone: nothing is to be done about it
+            with suppress(ConnectionResetError, TimeoutError):
+                async with aclosing(self.feed.listen()) as news:
+                    async for text in news:
+                        await response.send(text, retry=_RETRY_MS)
+        return response
+
+    async def status_json(self, request: web.Request) -> web.StreamResponse:
+        self.access.may_look(request)
+        await self.status.refresh()
+        return responses.plain(await self.status.whole())
+
+    async def refused(self, request: web.Request) -> web.StreamResponse:
+        self.access.may_act(request)
+        return responses.plain({"refused": self.status.refusals()})
+
+    async def metrics(self, request: web.Request) -> web.StreamResponse:
+        self.access.may_look(request)
+        await self.status.refresh()
+        self.numbers.take()
+        text = await asyncio.to_thread(self.numbers.text)
+        return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    async def healthz(self, request: web.Request) -> web.StreamResponse:
+        return responses.answer(200, 0, "alive").response()
+
+    async def readyz(self, request: web.Request) -> web.StreamResponse:
+        why = self.status.not_ready()
+        answer = responses.answer(200, 0, "ready") if why is None else responses.answer(503, 9, why)
+        return answer.response()
+
+    async def openapi(self, request: web.Request) -> web.StreamResponse:
+        return responses.plain(openapi.document(self.registry))
+
+
+@web.middleware
+async def errors_are_answers(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """Every error leaves as JSON with `status_code` and `status_message`."""
+    try:
+        return await handler(request)
+    except AccessDenied as exc:
+        headers = responses.AUTHENTICATE if exc.status == 401 else {}
+        return responses.answer(exc.status, 8, exc.detail, headers=headers).response()
+    except web.HTTPException as exc:
+        response = responses.answer(exc.status, exc.status, exc.reason).response()
+        for name in ("Allow", "Location"):
+            if name in exc.headers:
+                response.headers[name] = exc.headers[name]
+        return response
+    except Exception:
+        return fault(request_id(request.headers), request.path).response()
+
+
+def fault(request_id: str, path: str) -> Answer:
+    """The answer to a fault of ours; call it where the exception is caught."""
+    log.exception("fault", request_id=request_id, path=path)
+    return responses.answer(500, 100, f"a fault of ours; request id {request_id}")
+
+
+async def add_headers(request: web.BaseRequest, response: web.StreamResponse) -> None:
+    """What every answer bears."""
+    response.headers.setdefault("X-Request-ID", request_id(request.headers))
+    for name, value in _HEADERS.items():
+        response.headers.setdefault(name, value)

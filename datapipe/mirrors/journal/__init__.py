@@ -1,0 +1,1 @@
+"""The journal: segments in a local SQLite file."""

@@ -1,0 +1,258 @@
+"""The journal: segments in a local SQLite file, flushed to disk before `append` returns.
+
+A dead owner's lock is free, so any living process can adopt its file and load what waits there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import structlog
+
+from datapipe.errors import ConfigError, MirrorFull, MirrorUnavailable
+from datapipe.events.segment import Segment
+from datapipe.mirrors import Found, MirrorState, Neighbours, Run
+from datapipe.mirrors.journal.file import (
+    ROW_BYTES,
+    Damaged,
+    JournalFile,
+    open_file,
+    own_file,
+    size_of,
+)
+from datapipe.settings import Settings
+
+MIN_FREE_BYTES = 64 * 1024 * 1024  # on a full disk even DELETE fails, so appends stop before
+SEGMENT_MAX_BYTES = 1_048_576
+
+_REMOVED_AT_ONCE = 256  # 1 ms or so: appends wait for the same thread, and clients for them
+_LOOK_S = 0.1  # how long the free space of the disk is taken as it was
+_LOOK_AT_OTHERS_S = 1.0
+_T = TypeVar("_T")
+
+log = structlog.stdlib.get_logger("datapipe.mirrors.journal.mirror")
+
+
+class Journal:
+    """The mirror of `mirror: journal`: our own file, and those adopted from dead processes."""
+
+    parks = True
+    appends_at_once = 1
+    gather_s = 0.0
+    forgets_for_good = True
+    reads_ahead = True
+    recover_interval_s = 30.0
+    given_up = False
+
+    def __init__(self, settings: Settings, folder: Path, own: JournalFile) -> None:
+        self.segment_max_bytes = min(SEGMENT_MAX_BYTES, settings.load_trigger_bytes)
+        self._folder = folder
+        self._max_bytes = settings.journal_max_bytes
+        self._own = own
+        self._files = {own.source: own}
+        self.identity = own.source
+        self._told: set[str] = set()
+        self._unreadable: set[Path] = set()
+        self._drained: set[str] = set()
+        self._settled: dict[str, int] = {}  # adopted, drained, forgotten: by source, up to where
+        self._to_tell: list[str] = []
+        self._writer = ThreadPoolExecutor(1, "journal-writer")
+        self._reader = ThreadPoolExecutor(1, "journal-reader")
+        self._error: str | None = None
+        self._others_bytes: int = 0
+        self._others_seen = 0.0
+        self._looked_at = 0.0
+        self._free_bytes = 0
+        self._look_error: str | None = None
+        self._look_under_way: Future[None] | None = None
+
+    def queue_of(self, lane: str) -> str:
+        return ""
+
+    async def append(self, segments: Sequence[Segment]) -> Sequence[Segment]:
+        # asked here, not in the writing thread, which would have to wait for its turn once more
+        if not self._own.in_place():
+            await self._run(self._writer, self._look_after)
+        await self._run(self._writer, lambda: self._append(segments))
+        return segments
+
+    def _append(self, segments: Sequence[Segment]) -> None:
+        coming = size_of(segments)
+        if self._full(coming) or time.monotonic() - self._looked_at > _LOOK_S:
+            self._look()  # a look at the disk is a call
+        if (why := self._full(coming)) is not None:
+            raise MirrorFull(why)
+        self._own.append(segments)
+
+    def _full(self, coming: int) -> str | None:
+        """Why so many bytes more can't be stored, as of the last look."""
+        if self._bytes() + coming > self._max_bytes:
+            return "the journal is full (journal_max_bytes)"
+        if self._free_bytes < MIN_FREE_BYTES + coming:
+            return "less than 64 MiB of disk is free for the journal"
+        return None
+
+    def _look(self) -> None:
+        """In the writing thread: how much room the disk and the other processes leave us."""
+        now = self._looked_at = time.monotonic()
+        disk = os.statvfs(self._folder)
+        self._free_bytes = disk.f_bavail * disk.f_frsize
+        if now - self._others_seen > _LOOK_AT_OTHERS_S:
+            ours = {file.path for file in self._files.values()}
+            others = (path for path in self._folder.glob("*.sqlite") if path not in ours)
+            self._others_bytes = sum(map(_size, others))
+            self._others_seen = now
+
+    def _look_after(self) -> None:
+        """In the writing thread: what was taken from its place is made anew there."""
+        for source, file in list(self._files.items()):
+            if not file.in_place():
+                self._files[source] = fresh = file.renewed()
+                self._own = fresh if file is self._own else self._own
+
+    async def remove(self, segments: Sequence[Segment]) -> None:
+        by_source: dict[str, list[Segment]] = {}
+        for segment in segments:
+            by_source.setdefault(segment.source, []).append(segment)
+        for source, of_source in by_source.items():
+            if file := self._files.get(source):
+                for at in range(0, len(of_source), _REMOVED_AT_ONCE):
+                    some = of_source[at : at + _REMOVED_AT_ONCE]
+                    await self._run(self._writer, partial(file.remove, some))
+
+    async def read(self, run: Run, max_bytes: int) -> list[Segment]:
+        file = self._files[run.source]
+        try:
+            return await self._run(self._reader, lambda: file.read(run, max_bytes))
+        except Damaged as exc:
+            await self._run(self._writer, partial(file.mend, exc.why, exc.seen))
+            raise MirrorUnavailable(f"the journal was damaged: {exc}") from exc
+
+    async def recover(self, neighbours: Neighbours) -> Found:
+        return Found(runs=await self._run(self._writer, self._recover))
+
+    async def keep(self, neighbours: Neighbours) -> None:
+        """Give space back that a burst has taken, bit by bit."""
+        await self._run(self._writer, self._look_after)
+        for file in list(self._files.values()):
+            await self._run(self._writer, file.give_back)
+
+    async def release_all(self) -> None:
+        """See `Mirror.release_all`: the end of the process lets go of its files."""
+
+    def _recover(self) -> list[Run]:
+        runs: list[Run] = []
+        for path in sorted(self._folder.glob("*.sqlite")):
+            if any(path == file.path for file in self._files.values()):
+                continue
+            try:
+                file = open_file(path)
+            except (ConfigError, sqlite3.Error, OSError) as exc:
+                # one that can't be read must not keep us from all the others
+                if path not in self._unreadable:
+                    log.error("journal not adopted", path=str(path), error=str(exc))
+                    self._unreadable.add(path)
+                continue
+            if file is None:
+                continue
+            if file.inherited() or self._settled.get(file.source) != file.inherited_until:
+                self._files[file.source] = file
+            else:
+                file.close()
+        for file in list(self._files.values()):
+            left = file.inherited()
+            if file.source not in self._told:
+                self._told.add(file.source)
+                runs += left
+            if not left and file.source not in self._drained:
+                self._drained.add(file.source)
+                self._to_tell.append(file.source)
+        return runs
+
+    def drained(self) -> list[str]:
+        drained, self._to_tell = self._to_tell, []
+        return drained
+
+    async def forgotten(self, source: str) -> None:
+        """See `Mirror.forgotten`: only now may another process have an adopted file."""
+        file = self._files.get(source)
+        if file is None or file is self._own:
+            return
+        del self._files[source]
+        self._told.discard(source)
+        self._drained.discard(source)
+        self._settled[source] = file.inherited_until
+        await self._run(self._writer, file.close)
+
+    async def _run(self, thread: ThreadPoolExecutor, call: Callable[[], _T]) -> _T:
+        try:
+            result = await asyncio.get_running_loop().run_in_executor(thread, call)
+        except (sqlite3.Error, OSError) as exc:
+            self._error = str(exc)
+            raise MirrorUnavailable(f"the journal does not work: {exc}") from exc
+        self._error = self._look_error = None
+        return result
+
+    def _bytes(self) -> int:
+        """All journals in the folder: ours as used, those of other processes as files."""
+        return self._others_bytes + sum(file.used_bytes for file in list(self._files.values()))
+
+    def state(self) -> MirrorState:
+        """As of the last look; it is asked for on the event loop, which no disk may hold up."""
+        waiting = self._look_under_way is not None and not self._look_under_way.done()
+        if not waiting and time.monotonic() - self._looked_at > _LOOK_S:
+            with suppress(RuntimeError):  # closed
+                self._look_under_way = self._writer.submit(self._look_aside)
+        error = self._error or self._look_error
+        return MirrorState(
+            "journal", error is None, error, self._bytes(), self._max_bytes, self._full(ROW_BYTES)
+        )
+
+    def _look_aside(self) -> None:
+        try:
+            self._look_after()
+            self._look()
+            self._look_error = None
+        except (sqlite3.Error, OSError) as exc:
+            self._look_error = str(exc)
+
+    def close(self) -> None:
+        self._writer.shutdown()
+        self._reader.shutdown()
+        for file in self._files.values():
+            file.close()
+
+
+@asynccontextmanager
+async def open_journal(settings: Settings) -> AsyncIterator[Journal]:
+    """Open the first journal in `data_dir` that no living process owns; make it if need be.
+
+    Raises: ConfigError: the folder can't be written.
+    """
+    folder = Path(settings.data_dir) / "journal"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        journal = Journal(settings, folder, own_file(folder))
+        journal._look()
+    except (OSError, sqlite3.OperationalError) as exc:
+        raise ConfigError(f"data_dir: no journal can be kept in {folder}: {exc}") from exc
+    try:
+        yield journal
+    finally:
+        await asyncio.to_thread(journal.close)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0

@@ -1,0 +1,1 @@
+"""The pipeline: buffer, group commit, loader, and what looks after them."""

@@ -1,0 +1,94 @@
+"""Dead letters: which are meant, and how they are checked again before they go back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from datapipe.errors import EventRejected, LaneBlocked, SinkUnavailable
+from datapipe.events.registry import Registry
+from datapipe.pipeline.records import BODY_SHOWN
+from datapipe.sinks import Selection, Sink, table_of
+
+_SHOWN_S = 1.0  # the page is not to wait for a database that is silent
+_SHOWN_LETTERS = 200
+
+
+def selection_of(wanted: Any) -> Selection:
+    """From `{"ids": [...]}`, `{"lane": L, "sqlstate": S}` or `{"all": true}`.
+
+    Raises: EventRejected: it is none of these; to mean all is to say so.
+    """
+    if isinstance(wanted, Mapping):
+        keys = set(wanted)
+        ids = wanted.get("ids")
+        if keys == {"ids"} and isinstance(ids, list) and all(map(_is_id, ids)):
+            return Selection(ids=tuple(ids))
+        if keys == {"all"} and wanted["all"] is True:
+            return Selection()
+        texts = all(isinstance(value, str) and storable(value) for value in wanted.values())
+        if keys and keys <= {"lane", "sqlstate"} and texts:
+            return Selection(lane=wanted.get("lane"), sqlstate=wanted.get("sqlstate"))
+    raise EventRejected(
+        5, "bad_value", 'say which: {"ids": [1, 2]}, {"lane": L, "sqlstate": S} or {"all": true}'
+    )
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and -(2**63) <= value < 2**63
+
+
+def storable(text: str) -> bool:
+    """Whether any database could hold this text: ASCII, as lanes and SQLSTATEs are; no U+0000."""
+    return "\0" not in text and text.isascii()
+
+
+class DeadLetters:
+    """Looks at dead letters, puts them back, drops them; counts what was put back, by lane."""
+
+    def __init__(self, sink: Sink, registry: Registry) -> None:
+        self.replayed: Counter[str] = Counter()
+        self._sink = sink
+        self._registry = registry
+
+    async def look(self, selection: Selection, limit: int) -> dict[str, Any]:
+        """Raises: SinkUnavailable, LaneBlocked."""
+        return await self._sink.dead(selection, limit)
+
+    async def shown(self) -> dict[str, Any] | None:
+        """For the page: groups, each with its newest event as a `sample`; None: no answer soon."""
+        try:
+            async with asyncio.timeout(_SHOWN_S):
+                found = await self.look(Selection(), _SHOWN_LETTERS)
+        except (SinkUnavailable, LaneBlocked, TimeoutError):
+            return None
+        for group in found["groups"]:
+            reason = (group["lane"], group["sqlstate"])
+            letters = (e for e in found["letters"] if (e["lane"], e["sqlstate"]) == reason)
+            newest = next(letters, None)
+            event = bytes(newest["event"]).decode() if newest else ""
+            group["sample"] = event if len(event) <= BODY_SHOWN else f"{event[:BODY_SHOWN]}..."
+        return found
+
+    async def replay(self, selection: Selection) -> dict[str, Any]:
+        """`{"replayed": {lane: rows}, "dead": how many are refused again}`.
+
+        Raises: SinkUnavailable, LaneBlocked.
+        """
+        tables = {name: table_of(kind) for name, kind in self._registry.types.items()}
+        back, stay = await self._sink.replay(selection, tables, self._row)
+        self.replayed.update(back)
+        return {"replayed": back, "dead": stay}
+
+    async def drop(self, selection: Selection) -> dict[str, Any]:
+        """`{"dropped": n}`. Raises: SinkUnavailable, LaneBlocked."""
+        return {"dropped": await self._sink.drop(selection)}
+
+    def _row(self, lane: str, event: bytes, received_at: str) -> bytes:
+        kind = self._registry.types.get(lane)
+        if kind is None:
+            detail = f"no event type {lane!r} is registered here"
+            raise EventRejected(7, "unsupported_event", detail)
+        return kind.look_closer(event, received_at)
