@@ -40,11 +40,12 @@ from datapipe.monitor.metrics import Metrics
 from datapipe.monitor.peers import Peers
 from datapipe.monitor.status import Status
 from datapipe.pipeline.buffer import Buffer
-from datapipe.pipeline.coordinator import new_process_id
+from datapipe.pipeline.coordinator import Coordinator, new_process_id
 from datapipe.pipeline.dead_letters import DeadLetters
 from datapipe.pipeline.loader import Loader
+from datapipe.pipeline.records import Records
 from datapipe.settings import Settings
-from datapipe.sinks import Sink, open_sink
+from datapipe.sinks import Sink, open_sink, table_of
 
 OpenMirror = Callable[[Settings, str], AbstractAsyncContextManager[Mirror]]
 OpenSink = Callable[[Settings, str], AbstractAsyncContextManager[Sink]]
@@ -75,6 +76,7 @@ class Pipeline:
         self.ingest: Ingest
         self.buffer: Buffer
         self.loader: Loader
+        self.coordinator: Coordinator
         self.status: Status
         self.feed: Feed
 
@@ -86,14 +88,17 @@ class Pipeline:
             sink = await stack.enter_async_context(self._open_sink(self.settings, process))
             mirror = await stack.enter_async_context(self._open_mirror(self.settings, process))
             self.buffer = Buffer(mirror, self.settings, self.metrics.append_seconds.observe)
+            records = Records()
             self.loader = Loader(
-                self.buffer, sink, self.registry, self.settings, process,
+                self.buffer, sink, self.registry, self.settings, records,
                 self.metrics.load_seconds.observe,
             )  # fmt: skip
-            self.ingest = Ingest(self.buffer, self.registry, self.settings)
+            tables = [table_of(kind) for kind in self.registry.types.values()]
+            self.coordinator = Coordinator(self.buffer, self.loader, sink, process, tables)
+            self.ingest = Ingest(self.buffer, self.registry, self.settings, records)
             dead = DeadLetters(sink, self.registry)
             peers = Peers(Path(self.settings.data_dir), process)
-            self.status = Status(self.buffer, self.loader, self.ingest, dead, self.metrics, peers)
+            self.status = Status(self.buffer, self.loader, records, dead, self.metrics, peers)
             self.metrics.expose(self.status.snapshot, self.status.histograms)
             access = Access(self.settings)
             self.feed = await stack.enter_async_context(running(self.status, self._task_died))
@@ -101,6 +106,7 @@ class Pipeline:
             admin = Admin(self.loader, dead, access, peers)
             admin.add_to(app)
             await stack.enter_async_context(self.loader.running(self._task_died))
+            await stack.enter_async_context(self.coordinator.running(self._task_died))
             await stack.enter_async_context(peers.listening(self.status.for_peers, admin.load_own))
             try:
                 yield
@@ -119,14 +125,15 @@ class Pipeline:
         """
         if self._stopped:
             return
-        self._stopped = self.ingest.stopping = True
+        self._stopped = self.buffer.stopping = True
         self.feed.end()
         try:
             await self._finish()
         finally:  # a second signal cancels the loading, not this
             self.buffer.closed = True
             await self.buffer.settle(2.0)
-            waiting = {n: lane.waiting for n, lane in self.buffer.lanes.items() if lane.waiting}
+            lanes = self.buffer.lanes.items()
+            waiting = {name: lane.waiting.events for name, lane in lanes if lane.waiting.events}
             log.info("stopped", waiting=sum(waiting.values()), lanes=waiting)
 
     async def shut_down(self, app: web.Application) -> None:
@@ -144,7 +151,7 @@ class Pipeline:
                 async with asyncio.timeout(left):
                     await self.loader.drain()
                     await self.buffer.settle(2.0)
-                    await self.loader.farewell()
+                    await self.coordinator.deregister()
             except TimeoutError:
                 log.warning("drain not done in time", seconds=self.settings.shutdown_timeout)
 

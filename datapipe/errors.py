@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from datapipe.events.segment import Segment
-
 
 class DatapipeError(Exception):
     """The root: catch this to catch what datapipe itself raises."""
@@ -48,16 +42,7 @@ class BufferFull(Busy):
 
 
 class MirrorUnavailable(Busy):
-    """The mirror did not do it in time, or says that it can't.
-
-    `stored` are segments of a failed append that it stored all the same.
-    """
-
-    def __init__(
-        self, detail: str, retry_after_s: float = 5.0, stored: Sequence[Segment] = ()
-    ) -> None:
-        super().__init__(detail, retry_after_s)
-        self.stored = stored
+    """The mirror did not do it in time, or says that it can't."""
 
 
 class MirrorFull(MirrorUnavailable, BufferFull):

@@ -18,9 +18,10 @@ from datapipe.errors import ConfigError, DatapipeError, EventRejected
 from datapipe.events.registry import load_registry
 from datapipe.mirrors import check_mirror, open_mirror
 from datapipe.pipeline.buffer import Buffer
-from datapipe.pipeline.coordinator import new_process_id
+from datapipe.pipeline.coordinator import Coordinator, new_process_id
 from datapipe.pipeline.dead_letters import DeadLetters, selection_of
 from datapipe.pipeline.loader import Loader
+from datapipe.pipeline.records import Records
 from datapipe.settings import Settings
 from datapipe.sinks import Selection, open_sink, table_of
 from datapipe.sinks.postgres.ddl import ddl
@@ -64,14 +65,16 @@ async def load(settings: Settings, args: argparse.Namespace) -> int:
     failed: dict[str, str] = {}
     async with open_sink(settings, process) as sink, open_mirror(settings, process) as mirror:
         buffer = Buffer(mirror, settings, lambda seconds: None)
-        loader = Loader(buffer, sink, registry, settings, process, lambda seconds: None)
+        loader = Loader(buffer, sink, registry, settings, Records(), lambda seconds: None)
+        tables = [table_of(kind) for kind in registry.types.values()]
+        coordinator = Coordinator(buffer, loader, sink, process, tables)
         waiting = partial(_waiting, buffer)
         async with loader.working(), progress("loading events", waiting):
-            async for _ in loader.house.looks():
+            async for _ in coordinator.looks():
                 rows, failed = await loader.load_now(accept_dead=args.accept_dead)
                 loaded.update(rows)
             await buffer.settle(10.0)
-            await loader.farewell()
+            await coordinator.deregister()
     for lane, count in sorted(loaded.items()):
         print(f"loaded {lane}: {count} rows")
     for lane, why in sorted(failed.items()):
@@ -81,7 +84,7 @@ async def load(settings: Settings, args: argparse.Namespace) -> int:
 
 
 def _waiting(buffer: Buffer) -> int:
-    return sum(lane.waiting for lane in buffer.lanes.values())
+    return sum(lane.waiting.events for lane in buffer.lanes.values())
 
 
 async def status(settings: Settings, args: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 from datapipe.monitor import formats
 from datapipe.monitor.aggregate import BOOKS
-from datapipe.pipeline.loader import background
+from datapipe.pipeline.tasks import background
 
 _HEAD = ("lane", *BOOKS, "oldest", "next load", "state")
 _BOLD, _RED, _GREEN = "1", "1;31", "32"  # Source: ECMA-48, "Select Graphic Rendition"

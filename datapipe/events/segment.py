@@ -155,6 +155,60 @@ class Segment:
         return f"<Segment {self.id} {self.lane} events={self.events} bytes={len(self.data)}>"
 
 
+def seal(chunks: Sequence[Chunk], max_bytes: int) -> list[Segment]:
+    """Segments of one lane and at most `max_bytes` rows; a single event or part may be larger."""
+    by_lane: dict[tuple[str, tuple[Column, ...]], list[Chunk]] = {}
+    for chunk in chunks:
+        by_lane.setdefault((chunk.lane, chunk.columns), []).append(chunk)
+    segments = []
+    for (lane, columns), of_lane in by_lane.items():
+        if sum([len(chunk.data) for chunk in of_lane]) <= max_bytes:
+            segments.append(_segment(lane, columns, of_lane))
+            continue
+        gathered: list[Chunk] = []
+        room = max_bytes
+        for chunk in of_lane:
+            rest: Chunk | None = chunk
+            while rest is not None:
+                piece, rest = _fitting(rest, room, max_bytes)
+                if len(piece.data) > room and gathered:
+                    segments.append(_segment(lane, columns, gathered))
+                    gathered, room = [], max_bytes
+                gathered.append(piece)
+                room -= len(piece.data)
+        segments.append(_segment(lane, columns, gathered))
+    return segments
+
+
+def _fitting(chunk: Chunk, room: int, max_bytes: int) -> tuple[Chunk, Chunk | None]:
+    """The rows of a chunk that fill the room, and the rest; whole where it may not be cut."""
+    size = len(chunk.data)
+    if size <= room or chunk.claim or (size <= max_bytes and room < max_bytes // 8):
+        return chunk, None
+    cut = chunk.data.rfind(b"\n", 0, max(room, 0)) + 1
+    if cut == 0:  # not even one row fits: into a segment of its own start
+        cut = chunk.data.rfind(b"\n", 0, max_bytes) + 1 or chunk.data.index(b"\n") + 1
+    if cut == size:
+        return chunk, None
+    first = chunk.data[:cut]
+    events = first.count(b"\n")
+    return (
+        Chunk(chunk.lane, chunk.columns, first, events),
+        Chunk(chunk.lane, chunk.columns, chunk.data[cut:], chunk.events - events),
+    )
+
+
+def _segment(lane: str, columns: tuple[Column, ...], chunks: Sequence[Chunk]) -> Segment:
+    parts, at = [], 0
+    for chunk in chunks:
+        end = at + len(chunk.data)
+        if chunk.claim:
+            parts.append(Part(*chunk.claim, at, end, chunk.events))
+        at = end
+    data = chunks[0].data if len(chunks) == 1 else b"".join([chunk.data for chunk in chunks])
+    return Segment(lane, columns, data, sum([chunk.events for chunk in chunks]), tuple(parts))
+
+
 def encode_head(segment: Segment) -> bytes:
     """The JSON of what a mirror must keep beside the rows."""
     return msgspec.json.encode(

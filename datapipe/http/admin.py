@@ -44,7 +44,7 @@ class Admin:
         accept = request.query.get("accept")
         if accept not in (None, "dead"):
             return responses.answer(400, 5, "accept: only 'dead' can be accepted").response()
-        if lane is not None and lane not in self._loader.schedules:
+        if lane is not None and lane not in self._loader.lanes:
             return responses.answer(404, 7, f"lane: there is no lane {lane[:64]!r}").response()
         # all processes load at once; each answers for itself
         own, others = await asyncio.gather(

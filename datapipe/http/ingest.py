@@ -6,7 +6,6 @@ import hashlib
 import hmac
 import re
 import time
-from collections import Counter
 from collections.abc import Coroutine, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -20,7 +19,7 @@ from datapipe.http.body import Headers, Inflight, Lease, read_body, unpacked
 from datapipe.http.parse import Parsed, parse
 from datapipe.http.responses import Answer
 from datapipe.pipeline.buffer import Buffer
-from datapipe.pipeline.records import Recent, Refusal, shown
+from datapipe.pipeline.records import Records, Refusal, shown
 from datapipe.settings import Settings
 
 _KEY_FORM = re.compile(r"[\x21-\x7e]{1,255}")
@@ -29,13 +28,13 @@ _KEY_FORM = re.compile(r"[\x21-\x7e]{1,255}")
 class Ingest:
     """The door: takes events, and counts those that it refuses, by reason."""
 
-    def __init__(self, buffer: Buffer, registry: Registry, settings: Settings) -> None:
+    def __init__(
+        self, buffer: Buffer, registry: Registry, settings: Settings, records: Records
+    ) -> None:
         self.buffer = buffer
-        self.stopping = False
-        self.rejected: Counter[str] = Counter()
-        self.recent = Recent()
         self.under_way = 0
         self._registry = registry
+        self._records = records
         self._settings = settings
         self._inflight = Inflight(settings.inflight_max_bytes)
         self._clock = _Clock()
@@ -71,19 +70,19 @@ class Ingest:
         """Errors of the request are answers, faults of ours are raised."""
         self.under_way += 1
         try:
-            if self.stopping:
+            if self.buffer.stopping:
                 raise Busy("shutting down")
             ingest_key = self._authorize(headers, key)
             claim = _idempotency_key(headers, ingest_key)
             return await self._take(await body, claim, lease, request_id)
         except EventRejected as exc:
-            self.rejected[exc.reason] += 1
+            self._records.rejected[exc.reason] += 1
             self._note(request_id, [(0, exc)])
             return responses.rejected(exc)
         except Busy as exc:
-            self.rejected["busy"] += 1
+            self._records.rejected["busy"] += 1
             self._note(request_id, [(0, EventRejected(9, "busy", exc.detail, 503))])
-            return responses.busy(exc, close=self.stopping)
+            return responses.busy(exc, close=self.buffer.stopping)
         finally:
             body.close()
             self.under_way -= 1
@@ -99,7 +98,7 @@ class Ingest:
             raise
         full = self._refuse_full(parsed)
         for _, error in parsed.errors:
-            self.rejected[error.reason] += 1
+            self._records.rejected[error.reason] += 1
         if parsed.chunks:
             if claim is not None:
                 digest = _hash(body)
@@ -117,7 +116,7 @@ class Ingest:
     def _note(self, request_id: str, errors: Sequence[tuple[int, EventRejected]]) -> None:
         """Keep what was refused, for admins to see, under the id that the client gets."""
         first = min(errors, key=lambda error: error[0])[1]
-        self.recent.refused(
+        self._records.refused(
             Refusal(
                 first.reason, first.code, first.detail, request_id, len(errors), shown(first.body)
             )
@@ -135,7 +134,7 @@ class Ingest:
 
     def _refuse_full(self, parsed: Parsed) -> list[str]:
         """Turn rows of full lanes into errors; the lanes, so that the client knows."""
-        full = self.buffer.full(chunk.lane for chunk in parsed.chunks)
+        full = self.buffer.mirror.full(chunk.lane for chunk in parsed.chunks)
         if not full:
             return []
         for chunk in parsed.chunks:

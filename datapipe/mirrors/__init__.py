@@ -1,38 +1,72 @@
-"""Mirror: where segments stay until their load has committed."""
+"""Mirror: where segments stay until their load has committed. Memory is its cache."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+from datapipe.errors import MirrorUnavailable
 from datapipe.events.segment import Segment
 from datapipe.settings import Settings
 
 
-@dataclass(slots=True)
-class Run:
-    """Segments of one lane that lie one behind the other in one source of the mirror.
-
-    Of parked segments this is all that memory holds: where they lie, and their totals.
+@dataclass(slots=True, frozen=True)
+class Traits:
+    """What the pipeline needs to know of a mirror; some of it may change as the mirror learns.
 
     Attributes:
-        source: which store of the mirror (a journal file, a queue).
-        after, until: positions: all that lie behind `after`, up to and with `until`.
-        bytes: of their rows.
-        oldest: Unix time at which the first of them was sealed, or earlier.
+        batch_bytes: rows that go into one segment, unless a single event is larger.
+        appends_at_once: how many appends may be under way for one queue.
+        linger_s: seconds to gather rows before an append, unless a segment is full.
+        queue_per_lane: each lane has a queue of its own there; otherwise all share one.
+        durable: what is stored outlives the process. If not, memory is all there is, and each
+            request is judged by the room that is left.
+        identity: the store that only this process appends to.
+        recover_interval_s: seconds between two recoveries, while nothing asks for one sooner.
     """
 
-    lane: str
-    source: str
-    after: int
-    until: int
-    segments: int
-    events: int
+    batch_bytes: int
+    identity: str
+    recover_interval_s: float
+    appends_at_once: int = 1
+    linger_s: float = 0.0
+    queue_per_lane: bool = False
+    durable: bool = True
+
+
+class Appended(NamedTuple):
+    """What became of an append.
+
+    Attributes:
+        stored: durable, in order: the same segments, or pieces of one that did not fit.
+        error: why the rest is not; nothing was promised for it.
+    """
+
+    stored: Sequence[Segment] = ()
+    error: MirrorUnavailable | None = None
+
+
+class Waiting(Protocol):
+    """What waits of one lane, as totals: they follow what happens, and a look costs nothing.
+
+    Attributes:
+        in_memory, parked: events whose rows are held in memory, and those that are durable alone.
+        bytes: of the rows of both.
+    """
+
+    in_memory: int
+    parked: int
     bytes: int
-    oldest: float
+
+    @property
+    def events(self) -> int: ...
+
+    @property
+    def oldest(self) -> float | None:
+        """Unix time at which the oldest segment was sealed, or None."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -41,7 +75,7 @@ class MirrorState:
 
     `full` says why no more can be stored now. `calls` counts the requests to a remote mirror, by
     kind; `expires_s` is how long it keeps a message that nobody takes. `left` counts what a process
-    that is gone had taken, or what waits behind that, and `left_s` tells within how many seconds it
+    that is gone had taken, or what waits behind that, and `left_s` says within how many seconds it
     will have been taken over.
     """
 
@@ -58,117 +92,114 @@ class MirrorState:
 
 
 @dataclass(slots=True)
-class Found:
+class Recovered:
+    """What came into one lane by a recovery, from one source of the mirror."""
+
+    segments: int = 0
+    events: int = 0
+    bytes: int = 0
+    source: str = ""
+
+
+@dataclass(slots=True)
+class Recovery:
     """What a recovery brought.
 
     Attributes:
-        runs: parked where they lie.
-        segments: taken into memory.
-        strangers: lanes seen that are not loaded here.
-        suspects: processes whose messages were seen and left, because they may live.
+        lanes: by name, what is ours from now on.
+        unregistered: lanes seen that are not loaded here.
+        unconfirmed: processes whose segments were seen and left, because they may live.
         more: there is more to be had, once this is loaded.
         left: there is more that can't be had yet: look again before long.
     """
 
-    runs: list[Run] = field(default_factory=list)
-    segments: list[Segment] = field(default_factory=list)
-    strangers: set[str] = field(default_factory=set)
-    suspects: set[str] = field(default_factory=set)
+    lanes: dict[str, Recovered] = field(default_factory=dict)
+    unregistered: set[str] = field(default_factory=set)
+    unconfirmed: set[str] = field(default_factory=set)
     more: bool = False
     left: bool = False
 
 
-class Neighbours(Protocol):
-    """What a mirror that is shared by processes must know of them."""
+class Membership(Protocol):
+    """What a mirror must know of the processes that share it, and of the ledger."""
 
-    def silent(self, process: str) -> bool:
+    def is_dead(self, process: str) -> bool:
         """Whether this process is taken to be dead."""
 
-    def loads(self, lane: str) -> bool:
+    def can_load(self, lane: str) -> bool:
         """Whether this process can load that lane now."""
 
     async def loaded(self, segments: Sequence[str]) -> set[str]:
-        """Which of these segments the ledger knows. Raises: SinkUnavailable."""
+        """Which of these segments the ledger knows. Raises: SinkUnavailable, LaneBlocked."""
+
+    async def expire_source(self, source: str) -> None:
+        """Drop the ledger rows that other processes wrote for a store that holds nothing any more.
+
+        Raises: SinkUnavailable, LaneBlocked.
+        """
 
 
 class Mirror(Protocol):
-    """Keeps segments until their load has committed.
-
-    Attributes:
-        parks: it holds the rows itself, so memory may drop them.
-        appends_at_once: how many appends may be under way for one `queue_of`.
-        segment_max_bytes: rows that go into one segment, unless a single event is larger.
-        gather_s: seconds to gather rows before an append, unless there is a segment full.
-        identity: the store that only this process appends to.
-        forgets_for_good: what was removed can't come back, so its ledger row may go.
-        reads_ahead: what waits can be read while what lies before it is being removed, at no cost.
-        recover_interval_s: seconds between two recoveries, while nothing asks for one sooner.
-        given_up: a segment may be stored although its append failed, or its removal was refused:
-            recover soon.
-    """
-
-    parks: bool
-    identity: str
-    forgets_for_good: bool
-    reads_ahead: bool
-    recover_interval_s: float
-    given_up: bool
+    """Keeps segments until their load has committed."""
 
     @property
-    def appends_at_once(self) -> int: ...
+    def traits(self) -> Traits: ...
 
     @property
-    def segment_max_bytes(self) -> int: ...
+    def pressed(self) -> bool:
+        """Whether half of the memory is in use, or would be if nothing had been parked."""
 
-    @property
-    def gather_s(self) -> float: ...
-
-    def queue_of(self, lane: str) -> str:
-        """The queue that the lane's segments go through; lanes that share one commit together."""
-
-    async def append(self, segments: Sequence[Segment]) -> Sequence[Segment]:
-        """Store them, and set `source` and `position` (rising within a source) of each.
-
-        Once this returns they survive the death of the process (and, where the mirror is remote,
-        of the machine). Returns: what was stored: the same, or pieces of what did not fit.
-        Raises: MirrorUnavailable: nothing is promised; it names what was stored all the same.
+    async def append(self, segments: Sequence[Segment]) -> Appended:
+        """Store them; those in `stored` survive, once this returns, the death of the process (and,
+        where the mirror is remote, of the machine), and wait to be taken.
         """
 
-    async def remove(self, segments: Sequence[Segment]) -> None:
-        """Forget them, durably. Unknown ones are ignored, so a repeat is harmless.
+    async def take(self, lane: str, max_bytes: int) -> list[Segment]:
+        """The next that wait: `max_bytes` of rows, or a single one; ours until removed or requeued.
 
-        Raises: MirrorUnavailable: safe to call again.
+        From memory, or read back. Raises: MirrorUnavailable: what comes next can't be read now.
         """
 
-    async def read(self, run: Run, max_bytes: int) -> list[Segment]:
-        """The first segments of a run, oldest first: `max_bytes` of memory, or a single one.
+    def requeue(self, lane: str, segments: Sequence[Segment], *, put_off: bool) -> None:
+        """Their load failed: they wait again, first in their lane.
 
-        Fewer than asked for, but none only when the run has ended. Raises: MirrorUnavailable.
+        Args: put_off: the lane can't be loaded while others can: until a load of it commits it
+            holds no memory, and only its share of the mirror.
         """
 
-    def drained(self) -> list[str]:
-        """Sources that held segments of dead processes and hold none any more, since last asked."""
+    def remove(self, segments: Sequence[Segment]) -> asyncio.Future[None]:
+        """Their load has committed: from now on they do not wait; forget them, durably.
 
-    async def forgotten(self, source: str) -> None:
-        """The ledger has forgotten a drained source: nothing of it can be met any more."""
+        Returns: ends when that is done, however long the mirror is away. A repeat is harmless.
+        """
 
-    async def recover(self, neighbours: Neighbours) -> Found:
-        """What waits here, belongs to no living process and was not told before: now it is ours.
+    def waiting(self, lane: str) -> Waiting:
+        """What waits in a lane, now and later: the same object each time."""
+
+    def full(self, lanes: Iterable[str]) -> set[str]:
+        """Those of these lanes that have used up their share: their new events are refused."""
+
+    async def recover(self, membership: Membership) -> Recovery:
+        """Take over what waits there, belongs to no living process and is not ours yet.
 
         Called at start and then regularly. Raises: MirrorUnavailable: some may come later.
         """
 
-    async def keep(self, neighbours: Neighbours) -> None:
+    async def keep(self, membership: Membership) -> bool:
         """Do what keeps waiting segments from being lost by age; called every few seconds.
 
+        Returns: whether a recovery is due: something of ours may lie there that we don't know.
         Raises: MirrorUnavailable.
         """
 
-    async def release_all(self) -> None:
-        """At a stop: what was recovered and is not loaded can be had by others at once.
+    def expirable(self) -> list[str]:
+        """Segments that were removed and can't come back, since last asked.
 
-        Takes a second or so at the most, and never fails: what stays is theirs after a while.
+        The ledger may forget them.
         """
+
+    async def settle(self, timeout_s: float) -> None:
+        """At a stop: wait for removals, and let others have at once what is not loaded."""
 
     def state(self) -> MirrorState: ...
 
@@ -191,9 +222,10 @@ async def open_mirror(settings: Settings, process: str) -> AsyncIterator[Mirror]
         async with open_ironmq(settings, process) as ironmq:
             yield ironmq
     else:
-        from datapipe.mirrors.memory import MemoryMirror
+        from datapipe.mirrors.memory import open_memory
 
-        yield MemoryMirror(settings)
+        async with open_memory(settings) as memory:
+            yield memory
 
 
 async def check_mirror(settings: Settings) -> list[tuple[str, str]]:
@@ -204,8 +236,7 @@ async def check_mirror(settings: Settings) -> list[tuple[str, str]]:
 
         return await asyncio.to_thread(check_journals, settings)
     if kind == "ironmq":
-        from datapipe.mirrors.ironmq.recovery import open_ironmq
+        from datapipe.mirrors.ironmq.recovery import check_ironmq
 
-        async with open_ironmq(settings, "check") as ironmq:
-            return await ironmq.check()
+        return await check_ironmq(settings)
     return [("warn", "mirror: none: events live in memory alone until they are loaded")]

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 import msgspec
 
 from datapipe.monitor.status import Status
-from datapipe.pipeline.loader import background
+from datapipe.pipeline.tasks import background
 
 EVERY_S = 1.0
 

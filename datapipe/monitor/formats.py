@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
 NOTHING = "\N{EN DASH}"
 _UNITS = ("KiB", "MiB", "GiB", "TiB")
-
-
-def iso(at: float) -> str:
-    """Unix time as ISO 8601, UTC, with milliseconds."""
-    text = datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")
-    return text.replace("+00:00", "Z")
-
-
-def now() -> str:
-    return iso(time.time())
 
 
 def _rounded(value: float, digits: int) -> float:

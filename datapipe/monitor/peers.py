@@ -21,8 +21,6 @@ import msgspec
 import structlog
 from aiohttp import web
 
-from datapipe.http import responses
-
 _ANSWER_S = 2.0  # a peer that takes longer is left out
 _LONGEST_PATH = 100  # bytes; sun_path holds 108 on Linux, 104 elsewhere
 
@@ -50,7 +48,8 @@ class Peers:
         """
 
         async def tell(request: web.Request) -> web.Response:
-            return responses.plain(await status())
+            body = msgspec.json.encode(await status())
+            return web.Response(body=body, content_type="application/json")
 
         async def load_now(request: web.Request) -> web.Response:
             query = request.query

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from datapipe.http.ingest import Ingest
 from datapipe.monitor.aggregate import BOOKS, together, together_series
-from datapipe.monitor.formats import iso, now
 from datapipe.monitor.history import History, Reading, series_of
 from datapipe.monitor.metrics import Metrics
 from datapipe.monitor.peers import Peers
@@ -19,6 +17,7 @@ from datapipe.pipeline.buffer import Buffer
 from datapipe.pipeline.dead_letters import DeadLetters
 from datapipe.pipeline.lane import Lane
 from datapipe.pipeline.loader import Loader
+from datapipe.pipeline.records import Records, iso, now
 from datapipe.pipeline.schedule import Schedule
 from datapipe.version import __version__
 
@@ -29,7 +28,7 @@ class Status:
 
     buffer: Buffer
     loader: Loader
-    ingest: Ingest
+    records: Records
     dead: DeadLetters
     metrics: Metrics
     peers: Peers
@@ -53,17 +52,17 @@ class Status:
         if self._month != (month := datetime.now(UTC).month):
             self._month, self._before_month = month, sum(mirror.calls.values())
         readings = {
-            name: Reading(lane.accepted, lane.loaded, lane.waiting)
+            name: Reading(lane.accepted, lane.loaded, lane.waiting.events)
             for name, lane in self.buffer.lanes.items()
         }
         self.history.take(moment, readings)
 
     def not_ready(self) -> str | None:
         """Why an event would be refused now, or None."""
-        if self.ingest.stopping:
+        if self.buffer.stopping:
             return "shutting down"
         mirror = self.buffer.mirror.state()
-        if not mirror.up or not self.buffer.mirror_up:
+        if not mirror.up or not self.buffer.health.up:
             return f"the mirror does not work: {mirror.error or 'no answer'}"
         return mirror.full
 
@@ -96,7 +95,7 @@ class Status:
         return [self.metrics.histograms(), *(other["histograms"] for other in self._others)]
 
     def _own(self) -> dict[str, Any]:
-        full = self.buffer.full(self.buffer.lanes)
+        full = self.buffer.mirror.full(self.buffer.lanes)
         lanes = {
             name: self._lane(lane) | {"full": name in full}
             for name, lane in sorted(self.buffer.lanes.items())
@@ -108,15 +107,15 @@ class Status:
             "uptime_seconds": round(time.monotonic() - self._started, 3),
             "ready": self.not_ready() is None,
             "lanes": lanes,
-            "rejected": dict(self.ingest.rejected),
+            "rejected": dict(self.records.rejected),
             "mirror": self._mirror(),
             "database": self._database(),
-            "recent_loads": self.loader.recent.loads(),
+            "recent_loads": self.records.loads(),
         }
 
     def refusals(self) -> list[dict[str, Any]]:
         """The last events that were refused: for admins, they show what clients sent."""
-        return self.ingest.recent.refusals()
+        return self.records.refusals()
 
     def _lane(self, lane: Lane) -> dict[str, Any]:
         schedule = self.loader.schedules.get(lane.name)
@@ -127,13 +126,14 @@ class Status:
         # while the whole database is away that is told once, at the top
         outage = self.loader.sink.state().up is False
         return {
-            **{key: getattr(lane, key) for key in BOOKS},
+            **{key: getattr(lane, key) for key in BOOKS if key != "waiting"},
+            "waiting": lane.waiting.events,
             "replayed": self.dead.replayed[lane.name],
             "balanced": lane.balanced,
-            "in_memory": lane.in_memory,
-            "parked": lane.parked,
-            "waiting_bytes": lane.waiting_bytes,
-            "oldest_seconds": round(lane.oldest_seconds(), 3),
+            "in_memory": lane.waiting.in_memory,
+            "parked": lane.waiting.parked,
+            "waiting_bytes": lane.waiting.bytes,
+            "oldest_seconds": round(lane.oldest_seconds, 3),
             "accepted_per_second": accepted,
             "loaded_per_second": loaded,
             "state": self._state(lane, schedule),
@@ -150,9 +150,9 @@ class Status:
             return "blocked"
         if schedule is not None and schedule.busy:
             return "loading"
-        if schedule is not None and schedule.failures and lane.waiting:
+        if schedule is not None and schedule.failures and lane.waiting.events:
             return "retrying"
-        return "waiting" if lane.waiting else "empty"
+        return "waiting" if lane.waiting.events else "empty"
 
     def _mirror(self) -> dict[str, Any]:
         mirror = self.buffer.mirror.state()
@@ -160,7 +160,7 @@ class Status:
         left = self._growth.seconds_left(mirror.max_bytes - mirror.bytes)
         return {
             "kind": mirror.kind,
-            "up": mirror.up and self.buffer.mirror_up,
+            "up": mirror.up and self.buffer.health.up,
             "error": mirror.error,
             "bytes": mirror.bytes,
             "max_bytes": mirror.max_bytes,

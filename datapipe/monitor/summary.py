@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from datapipe.monitor import formats
+from datapipe.pipeline.records import iso
 
 NEARLY_FULL = 0.8  # of the mirror
 _GROWTH_S = 60.0  # the time over which growth is measured
@@ -72,7 +73,7 @@ class Summary:
         return {
             "state": first.state,
             "text": texts[0],
-            "since": formats.iso(self._since[first.state, first.what]),
+            "since": iso(self._since[first.state, first.what]),
             "also": texts[1:],
         }
 

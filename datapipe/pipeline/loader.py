@@ -11,19 +11,19 @@ import asyncio
 import math
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 
 import structlog
 
-from datapipe.errors import DatapipeError, LaneBlocked, MirrorUnavailable, SinkUnavailable
+from datapipe.errors import LaneBlocked, MirrorUnavailable, SinkUnavailable
 from datapipe.events.registry import Registry
 from datapipe.events.segment import Segment
 from datapipe.pipeline.buffer import Buffer
-from datapipe.pipeline.coordinator import Housekeeper
 from datapipe.pipeline.lane import Lane
-from datapipe.pipeline.records import Load, Recent
+from datapipe.pipeline.records import Load, Records
 from datapipe.pipeline.schedule import SLOW_S, Schedule, SlowLoad
+from datapipe.pipeline.tasks import background
 from datapipe.settings import Settings
 from datapipe.sinks import Loaded, Sink, table_of
 
@@ -41,45 +41,50 @@ class Loader:
         sink: Sink,
         registry: Registry,
         settings: Settings,
-        process: str,
+        records: Records,
         observe_load: Callable[[float], None],
     ) -> None:
         self.sink = sink
         self.schedules: dict[str, Schedule] = {}
-        self.recent = Recent()
+        self._records = records
         self._buffer = buffer
+        self._mirror = buffer.mirror
+        self._wake = buffer.wake
         self._registry = registry
         self._settings = settings
         self._observe_load = observe_load
-        self._wake = asyncio.Event()
-        self._asleep_until = 0.0
-        buffer.on_change = self._changed
         for name in registry.types:
-            self._schedule(buffer.lane(name))
-        tables = [table_of(kind) for kind in registry.types.values()]
-        self.house = Housekeeper(buffer, sink, process, self.recovered, tables)
+            self.schedules[name] = Schedule(buffer.lane(name), _now())
 
-    def _schedule(self, lane: Lane) -> Schedule:
-        if lane.name not in self.schedules:
-            self.schedules[lane.name] = Schedule(lane, _now())
-            if lane.name not in self._registry.types:
-                lane.blocked = (
-                    f"no event type {lane.name!r} is registered here; its events are kept: add its "
-                    "class (event_modules) or its fields (events)"
-                )
-                log.error("lane blocked", lane=lane.name, error=lane.blocked)
-        return self.schedules[lane.name]
+    @property
+    def lanes(self) -> Mapping[str, Lane]:
+        return self._buffer.lanes
+
+    def can_load(self, lane: str) -> bool:
+        """Whether this process can load that lane now."""
+        return lane in self.schedules and not self.schedules[lane].lane.stuck
+
+    def hurry(self, lanes: Iterable[str]) -> None:
+        """Load these without waiting for the interval: they were recovered."""
+        for name in lanes:
+            if name in self.schedules:
+                self.schedules[name].hurry()
+            else:
+                self._block_unregistered(self._buffer.lane(name))
+        self._wake.set()
+
+    def _block_unregistered(self, lane: Lane) -> None:
+        if lane.blocked is None:
+            lane.blocked = (
+                f"no event type {lane.name!r} is registered here; its events are kept: add its "
+                "class (event_modules) or its fields (events)"
+            )
+            log.error("lane blocked", lane=lane.name, error=lane.blocked)
 
     @asynccontextmanager
     async def running(self, failed: Callable[[BaseException], None]) -> AsyncIterator[None]:
-        """Load and keep house in the background.
-
-        A task that dies is told to `failed`: nothing dies in silence.
-        """
-        house = self.house
-        upkeep = [house.recover(), house.prepare(), house.beat(), house.keep()]
-        work = [*self._workers(), self._ask_for_slow_ones(), *upkeep]
-        async with background(work, failed):
+        """Load in the background; a task that dies is reported to `failed`."""
+        async with background([*self._workers(), self._ask_for_slow_ones()], failed):
             try:
                 yield
             finally:
@@ -115,28 +120,16 @@ class Loader:
 
     # --- when ---
 
-    def _changed(self, lane: Lane) -> None:
-        """Something was stored in a lane."""
-        due_at = self._schedule(lane).due_at(self._settings)
-        if due_at < self._asleep_until or self._buffer.pressed:
-            self._wake.set()
-
-    def recovered(self, lanes: Iterable[str]) -> None:
-        """What was recovered is loaded without waiting for the interval."""
-        for name in lanes:
-            self._schedule(self._buffer.lane(name)).hurry()
-        self._wake.set()
-
     def next_load_seconds(self, lane: str) -> float | None:
         """Seconds until the lane is tried next; None while nothing waits there."""
         schedule = self.schedules.get(lane)
-        if schedule is None or not schedule.lane.waiting or lane not in self._registry.types:
+        if schedule is None or not schedule.lane.waiting.events:
             return None
         return max(0.0, schedule.due_at(self._settings) - _now())
 
     def _pick(self) -> Schedule | None:
         """The lane to load now: of those that are due, the one served longest ago."""
-        if self._buffer.pressed:
+        if self._mirror.pressed:
             self._hurry_fullest()
         now = _now()
         ready = [s for s in self._eligible() if s.due_at(self._settings) <= now]
@@ -152,15 +145,14 @@ class Loader:
             schedule
             for schedule in schedules
             if not schedule.busy
-            and schedule.lane.waiting
-            and schedule.lane.name in self._registry.types
+            and schedule.lane.waiting.events
             and (spare or not schedule.failures)
         ]
 
     def _hurry_fullest(self) -> None:
         able = [s for s in self.schedules.values() if not s.failures and not s.lane.stuck]
         if able:  # the fullest may be under way: then it is
-            max(able, key=lambda s: s.lane.waiting_bytes).hurry()
+            max(able, key=lambda s: s.lane.waiting.bytes).hurry()
 
     async def _work(self) -> None:
         while True:
@@ -183,74 +175,69 @@ class Loader:
     async def _sleep(self) -> None:
         """Until a lane is due, or something happens."""
         due = [schedule.due_at(self._settings) for schedule in self._eligible()]
-        self._asleep_until = max(min(due, default=math.inf), _now() + 0.01)
+        until = max(min(due, default=math.inf), _now() + 0.01)
         with suppress(TimeoutError):
-            async with asyncio.timeout_at(min(self._asleep_until, _now() + _LONGEST_SLEEP_S)):
+            async with asyncio.timeout_at(min(until, _now() + _LONGEST_SLEEP_S)):
                 await self._wake.wait()
 
     # --- one load ---
 
     async def _load(self, schedule: Schedule) -> None:
+        """Take what is next of a lane, load it in one transaction, book it, have it removed."""
         lane = schedule.lane
         schedule.begin(_now())
         try:
-            segments = await self._buffer.take(lane, self._take_bytes())
+            segments = await self._mirror.take(lane.name, self._take_bytes())
         except MirrorUnavailable as exc:
-            self._put_off(schedule, SinkUnavailable(exc.detail, everywhere=False))
+            self._put_off(schedule, (), SinkUnavailable(exc.detail, everywhere=False))
             return
+        if any(segment.gone for segment in segments):
+            segments = await self._without_missing(schedule, segments)
         if not segments:
-            schedule.end(_now())
+            schedule.went_on(_now())
             return
-        if gone := [segment for segment in segments if segment.gone]:
-            await self._look_up(schedule, gone)
-            segments = [segment for segment in segments if not segment.gone]
-            if not segments:
-                schedule.went_on(_now())
-                return
+        table = table_of(self._registry.types[lane.name])
         started = time.perf_counter()
-        ahead = asyncio.create_task(self._read_ahead(lane))
         try:
-            result = await self.sink.load(
-                table_of(self._registry.types[lane.name]), segments,
-                accept_dead=schedule.accept_dead,
-            )  # fmt: skip
-        except (SinkUnavailable, LaneBlocked) as exc:
-            await ahead  # before the lane is parked: else what is given back is passed over
-            if isinstance(exc, LaneBlocked):
-                self._block(schedule, str(exc))
-            else:
-                self._put_off(schedule, exc)
-            self._buffer.give_back(lane, segments)
+            result = await self.sink.load(table, segments, accept_dead=schedule.accept_dead)
+        except LaneBlocked as exc:
+            self._block(schedule, segments, str(exc))
+        except SinkUnavailable as exc:
+            self._put_off(schedule, segments, exc)
         except BaseException:
-            self._buffer.give_back(lane, segments)
+            self._mirror.requeue(lane.name, segments, put_off=False)
             raise
         else:
-            seconds = time.perf_counter() - started
-            self._buffer.loaded(lane, segments, result.loaded, result.duplicate, result.dead)
-            self._loaded(schedule, result, seconds, len(segments))
-        finally:
-            await ahead
+            self._book(lane, segments, result)
+            self._loaded(schedule, result, time.perf_counter() - started, len(segments))
 
-    async def _read_ahead(self, lane: Lane) -> None:
-        with suppress(MirrorUnavailable):  # `take` meets it again
-            await self._buffer.read_ahead(lane, self._take_bytes())
+    def _book(self, lane: Lane, segments: Sequence[Segment], result: Loaded) -> None:
+        """A load has committed: into the books with it, and out of the mirror."""
+        lane.loaded += result.loaded
+        lane.duplicate += result.duplicate
+        lane.dead += result.dead
+        self._buffer.removed.add(sum(len(segment.data) for segment in segments))
+        self._mirror.remove(segments)
 
-    async def _look_up(self, schedule: Schedule, gone: Sequence[Segment]) -> None:
-        """Segments that the mirror lost sight of: loaded by another process, or lost."""
+    async def _without_missing(
+        self, schedule: Schedule, segments: Sequence[Segment]
+    ) -> list[Segment]:
+        """Book what the mirror lost sight of: loaded by another process, or lost; the rest."""
         lane = schedule.lane
+        gone = [segment for segment in segments if segment.gone]
         try:
             known = await self.sink.loaded([segment.id for segment in gone])
         except (SinkUnavailable, LaneBlocked) as exc:
-            self._buffer.give_back(lane, gone)
-            self._put_off(schedule, SinkUnavailable(str(exc)))
-            return
+            self._put_off(schedule, segments, SinkUnavailable(str(exc)))
+            return []
         theirs = [segment for segment in gone if segment.id in known]
-        self._buffer.loaded(lane, theirs, 0, sum(s.events for s in theirs), 0)
+        self._book(lane, theirs, Loaded(duplicate=sum(segment.events for segment in theirs)))
         if lost := [segment for segment in gone if segment.id not in known]:
             # the books stay out of balance, as they should: these events are nowhere
-            self._buffer.loaded(lane, lost, 0, 0, 0)
+            self._book(lane, lost, Loaded())
             events = sum(segment.events for segment in lost)
             log.error("segments missing in the mirror", lane=lane.name, events=events)
+        return [segment for segment in segments if not segment.gone]
 
     def _take_bytes(self) -> int:
         """Rows for one load: what all workers hold must fit the memory that is given."""
@@ -261,7 +248,7 @@ class Loader:
         lane = schedule.lane
         self._observe_load(seconds)
         seconds = round(seconds, 4)
-        self.recent.loaded(Load(lane.name, result.loaded, result.duplicate, result.dead, seconds))
+        self._records.loaded(Load(lane.name, result.loaded, result.duplicate, result.dead, seconds))
         log.info(
             "segments loaded", lane=lane.name, segments=segments, rows=result.loaded,
             duplicates=result.duplicate, dead=result.dead, seconds=seconds,
@@ -277,24 +264,26 @@ class Loader:
         for other in self.schedules.values():  # the database is back: no lane need wait for it
             other.forgive_outage()
 
-    def _put_off(self, schedule: Schedule, exc: SinkUnavailable) -> None:
+    def _put_off(
+        self, schedule: Schedule, segments: Sequence[Segment], exc: SinkUnavailable
+    ) -> None:
+        """Again later; while others can be loaded, it must not hold what they need."""
+        lane = schedule.lane
         delay = schedule.failed(str(exc), everywhere=exc.everywhere, now=_now())
-        if schedule.lane.deferred:  # others can be loaded: it must not hold what they need
-            self._buffer.park_all(schedule.lane)
-        self.recent.loaded(Load(schedule.lane.name, error=str(exc)))
-        log.warning(
-            "load failed", lane=schedule.lane.name, error=str(exc), retry_seconds=round(delay, 2)
-        )
+        self._mirror.requeue(lane.name, segments, put_off=lane.stuck)
+        self._records.loaded(Load(lane.name, error=str(exc)))
+        log.warning("load failed", lane=lane.name, error=str(exc), retry_seconds=round(delay, 2))
 
-    def _block(self, schedule: Schedule, why: str) -> None:
+    def _block(self, schedule: Schedule, segments: Sequence[Segment], why: str) -> None:
+        """A person must act; it is tried again at each interval all the same."""
         lane = schedule.lane
         if lane.blocked != why:
             log.error("lane blocked", lane=lane.name, error=why)
         lane.blocked = why
-        self.recent.loaded(Load(lane.name, error=f"blocked: {why}"))
+        self._mirror.requeue(lane.name, segments, put_off=True)
+        self._records.loaded(Load(lane.name, error=f"blocked: {why}"))
         interval = self._settings.load_interval * random.uniform(0.95, 1.05)
         schedule.blocked(why, now=_now(), retry_s=interval)
-        self._buffer.park_all(lane)
 
     # --- on demand ---
 
@@ -308,12 +297,12 @@ class Loader:
         tries = {}
         for name in wanted:
             lane = self._buffer.lanes.get(name)
-            if lane is None or not lane.waiting:
+            if lane is None or not lane.waiting.events:
                 continue
-            if name not in self._registry.types:
-                failed[name] = f"blocked: {self._buffer.lanes[name].blocked}"
+            if name in self.schedules:
+                tries[name] = self.schedules[name].try_now(accept_dead)
             else:
-                tries[name] = self._schedule(lane).try_now(accept_dead)
+                failed[name] = f"blocked: {lane.blocked}"
         self._wake.set()
         for name, outcome in tries.items():
             rows, error = await outcome
@@ -322,17 +311,6 @@ class Loader:
             if error is not None:
                 failed[name] = error
         return loaded, failed
-
-    async def farewell(self) -> None:
-        """Tell the others that this process beats no more, if the database listens.
-
-        When they hear it, nothing that they may load is reserved by us.
-        """
-        await self._buffer.mirror.release_all()
-        if self.sink.state().up:
-            with suppress(DatapipeError, TimeoutError):
-                async with asyncio.timeout(2.0):
-                    await self.house.tidy(ended=True)
 
     async def drain(self) -> None:
         """Load all that waits; ends when nothing does, or when what is left can't be loaded now."""
@@ -343,41 +321,3 @@ class Loader:
 def _now() -> float:
     """Seconds on the event loop's clock."""
     return asyncio.get_running_loop().time()
-
-
-@asynccontextmanager
-async def background(
-    work: Sequence[Coroutine[None, None, None]], failed: Callable[[BaseException], None]
-) -> AsyncIterator[None]:
-    """Tasks that live as long as the block; one that dies is told to `failed`.
-
-    To end by a cancellation that nobody asked for is to die, too.
-    """
-
-    def watch(task: asyncio.Task[None]) -> None:
-        if not task.cancelled():
-            if (exc := task.exception()) is not None:
-                failed(exc)
-        elif not task.cancelling():
-            failed(RuntimeError(f"cancelled by nobody: {task.get_coro()}"))
-
-    tasks = [asyncio.create_task(each) for each in work]
-    for task in tasks:
-        task.add_done_callback(watch)
-    try:
-        yield
-    finally:
-        await _end(tasks)
-
-
-async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:
-    """Cancel tasks until they end.
-
-    `asyncio.wait_for` of Python 3.11, on which aiopg waits, drops a cancellation that comes at the
-    moment at which what it waits for ends (python/cpython issue 81839).
-    """
-    pending: set[asyncio.Task[None]] = set(tasks)
-    while pending:
-        for task in pending:
-            task.cancel()
-        _, pending = await asyncio.wait(pending, timeout=0.2)

@@ -1,16 +1,26 @@
-"""What happened last, in bounded memory: loads, and refusals at the door."""
+"""What is noted of what happens, in bounded memory: loads, refusals, rates; `monitor` reads it."""
 
 from __future__ import annotations
 
-from collections import deque
+import time
+from collections import Counter, deque
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from typing import Any
-
-from datapipe.monitor.formats import now
 
 LOADS = 12
 REFUSALS = 20
 BODY_SHOWN = 300  # characters of a refused body
+
+
+def iso(at: float) -> str:
+    """Unix time as ISO 8601, UTC, with milliseconds."""
+    text = datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")
+    return text.replace("+00:00", "Z")
+
+
+def now() -> str:
+    return iso(time.time())
 
 
 @dataclass(slots=True)
@@ -48,10 +58,14 @@ class Refusal:
     at: str = field(default_factory=now)
 
 
-class Recent:
-    """The last loads and the last refusals, newest first."""
+class Records:
+    """The last loads and the last refusals, newest first.
+
+    Attributes: rejected: events, or whole bodies, that were refused, by reason.
+    """
 
     def __init__(self) -> None:
+        self.rejected: Counter[str] = Counter()
         self._loads: deque[Load] = deque(maxlen=LOADS)
         self._refusals: deque[Refusal] = deque(maxlen=REFUSALS)
 
@@ -82,3 +96,28 @@ def shown(body: bytes) -> str:
     """The beginning of a body, as text: for people, so what is not UTF-8 is marked."""
     text = body[: BODY_SHOWN * 4].decode(errors="replace")
     return text if len(text) <= BODY_SHOWN else f"{text[:BODY_SHOWN]}…"
+
+
+class Rate:
+    """Amounts as they come, and how much that is a second."""
+
+    def __init__(self, window_s: float = 60.0) -> None:
+        self._window_s = window_s
+        self._amounts: deque[tuple[float, float]] = deque()
+
+    def add(self, amount: float) -> None:
+        now = time.monotonic()
+        self._amounts.append((now, amount))
+        self._forget(now)
+
+    def per_second(self) -> float:
+        """0 when nothing came within the window."""
+        now = time.monotonic()
+        self._forget(now)
+        if not self._amounts:
+            return 0.0
+        return sum(amount for _, amount in self._amounts) / max(now - self._amounts[0][0], 1.0)
+
+    def _forget(self, now: float) -> None:
+        while self._amounts and self._amounts[0][0] < now - self._window_s:
+            self._amounts.popleft()

@@ -74,7 +74,7 @@ class Schedule:
             return self._retry_at
         if self._turn is not None:
             return 0.0
-        enough = self.lane.waiting_bytes >= settings.load_trigger_bytes
+        enough = self.lane.waiting.bytes >= settings.load_trigger_bytes
         interval = min(settings.load_interval, settings.load_min_interval if enough else 1e9)
         return self._turn_ended + interval
 
@@ -90,14 +90,14 @@ class Schedule:
         self._hurry = True
         self.accept_dead = self.accept_dead or accept_dead
         if self._turn is not None:
-            self._turn = self.lane.came  # all that waits now belongs to it
+            self._turn = self.lane.total_in  # all that waits now belongs to it
         return outcome
 
     def begin(self, now: float) -> None:
         """A transaction starts: the first of a turn marks what belongs to it."""
         self._hurry = False
         if self._turn is None:
-            self._turn = self.lane.came
+            self._turn = self.lane.total_in
             self._rows_of_turn = 0
 
     def end(self, now: float) -> None:
@@ -115,7 +115,7 @@ class Schedule:
 
     def went_on(self, now: float) -> None:
         """Some of what waited is booked; perhaps the turn is over."""
-        if self._turn is None or self.lane.went >= self._turn or not self.lane.waiting:
+        if self._turn is None or self.lane.total_out >= self._turn or not self.lane.waiting.events:
             self.end(now)
 
     def failed(self, error: str, *, everywhere: bool, now: float) -> float:

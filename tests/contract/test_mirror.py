@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from datapipe.events.segment import SEGMENT_OVERHEAD_BYTES, Part, Segment
+from datapipe.events.segment import Part, Segment
 from datapipe.events.types import Column
-from datapipe.mirrors import Mirror, Run, open_mirror
+from datapipe.mirrors import Mirror, Recovery, open_mirror
 from datapipe.settings import Settings
 from tests.doubles.ironmq import IronMQ
 
 COLUMNS = (Column("user_id", "bigint"), Column("received_at", "timestamptz"))
+LANES = ("install", "purchase")
 
 
 def segment(number: int, lane: str = "install", size: int = 20) -> Segment:
@@ -26,19 +27,22 @@ def segment(number: int, lane: str = "install", size: int = 20) -> Segment:
 
 
 class Alone:
-    """Neighbours of a process whose predecessors are all dead: `ended` lists them, or says all."""
+    """Membership of a process that knows who is dead: `ended`."""
 
     def __init__(self, ended: set[str]) -> None:
         self._ended = ended
 
-    def silent(self, process: str) -> bool:
+    def is_dead(self, process: str) -> bool:
         return process in self._ended
 
-    def loads(self, lane: str) -> bool:
-        return True
+    def can_load(self, lane: str) -> bool:
+        return lane in LANES
 
     async def loaded(self, segments: Sequence[str]) -> set[str]:
         return set()
+
+    async def expire_source(self, source: str) -> None:
+        return
 
 
 class World:
@@ -54,10 +58,8 @@ class World:
         self._stacks.append((process, stack))
         return await stack.enter_async_context(open_mirror(self.settings, process))
 
-    async def recover(self, mirror: Mirror) -> tuple[list[Run], list[Segment]]:
-        """What a recovery finds: runs to be read, or segments."""
-        found = await mirror.recover(Alone(self.ended))
-        return found.runs, found.segments
+    async def recover(self, mirror: Mirror) -> Recovery:
+        return await mirror.recover(Alone(self.ended))
 
     async def end(self) -> None:
         """The process that opened it last is gone."""
@@ -77,14 +79,11 @@ async def world(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
             Settings(
                 mirror=request.param, data_dir=str(tmp_path), ironmq_host=service.host,
                 ironmq_project_id=service.project_id, ironmq_token=service.token,
+                buffer_max_bytes=80_000, journal_max_bytes=1_000_000, ironmq_max_bytes=1_000_000,
             )
         )  # fmt: skip
         yield made
         await made.end_all()
-
-
-def durable(world: World) -> bool:
-    return world.settings.mirror != "none"
 
 
 def same(found: Segment, stored: Segment) -> bool:
@@ -92,25 +91,53 @@ def same(found: Segment, stored: Segment) -> bool:
     return all(getattr(found, name) == getattr(stored, name) for name in names)
 
 
-async def read_all(mirror: Mirror, run: Run, max_bytes: int = 1_000_000) -> list[Segment]:
-    found: list[Segment] = []
-    while run.after < run.until:
-        segments = await mirror.read(run, max_bytes)
-        assert segments
-        found += segments
-        run.after = segments[-1].position
-    return found
+async def store(mirror: Mirror, *segments: Segment) -> None:
+    appended = await mirror.append(segments)
+    assert appended.error is None
+    assert [each.id for each in appended.stored] == [each.id for each in segments]
 
 
-async def test_positions_rise(world: World) -> None:
+async def take_all(mirror: Mirror, lane: str = "install") -> list[Segment]:
+    taken: list[Segment] = []
+    while some := await mirror.take(lane, 10_000_000):
+        taken += some
+    return taken
+
+
+def ids(segments: Sequence[Segment]) -> list[str]:
+    return [each.id for each in segments]
+
+
+async def test_what_was_stored_is_taken_in_order_lane_by_lane(world: World) -> None:
     mirror = await world.open()
-    segments = [segment(n) for n in range(3)]
-    await mirror.append(segments)
-    more = segment(3)
-    await mirror.append([more])
-    positions = [each.position for each in (*segments, more)]
-    assert positions == sorted(set(positions))
-    assert all(each.source for each in segments)
+    stored = [segment(n, lane) for n in range(4) for lane in LANES]
+    await store(mirror, *stored[:5])
+    await store(mirror, *stored[5:])
+    for lane in LANES:
+        wanted = [each for each in stored if each.lane == lane]
+        assert mirror.waiting(lane).events == 4
+        taken = await take_all(mirror, lane)
+        assert all(same(t, w) for t, w in zip(taken, wanted, strict=True))
+        assert mirror.waiting(lane).events == 4  # until they are removed
+        assert await mirror.take(lane, 1000) == []
+
+
+async def test_taking_is_bounded_but_gives_one_at_least(world: World) -> None:
+    mirror = await world.open()
+    stored = [segment(n, size=5000) for n in range(5)]
+    await store(mirror, *stored)
+    assert ids(await mirror.take("install", 10_500)) == ids(stored[:2])
+    assert ids(await mirror.take("install", 1)) == ids(stored[2:3])
+    assert ids(await take_all(mirror)) == ids(stored[3:])
+
+
+async def test_what_was_requeued_comes_first(world: World) -> None:
+    mirror = await world.open()
+    stored = [segment(n) for n in range(6)]
+    await store(mirror, *stored)
+    taken = await mirror.take("install", 60)
+    mirror.requeue("install", taken, put_off=False)
+    assert ids(await take_all(mirror)) == ids(stored)
 
 
 async def test_a_position_never_comes_back(world: World) -> None:
@@ -130,62 +157,96 @@ async def test_a_position_never_comes_back(world: World) -> None:
 
 async def test_what_was_stored_is_recovered_by_the_next_process(world: World) -> None:
     mirror = await world.open()
-    assert await world.recover(mirror) == ([], [])
-    stored = [segment(n, lane) for n in range(4) for lane in ("install", "purchase")]
-    await mirror.append(stored[:5])
-    await mirror.append(stored[5:])
+    durable = mirror.traits.durable
+    assert (await world.recover(mirror)).lanes == {}
+    stored = [segment(n, lane) for n in range(4) for lane in LANES]
+    await store(mirror, *stored)
     await world.end()
     again = await world.open()
-    runs, segments = await world.recover(again)
-    assert await world.recover(again) == ([], [])  # told once
-    if not durable(world):
-        assert (runs, segments) == ([], [])
-        return
-    for lane in ("install", "purchase"):
-        wanted = [each for each in stored if each.lane == lane]
-        found = [each for each in segments if each.lane == lane]
-        for run in (each for each in runs if each.lane == lane):
-            assert (run.segments, run.events) == (4, 4)
-            assert run.bytes == sum(len(each.data) for each in wanted)
-            assert run.oldest <= wanted[0].created_at
-            found += await read_all(again, run)
-        assert all(same(f, w) for f, w in zip(found, wanted, strict=True))
+    found = await world.recover(again)
+    assert {name: came.events for name, came in found.lanes.items()} == (
+        dict.fromkeys(LANES, 4) if durable else {}
+    )
+    assert (await world.recover(again)).lanes == {}  # once
+    for lane in LANES:
+        wanted = [each for each in stored if each.lane == lane and durable]
+        waiting = again.waiting(lane)
+        assert waiting.events == len(wanted)
+        assert waiting.bytes == sum(len(each.data) for each in wanted)
+        assert not durable or (waiting.oldest or 0.0) <= wanted[0].created_at
+        taken = await take_all(again, lane)
+        assert all(same(t, w) for t, w in zip(taken, wanted, strict=True))
 
 
 async def test_what_was_removed_does_not_come_back(world: World) -> None:
     mirror = await world.open()
+    durable = mirror.traits.durable
     stored = [segment(n) for n in range(6)]
-    await mirror.append(stored)
-    await mirror.remove(stored[:2])
-    await mirror.remove(stored[:3])  # a repeat is harmless
+    await store(mirror, *stored)
+    taken = await take_all(mirror)
+    await mirror.remove(taken[:2])
+    await mirror.remove(taken[:3])  # a repeat is harmless
+    assert mirror.waiting("install").events == 3
     await world.end()
     again = await world.open()
-    runs, segments = await world.recover(again)
-    found = segments
-    for run in runs:
-        found += await read_all(again, run)
-    left = stored[3:] if durable(world) else []
-    assert [each.id for each in found] == [each.id for each in left]
-    await again.remove(found)
+    await world.recover(again)
+    left = await take_all(again)
+    assert ids(left) == (ids(stored[3:]) if durable else [])
+    await again.remove(left)
     await world.end()
-    assert await world.recover(await world.open()) == ([], [])
+    last = await world.open()
+    assert (await world.recover(last)).lanes == {}
+    assert await last.take("install", 1000) == []
 
 
-async def test_reading_is_bounded_and_goes_on_from_a_position(world: World) -> None:
+async def test_what_does_not_fit_into_memory_is_read_back_in_order(world: World) -> None:
     mirror = await world.open()
-    if not mirror.parks:
-        assert await mirror.read(Run("install", "", 0, 9, 9, 9, 9, 0.0), 1) == []
+    if not mirror.traits.durable:
+        await store(mirror, *[segment(n, size=5000) for n in range(20)])
+        assert mirror.state().full  # its owner refuses more
         return
-    stored = [segment(n, size=5000) for n in range(10)]
-    await mirror.append(stored)
-    first, last = stored[0].position, stored[-1].position
-    run = Run("install", stored[0].source, first, last, 9, 9, 45_000, 0.0)
-    room = 2 * (5000 + SEGMENT_OVERHEAD_BYTES) + 50  # what it takes in memory may be counted
-    two = await mirror.read(run, room)
-    assert [each.id for each in two] == [each.id for each in stored[1:3]]
-    single = await mirror.read(run, 1)  # one at least, however large
-    assert [each.id for each in single] == [stored[1].id]
-    assert [each.id for each in await read_all(mirror, run, room)] == [s.id for s in stored[1:]]
+    stored = [segment(n, size=5000) for n in range(40)]  # of 200,000 bytes, memory holds 80,000
+    for each in stored:
+        await store(mirror, each)
+    waiting = mirror.waiting("install")
+    assert waiting.parked > 20
+    assert (waiting.events, waiting.bytes) == (40, 200_000)
+    assert mirror.pressed
+    taken: list[Segment] = []
+    while some := await mirror.take("install", 15_000):
+        assert sum(len(each.data) for each in some) <= 15_000
+        taken += some
+        await mirror.remove(some)
+    assert ids(taken) == ids(stored)
+    assert (waiting.events, waiting.bytes, waiting.oldest) == (0, 0, None)
+    assert not mirror.pressed
+
+
+async def test_a_lane_that_is_put_off_holds_no_memory_until_it_loads(world: World) -> None:
+    mirror = await world.open()
+    stored = [segment(n, size=5000) for n in range(6)]
+    await store(mirror, *stored[:4])
+    mirror.requeue("install", await mirror.take("install", 10_500), put_off=True)
+    await store(mirror, *stored[4:])
+    waiting = mirror.waiting("install")
+    assert waiting.events == 6
+    assert waiting.in_memory == (0 if mirror.traits.durable else 6)
+    assert not mirror.pressed
+    first = await mirror.take("install", 5000)
+    await mirror.remove(first)
+    assert ids([*first, *await take_all(mirror)]) == ids(stored)
+
+
+async def test_lanes_that_are_put_off_may_fill_half_of_the_mirror(world: World) -> None:
+    mirror = await world.open()
+    tenth = mirror.state().max_bytes // 10
+    mirror.requeue("install", (), put_off=True)
+    await store(mirror, *[segment(n, size=tenth) for n in range(4)])
+    assert mirror.full(LANES) == set()
+    await store(mirror, *[segment(n, size=tenth) for n in range(4, 6)])
+    assert mirror.full(LANES) == {"install"}
+    await mirror.remove(await mirror.take("install", 1))  # it is loaded again
+    assert mirror.full(LANES) == set()
 
 
 async def test_the_state_tells_what_is_held(world: World) -> None:
@@ -193,20 +254,61 @@ async def test_the_state_tells_what_is_held(world: World) -> None:
     before = mirror.state()
     assert (before.kind, before.up, before.error) == (world.settings.mirror, True, None)
     stored = [
-        Segment("install", COLUMNS, os.urandom(10_000).hex().encode() + b"\n", 1) for _ in range(8)
+        Segment("install", COLUMNS, os.urandom(3_000).hex().encode() + b"\n", 1) for _ in range(8)
     ]
-    await mirror.append(stored)
-    assert mirror.state().bytes >= before.bytes + 80_000  # 20,000 each; random hex packs by half
-    await mirror.remove(stored)
-    assert mirror.state().bytes < before.bytes + 80_000
+    await store(mirror, *stored)
+    assert mirror.state().bytes >= before.bytes + 24_000  # 6,000 each; random hex packs by half
+    await mirror.remove(await take_all(mirror))
+    assert mirror.state().bytes < before.bytes + 24_000
 
 
 async def test_two_living_processes_leave_each_other_alone(world: World) -> None:
     one, two = await world.open(), await world.open()
-    await one.append([segment(1)])
-    await two.append([segment(2)])
+    await store(one, segment(1))
+    await store(two, segment(2))
     found = await asyncio.gather(world.recover(one), world.recover(two))
-    assert found == [([], []), ([], [])]
+    assert [each.lanes for each in found] == [{}, {}]
     await world.end()  # `two` is gone
-    runs, segments = await world.recover(one)
-    assert len(runs) + len(segments) == (1 if durable(world) else 0)
+    came = (await world.recover(one)).lanes
+    assert sum(each.events for each in came.values()) == (1 if one.traits.durable else 0)
+
+
+async def test_a_lane_that_is_not_registered_is_found_and_left(world: World) -> None:
+    mirror = await world.open()
+    durable = mirror.traits.durable
+    await store(mirror, segment(1, "unknown"))
+    await world.end()
+    again = await world.open()
+    found = await world.recover(again)
+    assert found.unregistered | found.lanes.keys() == ({"unknown"} if durable else set())
+    assert again.waiting("unknown").in_memory == 0
+
+
+async def test_what_the_ledger_may_forget_is_given_once(world: World) -> None:
+    mirror = await world.open()
+    await store(mirror, segment(1))
+    taken = await take_all(mirror)
+    await mirror.remove(taken)
+    comes_back = world.settings.mirror == "ironmq"  # until it expires
+    assert mirror.expirable() == ([] if comes_back else ids(taken))
+    assert mirror.expirable() == []
+
+
+async def test_a_removal_goes_on_until_it_is_done() -> None:
+    async with IronMQ() as service:
+        world = World(
+            Settings(
+                mirror="ironmq", ironmq_host=service.host, ironmq_project_id=service.project_id,
+                ironmq_token=service.token, mirror_timeout=0.2,
+            )
+        )  # fmt: skip
+        mirror = await world.open()
+        await store(mirror, segment(1))
+        service.faults.rate("503", 1.0)
+        removal = mirror.remove(await take_all(mirror))
+        assert mirror.waiting("install").events == 0
+        done, _ = await asyncio.wait([removal], timeout=0.5)
+        assert not done
+        service.faults.clear()
+        await asyncio.wait_for(removal, 30)
+        await world.end_all()

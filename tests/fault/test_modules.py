@@ -13,17 +13,17 @@ from tests.service import ROOT
 
 MODULES = Path(__file__).parent / "modules"
 PATCHES = {
-    "a constant": 'patch(housekeeping, "GONE_S", 1)',
-    "a method": 'patch(housekeeping.Housekeeper, "gone", None)',
-    "a text": 'patch_text(housekeeping, "gone", "a", "b")',
-    "a part of a text": 'patch_text(housekeeping, "__doc__", "these words are gone", "b")',
+    "a constant": 'patch(coordinator, "GONE_S", 1)',
+    "a method": 'patch(coordinator.Coordinator, "gone", None)',
+    "a text": 'patch_text(coordinator, "gone", "a", "b")',
+    "a part of a text": 'patch_text(coordinator, "__doc__", "these words are gone", "b")',
 }
 
 
 @pytest.mark.parametrize("name", PATCHES)
 def test_a_name_that_is_gone_ends_the_service_at_its_start(tmp_path: Path, name: str) -> None:
     (tmp_path / "patches.py").write_text(
-        "from datapipe import housekeeping\n"
+        "from datapipe.pipeline import coordinator\n"
         "from tests.fault.modules.patching import patch, patch_text\n"
         f"{PATCHES[name]}\n"
     )
@@ -33,7 +33,7 @@ def test_a_name_that_is_gone_ends_the_service_at_its_start(tmp_path: Path, name:
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=30, check=False,
     )  # fmt: skip
     assert ended.returncode == 2, ended.stdout
-    assert "datapipe.pipeline.coordinator" in ended.stdout or "Housekeeper" in ended.stdout
+    assert "datapipe.pipeline.coordinator" in ended.stdout or "Coordinator" in ended.stdout
     assert "gone" in ended.stdout.lower()
 
 

@@ -20,10 +20,10 @@ from structlog.testing import capture_logs
 from datapipe.errors import MirrorFull, MirrorUnavailable, SinkUnavailable
 from datapipe.events.segment import Part, Segment
 from datapipe.events.types import Column
-from datapipe.mirrors import Found, Run
+from datapipe.mirrors.buffered import Found, Run
 from datapipe.mirrors.ironmq import mirror as ironmq
 from datapipe.mirrors.ironmq.mirror import ANEW_S, LEASE_S
-from datapipe.mirrors.ironmq.recovery import RecoveringIronMQ, open_ironmq
+from datapipe.mirrors.ironmq.recovery import RecoveringIronMQ, open_store
 from datapipe.mirrors.ironmq.wire import pack
 from datapipe.settings import Settings
 from tests.doubles.faults import What
@@ -35,23 +35,26 @@ DAY_S = 86_400.0
 
 @dataclass
 class Town:
-    """Neighbours as a test wants them."""
+    """Membership as a test wants it."""
 
     dead: set[str] = field(default_factory=set)
     ledger: set[str] = field(default_factory=set)
     types: set[str] = field(default_factory=lambda: {"install", "purchase"})
     database_up: bool = True
 
-    def silent(self, process: str) -> bool:
+    def is_dead(self, process: str) -> bool:
         return process in self.dead
 
-    def loads(self, lane: str) -> bool:
+    def can_load(self, lane: str) -> bool:
         return lane in self.types
 
     async def loaded(self, segments: Sequence[str]) -> set[str]:
         if not self.database_up:
             raise SinkUnavailable("away")
         return self.ledger & set(segments)
+
+    async def expire_source(self, source: str) -> None:
+        raise AssertionError("no source of IronMQ ends")
 
 
 class World:
@@ -68,12 +71,12 @@ class World:
             ironmq_host=self.mq.host, ironmq_project_id=self.mq.project_id,
             ironmq_token=self.mq.token, **{"mirror_timeout": 5.0, **more},
         )  # fmt: skip
-        mirror = open_ironmq(settings, process, self.clock)
+        mirror = open_store(settings, process, self.clock)
         return await self._stack.enter_async_context(mirror)
 
     async def left_by(self, process: str, segments: Sequence[Segment]) -> None:
         """Segments of a process that died after it stored them."""
-        await (await self.open(process)).append(segments)
+        await store((await self.open(process)), segments)
         self.town.dead.add(process)
 
     async def recover(self, mirror: RecoveringIronMQ) -> Found:
@@ -92,6 +95,14 @@ async def world() -> AsyncIterator[World]:
     clock = Clock()
     async with IronMQ(clock=clock) as mq, AsyncExitStack() as stack:
         yield World(mq, clock, stack)
+
+
+async def store(mirror: RecoveringIronMQ, segments: Sequence[Segment]) -> list[Segment]:
+    """Append, and raise why not all of it is stored."""
+    appended = await mirror.append(segments)
+    if appended.error is not None:
+        raise appended.error
+    return list(appended.stored)
 
 
 def segment(number: int = 1, lane: str = "install", rows: int = 1) -> Segment:
@@ -118,7 +129,7 @@ def ids(segments: Iterable[Segment]) -> list[str]:
 async def test_a_message_can_be_read_by_hand(world: World) -> None:
     mirror = await world.open()
     stored = segment(42, rows=3)
-    await mirror.append([stored])
+    await store(mirror, [stored])
     (body,) = world.mq.queue("install").bodies
     message = json.loads(body)
     assert message | {"rows": ""} == {
@@ -134,8 +145,8 @@ async def test_a_message_can_be_read_by_hand(world: World) -> None:
 
 async def test_the_queue_is_made_with_thirty_days_and_named_with_the_prefix(world: World) -> None:
     mirror = await world.open(ironmq_queue_prefix="my ")
-    await mirror.append([segment()])
-    await mirror.append([segment()])
+    await store(mirror, [segment()])
+    await store(mirror, [segment()])
     assert world.mq.queue("my install").settings["message_expiration"] == 30 * DAY_S
     assert world.mq.requests == {"put_queue": 1, "post": 2}
 
@@ -148,7 +159,7 @@ async def test_what_is_too_large_is_cut_and_stays_in_order(world: World, count_h
     world.mq.rules.count_head = count_head
     mirror = await world.open()
     data = noise(10_000)
-    stored = await mirror.append([Segment("install", COLUMNS, data, 10_000)])
+    stored = await store(mirror, [Segment("install", COLUMNS, data, 10_000)])
     assert set(world.mq.statuses) == {200, 201}, "a request was too large"
     assert b"".join(each.data for each in stored) == data
     assert world.segments() == ids(stored)
@@ -163,7 +174,7 @@ async def test_no_request_is_larger_than_allowed_with_its_head(world: World) -> 
     world.mq.rules.count_head = True
     mirror = await world.open()
     for rows in range(500, 600, 2):
-        await mirror.append([Segment("install", COLUMNS, noise(rows, seed=rows), rows)])
+        await store(mirror, [Segment("install", COLUMNS, noise(rows, seed=rows), rows)])
     assert set(world.mq.statuses) == {200, 201}, "a request was too large"
     assert 50 < world.mq.requests["post"] < 100
 
@@ -175,7 +186,7 @@ async def test_keyed_parts_are_never_cut(world: World) -> None:
     parts = tuple(
         Part(f"{n:032x}", f"{n + 7:032x}", 0, n * 4 * 3, (n + 1) * 4 * 3, 3) for n in range(3000)
     )
-    stored = await mirror.append([Segment("install", COLUMNS, row * 9000, 9000, parts)])
+    stored = await store(mirror, [Segment("install", COLUMNS, row * 9000, 9000, parts)])
     assert set(world.mq.statuses) == {200, 201}
     assert sum(each.events for each in stored) == 9000
     for each in stored:
@@ -189,7 +200,7 @@ async def test_keyed_parts_are_never_cut(world: World) -> None:
 async def test_an_event_too_large_for_a_message_is_refused_and_harms_nobody(world: World) -> None:
     mirror = await world.open()
     with pytest.raises(MirrorFull, match="too large"):
-        await mirror.append([Segment("install", COLUMNS, noise(1, 70_000), 1)])
+        await store(mirror, [Segment("install", COLUMNS, noise(1, 70_000), 1)])
     assert mirror.state().up
     assert not mirror.given_up
 
@@ -198,9 +209,9 @@ async def test_next_segments_fill_a_message(world: World) -> None:
     """What was packed before tells how many rows go into one."""
     mirror = await world.open(load_trigger_bytes=1 << 24)
     for number in range(30):
-        size = mirror.segment_max_bytes
+        size = mirror.traits.batch_bytes
         data = noise(1 + size // 105, seed=number)[:size].rpartition(b"\n")[0] + b"\n"
-        await mirror.append([Segment("install", COLUMNS, data, data.count(b"\n"))])
+        await store(mirror, [Segment("install", COLUMNS, data, data.count(b"\n"))])
     sizes = [len(body) for body in world.mq.queue("install").bodies[-10:]]
     assert min(sizes) > 55_000
 
@@ -218,7 +229,7 @@ async def test_a_fault_that_passes_is_outlived(world: World, what: What, after: 
     mirror = await world.open()
     world.mq.faults.next(what, 2, call="post", after=after, seconds=0.1)
     stored = segment()
-    assert await mirror.append([stored]) == [stored]
+    assert await store(mirror, [stored]) == [stored]
     assert set(world.segments()) == {stored.id}, "another id on another try"
     assert mirror.state().up
     await mirror.remove([stored])
@@ -231,34 +242,33 @@ async def test_a_fault_that_stays_ends_in_time(world: World, what: What, after: 
     stored = segment()
     started = asyncio.get_running_loop().time()
     with pytest.raises(MirrorUnavailable) as caught:
-        await mirror.append([stored])
+        await store(mirror, [stored])
     assert asyncio.get_running_loop().time() - started < 1.5
     assert "IronMQ" in caught.value.detail
-    assert caught.value.stored == []
     assert mirror.given_up
     assert not mirror.state().up
     assert set(world.segments()) <= {stored.id}
     world.mq.faults.clear()
-    await mirror.append([segment(2)])
+    await store(mirror, [segment(2)])
     assert mirror.state().up
 
 
 @pytest.mark.parametrize("how", ["closed", "reset"])
 async def test_away_and_back(world: World, how: Any) -> None:
     mirror = await world.open(mirror_timeout=0.4)
-    await mirror.append([segment(1)])
+    await store(mirror, [segment(1)])
     await world.mq.leave(how)
     with pytest.raises(MirrorUnavailable, match=r"can't be reached|does not answer"):
-        await mirror.append([segment(2)])
+        await store(mirror, [segment(2)])
     await world.mq.come_back()
-    await mirror.append([segment(3)])
+    await store(mirror, [segment(3)])
 
 
 async def test_wrong_credentials_are_told_at_once(world: World) -> None:
     mirror = await world.open()
     world.mq.token = "another"
     with pytest.raises(MirrorUnavailable, match="ironmq_token"):
-        await mirror.append([segment()])
+        await store(mirror, [segment()])
     assert world.mq.requests["put_queue"] == 1, "no use to repeat it"
 
 
@@ -266,7 +276,7 @@ async def test_an_odd_answer_is_no_answer(world: World) -> None:
     mirror = await world.open(mirror_timeout=0.3)
     mirror.client._base += "/.."  # lists of projects, or whatever lies there
     with pytest.raises(MirrorUnavailable):
-        await mirror.append([segment()])
+        await store(mirror, [segment()])
 
 
 async def test_what_was_stored_of_a_failed_append_is_named(world: World) -> None:
@@ -277,9 +287,9 @@ async def test_what_was_stored_of_a_failed_append_is_named(world: World) -> None
         Segment("install", COLUMNS, noise(40), 40),
         segment(2, "purchase"),
     )
-    with pytest.raises(MirrorUnavailable) as caught:
-        await mirror.append([small, large, other])
-    assert caught.value.stored == [small, other]
+    appended = await mirror.append([small, large, other])
+    assert isinstance(appended.error, MirrorUnavailable)
+    assert appended.stored == [small, other]
     assert all(each.position for each in (small, other))
     await mirror.remove([small, other])
     assert world.mq.queue("install").size == world.mq.queue("purchase").size == 0
@@ -294,11 +304,11 @@ async def test_pieces_stored_before_a_failure_are_named(world: World) -> None:
         world.mq.faults.rate("503", 1.0, call="post")
 
     cutting = asyncio.create_task(cut_off())
-    with pytest.raises(MirrorUnavailable) as caught:
-        await mirror.append([Segment("install", COLUMNS, data, 5000)])
+    appended = await mirror.append([Segment("install", COLUMNS, data, 5000)])
+    assert isinstance(appended.error, MirrorUnavailable)
     await cutting
-    assert ids(caught.value.stored) == world.segments()
-    assert data.startswith(b"".join(each.data for each in caught.value.stored))
+    assert ids(appended.stored) == world.segments()
+    assert data.startswith(b"".join(each.data for each in appended.stored))
 
 
 # --- removal ---
@@ -308,7 +318,7 @@ async def test_removal_takes_a_hundred_at_a_time_and_never_an_empty_list(world: 
     world.mq.rules.empty_ids = "clear"
     mirror = await world.open()
     stored = [segment(n) for n in range(250)]
-    await mirror.append(stored)
+    await store(mirror, stored)
     await world.left_by("other", [segment(999)])
     await mirror.remove([])
     await mirror.client.delete("install", [])
@@ -324,7 +334,7 @@ async def test_one_that_is_gone_does_not_keep_the_others(world: World, partial: 
     world.mq.rules.bulk_partial = partial
     mirror, other = await world.open(), await world.open("other")
     stored = [segment(n) for n in range(5)]
-    await mirror.append(stored)
+    await store(mirror, stored)
     await other.client.delete("install", [(next(iter(world.mq.queue("install").messages)), None)])
     await mirror.remove(stored)
     assert world.mq.queue("install").size == 0
@@ -338,7 +348,7 @@ async def test_one_that_somebody_reserved_is_removed_once_it_comes_back(
     world.mq.rules.bulk_partial = partial
     mirror, other = await world.open(), await world.open("other")
     stored = [segment(n) for n in range(5)]
-    await mirror.append(stored)
+    await store(mirror, stored)
     await other.client.reserve("install", 1, 60)
     await mirror.remove(stored)
     assert world.segments() == [stored[0].id]
@@ -388,7 +398,7 @@ async def test_wrong_credentials_end_no_lease(world: World) -> None:
 async def test_removal_under_faults(world: World, what: What, after: bool) -> None:
     mirror = await world.open()
     stored = [segment(n) for n in range(3)]
-    await mirror.append(stored)
+    await store(mirror, stored)
     world.mq.faults.next(what, 2, after=after, seconds=0.1)
     await mirror.remove(stored)
     assert world.mq.queue("install").size == 0
@@ -401,9 +411,9 @@ async def test_removal_under_faults(world: World, what: What, after: bool) -> No
 async def test_a_living_process_is_left_alone_and_a_dead_one_recovered(world: World) -> None:
     mirror, other = await world.open(), await world.open("other")
     stored = [segment(n) for n in range(3)]
-    await other.append(stored)
+    await store(other, stored)
     found = await world.recover(mirror)
-    assert (found.segments, found.suspects) == ([], {"other"})
+    assert (found.segments, found.unconfirmed) == ([], {"other"})
     assert world.mq.requests["reserve"] == 0
     world.town.dead.add("other")
     found = await world.recover(mirror)
@@ -422,7 +432,7 @@ async def test_suspects_stay_while_another_queue_is_looked_at(world: World) -> N
     await world.left_by("dead", [segment(n, "purchase") for n in range(150)])
     for _ in range(3):
         found = await world.recover(mirror)
-        assert found.suspects == {"unheard"}
+        assert found.unconfirmed == {"unheard"}
         await mirror.remove(found.segments)
     assert world.mq.queue("purchase").size == 0
 
@@ -431,10 +441,10 @@ async def test_a_recoverer_reaches_no_further_than_it_must_and_releases_the_livi
     world: World,
 ) -> None:
     mirror, living = await world.open(), await world.open("living")
-    await living.append([segment(n) for n in range(3)])
+    await store(living, [segment(n) for n in range(3)])
     await world.left_by("dead", [segment(10)])
     later = [segment(n) for n in range(3)]
-    await living.append(later)
+    await store(living, later)
     found = await world.recover(mirror)
     assert len(found.segments) == 1
     assert world.visible() == 6
@@ -446,10 +456,10 @@ async def test_a_recoverer_reaches_no_further_than_it_must_and_releases_the_livi
 async def test_a_message_of_ours_that_our_books_do_not_know_is_recovered(world: World) -> None:
     mirror = await world.open(mirror_timeout=0.3)
     known, lost = segment(1), segment(2)
-    await mirror.append([known])
+    await store(mirror, [known])
     world.mq.faults.rate("503", 1.0, call="post", after=True)
     with pytest.raises(MirrorUnavailable):
-        await mirror.append([lost])
+        await store(mirror, [lost])
     assert mirror.given_up
     world.mq.faults.clear()
     found = await world.recover(mirror)
@@ -461,9 +471,9 @@ async def test_a_message_of_ours_that_our_books_do_not_know_is_recovered(world: 
 
 async def test_what_is_being_appended_is_not_taken_for_lost(world: World) -> None:
     mirror = await world.open()
-    await mirror.append([segment(1)])
+    await store(mirror, [segment(1)])
     world.mq.faults.next("late", call="post", after=True, seconds=0.3)
-    appending = asyncio.create_task(mirror.append([segment(2)]))
+    appending = asyncio.create_task(store(mirror, [segment(2)]))
     await world.mq.until(lambda: world.mq.queue("install").size == 2)
     assert (await world.recover(mirror)).segments == []
     await appending
@@ -677,7 +687,7 @@ async def test_other_queues_of_the_project_are_not_touched(world: World) -> None
     mirror = await world.open()
     for _ in range(2):
         found = await world.recover(mirror)
-        assert (found.segments, found.strangers, found.more) == ([], set(), False)
+        assert (found.segments, found.unregistered, found.more) == ([], set(), False)
         assert [world.visible(name) for name in names] == [2] * 6
         world.clock.pass_(6.9 * DAY_S)
     assert set(world.mq.requests) == {"list", "peek"}
@@ -685,12 +695,12 @@ async def test_other_queues_of_the_project_are_not_touched(world: World) -> None
 
 async def test_a_type_that_is_not_registered_is_shown_and_kept(world: World) -> None:
     mirror = await world.open(ironmq_queue_prefix="p-")
-    await (await world.open("dead", ironmq_queue_prefix="p-")).append([segment(1, "signup")])
-    await (await world.open("dead")).append([segment(1, "other")])  # not under the prefix
+    await store((await world.open("dead", ironmq_queue_prefix="p-")), [segment(1, "signup")])
+    await store((await world.open("dead")), [segment(1, "other")])  # not under the prefix
     world.mq.put("p-strayed", [pack(segment(1, "signup"), "dead", 0.0)])
     world.town.dead.add("dead")
     found = await world.recover(mirror)
-    assert (found.segments, found.strangers) == ([], {"signup"})
+    assert (found.segments, found.unregistered) == ([], {"signup"})
     assert world.visible("p-signup") == world.visible("p-strayed") == 1
 
 
@@ -700,7 +710,7 @@ async def test_a_type_that_is_not_registered_is_shown_and_kept(world: World) -> 
 async def test_own_messages_outlive_their_expiration(world: World) -> None:
     mirror = await world.open()
     stored = [segment(n) for n in range(3)]
-    await mirror.append(stored)
+    await store(mirror, stored)
     for _ in range(100):
         world.clock.pass_(DAY_S)
         await mirror.keep(world.town)
@@ -735,9 +745,9 @@ async def test_what_nobody_can_load_lives_if_a_process_runs_every_six_days(
 async def test_old_messages_of_the_living_are_theirs_to_keep(world: World) -> None:
     mirror, living = await world.open(), await world.open("living")
     world.town.types.clear()
-    await living.append([segment()])
+    await store(living, [segment()])
     world.clock.pass_(ANEW_S + 1)
-    assert (await world.recover(mirror)).strangers == {"install"}
+    assert (await world.recover(mirror)).unregistered == {"install"}
     assert world.mq.requests["reserve"] == 0
 
 
@@ -745,7 +755,7 @@ async def test_what_the_ledger_knows_is_not_posted_anew(world: World) -> None:
     """Its row would be gone before the new copy is."""
     mirror = await world.open()
     own, left = segment(1), segment(2, "signup")
-    await mirror.append([own])
+    await store(mirror, [own])
     await world.left_by("dead", [left])
     world.town.ledger |= {own.id, left.id}
     world.clock.pass_(ANEW_S + 1)
@@ -760,7 +770,7 @@ async def test_what_the_ledger_knows_is_not_posted_anew(world: World) -> None:
 async def test_without_the_database_old_messages_are_posted_anew_all_the_same(world: World) -> None:
     mirror = await world.open()
     own, left = segment(1), segment(2, "signup")
-    await mirror.append([own])
+    await store(mirror, [own])
     await world.left_by("dead", [left])
     world.town.database_up = False
     world.clock.pass_(ANEW_S + 1)
@@ -785,7 +795,7 @@ async def test_recovered_messages_that_wait_are_posted_anew_too(world: World) ->
 async def test_one_that_is_loaded_while_it_is_posted_anew_leaves_no_copy(world: World) -> None:
     mirror = await world.open()
     stored = segment()
-    await mirror.append([stored])
+    await store(mirror, [stored])
     world.clock.pass_(ANEW_S + 1)
     world.mq.faults.next("late", call="post", seconds=0.2)
     keeping = asyncio.create_task(mirror.keep(world.town))
@@ -798,12 +808,12 @@ async def test_one_that_is_loaded_while_it_is_posted_anew_leaves_no_copy(world: 
 async def test_appends_while_messages_are_kept(world: World) -> None:
     """New lanes appear while the old ones are gone through."""
     mirror = await world.open()
-    await mirror.append([segment()])
+    await store(mirror, [segment()])
     world.clock.pass_(ANEW_S + 1)
     world.mq.faults.next("late", call="get", seconds=0.2)
     keeping = asyncio.create_task(mirror.keep(world.town))
     await world.mq.until(lambda: world.mq.requests["get"] == 1)
-    await mirror.append([segment(2, "purchase")])
+    await store(mirror, [segment(2, "purchase")])
     await keeping
 
 
@@ -830,7 +840,7 @@ async def read_all(mirror: RecoveringIronMQ, run: Run, max_bytes: int) -> list[S
 async def test_parked_messages_are_read_back_a_hundred_to_a_request(world: World) -> None:
     mirror = await world.open()
     stored = [segment(n) for n in range(1000)]
-    await mirror.append(stored)
+    await store(mirror, stored)
     assert world.mq.requests["put_queue"] == 1
     found = await read_all(mirror, run_of(stored), 1 << 20)
     assert [(each.id, each.data) for each in found] == [(each.id, each.data) for each in stored]
@@ -840,9 +850,9 @@ async def test_parked_messages_are_read_back_a_hundred_to_a_request(world: World
 
 async def test_parked_messages_behind_those_of_others_are_fetched(world: World) -> None:
     mirror, other = await world.open(), await world.open("other")
-    await other.append([segment(n) for n in range(99)])
+    await store(other, [segment(n) for n in range(99)])
     stored = [segment(n) for n in range(5)]
-    await mirror.append(stored)
+    await store(mirror, stored)
     assert ids(await read_all(mirror, run_of(stored), 25)) == ids(stored)
 
 
@@ -858,7 +868,7 @@ async def test_recovered_messages_that_were_parked_are_read_back(world: World) -
 async def test_a_parked_message_that_is_gone_is_told_to_be(world: World) -> None:
     mirror, other = await world.open(), await world.open("other")
     stored = [segment(n, rows=n + 1) for n in range(3)]
-    await mirror.append(stored)
+    await store(mirror, stored)
     taken = await other.client.reserve("install", 2, 60)
     await other.client.delete("install", [(m.id, m.reservation_id) for m in taken])
     found = await mirror.read(run_of(stored), 1 << 20)
@@ -873,11 +883,11 @@ async def test_memory_that_lists_messages_is_bounded(
     monkeypatch.setattr(ironmq, "_HELD_LEAST", 100)
     mirror = await world.open(buffer_max_bytes=200 * 512)
     stored = [segment(n) for n in range(200)]
-    await mirror.append(stored)
+    await store(mirror, stored)
     with pytest.raises(MirrorFull, match="buffer_max_bytes"):
-        await mirror.append([segment()])
+        await store(mirror, [segment()])
     await mirror.remove(stored[:1])
-    await mirror.append([segment()])
+    await store(mirror, [segment()])
 
 
 async def test_the_more_messages_wait_the_more_rows_share_one(
@@ -885,14 +895,14 @@ async def test_the_more_messages_wait_the_more_rows_share_one(
 ) -> None:
     monkeypatch.setattr(ironmq, "_CROWDED", 20)
     mirror = await world.open()
-    assert mirror.appends_at_once == 16
+    assert mirror.traits.appends_at_once == 16
     stored = [segment(n) for n in range(400)]
-    await mirror.append(stored[:100])
-    assert mirror.appends_at_once == 11
-    await mirror.append(stored[100:])
-    assert mirror.appends_at_once == 1
+    await store(mirror, stored[:100])
+    assert mirror.traits.appends_at_once == 11
+    await store(mirror, stored[100:])
+    assert mirror.traits.appends_at_once == 1
     await mirror.remove(stored)
-    assert mirror.appends_at_once == 16
+    assert mirror.traits.appends_at_once == 16
 
 
 async def test_ironmq_max_bytes_is_what_may_wait_there(world: World) -> None:
@@ -900,14 +910,14 @@ async def test_ironmq_max_bytes_is_what_may_wait_there(world: World) -> None:
     stored: list[Segment] = []
     while not mirror.state().full:
         rows = noise(50, seed=len(stored))
-        stored += await mirror.append([Segment("install", COLUMNS, rows, 50)])
+        stored += await store(mirror, [Segment("install", COLUMNS, rows, 50)])
     with pytest.raises(MirrorFull, match="ironmq_max_bytes"):
-        await mirror.append([segment()])
+        await store(mirror, [segment()])
     assert mirror.state().up
     assert mirror.state().full
     assert mirror.state().bytes < 75_000
     await mirror.remove(stored)
-    await mirror.append([segment()])
+    await store(mirror, [segment()])
 
 
 def test_a_held_message_costs_what_is_counted() -> None:

@@ -24,7 +24,7 @@ from datapipe.mirrors.ironmq import mirror as ironmq
 from datapipe.mirrors.ironmq import recovery as ironmq_recovery
 from datapipe.mirrors.ironmq.wire import pack
 from datapipe.pipeline import coordinator as housekeeping
-from datapipe.pipeline.coordinator import Housekeeper
+from datapipe.pipeline.coordinator import Coordinator
 from datapipe.pipeline.watch import Watch
 from datapipe.settings import Settings, load
 from datapipe.sinks import Beat
@@ -127,7 +127,7 @@ async def town(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Town]:
     monkeypatch.setattr(housekeeping, "BEAT_S", 0.05)
     monkeypatch.setattr(housekeeping, "SILENT_S", 0.6)
     monkeypatch.setattr(housekeeping, "_FIRST_PAUSE_S", 0.2)
-    monkeypatch.setattr(ironmq.IronMQ, "recover_interval_s", 0.5)
+    monkeypatch.setattr(ironmq, "RECOVER_INTERVAL_S", 0.5)
     async with IronMQ(token=TOKEN) as mq, AsyncExitStack() as stack:
         yield Town(mq, stack)
 
@@ -136,7 +136,7 @@ async def town(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Town]:
 def seldom(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody looks into IronMQ without a reason."""
     monkeypatch.setattr(housekeeping, "_FIRST_PAUSE_S", 300)
-    monkeypatch.setattr(ironmq.IronMQ, "recover_interval_s", 300)
+    monkeypatch.setattr(ironmq, "RECOVER_INTERVAL_S", 300)
 
 
 # --- the way of an event ---
@@ -217,7 +217,7 @@ async def test_parked_events_are_read_back_once_and_in_order(town: Town) -> None
         assert await service.post(user, user + 1, user + 2) == 200
     lane = service.status["lanes"]["install"]
     assert lane["parked"] > 600
-    assert service.pipeline.buffer.memory_bytes <= 60_000
+    assert service.pipeline.buffer.mirror.memory_bytes <= 60_000
     town.database.up = True
     await service.drained()
     assert town.users() == list(range(900))
@@ -236,9 +236,9 @@ async def test_parked_events_that_another_process_loaded_are_duplicates(town: To
         assert await service.post(user, user + 100) == 200
     assert service.status["lanes"]["install"]["parked"]
     async with ironmq_recovery.open_ironmq(service.pipeline.settings, "another") as other:
-        taken = await other.client.reserve("install", 100, 60)
+        taken = await other._store.client.reserve("install", 100, 60)
         town.database.ledger |= {json.loads(message.body)["segment"] for message in taken}
-        await other.client.delete("install", [(m.id, m.reservation_id) for m in taken])
+        await other._store.client.delete("install", [(m.id, m.reservation_id) for m in taken])
     town.database.up = True
     async with asyncio.timeout(10):
         await service.pipeline.loader.load_now()
@@ -309,7 +309,7 @@ async def test_a_blocked_lane_holds_up_no_recovery_of_others(town: Town) -> None
     for lane in ("install", "purchase"):
         columns = service.pipeline.registry.types[lane].columns
         left = Segment(lane, columns, b"7\t1\n", 1)
-        await service.pipeline.buffer.mirror.client.post(  # type: ignore[attr-defined]
+        await service.pipeline.buffer.mirror._store.client.post(  # type: ignore[attr-defined]
             lane, ironmq.encode_post(pack(left, "dead", 0.0))
         )
     await service.comes_true(lambda: town.users("purchase") == [7])
@@ -379,10 +379,10 @@ async def test_one_taken_for_dead_that_lives_books_duplicates(town: Town) -> Non
 
 def _is_beat_of(task: asyncio.Task[Any], service: Running) -> bool:
     coroutine = task.get_coro()
-    if getattr(coroutine, "__qualname__", "") != Housekeeper.beat.__qualname__:
+    if getattr(coroutine, "__qualname__", "") != Coordinator._beat.__qualname__:
         return False
     frame = coroutine.cr_frame  # type: ignore[union-attr]
-    return bool(frame.f_locals["self"] is service.pipeline.loader.house)
+    return bool(frame.f_locals["self"] is service.pipeline.coordinator)
 
 
 async def test_a_beat_does_not_wait_for_ironmq(town: Town) -> None:
@@ -519,14 +519,14 @@ async def test_the_token_is_nowhere(town: Town, capsys: pytest.CaptureFixture[st
             setattr(town.mq, name, value)
         assert await service.post(1) == 503
         with suppress(MirrorUnavailable):
-            await service.pipeline.loader.house.look()
+            await service.pipeline.coordinator._look()
         told += [await service.get(path) for path in ("/", "/status.json", "/readyz")]
-        told += [text for _, text in await service.pipeline.buffer.mirror.check()]  # type: ignore[attr-defined]
+        told += [text for _, text in await service.pipeline.buffer.mirror._store.check()]  # type: ignore[attr-defined]
         for name, value in before.items():
             setattr(town.mq, name, value)
     assert "credentials" in "".join(told)
     mirror = service.pipeline.buffer.mirror
-    told += [repr(each) for each in (service.pipeline.settings, mirror, mirror.client)]  # type: ignore[attr-defined]
+    told += [repr(each) for each in (service.pipeline.settings, mirror, mirror._store.client)]  # type: ignore[attr-defined]
     await service.stop()
     told.append("".join(capsys.readouterr()))
     assert "mirror down" in told[-1]

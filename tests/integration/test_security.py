@@ -15,8 +15,10 @@ from datapipe.errors import EventRejected
 from datapipe.events.registry import load_registry
 from datapipe.http.auth import Access, AccessDenied
 from datapipe.http.ingest import Ingest
-from datapipe.mirrors.memory import MemoryMirror
+from datapipe.mirrors.buffered import BufferedMirror
+from datapipe.mirrors.memory import MemoryStore
 from datapipe.pipeline.buffer import Buffer
+from datapipe.pipeline.records import Records
 from datapipe.settings import Settings
 from tests.postgres import Postgres
 from tests.service import Service
@@ -79,8 +81,8 @@ async def test_keys_are_compared_in_constant_time(
 ) -> None:
     """Every key, whichever fits, and also when none is given."""
     settings = Settings(ingest_keys=["one", "two"], admin_key="one", mirror="none")
-    buffer = Buffer(MemoryMirror(settings), settings, lambda seconds: None)
-    ingest = Ingest(buffer, load_registry(settings), settings)
+    buffer = Buffer(BufferedMirror(MemoryStore(settings), 1000), settings, lambda seconds: None)
+    ingest = Ingest(buffer, load_registry(settings), settings, Records())
     headers: Any = CIMultiDict({"Authorization": f"Bearer {given}"})
     try:
         ingest._authorize(headers, None)

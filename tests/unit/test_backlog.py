@@ -39,7 +39,7 @@ async def test_a_backlog_is_loaded_at_once_and_read_ahead(
     for _ in range(BATCHES):
         answer = await client.post("/", data=BATCH)
         assert answer.status == 200
-    assert lane.parked > 0
+    assert lane.waiting.parked > 0
 
     held.open = True
     await until(lambda: lane.loaded == BATCHES * 1000, "the backlog is loaded")
@@ -68,10 +68,11 @@ class Held:
 
         async def held(table: Table, segments: Sequence[Segment], **options: Any) -> Loaded:
             await until(lambda: self.open, "the sink is open", 60)
-            if self._lane.runs:
+            waiting, in_hand = self._lane.waiting, sum(segment.events for segment in segments)
+            if waiting.parked:
                 self.behind_parked += 1
                 await until(
-                    lambda: self._lane.returned or not self._lane.queue.empty(),
+                    lambda: waiting.in_memory > in_hand,
                     "the next segments are read while these are loaded",
                 )
             return await load(table, segments, **options)

@@ -14,7 +14,7 @@ from datapipe.errors import MirrorUnavailable
 from datapipe.events.segment import Segment
 from datapipe.events.types import Column
 from datapipe.mirrors import Mirror
-from datapipe.mirrors.journal.mirror import open_journal
+from datapipe.mirrors.journal.mirror import open_store
 from datapipe.mirrors.journal.salvage import check_journals
 from datapipe.settings import Settings
 from tests.contract.test_mirror import Alone
@@ -79,7 +79,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], int]] = {
 @pytest.mark.parametrize("damage", DAMAGES)
 async def test_what_can_be_read_is_there_again(damage: str, tmp_path: Path) -> None:
     settings = Settings(data_dir=str(tmp_path))
-    async with open_journal(settings) as journal:
+    async with open_store(settings) as journal:
         for number in range(COUNT):
             await journal.append([segment(number)])
     path = tmp_path / "journal" / "0.sqlite"
@@ -87,11 +87,11 @@ async def test_what_can_be_read_is_there_again(damage: str, tmp_path: Path) -> N
     hurt(path)
     content = path.read_bytes()
     assert any(level == "fail" for level, _ in check_journals(settings))
-    async with open_journal(settings) as journal:
+    async with open_store(settings) as journal:
         found = await read_all(journal)
         assert len(found) == len(set(found)), "doubled"
         assert COUNT - len(found) <= may_be_gone, COUNT - len(found)
-        (stored,) = await journal.append([segment(0)])  # and it goes on
+        (stored,) = (await journal.append([segment(0)])).stored  # and it goes on
         assert stored.position > COUNT, "a position was given out twice"
     (kept,) = path.parent.glob("*.damaged-*")
     if damage != "one_byte":  # that was noticed only when the first lane had been removed
@@ -105,11 +105,11 @@ async def test_damage_while_it_is_in_use(tmp_path: Path) -> None:
     """Appends go on, reads give what is left; positions stay what they were."""
     settings = Settings(data_dir=str(tmp_path))
     path = tmp_path / "journal" / "0.sqlite"
-    async with open_journal(settings) as journal:
+    async with open_store(settings) as journal:
         for number in range(COUNT):
             await journal.append([segment(number)])
-    async with open_journal(settings) as journal:
-        source = journal.identity
+    async with open_store(settings) as journal:
+        source = journal.traits.identity
         overwrite(path, middle(path), bytes(PAGE * 3))
         found = asyncio.create_task(read_all(journal))
         late = [segment(number) for number in range(COUNT, COUNT + 50)]
@@ -118,7 +118,7 @@ async def test_damage_while_it_is_in_use(tmp_path: Path) -> None:
         assert COUNT - len(await found) <= 60
         assert {each.source for each in late} == {source}
         assert len({each.position for each in late}) == 50
-    async with open_journal(settings) as journal:
+    async with open_store(settings) as journal:
         assert await read_all(journal) == [n for n in range(COUNT, COUNT + 50) if n % 2 == 0] + [
             n for n in range(COUNT, COUNT + 50) if n % 2
         ]
@@ -127,7 +127,7 @@ async def test_damage_while_it_is_in_use(tmp_path: Path) -> None:
 async def test_the_log_of_a_killed_process_is_read_with_its_file(tmp_path: Path) -> None:
     """What SQLite had not yet moved from its log into the damaged file is not lost either."""
     settings = Settings(data_dir=str(tmp_path / "one"))
-    async with open_journal(settings) as journal:
+    async with open_store(settings) as journal:
         for number in range(100):
             await journal.append([segment(number)])
         shutil.copytree(tmp_path / "one", tmp_path / "two")  # as a kill leaves it
@@ -135,5 +135,5 @@ async def test_the_log_of_a_killed_process_is_read_with_its_file(tmp_path: Path)
     path = tmp_path / "two" / "journal" / "0.sqlite"
     assert path.with_name("0.sqlite-wal").stat().st_size > 100_000
     overwrite(path, 0, b"\0" * 100)
-    async with open_journal(settings) as journal:
+    async with open_store(settings) as journal:
         assert sorted(await read_all(journal)) == list(range(100))

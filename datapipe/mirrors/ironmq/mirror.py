@@ -39,7 +39,9 @@ import structlog
 
 from datapipe.errors import LaneBlocked, MirrorFull, MirrorUnavailable, SinkUnavailable
 from datapipe.events.segment import Segment
-from datapipe.mirrors import MirrorState, Neighbours, Run
+from datapipe.health import Health
+from datapipe.mirrors import Appended, Membership, MirrorState, Traits
+from datapipe.mirrors.buffered import Run
 from datapipe.mirrors.ironmq.client import (
     DELETE_MAX_IDS,
     EXPIRATION_S,
@@ -59,6 +61,7 @@ from datapipe.mirrors.ironmq.wire import (
 from datapipe.settings import Settings
 
 SOURCE = "ironmq"  # by this the ledger knows that a segment may come back for 31 days
+RECOVER_INTERVAL_S = 1800.0
 LEASE_S = 30  # the shortest there is
 LEASE_MAX_S = 120  # so long, and a look later, what a dead recoverer had is anyone's
 ANEW_S = EXPIRATION_S * 0.8  # the age at which a message is posted anew
@@ -116,19 +119,17 @@ async def unpacked(envelope: Envelope) -> Segment:
 
 
 class IronMQ:
-    """The mirror; recovery of other processes' messages is in `ironmq_recovery`."""
+    """The store; recovery of other processes' messages is in `recovery`."""
 
     parks = True
     forgets_for_good = False  # a copy may come back until it expires
     reads_ahead = False  # a look shows the oldest messages, those on their way out too
-    recover_interval_s = 1800.0
 
     def __init__(
         self, client: Client, settings: Settings, process: str, clock: Callable[[], float]
     ) -> None:
         self.client = client
         self.process = process
-        self.identity = process
         self.clock = clock
         self.prefix = settings.ironmq_queue_prefix
         self.appending: set[str] = set()  # segments whose post is under way
@@ -143,36 +144,35 @@ class IronMQ:
         self._bytes = 0
         self._positions = itertools.count(1)
         self._made: dict[str, asyncio.Task[None]] = {}  # queues, by name
-        self._error: str | None = None
-        self._worked_at = 0.0
+        self._health = Health(up=True)
         self._timeout_s = settings.mirror_timeout
         self._latency_s = 0.05
         self._ratio = 2.0  # bytes of rows for each byte of a request
         self._most = settings.load_trigger_bytes
 
     @property
-    def segment_max_bytes(self) -> int:
-        """Rows that will fill a message, going by those before."""
-        return max(1, min(self._most, int(self.client.room(self.prefix) * self._ratio * 0.94)))
-
-    @property
-    def appends_at_once(self) -> int:
-        """Fewer while many messages wait to be loaded, so that more rows share one."""
-        return max(1, _APPENDS - len(self.known) // _CROWDED)
-
-    @property
-    def gather_s(self) -> float:
-        return min(self._latency_s / 32, 0.05)
+    def traits(self) -> Traits:
+        """As learned so far."""
+        fills_a_message = int(self.client.room(self.prefix) * self._ratio * 0.94)
+        return Traits(
+            batch_bytes=max(1, min(self._most, fills_a_message)),
+            identity=self.process,
+            recover_interval_s=RECOVER_INTERVAL_S,
+            # fewer while many messages wait to be loaded, so that more rows share one
+            appends_at_once=max(1, _APPENDS - len(self.known) // _CROWDED),
+            linger_s=min(self._latency_s / 32, 0.05),
+            queue_per_lane=True,
+        )
 
     def queue_of(self, lane: str) -> str:
         return self.prefix + lane
 
     # --- append ---
 
-    async def append(self, segments: Sequence[Segment]) -> list[Segment]:
-        """See `Mirror.append`. What does not fit into one message is cut."""
+    async def append(self, segments: Sequence[Segment]) -> Appended:
+        """See `Store.append`. What does not fit into one message is cut."""
         if (why := self.state().full) is not None:
-            raise MirrorFull(why)
+            return Appended((), MirrorFull(why))
         began = time.perf_counter()
         pieces: list[list[Segment]] = [[] for _ in segments]
         posts = map(self._append, segments, pieces)
@@ -190,12 +190,10 @@ class IronMQ:
             raise failed
         self.place(stored)
         if failed is None:
-            self._works()
-            return stored
-        failed.stored = stored
-        if not isinstance(failed, MirrorFull):
-            self._failed(failed, began)
-        raise failed
+            self._health.works(time.perf_counter())
+        elif not isinstance(failed, MirrorFull):
+            self._health.fails(began, failed.detail)
+        return Appended(stored, failed)
 
     async def _append(self, segment: Segment, stored: list[Segment]) -> None:
         """Post a segment, or the pieces that it takes; what is stored goes into the list."""
@@ -255,7 +253,7 @@ class IronMQ:
     # --- read, remove ---
 
     async def read(self, run: Run, max_bytes: int) -> list[Segment]:
-        """See `Mirror.read`. A look at the queue gives most of them, the others are fetched."""
+        """See `Store.read`. A look at the queue gives most of them, the others are fetched."""
         queue = self.queue_of(run.lane)
         wanted: list[tuple[int, Held]] = []
         size = 0
@@ -313,7 +311,7 @@ class IronMQ:
         log.error("message unreadable", queue=queue, moved_to=aside, error=why)
 
     async def remove(self, segments: Sequence[Segment]) -> None:
-        """See `Mirror.remove`."""
+        """See `Store.remove`."""
         by_queue: dict[str, list[Segment]] = {}
         for segment in segments:
             queue = self.queue_of(segment.lane)
@@ -338,8 +336,8 @@ class IronMQ:
 
     # --- keep ---
 
-    async def keep(self, neighbours: Neighbours) -> None:
-        """See `Mirror.keep`: prolong leases, post anew what is close to its expiration."""
+    async def keep(self, membership: Membership) -> bool:
+        """See `Store.keep`: prolong leases, post anew what is close to its expiration."""
         for queue, by_position in list(self.held.items()):
             old: list[Held] = []
             for held in list(by_position.values()):
@@ -348,13 +346,14 @@ class IronMQ:
                         await self._prolong(queue, held)
                 if self.clock() > held.anew_at:
                     old.append(held)
-            loaded = await self.ledger_knows(neighbours, [held.segment for held in old])
+            loaded = await self.ledger_knows(membership, [held.segment for held in old])
             for held in old:
                 if held.segment in loaded:
                     held.anew_at = math.inf  # what is left to do here is to book a duplicate
                 else:
                     async with self.leases[queue]:
                         await self._post_anew(queue, held)
+        return self.given_up
 
     def _holds(self, held: Held) -> bool:
         """Whether it was not removed meanwhile."""
@@ -393,8 +392,8 @@ class IronMQ:
             releases = [self._release(queue, held) for held in self.held[queue].values()]
             await asyncio.gather(*releases, return_exceptions=True)
 
-    async def release_all(self) -> None:
-        """See `Mirror.release_all`."""
+    async def release(self) -> None:
+        """See `Store.release`."""
         with suppress(TimeoutError):
             async with asyncio.timeout(_RELEASE_S):
                 await asyncio.gather(*map(self._release_queue, list(self.held)))
@@ -428,12 +427,12 @@ class IronMQ:
             self.appending.discard(envelope.segment)
 
     @staticmethod
-    async def ledger_knows(neighbours: Neighbours, segments: Sequence[str]) -> set[str]:
+    async def ledger_knows(membership: Membership, segments: Sequence[str]) -> set[str]:
         """Which of them are loaded, as far as the database tells: without it, none."""
         if not segments:
             return set()
         try:
-            return await neighbours.loaded(segments)
+            return await membership.loaded(segments)
         except (SinkUnavailable, LaneBlocked):
             return set()  # better twice in the queue, for the ledger to skip, than expired
 
@@ -444,33 +443,19 @@ class IronMQ:
             result = await call
         except MirrorUnavailable as exc:
             if not isinstance(exc, Refused) or exc.status == 401:
-                self._failed(exc, began)
+                self._health.fails(began, exc.detail)
             raise
-        self._works()
+        self._health.works(time.perf_counter())  # its answer is of now
         return result
 
-    def _works(self) -> None:
-        self._error = None
-        self._worked_at = time.perf_counter()
-
-    def _failed(self, exc: MirrorUnavailable, began: float) -> None:
-        if began > self._worked_at:  # else it heals already
-            self._error = exc.detail
-
     # --- for the page ---
-
-    def drained(self) -> list[str]:
-        return []
-
-    async def forgotten(self, source: str) -> None:
-        return
 
     def state(self) -> MirrorState:
         full = _FULL if self._bytes >= self._max_bytes else None
         if len(self.known) >= self._most_held:
             full = full or _TOO_MANY
         return MirrorState(
-            "ironmq", self._error is None, self._error, self._bytes, self._max_bytes, full,
+            "ironmq", bool(self._health.up), self._health.error, self._bytes, self._max_bytes, full,
             self.client.calls, EXPIRATION_S,
         )  # fmt: skip
 

@@ -21,7 +21,8 @@ import aiohttp
 
 from datapipe.errors import MirrorUnavailable
 from datapipe.events.segment import SEGMENT_OVERHEAD_BYTES
-from datapipe.mirrors import Found, MirrorState, Neighbours
+from datapipe.mirrors import Membership, MirrorState
+from datapipe.mirrors.buffered import BufferedMirror, Found
 from datapipe.mirrors.ironmq.client import CONNECTIONS, Client, Message, Refused
 from datapipe.mirrors.ironmq.mirror import (
     ANEW_S,
@@ -72,27 +73,27 @@ class RecoveringIronMQ(IronMQ):
         self._queues: list[str] = []  # as of the last look at all of them
         self._looked = 0.0
         self._unfinished: set[str] = set()  # queues that hold more, once this is loaded
-        self._suspects: dict[str, set[str]] = {}  # by queue
+        self._unconfirmed: dict[str, set[str]] = {}  # by queue
         self._beyond: dict[str, Beyond] = {}  # by queue
         self._thorough = False  # a message of ours may lie in a queue that says it is empty
 
-    async def recover(self, neighbours: Neighbours) -> Found:
-        """See `Mirror.recover`. While there is no room for more, nothing is asked."""
+    async def recover(self, membership: Membership) -> Found:
+        """See `Store.recover`. While there is no room for more, nothing is asked."""
         found = Found()
         try:
             for queue in await self._to_look_at():
                 lane = queue.removeprefix(self.prefix)
                 self._unfinished.discard(queue)
-                if neighbours.loads(lane):
-                    await self._recover_queue(queue, lane, neighbours, found)
+                if membership.can_load(lane):
+                    await self._recover_queue(queue, lane, membership, found)
                 else:
-                    await self._look_after(queue, lane, neighbours, found)
+                    await self._look_after(queue, lane, membership, found)
         except MirrorUnavailable:
             if not found.segments:
                 raise
             found.more = True  # those are ours now; the next look tells what is wrong
         self.place(found.segments)
-        found.suspects = set().union(*self._suspects.values())
+        found.unconfirmed = set().union(*self._unconfirmed.values())
         found.more = found.more or bool(self._unfinished)
         found.left = any(self._waits_for(each) for each in self._beyond.values())
         return found
@@ -124,7 +125,7 @@ class RecoveringIronMQ(IronMQ):
         self._thorough, self.given_up = self.given_up, False
         self._looked = now
         self._queues = [name for name in names if _is_lane(name.removeprefix(self.prefix))]
-        for by_queue in (self._suspects, self._beyond):
+        for by_queue in (self._unconfirmed, self._beyond):
             for queue in by_queue.keys() - set(self._queues):
                 del by_queue[queue]
         return self._queues
@@ -138,7 +139,7 @@ class RecoveringIronMQ(IronMQ):
         return self._share // max(1, len(self._queues)) - taken
 
     async def _recover_queue(
-        self, queue: str, lane: str, neighbours: Neighbours, found: Found
+        self, queue: str, lane: str, membership: Membership, found: Found
     ) -> None:
         """Take what is nobody's in the queue of a lane that we load."""
         room = self._room(queue)
@@ -146,10 +147,10 @@ class RecoveringIronMQ(IronMQ):
             self._unfinished.add(queue)
             return
 
-        found.suspects = self._suspects[queue] = set()
+        found.unconfirmed = self._unconfirmed[queue] = set()
 
         def wanted(message: Message) -> bool:
-            return self._wants(message, lane, neighbours, found)
+            return self._wants(message, lane, membership, found)
 
         async with self.leases[queue]:  # no removal meanwhile: what is counted must match
             reached = self._ids(queue)
@@ -163,7 +164,7 @@ class RecoveringIronMQ(IronMQ):
         # those that we posted meanwhile may be in the size, or not
         posted = len(ours - reached) + len(self.appending)
         beyond = size - len(reached | (others - ours))
-        self._note_beyond(queue, beyond, posted, len(seen) == BATCH and bool(found.suspects))
+        self._note_beyond(queue, beyond, posted, len(seen) == BATCH and bool(found.unconfirmed))
 
     def _ids(self, queue: str) -> set[str]:
         """Of all messages of a queue that are in our books."""
@@ -213,7 +214,7 @@ class RecoveringIronMQ(IronMQ):
                 lease = message.reservation_id
                 await self._noting(self.client.release(queue, message.id, lease))
 
-    def _wants(self, message: Message, lane: str, neighbours: Neighbours, found: Found) -> bool:
+    def _wants(self, message: Message, lane: str, membership: Membership, found: Found) -> bool:
         """Whether a message is nobody's, or a copy: then we are the one to take it away."""
         envelope = _envelope(message)
         if envelope is None or envelope.lane != lane:
@@ -224,9 +225,9 @@ class RecoveringIronMQ(IronMQ):
             return mine.id != message.id  # a copy
         if envelope.segment in self.undeleted.get(self.queue_of(lane), ()):
             return True
-        if envelope.sender == self.process or neighbours.silent(envelope.sender):
+        if envelope.sender == self.process or membership.is_dead(envelope.sender):
             return True
-        found.suspects.add(envelope.sender)
+        found.unconfirmed.add(envelope.sender)
         return False
 
     async def _take(
@@ -256,23 +257,23 @@ class RecoveringIronMQ(IronMQ):
     # --- lanes that are not loaded here, or not now ---
 
     async def _look_after(
-        self, queue: str, lane: str, neighbours: Neighbours, found: Found
+        self, queue: str, lane: str, membership: Membership, found: Found
     ) -> None:
         """Show a lane that nobody here can load, and keep its messages from expiring."""
         self._beyond.pop(queue, None)
-        found.suspects = self._suspects[queue] = set()
+        found.unconfirmed = self._unconfirmed[queue] = set()
         seen = await self._noting(self.client.peek(queue, BATCH))
         oldest = _envelope(seen[0]) if seen else None
         if oldest is None or oldest.lane != lane:
             return  # not in our wire form: somebody else's queue
-        found.strangers.add(lane)
+        found.unregistered.add(lane)
 
         def old(message: Message) -> bool:
-            return self._is_old(message) and self._wants(message, lane, neighbours, found)
+            return self._is_old(message) and self._wants(message, lane, membership, found)
 
         taken = [message async for message in self._reserved(queue, seen, old, self._share)]
         ids = {message.id: e.segment for message in taken if (e := _envelope(message)) is not None}
-        loaded = await self.ledger_knows(neighbours, list(ids.values()))
+        loaded = await self.ledger_knows(membership, list(ids.values()))
         for message in taken:
             if ids[message.id] not in loaded:
                 await self.repost(queue, message.body, self.clock())
@@ -304,16 +305,31 @@ def _envelope(message: Message) -> Envelope | None:
 
 
 @asynccontextmanager
-async def open_ironmq(
+async def open_store(
     settings: Settings, process: str, clock: Callable[[], float] = time.time
 ) -> AsyncIterator[RecoveringIronMQ]:
-    """Open the mirror, with so many connections; nothing is sent until there is something to do."""
+    """The store, with so many connections; nothing is sent until there is something to do."""
     async with aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=CONNECTIONS),
         timeout=aiohttp.ClientTimeout(total=None),  # each call has its own
     ) as session:
-        mirror = RecoveringIronMQ(Client(session, settings), settings, process, clock)
+        store = RecoveringIronMQ(Client(session, settings), settings, process, clock)
         try:
-            yield mirror
+            yield store
         finally:
-            await mirror.release_all()
+            await store.release()
+
+
+@asynccontextmanager
+async def open_ironmq(
+    settings: Settings, process: str, clock: Callable[[], float] = time.time
+) -> AsyncIterator[BufferedMirror]:
+    """Open the mirror."""
+    async with open_store(settings, process, clock) as store:
+        yield BufferedMirror(store, settings.buffer_max_bytes)
+
+
+async def check_ironmq(settings: Settings) -> list[tuple[str, str]]:
+    """See `check_mirror`."""
+    async with open_store(settings, "check") as store:
+        return await store.check()

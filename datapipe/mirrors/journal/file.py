@@ -35,7 +35,7 @@ from datapipe.events.segment import (
     encode_head,
 )
 from datapipe.events.types import Column
-from datapipe.mirrors import Run
+from datapipe.mirrors.buffered import Run
 from datapipe.mirrors.journal.salvage import crc_of, is_damage, openings, rescue, set_aside
 
 _FORMAT = 1
@@ -286,7 +286,7 @@ class JournalFile:
         else:
             self.measure()
 
-    def give_back(self) -> None:
+    def release_free_pages(self) -> None:
         """Shorten the file by a bounded number of free pages, if there are many."""
         (free,) = self._write.execute("PRAGMA freelist_count").fetchone()
         if free > _VACUUM_PAGES:
@@ -297,6 +297,14 @@ class JournalFile:
             self._write.executescript(
                 f"PRAGMA incremental_vacuum({pages}); PRAGMA wal_checkpoint(TRUNCATE)"
             )
+
+    def is_drained(self) -> bool:
+        """Whether nothing of what earlier owners left waits here any more."""
+        sql = "SELECT EXISTS (SELECT 1 FROM segments WHERE position <= ?)"
+        (left,) = self._mending(
+            lambda: self._write.execute(sql, (self.inherited_until,)).fetchone()
+        )
+        return not left
 
     def inherited(self) -> list[Run]:
         """What earlier owners left here and still waits, a run per lane; reads the index alone."""

@@ -18,9 +18,10 @@ from typing import TypeVar
 
 import structlog
 
-from datapipe.errors import ConfigError, MirrorFull, MirrorUnavailable
+from datapipe.errors import ConfigError, LaneBlocked, MirrorFull, MirrorUnavailable, SinkUnavailable
 from datapipe.events.segment import Segment
-from datapipe.mirrors import Found, MirrorState, Neighbours, Run
+from datapipe.mirrors import Appended, Membership, MirrorState, Traits
+from datapipe.mirrors.buffered import BufferedMirror, Found, Run
 from datapipe.mirrors.journal.file import (
     ROW_BYTES,
     Damaged,
@@ -35,6 +36,7 @@ MIN_FREE_BYTES = 64 * 1024 * 1024  # on a full disk even DELETE fails, so append
 SEGMENT_MAX_BYTES = 1_048_576
 
 _REMOVED_AT_ONCE = 256  # 1 ms or so: appends wait for the same thread, and clients for them
+RECOVER_INTERVAL_S = 30.0
 _LOOK_S = 0.1  # how long the free space of the disk is taken as it was
 _LOOK_AT_OTHERS_S = 1.0
 _T = TypeVar("_T")
@@ -43,28 +45,24 @@ log = structlog.stdlib.get_logger("datapipe.mirrors.journal.mirror")
 
 
 class Journal:
-    """The mirror of `mirror: journal`: our own file, and those adopted from dead processes."""
+    """The store of `mirror: journal`: our own file, and those adopted from dead processes."""
 
     parks = True
-    appends_at_once = 1
-    gather_s = 0.0
     forgets_for_good = True
     reads_ahead = True
-    recover_interval_s = 30.0
-    given_up = False
 
     def __init__(self, settings: Settings, folder: Path, own: JournalFile) -> None:
-        self.segment_max_bytes = min(SEGMENT_MAX_BYTES, settings.load_trigger_bytes)
+        self.traits = Traits(
+            batch_bytes=min(SEGMENT_MAX_BYTES, settings.load_trigger_bytes),
+            identity=own.source, recover_interval_s=RECOVER_INTERVAL_S,
+        )  # fmt: skip
         self._folder = folder
         self._max_bytes = settings.journal_max_bytes
         self._own = own
         self._files = {own.source: own}
-        self.identity = own.source
         self._told: set[str] = set()
         self._unreadable: set[Path] = set()
-        self._drained: set[str] = set()
-        self._settled: dict[str, int] = {}  # adopted, drained, forgotten: by source, up to where
-        self._to_tell: list[str] = []
+        self._settled: dict[str, int] = {}  # adopted, drained, expired: by source, up to where
         self._writer = ThreadPoolExecutor(1, "journal-writer")
         self._reader = ThreadPoolExecutor(1, "journal-reader")
         self._error: str | None = None
@@ -75,15 +73,16 @@ class Journal:
         self._look_error: str | None = None
         self._look_under_way: Future[None] | None = None
 
-    def queue_of(self, lane: str) -> str:
-        return ""
-
-    async def append(self, segments: Sequence[Segment]) -> Sequence[Segment]:
-        # asked here, not in the writing thread, which would have to wait for its turn once more
-        if not self._own.in_place():
-            await self._run(self._writer, self._look_after)
-        await self._run(self._writer, lambda: self._append(segments))
-        return segments
+    async def append(self, segments: Sequence[Segment]) -> Appended:
+        """See `Store.append`."""
+        try:
+            # asked here, not in the writing thread, which would have to wait for its turn once more
+            if not self._own.in_place():
+                await self._run(self._writer, self._look_after)
+            await self._run(self._writer, lambda: self._append(segments))
+        except MirrorUnavailable as exc:
+            return Appended((), exc)
+        return Appended(segments)
 
     def _append(self, segments: Sequence[Segment]) -> None:
         coming = size_of(segments)
@@ -137,17 +136,38 @@ class Journal:
             await self._run(self._writer, partial(file.mend, exc.why, exc.seen))
             raise MirrorUnavailable(f"the journal was damaged: {exc}") from exc
 
-    async def recover(self, neighbours: Neighbours) -> Found:
+    async def recover(self, membership: Membership) -> Found:
+        """See `Store.recover`."""
         return Found(runs=await self._run(self._writer, self._recover))
 
-    async def keep(self, neighbours: Neighbours) -> None:
-        """Give space back that a burst has taken, bit by bit."""
+    async def keep(self, membership: Membership) -> bool:
+        """Give space back that a burst has taken, bit by bit; let go of files that are drained."""
         await self._run(self._writer, self._look_after)
         for file in list(self._files.values()):
-            await self._run(self._writer, file.give_back)
+            await self._run(self._writer, file.release_free_pages)
+            if file.source in self._told and await self._run(self._writer, file.is_drained):
+                await self._expire(file, membership)
+        return False
 
-    async def release_all(self) -> None:
-        """See `Mirror.release_all`: the end of the process lets go of its files."""
+    async def _expire(self, file: JournalFile, membership: Membership) -> None:
+        """Nothing of an earlier owner waits in this file any more: nor need the ledger know it.
+
+        Only then may another process have an adopted file.
+        """
+        if self._settled.get(file.source) == file.inherited_until:
+            return
+        try:
+            await membership.expire_source(file.source)
+        except (SinkUnavailable, LaneBlocked):
+            return  # the sink has logged it; tried again with the next call
+        self._settled[file.source] = file.inherited_until
+        if file is not self._own:
+            del self._files[file.source]
+            self._told.discard(file.source)
+            await self._run(self._writer, file.close)
+
+    async def release(self) -> None:
+        """See `Store.release`: the end of the process lets go of its files."""
 
     def _recover(self) -> list[Run]:
         runs: list[Run] = []
@@ -168,30 +188,11 @@ class Journal:
                 self._files[file.source] = file
             else:
                 file.close()
-        for file in list(self._files.values()):
-            left = file.inherited()
+        for file in self._files.values():
             if file.source not in self._told:
                 self._told.add(file.source)
-                runs += left
-            if not left and file.source not in self._drained:
-                self._drained.add(file.source)
-                self._to_tell.append(file.source)
+                runs += file.inherited()
         return runs
-
-    def drained(self) -> list[str]:
-        drained, self._to_tell = self._to_tell, []
-        return drained
-
-    async def forgotten(self, source: str) -> None:
-        """See `Mirror.forgotten`: only now may another process have an adopted file."""
-        file = self._files.get(source)
-        if file is None or file is self._own:
-            return
-        del self._files[source]
-        self._told.discard(source)
-        self._drained.discard(source)
-        self._settled[source] = file.inherited_until
-        await self._run(self._writer, file.close)
 
     async def _run(self, thread: ThreadPoolExecutor, call: Callable[[], _T]) -> _T:
         try:
@@ -233,7 +234,14 @@ class Journal:
 
 
 @asynccontextmanager
-async def open_journal(settings: Settings) -> AsyncIterator[Journal]:
+async def open_journal(settings: Settings) -> AsyncIterator[BufferedMirror]:
+    """Open the mirror. Raises: ConfigError: the folder can't be written."""
+    async with open_store(settings) as store:
+        yield BufferedMirror(store, settings.buffer_max_bytes)
+
+
+@asynccontextmanager
+async def open_store(settings: Settings) -> AsyncIterator[Journal]:
     """Open the first journal in `data_dir` that no living process owns; make it if need be.
 
     Raises: ConfigError: the folder can't be written.

@@ -24,6 +24,7 @@ import psycopg2.extensions
 import structlog
 
 from datapipe.errors import ConfigError, LaneBlocked, SinkUnavailable
+from datapipe.health import Health
 from datapipe.settings import Settings
 from datapipe.sinks import Beat, Heartbeat, SinkState, Table
 from datapipe.sinks.postgres.ddl import (
@@ -271,9 +272,7 @@ class Database:
         self._starting = asyncio.Lock()
         self._preparing = asyncio.Lock()
         self._prepared: set[Table] = set()
-        self._up: bool | None = None
-        self._failed_at = 0.0
-        self._error: str | None = None
+        self._health = Health()
         self._version: str | None = None
         self._answer_s: float | None = None
 
@@ -308,11 +307,8 @@ class Database:
         What began before the last failure tells nothing: the server may have ended since. Nor does
         what only read, once it was down: a standby, or a full disk, lets us read.
         """
-        if began < self._failed_at:
-            return
-        if not self._up:
+        if self._health.works(began):
             log.info("database up", version=self._version, schema=self._schema)
-        self._up, self._error = True, None
 
     def failed(self, exc: psycopg2.Error) -> None:
         """Note an error; only one of the connection means that the database is down."""
@@ -321,12 +317,12 @@ class Database:
 
     def down(self, error: str) -> None:
         """Note that the database does not answer, or not as it should."""
-        if self._up is not False:
+        if self._health.fails(time.perf_counter(), error):
             log.error("database down", error=error)
-        self._up, self._error, self._failed_at = False, error, time.perf_counter()
 
     def state(self) -> SinkState:
-        return SinkState(self._up, self._error, self._version, self._schema, self._answer_s)
+        health = self._health
+        return SinkState(health.up, health.error, self._version, self._schema, self._answer_s)
 
     async def hint(self) -> str:
         """See `Sink.hint`."""
@@ -428,7 +424,7 @@ class Database:
                 started = time.perf_counter()
                 result = await work(cursor)
                 self._answer_s = time.perf_counter() - started
-        if self._up is None:
+        if self._health.up is None:
             self.works(began)
         return result
 

@@ -2,13 +2,13 @@
 
 import asyncio
 
-from datapipe.pipeline.coordinator import Housekeeper
+from datapipe.pipeline.coordinator import Coordinator
 from tests.fault.modules.patching import patch
 
 
-async def _end(self: Housekeeper) -> None:
+async def _end(self: Coordinator) -> None:
     await asyncio.sleep(1.0)
     raise asyncio.CancelledError
 
 
-patch(Housekeeper, "keep", _end)
+patch(Coordinator, "_keep", _end)

@@ -1,6 +1,6 @@
 """An event module that makes the service look for orphaned journals often."""
 
-from datapipe.mirrors.journal.mirror import Journal
+from datapipe.mirrors.journal import mirror
 from tests.fault.modules.patching import patch
 
-patch(Journal, "recover_interval_s", 0.2)
+patch(mirror, "RECOVER_INTERVAL_S", 0.2)

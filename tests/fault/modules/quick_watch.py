@@ -2,13 +2,13 @@
 
 from datapipe.mirrors.ironmq import mirror as ironmq
 from datapipe.mirrors.ironmq import recovery as ironmq_recovery
-from datapipe.pipeline import coordinator as housekeeping
+from datapipe.pipeline import coordinator
 from tests.fault.modules.patching import patch
 
-patch(housekeeping, "BEAT_S", 0.2)
-patch(housekeeping, "SILENT_S", 2.0)
-patch(housekeeping, "_FIRST_PAUSE_S", 0.5)
+patch(coordinator, "BEAT_S", 0.2)
+patch(coordinator, "SILENT_S", 2.0)
+patch(coordinator, "_FIRST_PAUSE_S", 0.5)
 for module in (ironmq, ironmq_recovery):
     patch(module, "LEASE_S", 2)
     patch(module, "LEASE_MAX_S", 8)
-patch(ironmq.IronMQ, "recover_interval_s", 3.0)
+patch(ironmq, "RECOVER_INTERVAL_S", 3.0)

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
-from datapipe.pipeline.records import BODY_SHOWN, LOADS, REFUSALS, Load, Recent, Refusal, shown
+from datapipe.pipeline.records import BODY_SHOWN, LOADS, REFUSALS, Load, Records, Refusal, shown
 
 
 def test_only_the_last_ones_are_kept() -> None:
-    recent = Recent()
+    recent = Records()
     for number in range(50):
         recent.loaded(Load("a", rows=number))
         recent.refused(Refusal("bad_json", 3, "no", str(number)))
@@ -14,7 +14,7 @@ def test_only_the_last_ones_are_kept() -> None:
 
 
 def test_an_outage_does_not_push_out_what_was_loaded() -> None:
-    recent = Recent()
+    recent = Records()
     recent.loaded(Load("a", rows=1))
     for _ in range(100):
         recent.loaded(Load("a", error="refused"))
@@ -24,7 +24,7 @@ def test_an_outage_does_not_push_out_what_was_loaded() -> None:
 
 
 def test_refusals_for_want_of_room_are_one_entry() -> None:
-    recent = Recent()
+    recent = Records()
     recent.refused(Refusal("bad_json", 3, "no", "1"))
     for number in range(100):
         recent.refused(Refusal("busy", 9, "full", str(number)))

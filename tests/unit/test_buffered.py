@@ -1,0 +1,197 @@
+"""What a buffered mirror counts and gives, over a store that lies in memory."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from datapipe.events.segment import Segment
+from datapipe.events.types import Column
+from datapipe.mirrors import Appended, Membership, MirrorState, Traits
+from datapipe.mirrors.buffered import BufferedMirror, Found, Run
+
+COLUMNS = (Column("a", "text"),)
+MEMORY_BYTES = 4000  # three segments, with their overhead
+MIRROR_BYTES = 3000
+
+
+class Shelf:
+    """A store that parks, and survives nothing."""
+
+    parks = True
+    reads_ahead = True
+    forgets_for_good = True
+    traits = Traits(batch_bytes=1000, identity="shelf", recover_interval_s=1.0)
+
+    def __init__(self) -> None:
+        self.kept: dict[int, Segment] = {}
+        self.found: list[Run] = []
+        self.readable = asyncio.Event()
+        self.readable.set()
+
+    async def append(self, segments: Sequence[Segment]) -> Appended:
+        for segment in segments:
+            self.put(segment, "own")
+        return Appended(segments)
+
+    def put(self, segment: Segment, source: str) -> None:
+        segment.source, segment.position = source, len(self.kept) + 1
+        self.kept[segment.position] = segment
+
+    async def remove(self, segments: Sequence[Segment]) -> None:
+        for segment in segments:
+            segment.gone = True
+
+    async def read(self, run: Run, max_bytes: int) -> list[Segment]:
+        after, until = run.after, run.until
+        await self.readable.wait()
+        read: list[Segment] = []
+        for segment in self.kept.values():
+            of_run = (segment.lane, segment.source) == (run.lane, run.source)
+            if of_run and after < segment.position <= until and not segment.gone:
+                if read and sum(each.bytes for each in [*read, segment]) > max_bytes:
+                    break
+                read.append(segment)
+        return read
+
+    async def recover(self, membership: Membership) -> Found:
+        found, self.found = self.found, []
+        return Found(found)
+
+    async def keep(self, membership: Membership) -> bool:
+        return False
+
+    async def release(self) -> None:
+        return
+
+    def state(self) -> MirrorState:
+        return MirrorState("shelf", True, None, 0, MIRROR_BYTES)
+
+
+class Alone:
+    """Membership of who can load everything that is not put off."""
+
+    def __init__(self) -> None:
+        self.put_off: set[str] = set()
+
+    def can_load(self, lane: str) -> bool:
+        return lane not in self.put_off
+
+
+class World:
+    """A mirror on a shelf, what a loader may do to it step by step, and what must be there."""
+
+    def __init__(self) -> None:
+        self.shelf = Shelf()
+        self.mirror = BufferedMirror(self.shelf, MEMORY_BYTES)
+        self.alone = Alone()
+        self.waiting: dict[str, list[Segment]] = {"p": [], "q": []}
+        self.lost = False
+
+    async def step(self, what: str, lane: str, size: int) -> None:
+        if what == "append":
+            segment = _segment(lane, size)
+            await self.mirror.append([segment])
+            self.waiting[lane].append(segment)
+        elif what == "recover":
+            segment = _segment(lane, size)
+            self.shelf.put(segment, "theirs")
+            last = len(self.shelf.kept)
+            self.shelf.found = [Run(lane, "theirs", last - 1, last, 1, 1, size, 0.0)]
+            membership: Any = self.alone
+            await self.mirror.recover(membership)
+            self.waiting[lane].append(segment)
+        elif what == "load":
+            taken = await self.mirror.take(lane, size)
+            self.mirror.remove(taken)
+            if taken:
+                self.alone.put_off.discard(lane)
+            self.waiting[lane] = [each for each in self.waiting[lane] if each not in taken]
+        elif what == "fail":
+            self._requeue(lane, await self.mirror.take(lane, size), put_off=False)
+        elif what == "put off":
+            self._requeue(lane, await self.mirror.take(lane, size), put_off=True)
+        elif what == "put off while more is read":
+            self.shelf.readable.clear()
+            reading = asyncio.create_task(self.mirror.take(lane, size))
+            await asyncio.sleep(0)
+            self._requeue(lane, (), put_off=True)
+            self.shelf.readable.set()
+            self._requeue(lane, await reading, put_off=True)
+        elif what == "put off while it reads ahead":
+            taken = await self.mirror.take(lane, size)
+            self.shelf.readable.clear()
+            await asyncio.sleep(0)  # now it reads
+            self._requeue(lane, taken, put_off=True)
+            self.shelf.readable.set()
+        elif what == "lose":
+            self.lost = True
+            for segment in self.shelf.kept.values():
+                segment.gone |= segment.lane == lane
+
+    def _requeue(self, lane: str, segments: Sequence[Segment], *, put_off: bool) -> None:
+        self.mirror.requeue(lane, segments, put_off=put_off)
+        if put_off:
+            self.alone.put_off.add(lane)
+        else:
+            self.alone.put_off.discard(lane)
+
+    def check(self) -> None:
+        """What is kept while segments come and go is what a sum over them gives."""
+        lanes = {name: self.mirror._lane(name) for name in self.waiting}
+        held = [segment for lane in lanes.values() for segment in lane.held.values()]
+        assert self.mirror.memory_bytes == sum(segment.bytes for segment in held)
+        able = off = 0
+        for name, lane in lanes.items():
+            rows = sum(len(segment.data) for segment in lane.held.values())
+            rows += sum(run.bytes for run in lane.runs.values())
+            assert lane.bytes == rows
+            if not self.lost:
+                assert lane.events == len(self.waiting[name])
+            if name in self.alone.put_off:
+                off += rows
+                assert not lane.in_memory or lane.ahead is not None
+            else:
+                able += rows
+        most = max(able, self.mirror.memory_bytes)
+        assert self.mirror.pressed == (most * 2 >= MEMORY_BYTES)
+        full = self.alone.put_off if off * 2 >= MIRROR_BYTES else set()
+        assert self.mirror.full([*lanes, "unheard of"]) == full
+
+
+STEPS = [
+    "append", "recover", "load", "fail", "put off", "put off while more is read",
+    "put off while it reads ahead", "lose",
+]  # fmt: skip
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["append", *STEPS]), st.sampled_from("pq"), st.integers(2, 900)),
+        max_size=40,
+    )
+)
+def test_what_is_counted_and_given_is_what_lies_there(steps: list[tuple[str, str, int]]) -> None:
+    async def run() -> None:
+        world = World()
+        for what, name, size in steps:
+            await world.step(what, name, size)
+            world.check()
+        for name, waiting in world.waiting.items():
+            taken: list[Segment] = []
+            while some := await world.mirror.take(name, 1_000_000):
+                taken += some
+            if not world.lost:
+                assert {each.id for each in taken} == {each.id for each in waiting}
+                assert len(taken) == len(waiting)
+        await world.mirror.settle(1.0)
+
+    asyncio.run(run())
+
+
+def _segment(lane: str, size: int) -> Segment:
+    return Segment(lane, COLUMNS, b"x" * (size - 1) + b"\n", 1)
