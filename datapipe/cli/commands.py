@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -74,6 +75,8 @@ async def load(settings: Settings, args: argparse.Namespace) -> int:
                 rows, failed = await loader.load_now(accept_dead=args.accept_dead)
                 loaded.update(rows)
             await buffer.settle(10.0)
+            with suppress(DatapipeError):  # what is drained now, the ledger may forget
+                await mirror.keep(coordinator)
             await coordinator.deregister()
     for lane, count in sorted(loaded.items()):
         print(f"loaded {lane}: {count} rows")

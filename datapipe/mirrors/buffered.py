@@ -330,7 +330,7 @@ class BufferedMirror:
         if self._removals and not self._store.reads_ahead:
             await asyncio.wait(self._removals, timeout=_REMOVALS_S)
         run = min(lane.runs.values(), key=lambda run: run.oldest)
-        until = run.until  # more may be parked behind it while this reads
+        after, until = run.after, run.until  # more may be parked at both ends while this reads
         removing = self._removing.copy()  # its removal may end while this reads it
         self._reading_bytes += max_bytes
         lane.reading = True
@@ -339,19 +339,24 @@ class BufferedMirror:
         finally:
             self._reading_bytes -= max_bytes
             lane.reading = False
-        run.after = read[-1].position if read else until
+        if run.after == after:  # else what was parked before it is read first
+            run.after = read[-1].position if read else until
         # between two parked ones there may lie one that was not, or that is on its way out
-        passed = lane.held.keys() | removing
+        passed = lane.held.keys() | removing | self._removing
         segments = [segment for segment in read if segment.id not in passed]
         for segment in segments:
             self._unpark_one(lane, run, segment)
         if run.after >= run.until:
-            del lane.runs[run.source]
-            if run.events:  # the books stay out of balance, as they should: these are nowhere
-                log.error("segments missing in the mirror", lane=lane.name, events=run.events)
-                self._count(lane, -run.bytes)
-                lane.parked -= run.events
+            self._end_run(lane, run)
         return segments
+
+    def _end_run(self, lane: _Lane, run: Run) -> None:
+        """All of it was read; of what the store has lost sight of only the bytes are left."""
+        del lane.runs[run.source]
+        self._count(lane, -run.bytes)
+        lane.parked -= run.events
+        if run.events:  # the books stay out of balance, as they should: these are nowhere
+            log.error("segments missing in the mirror", lane=lane.name, events=run.events)
 
     def _unpark_one(self, lane: _Lane, run: Run, segment: Segment) -> None:
         run.segments -= 1

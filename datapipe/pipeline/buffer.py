@@ -107,14 +107,18 @@ class Buffer:
         if appended.stored:
             self._observe_append(seconds)
             self.append_seconds = seconds
-        came: Counter[str] = Counter()
+        events: Counter[str] = Counter()
+        size: Counter[str] = Counter()
         for segment in appended.stored:
-            self.lane(segment.lane).accepted += segment.events
-            came[segment.lane] += len(segment.data)
-        for name, size in came.items():
-            waiting = self.lanes[name].waiting.bytes
+            events[segment.lane] += segment.events
+            size[segment.lane] += len(segment.data)
+        for name, count in events.items():
+            lane = self.lane(name)
+            lane.accepted += count
+            waiting = lane.waiting
+            enough = waiting.bytes - size[name] < self._trigger_bytes <= waiting.bytes
             # nothing waited before, or now there is enough for a load; else it is due as it was
-            if waiting <= size or waiting - size < self._trigger_bytes <= waiting:
+            if waiting.events <= count or enough:
                 self.wake.set()
         if self.mirror.pressed:
             self.wake.set()

@@ -80,10 +80,9 @@ class GroupCommit:
     async def _run(self) -> None:
         """Commit groups until nothing waits, or another task gathers."""
         try:
-            while self._waiting:
+            await self._commit()  # whoever started it has said that it gathers
+            while self._waiting and not self._gathering:
                 await self._commit()
-                if self._gathering:
-                    return
         finally:
             self._running -= 1
 

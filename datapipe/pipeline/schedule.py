@@ -90,15 +90,19 @@ class Schedule:
         self._hurry = True
         self.accept_dead = self.accept_dead or accept_dead
         if self._turn is not None:
-            self._turn = self.lane.total_in  # all that waits now belongs to it
+            self._turn = self._end_of_all()
         return outcome
 
     def begin(self, now: float) -> None:
         """A transaction starts: the first of a turn marks what belongs to it."""
         self._hurry = False
         if self._turn is None:
-            self._turn = self.lane.total_in
+            self._turn = self._end_of_all()
             self._rows_of_turn = 0
+
+    def _end_of_all(self) -> int:
+        """What will have gone once all that waits now is loaded; lost events don't wait."""
+        return self.lane.total_out + self.lane.waiting.events
 
     def end(self, now: float) -> None:
         """The turn is over."""

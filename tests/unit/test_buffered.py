@@ -195,3 +195,24 @@ def test_what_is_counted_and_given_is_what_lies_there(steps: list[tuple[str, str
 
 def _segment(lane: str, size: int) -> Segment:
     return Segment(lane, COLUMNS, b"x" * (size - 1) + b"\n", 1)
+
+
+async def test_what_the_store_has_lost_sight_of_leaves_nothing_behind() -> None:
+    """It is given without its rows, and no byte of it is counted once it is gone."""
+    shelf = Shelf()
+    mirror = BufferedMirror(shelf, 0)
+    await mirror.append([_segment("p", 500)])
+    (kept,) = shelf.kept.values()
+    lost = Segment("p", (), b"", 1, id=kept.id, source=kept.source, position=kept.position)
+    lost.gone = True
+    shelf.kept = {kept.position: lost}
+
+    async def read(run: Run, max_bytes: int) -> list[Segment]:
+        return [lost]
+
+    shelf.read = read  # type: ignore[method-assign]
+    (taken,) = await mirror.take("p", 1000)
+    await mirror.remove([taken])
+    waiting = mirror.waiting("p")
+    assert (waiting.events, waiting.bytes, mirror.memory_bytes) == (0, 0, 0)
+    assert mirror._bytes == 0

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from datapipe.errors import MirrorUnavailable
 from datapipe.events.segment import Chunk, seal
 from datapipe.events.types import Column
 from datapipe.mirrors import Appended, Traits
@@ -83,3 +84,18 @@ async def test_an_append_that_fails_for_a_reason_of_ours_tells_each_request() ->
     for _ in range(2):  # and it goes on
         with pytest.raises(RuntimeError, match="not foreseen"):
             await group.add([Chunk("p", COLUMNS, b"1\n", 1)])
+
+
+async def test_a_task_that_starts_as_all_is_refused_holds_up_nothing_after_it() -> None:
+    """An append that hangs is given up between a request and the start of its task."""
+    settings = Settings(mirror="none")
+    mirror = BufferedMirror(MemoryStore(settings), settings.buffer_max_bytes)
+    group = GroupCommit(mirror, lambda appended, began: None, linger_s=0.0, timeout_s=5.0)
+    chunk = Chunk("p", COLUMNS, b"1\n", 1)
+    refused = group.add([chunk])
+    group._give_up([])
+    with pytest.raises(MirrorUnavailable):
+        await refused
+    group._hung -= 1  # it has ended
+    await asyncio.sleep(0)
+    await asyncio.wait_for(group.add([chunk]), 5)

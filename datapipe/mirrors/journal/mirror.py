@@ -106,7 +106,7 @@ class Journal:
         disk = os.statvfs(self._folder)
         self._free_bytes = disk.f_bavail * disk.f_frsize
         if now - self._others_seen > _LOOK_AT_OTHERS_S:
-            ours = {file.path for file in self._files.values()}
+            ours = {file.path for file in list(self._files.values())}
             others = (path for path in self._folder.glob("*.sqlite") if path not in ours)
             self._others_bytes = sum(map(_size, others))
             self._others_seen = now
@@ -129,7 +129,9 @@ class Journal:
                     await self._run(self._writer, partial(file.remove, some))
 
     async def read(self, run: Run, max_bytes: int) -> list[Segment]:
-        file = self._files[run.source]
+        file = self._files.get(run.source)
+        if file is None:  # it was damaged, and nothing of it is left
+            return []
         try:
             return await self._run(self._reader, lambda: file.read(run, max_bytes))
         except Damaged as exc:
@@ -160,6 +162,8 @@ class Journal:
             await membership.expire_source(file.source)
         except (SinkUnavailable, LaneBlocked):
             return  # the sink has logged it; tried again with the next call
+        if self._files.get(file.source) is not file:  # made anew meanwhile
+            return
         self._settled[file.source] = file.inherited_until
         if file is not self._own:
             del self._files[file.source]
@@ -172,27 +176,43 @@ class Journal:
     def _recover(self) -> list[Run]:
         runs: list[Run] = []
         for path in sorted(self._folder.glob("*.sqlite")):
-            if any(path == file.path for file in self._files.values()):
+            if any(path == file.path for file in list(self._files.values())):
                 continue
             try:
-                file = open_file(path)
+                self._adopt(path)
             except (ConfigError, sqlite3.Error, OSError) as exc:
                 # one that can't be read must not keep us from all the others
                 if path not in self._unreadable:
                     log.error("journal not adopted", path=str(path), error=str(exc))
                     self._unreadable.add(path)
+        failed: sqlite3.Error | OSError | None = None
+        for file in list(self._files.values()):
+            if file.source in self._told:
                 continue
-            if file is None:
-                continue
-            if file.inherited() or self._settled.get(file.source) != file.inherited_until:
-                self._files[file.source] = file
-            else:
-                file.close()
-        for file in self._files.values():
-            if file.source not in self._told:
-                self._told.add(file.source)
+            try:
                 runs += file.inherited()
+            except (sqlite3.Error, OSError) as exc:
+                failed = exc  # the others first; the next look asks again
+            else:
+                self._told.add(file.source)
+        if failed is not None and not runs:
+            raise failed
         return runs
+
+    def _adopt(self, path: Path) -> None:
+        """Take a journal over, unless its owner lives or nothing is to be done for it."""
+        if (file := open_file(path)) is None:
+            return
+        try:
+            settled = self._settled.get(file.source) == file.inherited_until
+            wanted = not (settled and file.is_drained())
+        except BaseException:
+            file.close()
+            raise
+        if wanted:
+            self._files[file.source] = file
+        else:
+            file.close()
 
     async def _run(self, thread: ThreadPoolExecutor, call: Callable[[], _T]) -> _T:
         try:
