@@ -86,7 +86,8 @@ class Segment:
         created_at: when it was sealed, Unix time.
         parts: runs of rows with an idempotency key; rows outside of them have none.
         source, position: set by the mirror that holds it: where, and how far along.
-        gone: the mirror no longer holds it, so `data` is empty: the ledger may know why.
+        gone: the mirror has lost sight of it, so `data` is empty; whoever finds that the ledger
+            knows it says false. Otherwise nothing of it that may come back is to be deleted.
     """
 
     __slots__ = (

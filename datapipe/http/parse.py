@@ -27,6 +27,7 @@ PART_BYTES = 16_384
 
 _BLANK = b" \t\r\n"
 _CLOSING = ord("]")
+_BLANK_LINES = (b"\n\n", b"\n\r", b"\n ", b"\n\t")  # lines that are blank, or may be
 _LINE = re.compile(rb"[^ \t\r\n][^\n]*")
 _BROKEN = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _YIELD_EVERY = 256  # events looked at closely, or chunks, before other requests get a turn
@@ -122,7 +123,12 @@ def _too_many(max_events: int) -> EventRejected:
 
 
 def _decode_lines(body: bytes, registry: Registry, max_events: int) -> list[Any] | None:
-    """The events of NDJSON, or None where a line (or a count of them) is odd."""
+    """The events of NDJSON, or None where a line (or a count of them) is odd.
+
+    msgspec does not insist on a line for each: a blank one could make up for one that holds two.
+    """
+    if any(blank in body for blank in _BLANK_LINES):
+        return None
     lines = body.count(b"\n") + (not body.endswith(b"\n"))
     if lines > max_events:
         return None  # blank lines among them may be why: count exactly

@@ -21,7 +21,7 @@ def together(own: Snapshot, others: Iterable[Snapshot]) -> dict[str, Any]:
 
     What only our own process can tell (version, schema, ...) is ours.
     """
-    everybody = [own, *others]
+    everybody = [own, *map(_completed, others)]
     lanes: dict[str, dict[str, Any]] = {}
     for each in everybody:
         for name, lane in each["lanes"].items():
@@ -39,6 +39,13 @@ def together(own: Snapshot, others: Iterable[Snapshot]) -> dict[str, Any]:
         "database": _worst([each["database"] for each in everybody]),
         "recent_loads": sorted(loads, key=lambda load: load["at"], reverse=True)[:LOADS],
     }
+
+
+def _completed(status: Snapshot) -> Snapshot:
+    """With what a process of release 1.0 does not tell: both may run while one is replaced."""
+    lanes = {name: {"slow_load": None, **lane} for name, lane in status["lanes"].items()}
+    mirror = {"left_messages": 0, "left_seconds": None, **status["mirror"]}
+    return {**status, "lanes": lanes, "mirror": mirror}
 
 
 def together_series(series: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -105,7 +105,7 @@ class Peers:
                     return None
                 answer: dict[str, Any] = msgspec.json.decode(await response.read())
                 return answer
-        except (aiohttp.ClientError, TimeoutError, OSError) as exc:
+        except (aiohttp.ClientError, TimeoutError, OSError, msgspec.MsgspecError) as exc:
             cause = exc.os_error if isinstance(exc, aiohttp.ClientConnectorError) else exc
             if isinstance(cause, ConnectionRefusedError | FileNotFoundError):
                 _unlink(socket)  # nobody listens: its process is gone

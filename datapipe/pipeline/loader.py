@@ -225,19 +225,22 @@ class Loader:
         """Book what the mirror lost sight of: loaded by another process, or lost; the rest."""
         lane = schedule.lane
         gone = [segment for segment in segments if segment.gone]
+        there = [segment for segment in segments if not segment.gone]
         try:
             known = await self.sink.loaded([segment.id for segment in gone])
         except (SinkUnavailable, LaneBlocked) as exc:
             self._put_off(schedule, segments, SinkUnavailable(str(exc)))
             return []
         theirs = [segment for segment in gone if segment.id in known]
+        for segment in theirs:
+            segment.gone = False
         self._book(lane, theirs, Loaded(duplicate=sum(segment.events for segment in theirs)))
         if lost := [segment for segment in gone if segment.id not in known]:
             # the books stay out of balance, as they should: these events are nowhere
             self._book(lane, lost, Loaded())
             events = sum(segment.events for segment in lost)
             log.error("segments missing in the mirror", lane=lane.name, events=events)
-        return [segment for segment in segments if not segment.gone]
+        return there
 
     def _take_bytes(self) -> int:
         """Rows for one load: what all workers hold must fit the memory that is given."""

@@ -314,6 +314,47 @@ async def test_pieces_stored_before_a_failure_are_named(world: World) -> None:
 # --- removal ---
 
 
+async def test_what_was_lost_sight_of_and_is_not_loaded_is_never_deleted(world: World) -> None:
+    mirror = await world.open()
+    (stored,) = await store(mirror, [segment()])
+    stored.gone = True  # as far as a read could tell; the ledger does not know it
+    await mirror.remove([stored])
+    assert world.segments() == [stored.id]
+    assert mirror.given_up  # so the next look is soon
+    (again,) = (await world.recover(mirror)).segments
+    assert (again.id, again.gone) == (stored.id, False)
+
+
+async def test_what_is_posted_anew_while_it_is_read_is_not_lost_sight_of(world: World) -> None:
+    mirror = await world.open()
+    stored = await store(mirror, [segment()])
+    get = mirror.client.get
+
+    async def late(queue: str, id: str) -> Any:
+        mirror.client.get = get  # type: ignore[method-assign]
+        world.clock.now += ANEW_S + 1
+        await mirror.keep(world.town)
+        return await get(queue, id)
+
+    mirror.client.get = late  # type: ignore[method-assign]
+    run = Run("install", stored[0].source, 0, stored[0].position, 1, 1, 10, 0.0)
+    (read,) = await mirror.read(run, 1000)
+    assert (read.id, read.gone, read.data) == (stored[0].id, False, stored[0].data)
+
+
+async def test_one_that_may_not_be_posted_anew_keeps_no_other_from_it(world: World) -> None:
+    mirror = await world.open()
+    large, small = segment(1, rows=400), segment(2)
+    await store(mirror, [large, small])
+    world.mq.rules.max_bytes = 900  # a smaller plan
+    world.clock.now += ANEW_S + 1
+    before = {each.id for each in world.mq.queue("install").messages.values()}
+    await mirror.keep(world.town)
+    after = {each.id for each in world.mq.queue("install").messages.values()}
+    assert len(before & after) == 1
+    assert sorted(world.segments()) == sorted([large.id, small.id])
+
+
 async def test_removal_takes_a_hundred_at_a_time_and_never_an_empty_list(world: World) -> None:
     world.mq.rules.empty_ids = "clear"
     mirror = await world.open()

@@ -154,3 +154,15 @@ async def test_parts_depend_on_the_body_alone(registry: Registry) -> None:
 async def test_parts_of_a_small_body_are_one(registry: Registry) -> None:
     parsed = await read(registry, b"[" + GOOD + b"," + GOOD + b"]", keyed=True)
     assert [rows.part for rows in parsed.chunks] == [0]
+
+
+@pytest.mark.parametrize("keyed", [False, True])
+async def test_a_blank_line_does_not_make_up_for_one_that_holds_two(
+    registry: Registry, keyed: bool
+) -> None:
+    other = GOOD.replace(b"1", b"7")
+    rest = (GOOD + b"\n" + other + b"\n") * 200  # more than one part
+    parsed = await read(registry, GOOD + other + b"\n\n" + rest, keyed=keyed, most=1000)
+    assert (parsed.batch, parsed.total) == (True, 401)
+    assert [(index, error.code) for index, error in parsed.errors] == [(0, 3)]
+    assert sum(chunk.events for chunk in parsed.chunks) == 400

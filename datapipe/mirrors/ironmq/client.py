@@ -106,9 +106,11 @@ class Client:
         """Take up to `count` (at most 100) messages for `lease_s` seconds, oldest first."""
         content = {"n": count, "timeout": lease_s, "wait": 0}
         path = f"/queues/{_name(queue)}/reservations"
-        return _messages(
-            await self._call("reserve", "POST", path, content, absent=True, repeat=False)
-        )
+        answer = await self._call("reserve", "POST", path, content, absent=True, repeat=False)
+        messages = _messages(answer)
+        if not all(message.reservation_id for message in messages):
+            raise MirrorUnavailable("IronMQ's answer is not what was asked for")
+        return messages
 
     async def peek(self, queue: str, count: int) -> list[Message]:
         """Look at up to `count` (at most 100) messages, oldest first, without taking them."""

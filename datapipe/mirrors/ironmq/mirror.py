@@ -65,6 +65,7 @@ RECOVER_INTERVAL_S = 1800.0
 LEASE_S = 30  # the shortest there is
 LEASE_MAX_S = 120  # so long, and a look later, what a dead recoverer had is anyone's
 ANEW_S = EXPIRATION_S * 0.8  # the age at which a message is posted anew
+ANEW_AGAIN_S = 21_600  # until one that was refused is tried again
 BATCH = 100  # the most messages that one reserve or peek gives
 _HELD_BYTES = 512  # what a message costs in memory though its rows are parked; measured, rounded up
 _HELD_LEAST = 100_000  # messages that may be listed, however small the buffer
@@ -282,7 +283,10 @@ class IronMQ:
             if held.reservation:  # not said whether a reserved message can be read by its id
                 async with self.leases[queue]:
                     await self._release(queue, held)
-            message = await self._noting(self.client.get(queue, held.id))
+            asked = None
+            while message is None and asked != held.id:  # it may have been posted anew meanwhile
+                asked = held.id
+                message = await self._noting(self.client.get(queue, asked))
         if message is not None:
             try:
                 segment = await unpacked(envelope_of(message.body))
@@ -326,6 +330,12 @@ class IronMQ:
         """Delete up to a hundred messages; one that somebody has reserved is deleted by a look."""
         held, now = self.held[queue], self.clock()
         segments = [each for each in segments if each.position in held]
+        for lost in [each for each in segments if each.gone]:  # if it comes back, it is recovered
+            self._forget(queue, lost.position)
+            self.given_up = True
+        segments = [each for each in segments if not each.gone]
+        if not segments:
+            return
         entries = {each.id: held[each.position].entry(now) for each in segments}
         refused = await self._noting(self.client.delete(queue, list(entries.values())))
         for segment in segments:
@@ -352,8 +362,18 @@ class IronMQ:
                     held.anew_at = math.inf  # what is left to do here is to book a duplicate
                 else:
                     async with self.leases[queue]:
-                        await self._post_anew(queue, held)
+                        await self._try_to_post_anew(queue, held)
         return self.given_up
+
+    async def _try_to_post_anew(self, queue: str, held: Held) -> None:
+        """One that is refused must not keep the others from it."""
+        try:
+            await self._post_anew(queue, held)
+        except Refused as exc:
+            if exc.status == 401:
+                raise
+            held.anew_at = self.clock() + ANEW_AGAIN_S
+            log.error("message not posted anew", queue=queue, error=exc.detail)
 
     def _holds(self, held: Held) -> bool:
         """Whether it was not removed meanwhile."""
@@ -389,7 +409,8 @@ class IronMQ:
 
     async def _release_queue(self, queue: str) -> None:
         async with self.leases[queue]:
-            releases = [self._release(queue, held) for held in self.held[queue].values()]
+            leased = [held for held in self.held[queue].values() if held.reservation is not None]
+            releases = [self._release(queue, held) for held in leased]
             await asyncio.gather(*releases, return_exceptions=True)
 
     async def release(self) -> None:

@@ -102,7 +102,7 @@ class Copier:
         # a line of the context that begins with the table's name, in whatever language; most have
         # the word COPY before it. Its first number is the line, a column may follow
         self._told = re.compile(
-            rf"^(?:COPY )?{re.escape(table)}(?![0-9A-Za-z_])[^0-9\n]*([0-9]+)([^:\n]*)",
+            rf"^(?:COPY )?{re.escape(table)}(?![0-9A-Za-z_])[^0-9\n]*([0-9]{1, 18})([^:\n]*)",
             re.MULTILINE,
         )
         self._takes_none = False  # known to take no rows at all

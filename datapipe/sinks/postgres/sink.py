@@ -270,6 +270,8 @@ class PostgresSink(Database):
             ([segment.id for segment in segments],),
         )
         rows = {segment: rest for segment, *rest in cursor.fetchall()}
+        if len(rows) < len(segments):  # somebody else removes rows of the ledger
+            raise SinkUnavailable("rows of the ledger have just been removed", everywhere=False)
         for segment in segments:
             load, dead, duplicates = rows[segment.id]
             if load in self._tried.get(segment.id, ()):
