@@ -27,6 +27,8 @@ PIECE_BYTES = 2_097_152  # of the first try: what a refusal makes us send again
 SMALL_PIECE_ROWS = 512  # after a refusal; doubled with each piece that passes
 GUARD_ROWS = 100  # so many refused rows, and more than half of all: the table is taken to be wrong
 
+_NUMBER = "[0-9]{1,18}"  # a line's; of more digits Python might refuse to make an int
+
 # What no table could hold, as (SQLSTATE, declared type or None for any): a character that the
 # database's encoding lacks; a number in JSON beyond `numeric`; an escape in JSON under SQL_ASCII,
 # before PostgreSQL 16.
@@ -102,7 +104,7 @@ class Copier:
         # a line of the context that begins with the table's name, in whatever language; most have
         # the word COPY before it. Its first number is the line, a column may follow
         self._told = re.compile(
-            rf"^(?:COPY )?{re.escape(table)}(?![0-9A-Za-z_])[^0-9\n]*([0-9]{1, 18})([^:\n]*)",
+            rf"^(?:COPY )?{re.escape(table)}(?![0-9A-Za-z_])[^0-9\n]*({_NUMBER})([^:\n]*)",
             re.MULTILINE,
         )
         self._takes_none = False  # known to take no rows at all
