@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -140,7 +140,8 @@ class Postgres:
         children = Path(f"/proc/{self._server.pid}/task/{self._server.pid}/children")
         pids += [int(pid) for pid in children.read_text().split()]
         for pid in pids:
-            os.kill(pid, number)
+            with suppress(ProcessLookupError):  # a backend may end while we go through them
+                os.kill(pid, number)
 
     def remove(self) -> None:
         if self._server is not None:
