@@ -14,9 +14,9 @@ from datapipe.errors import DatapipeError, LaneBlocked, MirrorUnavailable, SinkU
 from datapipe.mirrors import Mirror, Recovery
 from datapipe.pipeline.buffer import Buffer
 from datapipe.pipeline.loader import Loader
-from datapipe.pipeline.retry import backoff
 from datapipe.pipeline.tasks import background
 from datapipe.pipeline.watch import Watch
+from datapipe.retry import backoff
 from datapipe.sinks import Heartbeat, Sink, Table
 
 BEAT_S = 5.0

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 
 from datapipe.pipeline.lane import Lane
-from datapipe.pipeline.retry import backoff
+from datapipe.retry import backoff
 from datapipe.settings import Settings
 from datapipe.sinks import Loaded
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from datapipe.pipeline.retry import backoff
+from datapipe.retry import backoff
 
 
 @pytest.mark.parametrize("max_s", [0.05, 2.0, 5.0, 30.0])

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "datapipe"
 # from the one that everybody may import to the one that nobody may; those in a row may not import
 # each other
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("version", "errors", "settings", "health", "logs"),
+    ("version", "errors", "settings", "health", "logs", "retry"),
     ("events",),
     ("mirrors", "sinks"),
     ("pipeline",),
