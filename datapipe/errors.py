@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from enum import Enum
+
 
 class DatapipeError(Exception):
     """The root: catch this to catch what datapipe itself raises."""
@@ -11,29 +13,58 @@ class ConfigError(DatapipeError):
     """A setting, an option or an event type is wrong: no start; the message names the remedy."""
 
 
-class EventRejected(DatapipeError):
-    """An event, or a whole body, is refused at the door.
+class Reason(Enum):
+    """Why a request or an event is refused.
 
-    `code` is for programs, `detail` for people; `reason` is the label of
-    `datapipe_events_rejected_total`; `body` is what was refused, where it was read.
+    Attributes:
+        label: of `datapipe_events_rejected_total`.
+        code: the `status_code` of the answer.
+        status: its HTTP status, unless the error says otherwise.
+    """
+
+    NO_CONTENT = "no_content", 2, 400
+    BAD_JSON = "bad_json", 3, 400
+    KEY_MISSING = "key_missing", 4, 400
+    BAD_VALUE = "bad_value", 5, 400
+    TOO_LONG = "too_long", 6, 400
+    UNSUPPORTED_EVENT = "unsupported_event", 7, 400
+    UNAUTHORIZED = "unauthorized", 8, 401
+    UNSUPPORTED_ENCODING = "unsupported_encoding", 3, 415
+    BUSY = "busy", 9, 503
+    TIMEOUT = "timeout", 3, 408
+
+    def __init__(self, label: str, code: int, status: int) -> None:
+        self.label = label
+        self.code = code
+        self.status = status
+
+
+class Refused(DatapipeError):
+    """Not taken: `reason` is for programs, `detail` for people.
+
+    Attributes:
+        status: HTTP status of the answer.
+        body: what was refused, where it was read.
     """
 
     body: bytes = b""
 
-    def __init__(self, code: int, reason: str, detail: str, status: int = 400) -> None:
+    def __init__(self, reason: Reason, detail: str, status: int | None = None) -> None:
         super().__init__(detail)
-        self.code = code
         self.reason = reason
         self.detail = detail
-        self.status = status
+        self.status = status or reason.status
 
 
-class Busy(DatapipeError):
+class EventRejected(Refused):
+    """An event, a whole body or an admin's request is wrong: it fails again unless changed."""
+
+
+class Busy(Refused):
     """Nothing can be taken now: 503, code 9 and Retry-After; nothing was promised."""
 
     def __init__(self, detail: str, retry_after_s: float = 5.0) -> None:
-        super().__init__(detail)
-        self.detail = detail
+        super().__init__(Reason.BUSY, detail)
         self.retry_after_s = retry_after_s
 
 
@@ -52,7 +83,8 @@ class MirrorFull(MirrorUnavailable, BufferFull):
 class SinkUnavailable(DatapipeError):
     """The load did not happen, or its outcome is unknown: the same segments again, later.
 
-    `everywhere` tells the whole database from one lane: false for a lock, a deadlock and the like.
+    `everywhere`: it is the whole database; false for a lock, a deadlock and the like, which hold up
+    one lane.
     """
 
     def __init__(self, detail: str, *, everywhere: bool = True) -> None:

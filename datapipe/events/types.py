@@ -18,7 +18,7 @@ from uuid import UUID
 
 import msgspec
 
-from datapipe.errors import ConfigError, EventRejected
+from datapipe.errors import ConfigError, EventRejected, Reason
 
 PG_TYPES: dict[type, str] = {
     int: "bigint",
@@ -220,11 +220,11 @@ class EventType:
                 continue
             text = str(value).encode()
             if b"\0" in text:
-                raise EventRejected(5, "bad_value", f"{field.name}: U+0000 can't be stored")
+                raise EventRejected(Reason.BAD_VALUE, f"{field.name}: U+0000 can't be stored")
             size += len(text)
             texts.append(_escape(text))
         if size > self._max_len:
-            raise EventRejected(6, "too_long", f"event longer than {self._max_len} bytes")
+            raise EventRejected(Reason.TOO_LONG, f"event longer than {self._max_len} bytes")
         return b"\t".join([*texts, received_at.encode()]) + b"\n"
 
     def look_closer(self, raw: bytes, received_at: str) -> bytes:
@@ -238,13 +238,13 @@ class EventType:
                 if value is msgspec.UNSET:
                     if field.default is msgspec.NODEFAULT:
                         detail = f"{field.name}: this key is missing"
-                        raise EventRejected(4, "key_missing", detail) from None
+                        raise EventRejected(Reason.KEY_MISSING, detail) from None
                     continue
                 try:
                     self._decoders[field.name].decode(value)
                 except msgspec.ValidationError as why:
                     raise _wrong_value(field, str(why)) from None
-            raise EventRejected(5, "bad_value", str(exc)) from None
+            raise EventRejected(Reason.BAD_VALUE, str(exc)) from None
 
     def _converted(self, event: Any) -> tuple[Any, ...]:
         values = list(msgspec.structs.astuple(event))
@@ -256,7 +256,7 @@ class EventType:
         """The JSON of a `dict` or `list` as it was sent; only looked through, and bounded first."""
         text = bytes(raw)
         if len(text) > self._max_len:
-            raise EventRejected(6, "too_long", f"event longer than {self._max_len} bytes")
+            raise EventRejected(Reason.TOO_LONG, f"event longer than {self._max_len} bytes")
         try:
             value = decoder.decode(text)
         except msgspec.ValidationError as exc:
@@ -264,7 +264,7 @@ class EventType:
         if value is None:
             return None
         if b"\\u0000" in text and _has_nul(value):
-            raise EventRejected(5, "bad_value", f"{field.name}: U+0000 can't be stored")
+            raise EventRejected(Reason.BAD_VALUE, f"{field.name}: U+0000 can't be stored")
         return text.decode()
 
 
@@ -346,7 +346,7 @@ def _sql_default(name: str, field: _Field) -> str | None:
 
 
 def _wrong_value(field: _Field, why: str) -> EventRejected:
-    return EventRejected(5, "bad_value", f"{field.name}: {field.wanted} wanted ({why})")
+    return EventRejected(Reason.BAD_VALUE, f"{field.name}: {field.wanted} wanted ({why})")
 
 
 def _in_range(field: _Field, convert: Callable[[Any], str], value: Any) -> str:

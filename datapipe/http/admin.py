@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from datapipe.errors import EventRejected, LaneBlocked, SinkUnavailable
+from datapipe.errors import LaneBlocked, Reason, Refused, SinkUnavailable
 from datapipe.http import responses
 from datapipe.http.auth import Access
 from datapipe.monitor.peers import Peers
@@ -43,9 +43,10 @@ class Admin:
         lane = request.query.get("lane")
         accept = request.query.get("accept")
         if accept not in (None, "dead"):
-            return responses.answer(400, 5, "accept: only 'dead' can be accepted").response()
+            raise Refused(Reason.BAD_VALUE, "accept: only 'dead' can be accepted")
         if lane is not None and lane not in self._loader.lanes:
-            return responses.answer(404, 7, f"lane: there is no lane {lane[:64]!r}").response()
+            detail = f"lane: there is no lane {lane[:64]!r}"
+            raise Refused(Reason.UNSUPPORTED_EVENT, detail, 404)
         # all processes load at once; each answers for itself
         own, others = await asyncio.gather(
             self.load_own(lane, accept == "dead"), self._peers.ask("POST", request.path_qs)
@@ -74,12 +75,11 @@ class Admin:
         except ValueError:
             limit = -1
         if not 0 <= limit <= _LETTERS_MOST:
-            detail = f"limit: a whole number up to {_LETTERS_MOST} wanted"
-            return responses.answer(400, 5, detail).response()
+            raise Refused(Reason.BAD_VALUE, f"limit: a whole number up to {_LETTERS_MOST} wanted")
         lane, sqlstate = request.query.get("lane"), request.query.get("sqlstate")
         if not storable((lane or "") + (sqlstate or "")):
             detail = "lane, sqlstate: text that a database can hold wanted"
-            return responses.answer(400, 5, detail).response()
+            raise Refused(Reason.BAD_VALUE, detail)
         selection = Selection(lane=lane, sqlstate=sqlstate)
         return await _answered(self._dead.look(selection, limit))
 
@@ -100,9 +100,7 @@ class Admin:
             wanted = await request.post() if form else msgspec.json.decode(await request.read())
             selection = selection_of(wanted)
         except (msgspec.MsgspecError, UnicodeError, RecursionError) as exc:
-            return responses.answer(400, 3, f"not JSON: {exc}").response()
-        except EventRejected as exc:
-            return responses.rejected(exc).response()
+            raise Refused(Reason.BAD_JSON, f"not JSON: {exc}") from None
         response = await _answered(change(selection))
         if form and response.status == 200:
             return web.Response(status=303, headers={"Location": "../#dead"})
@@ -113,4 +111,4 @@ async def _answered(work: Awaitable[Any]) -> web.StreamResponse:
     try:
         return responses.plain(await work)
     except (SinkUnavailable, LaneBlocked) as exc:
-        return responses.answer(503, 9, f"the database does not do it: {exc}").response()
+        raise Refused(Reason.BUSY, f"the database does not do it: {exc}") from exc

@@ -8,18 +8,9 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 
-from datapipe.errors import DatapipeError
+from datapipe.errors import Reason, Refused
 from datapipe.http.ingest import given_key
 from datapipe.settings import Settings
-
-
-class AccessDenied(DatapipeError):
-    """The request is refused with this HTTP status."""
-
-    def __init__(self, status: int, detail: str) -> None:
-        super().__init__(detail)
-        self.status = status
-        self.detail = detail
 
 
 class Access:
@@ -30,7 +21,7 @@ class Access:
         self._loopback = _is_loopback(settings.host)
 
     def may_look(self, request: web.BaseRequest) -> None:
-        """Status pages are open unless an admin key is set. Raises: AccessDenied."""
+        """Status pages are open unless an admin key is set. Raises: Refused."""
         if self._admin_key and (denied := self._lacks_key(request)) is not None:
             raise denied
 
@@ -38,34 +29,36 @@ class Access:
         """Without an admin key only from this machine, and from no other site's page.
 
         The `Host` header names loopback, or a page of another site could reach us under a name
-        of its own that resolves to this machine. Raises: AccessDenied.
+        of its own that resolves to this machine. Raises: Refused.
         """
         if (denied := self.why_not(request)) is not None:
             raise denied
         if not _same_origin(request):
-            raise AccessDenied(403, "this request comes from another site's page")
+            raise Refused(Reason.UNAUTHORIZED, "this request comes from another site's page", 403)
 
-    def why_not(self, request: web.BaseRequest) -> AccessDenied | None:
+    def why_not(self, request: web.BaseRequest) -> Refused | None:
         """Why this reader may not act, whatever led them here, and how they may; or None."""
         if self._admin_key:
             return self._lacks_key(request)
         if not self._loopback:
-            return AccessDenied(
-                403,
+            return Refused(
+                Reason.UNAUTHORIZED,
                 "the service is not on loopback: set admin_key to do this; it is then asked for",
+                403,
             )
         if not _is_loopback(_host_name(request.headers.get("Host", ""))):
-            return AccessDenied(
-                403,
+            return Refused(
+                Reason.UNAUTHORIZED,
                 "the address does not name this machine: come by http://127.0.0.1 (from afar "
                 "through ssh -L), or set admin_key, which is then asked for",
+                403,
             )
         return None
 
-    def _lacks_key(self, request: web.BaseRequest) -> AccessDenied | None:
+    def _lacks_key(self, request: web.BaseRequest) -> Refused | None:
         if hmac.compare_digest(given_key(request.headers), self._admin_key):
             return None
-        return AccessDenied(401, "no or wrong admin key")
+        return Refused(Reason.UNAUTHORIZED, "no or wrong admin key")
 
 
 def _same_origin(request: web.BaseRequest) -> bool:

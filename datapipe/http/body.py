@@ -12,7 +12,7 @@ import zlib
 from aiohttp import web
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from datapipe.errors import BufferFull, EventRejected
+from datapipe.errors import BufferFull, EventRejected, Reason
 
 Headers = CIMultiDict[str] | CIMultiDictProxy[str]
 
@@ -92,7 +92,7 @@ def _encoding_of(headers: Headers) -> str:
         return "identity"
     if encoding not in _WBITS:
         detail = f"Content-Encoding: {encoding[:64]!r} is none of gzip, deflate, identity"
-        raise EventRejected(3, "unsupported_encoding", detail, 415)
+        raise EventRejected(Reason.UNSUPPORTED_ENCODING, detail)
     return encoding
 
 
@@ -107,9 +107,9 @@ async def _read(request: web.BaseRequest, max_bytes: int, timeout_s: float, leas
                     raise _too_long(max_bytes)
     except TimeoutError:
         detail = f"the body was not complete within {timeout_s:g} s"
-        raise EventRejected(3, "timeout", detail, 408) from None
+        raise EventRejected(Reason.TIMEOUT, detail) from None
     except (web.RequestPayloadError, ConnectionError) as exc:  # the latter: the client has left
-        raise EventRejected(3, "bad_json", f"the body is broken: {exc}") from None
+        raise EventRejected(Reason.BAD_JSON, f"the body is broken: {exc}") from None
     return bytes(body)
 
 
@@ -153,8 +153,8 @@ def _has_zlib_header(packed: bytes) -> bool:
 
 
 def _broken(encoding: str, why: str) -> EventRejected:
-    return EventRejected(3, "bad_json", f"the {encoding} body is broken: {why}")
+    return EventRejected(Reason.BAD_JSON, f"the {encoding} body is broken: {why}")
 
 
 def _too_long(max_bytes: int) -> EventRejected:
-    return EventRejected(6, "too_long", f"body longer than {max_bytes} bytes", 413)
+    return EventRejected(Reason.TOO_LONG, f"body longer than {max_bytes} bytes", 413)

@@ -12,7 +12,7 @@ from typing import Any
 
 from aiohttp import BasicAuth, web
 
-from datapipe.errors import BufferFull, Busy, EventRejected
+from datapipe.errors import BufferFull, Busy, EventRejected, Reason, Refused
 from datapipe.events.registry import Registry
 from datapipe.http import responses
 from datapipe.http.body import Headers, Inflight, Lease, read_body, unpacked
@@ -75,14 +75,11 @@ class Ingest:
             ingest_key = self._authorize(headers, key)
             claim = _idempotency_key(headers, ingest_key)
             return await self._take(await body, claim, lease, request_id)
-        except EventRejected as exc:
-            self._records.rejected[exc.reason] += 1
+        except Refused as exc:
+            self._records.rejected[exc.reason.label] += 1
             self._note(request_id, [(0, exc)])
-            return responses.rejected(exc)
-        except Busy as exc:
-            self._records.rejected["busy"] += 1
-            self._note(request_id, [(0, EventRejected(9, "busy", exc.detail, 503))])
-            return responses.busy(exc, close=self.buffer.stopping)
+            close = self.buffer.stopping and isinstance(exc, Busy)
+            return responses.refused(exc, close=close)
         finally:
             body.close()
             self.under_way -= 1
@@ -98,7 +95,7 @@ class Ingest:
             raise
         full = self._refuse_full(parsed)
         for _, error in parsed.errors:
-            self._records.rejected[error.reason] += 1
+            self._records.rejected[error.reason.label] += 1
         if parsed.chunks:
             if claim is not None:
                 digest = _hash(body)
@@ -113,13 +110,12 @@ class Ingest:
         accepted = sum(chunk.events for chunk in parsed.chunks)
         return responses.batch(accepted, parsed.errors, full)
 
-    def _note(self, request_id: str, errors: Sequence[tuple[int, EventRejected]]) -> None:
+    def _note(self, request_id: str, errors: Sequence[tuple[int, Refused]]) -> None:
         """Keep what was refused, for admins to see, under the id that the client gets."""
         first = min(errors, key=lambda error: error[0])[1]
+        reason, body = first.reason, shown(first.body)
         self._records.refused(
-            Refusal(
-                first.reason, first.code, first.detail, request_id, len(errors), shown(first.body)
-            )
+            Refusal(reason.label, reason.code, first.detail, request_id, len(errors), body)
         )
 
     def _authorize(self, headers: Headers, in_query: str | None) -> bytes:
@@ -129,7 +125,7 @@ class Ingest:
         given = given_key(headers, in_query)
         # every key is compared, whichever fits: the time tells nothing
         if not sum([hmac.compare_digest(given, key) for key in self._keys]):
-            raise EventRejected(8, "unauthorized", "no or wrong ingest key", 401)
+            raise EventRejected(Reason.UNAUTHORIZED, "no or wrong ingest key")
         return given
 
     def _refuse_full(self, parsed: Parsed) -> list[str]:
@@ -139,7 +135,7 @@ class Ingest:
             return []
         for chunk in parsed.chunks:
             if chunk.lane in full:
-                error = EventRejected(9, "busy", f"the lane {chunk.lane} is full", 503)
+                error = EventRejected(Reason.BUSY, f"the lane {chunk.lane} is full")
                 parsed.errors += [(index, error) for index in chunk.indexes]
         parsed.chunks = [chunk for chunk in parsed.chunks if chunk.lane not in full]
         return sorted(full)
@@ -182,7 +178,7 @@ def _idempotency_key(headers: Headers, ingest_key: bytes) -> str | None:
     values = headers.getall("Idempotency-Key")
     if len(values) != 1 or not _KEY_FORM.fullmatch(values[0]):
         detail = "Idempotency-Key: 1 to 255 visible ASCII characters wanted, once"
-        raise EventRejected(3, "bad_json", detail)
+        raise EventRejected(Reason.BAD_JSON, detail)
     return _hash(_hash(ingest_key).encode() + values[0].encode())
 
 
@@ -192,4 +188,4 @@ def _hash(data: bytes) -> str:
 
 def _single_refused(full: Sequence[str]) -> Answer:
     """A single event whose lane is full."""
-    return responses.busy(BufferFull(f"the lane {full[0]} is full"))
+    return responses.refused(BufferFull(f"the lane {full[0]} is full"))

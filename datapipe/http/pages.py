@@ -13,9 +13,10 @@ from aiohttp import web
 from aiohttp_sse import sse_response
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from datapipe.errors import Refused
 from datapipe.events.registry import Registry
 from datapipe.http import assets, openapi, responses
-from datapipe.http.auth import Access, AccessDenied
+from datapipe.http.auth import Access
 from datapipe.http.responses import Answer
 from datapipe.http.server import request_id
 from datapipe.monitor.feed import Feed
@@ -125,9 +126,8 @@ async def errors_are_answers(
     """Every error leaves as JSON with `status_code` and `status_message`."""
     try:
         return await handler(request)
-    except AccessDenied as exc:
-        headers = responses.AUTHENTICATE if exc.status == 401 else {}
-        return responses.answer(exc.status, 8, exc.detail, headers=headers).response()
+    except Refused as exc:
+        return responses.refused(exc).response()
     except web.HTTPException as exc:
         response = responses.answer(exc.status, exc.status, exc.reason).response()
         for name in ("Allow", "Location"):
@@ -139,9 +139,9 @@ async def errors_are_answers(
 
 
 def fault(request_id: str, path: str) -> Answer:
-    """The answer to a fault of ours; call it where the exception is caught."""
+    """The answer to an internal server error; call it where the exception is caught."""
     log.exception("fault", request_id=request_id, path=path)
-    return responses.answer(500, 100, f"a fault of ours; request id {request_id}")
+    return responses.answer(500, 100, f"internal server error; request id {request_id}")
 
 
 async def add_headers(request: web.BaseRequest, response: web.StreamResponse) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from datapipe.errors import EventRejected
+from datapipe.errors import EventRejected, Reason
 from datapipe.events.registry import Registry
 from datapipe.events.segment import Chunk
 from datapipe.events.types import EventType
@@ -78,7 +78,7 @@ async def parse(
         body = body.lstrip(_BLANK)
         first = body[:1]
     if not first:
-        raise EventRejected(2, "no_content", "the body is empty")
+        raise EventRejected(Reason.NO_CONTENT, "the body is empty")
     single = first != b"["
     valid_text = body.isascii() or _is_utf8(body)
     try:
@@ -91,7 +91,7 @@ async def parse(
     if events is None or not valid_text:
         return await _look_closer(body, first, single, registry, max_events, received_at, keyed)
     if not events:
-        raise EventRejected(2, "no_content", "the batch is empty")
+        raise EventRejected(Reason.NO_CONTENT, "the batch is empty")
     if len(events) > max_events:
         raise _too_many(max_events)
     chunks = await _chunks(body, first, events, registry, received_at, keyed)
@@ -119,7 +119,7 @@ def _is_lines(body: bytes) -> bool:
 
 
 def _too_many(max_events: int) -> EventRejected:
-    return EventRejected(6, "too_long", f"more than {max_events} events in a batch", 413)
+    return EventRejected(Reason.TOO_LONG, f"more than {max_events} events in a batch", 413)
 
 
 def _decode_lines(body: bytes, registry: Registry, max_events: int) -> list[Any] | None:
@@ -235,7 +235,7 @@ async def _look_closer(
         if index % _YIELD_EVERY == _YIELD_EVERY - 1:
             await asyncio.sleep(0)
     if not sizes:
-        raise EventRejected(2, "no_content", "the batch is empty")
+        raise EventRejected(Reason.NO_CONTENT, "the batch is empty")
     parts = _part_numbers(sizes) if keyed else [0] * len(sizes)
     groups: dict[tuple[EventType, int], tuple[list[int], list[bytes]]] = {}
     for kind, index, data in good:
@@ -301,19 +301,19 @@ def _kind(raw: bytes, registry: Registry) -> EventType:
     try:
         name = _NAME.decode(raw).event_name
     except msgspec.ValidationError as exc:
-        raise EventRejected(3, "bad_json", f"an event is a JSON object: {exc}") from None
+        raise EventRejected(Reason.BAD_JSON, f"an event is a JSON object: {exc}") from None
     if name is msgspec.UNSET:
-        raise EventRejected(4, "key_missing", "event_name: this key is missing")
+        raise EventRejected(Reason.KEY_MISSING, "event_name: this key is missing")
     try:
         event_name = _TEXT.decode(name)
     except msgspec.ValidationError as exc:
-        raise EventRejected(5, "bad_value", f"event_name: str wanted ({exc})") from None
+        raise EventRejected(Reason.BAD_VALUE, f"event_name: str wanted ({exc})") from None
     if event_name not in registry.types:
         shown = event_name if len(event_name) <= 64 else f"{event_name[:64]}..."
         detail = f"event_name: unsupported event type {shown!r}"
-        raise EventRejected(7, "unsupported_event", detail)
+        raise EventRejected(Reason.UNSUPPORTED_EVENT, detail)
     return registry.types[event_name]
 
 
 def _not_json(why: object) -> EventRejected:
-    return EventRejected(3, "bad_json", f"not JSON: {why}")
+    return EventRejected(Reason.BAD_JSON, f"not JSON: {why}")

@@ -12,9 +12,9 @@ import msgspec
 from aiohttp import web
 from aiohttp.helpers import rfc822_formatted_time
 
-from datapipe.errors import Busy, EventRejected
+from datapipe.errors import Busy, Reason, Refused
 
-MAX_ERRORS = 100  # of a batch, told one by one
+MAX_ERRORS = 100  # of a batch, reported one by one
 AUTHENTICATE = {"WWW-Authenticate": 'Basic realm="datapipe", charset="UTF-8"'}
 
 
@@ -77,26 +77,22 @@ def plain(content: Any) -> web.Response:
     )
 
 
-def rejected(exc: EventRejected) -> Answer:
-    """The answer to a body, or a single event, that is refused."""
+def refused(exc: Refused, *, close: bool = False) -> Answer:
+    """The answer to a request that is refused as a whole."""
     headers = AUTHENTICATE if exc.status == 401 else {}
-    return answer(exc.status, exc.code, exc.detail, headers=headers, close=exc.status == 408)
+    if isinstance(exc, Busy):
+        headers = {"Retry-After": _whole_seconds(exc.retry_after_s)}
+    close = close or exc.reason is Reason.TIMEOUT
+    return answer(exc.status, exc.reason.code, exc.detail, headers=headers, close=close)
 
 
-def busy(exc: Busy, *, close: bool = False) -> Answer:
-    """503, code 9: nothing was promised, and when to try again."""
-    headers = {"Retry-After": retry_after(exc.retry_after_s)}
-    return answer(503, 9, exc.detail, headers=headers, close=close)
-
-
-def retry_after(seconds: float) -> str:
-    """Whole seconds, at least one."""
+def _whole_seconds(seconds: float) -> str:
     return str(max(1, math.ceil(seconds)))
 
 
 def batch(
     accepted: int,
-    errors: Sequence[tuple[int, EventRejected]],
+    errors: Sequence[tuple[int, Refused]],
     full: Sequence[str] = (),
     retry_after_s: float = 5.0,
 ) -> Answer:
@@ -109,9 +105,9 @@ def batch(
     if errors:
         errors = sorted(errors, key=lambda error: error[0])
         first = errors[0][1]
-        status, code, message = first.status, first.code, first.detail
+        status, code, message = first.status, first.reason.code, first.detail
         extra["errors"] = [
-            {"index": index, "status_code": exc.code, "status_message": exc.detail}
+            {"index": index, "status_code": exc.reason.code, "status_message": exc.detail}
             for index, exc in errors[:MAX_ERRORS]
         ]
     if accepted and errors:
@@ -121,5 +117,5 @@ def batch(
     extra["busy"] = sorted(full)
     if not accepted:
         status, code, message = 503, 9, f"no room for {', '.join(extra['busy'])}"
-    headers = {"Retry-After": retry_after(retry_after_s)}
+    headers = {"Retry-After": _whole_seconds(retry_after_s)}
     return answer(status, code, message, extra, headers=headers)

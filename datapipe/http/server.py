@@ -23,7 +23,7 @@ from aiohttp.http_parser import RawRequestMessage
 from aiohttp.streams import StreamReader
 from aiohttp.web_server import Server
 
-from datapipe.errors import EventRejected
+from datapipe.errors import Reason, Refused
 from datapipe.http import responses
 from datapipe.http.body import Headers
 from datapipe.http.responses import Answer
@@ -208,7 +208,7 @@ class Connection(web_protocol.RequestHandler):
         self._head_since = None
         if self._waiter is not None and not self._messages:
             detail = "the head was not complete in time"
-            answer = responses.rejected(EventRejected(3, "timeout", detail, 408))
+            answer = responses.refused(Refused(Reason.TIMEOUT, detail))
             self.transport.write(answer.wire(request_id({})))
             self.force_close()
 
@@ -222,10 +222,10 @@ class Connection(web_protocol.RequestHandler):
         """What aiohttp can't parse, or what a handler let through, in the form of all answers."""
         if status >= 500:
             super().handle_error(request, status, exc, message)  # for its log line
-            answer = responses.answer(status, 100, "a fault of ours")
+            answer = responses.answer(status, 100, "internal server error")
         else:
             detail = " ".join((message or "bad request").split())[:200]
-            answer = responses.rejected(EventRejected(3, "bad_json", detail, status))
+            answer = responses.refused(Refused(Reason.BAD_JSON, detail, status))
         response = answer._replace(close=True).response()
         response.headers["X-Request-ID"] = request_id(request.headers)
         return response

@@ -14,10 +14,9 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-REASONS = (
-    "no_content", "bad_json", "key_missing", "bad_value", "too_long", "unsupported_event",
-    "unauthorized", "unsupported_encoding", "busy", "timeout",
-)  # fmt: skip
+from datapipe.errors import Reason
+
+REASONS = tuple(reason.label for reason in Reason)
 
 _LANE_COUNTERS = {
     "accepted": "Events answered with 200, or stored without an answer.",

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from datapipe.errors import EventRejected, LaneBlocked, SinkUnavailable
+from datapipe.errors import EventRejected, LaneBlocked, Reason, SinkUnavailable
 from datapipe.events.registry import Registry
 from datapipe.pipeline.records import BODY_SHOWN
 from datapipe.sinks import Selection, Sink, table_of
@@ -32,7 +32,7 @@ def selection_of(wanted: Any) -> Selection:
         if keys and keys <= {"lane", "sqlstate"} and texts:
             return Selection(lane=wanted.get("lane"), sqlstate=wanted.get("sqlstate"))
     raise EventRejected(
-        5, "bad_value", 'say which: {"ids": [1, 2]}, {"lane": L, "sqlstate": S} or {"all": true}'
+        Reason.BAD_VALUE, 'say which: {"ids": [1, 2]}, {"lane": L, "sqlstate": S} or {"all": true}'
     )
 
 
@@ -90,5 +90,5 @@ class DeadLetters:
         kind = self._registry.types.get(lane)
         if kind is None:
             detail = f"no event type {lane!r} is registered here"
-            raise EventRejected(7, "unsupported_event", detail)
+            raise EventRejected(Reason.UNSUPPORTED_EVENT, detail)
         return kind.look_closer(event, received_at)

@@ -13,6 +13,7 @@ import yaml
 from aiohttp.test_utils import TestServer
 
 from datapipe import create_app, settings
+from datapipe.errors import Reason
 from datapipe.events.types import PG_TYPES
 from datapipe.http.assets import FILES
 from datapipe.monitor.metrics import REASONS
@@ -107,16 +108,15 @@ async def test_every_path_is_named(tmp_path: Path) -> None:
 def test_every_status_and_code_is_in_the_table() -> None:
     told = {(row[0], row[1]) for row in rows("http.md") if len(row) == 3}
     used = {("200", "0"), ("207", "1")}
+    used |= {(str(reason.status), str(reason.code)) for reason in Reason}
     for call in code():
         name = ast.unparse(call.func).split(".")[-1]
         numbers = [a.value if isinstance(a, ast.Constant) else None for a in call.args]
-        if name == "EventRejected" and isinstance(numbers[0], int):
-            status = numbers[3] if len(numbers) > 3 else 400
-            used |= {(str(status), str(numbers[0]))} if status else set()
+        if name in ("EventRejected", "Refused") and len(numbers) > 2 and numbers[2]:
+            reason = Reason[ast.unparse(call.args[0]).removeprefix("Reason.")]
+            used.add((str(numbers[2]), str(reason.code)))
         elif name == "answer" and len(numbers) > 1 and isinstance(numbers[1], int):
             used |= {(str(numbers[0]), str(numbers[1]))} if numbers[0] else set()
-        elif name == "AccessDenied":
-            used.add((str(numbers[0]), "8"))
     assert len(used) > 12
     assert sorted(used - told) == []
 

@@ -22,7 +22,7 @@ async def test_a_fault_of_ours_would_be_seen() -> None:
 
     class Broken:
         async def post_whole(self, *args: object) -> answers.Answer:
-            return answers.answer(500, 100, "a fault of ours")
+            return answers.answer(500, 100, "internal server error")
 
     with pytest.raises(AssertionError, match="500"):
         await Run(Broken()).send(b"{}", "alone")  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Bodies meant to hurt: nothing of them is a fault of ours, and no good event is lost."""
+"""Bodies meant to hurt: nothing of them is an internal server error, and no good event is lost."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ async def test_what_a_single_body_is_refused_for(
 ) -> None:
     with pytest.raises(EventRejected) as refused:
         await read(registry, body)
-    assert refused.value.code == code
+    assert refused.value.reason.code == code
 
 
 async def test_a_bad_event_of_a_batch_costs_itself_only(registry: Registry) -> None:
@@ -84,12 +84,12 @@ async def test_a_bad_event_of_a_batch_costs_itself_only(registry: Registry) -> N
         parsed = await read(registry, body % (GOOD, GOOD))
         assert parsed.total == 4
         assert [(rows.data, list(rows.indexes)) for rows in parsed.chunks] == [(ROW * 2, [0, 3])]
-        assert [(index, error.code) for index, error in parsed.errors] == [(1, 3), (2, 4)]
+        assert [(index, error.reason.code) for index, error in parsed.errors] == [(1, 3), (2, 4)]
 
 
 async def test_a_broken_line_costs_itself_only(registry: Registry) -> None:
     parsed = await read(registry, GOOD + b'\n{"event_name":\n\xff\n' + GOOD)
-    assert [(index, error.code) for index, error in parsed.errors] == [(1, 3), (2, 3)]
+    assert [(index, error.reason.code) for index, error in parsed.errors] == [(1, 3), (2, 3)]
     assert [rows.data for rows in parsed.chunks] == [ROW * 2]
 
 
@@ -125,7 +125,7 @@ async def test_others_get_a_turn_while_many_brackets_are_passed_over(registry: R
     task = asyncio.create_task(others())
     parsed = await read(registry, b"[" + GOOD + b',{"x":[' + b"{}," * 100_000 + b"1]}]")
     task.cancel()
-    assert [error.code for _, error in parsed.errors] == [4]
+    assert [error.reason.code for _, error in parsed.errors] == [4]
     assert turns > 20
 
 
@@ -135,7 +135,7 @@ async def test_others_get_a_turn_while_many_brackets_are_passed_over(registry: R
 async def test_more_events_than_allowed(registry: Registry, body: bytes) -> None:
     with pytest.raises(EventRejected) as refused:
         await read(registry, body)
-    assert (refused.value.code, refused.value.status) == (6, 413)
+    assert (refused.value.reason.code, refused.value.status) == (6, 413)
 
 
 async def test_parts_depend_on_the_body_alone(registry: Registry) -> None:
@@ -164,5 +164,5 @@ async def test_a_blank_line_does_not_make_up_for_one_that_holds_two(
     rest = (GOOD + b"\n" + other + b"\n") * 200  # more than one part
     parsed = await read(registry, GOOD + other + b"\n\n" + rest, keyed=keyed, most=1000)
     assert (parsed.batch, parsed.total) == (True, 401)
-    assert [(index, error.code) for index, error in parsed.errors] == [(0, 3)]
+    assert [(index, error.reason.code) for index, error in parsed.errors] == [(0, 3)]
     assert sum(chunk.events for chunk in parsed.chunks) == 400

@@ -91,7 +91,7 @@ def test_limits_and_wrong_values(values: dict[str, Any], code: int | None) -> No
         return
     with pytest.raises(EventRejected) as refused:
         kind.look_closer(raw, AT)
-    assert refused.value.code == code
+    assert refused.value.reason.code == code
 
 
 def test_numbers_in_json_columns_lose_nothing() -> None:
@@ -129,7 +129,7 @@ def test_the_message_names_the_key_and_the_type_wanted(key: str, value: Any) -> 
     kind = EventType("everything", Everything)
     with pytest.raises(EventRejected) as refused:
         kind.look_closer(json.dumps(EVERYTHING | {key: value}).encode(), AT)
-    assert refused.value.code == 5
+    assert refused.value.reason.code == 5
     wanted = next(field.wanted for field in kind.fields if field.name == key)
     assert refused.value.detail.startswith(f"{key}: {wanted} wanted")
 
