@@ -13,9 +13,10 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import structlog
 from aiohttp import web
@@ -30,7 +31,7 @@ from datapipe.http.admin import Admin
 from datapipe.http.auth import Access
 from datapipe.http.body import Headers
 from datapipe.http.ingest import Ingest
-from datapipe.http.pages import Pages, add_headers, errors_are_answers, fault
+from datapipe.http.pages import Pages, add_headers, errors_are_answers
 from datapipe.http.port import raise_limit
 from datapipe.http.responses import Answer
 from datapipe.http.server import Runner, request_id
@@ -142,7 +143,7 @@ class Pipeline:
 
     async def _finish(self) -> None:
         started = time.monotonic()
-        while self.ingest.under_way and time.monotonic() - started < REQUESTS_GRACE_S:
+        while self.ingest.admission.requests and time.monotonic() - started < REQUESTS_GRACE_S:
             await asyncio.sleep(0.02)
         self.buffer.closed = True
         left = self.settings.shutdown_timeout - (time.monotonic() - started)
@@ -157,23 +158,17 @@ class Pipeline:
 
     async def post(self, request: web.BaseRequest) -> web.StreamResponse:
         """`POST /`, as aiohttp has it."""
-        id = request_id(request.headers)
-        try:
-            answer = await self.ingest.handle(request, id)
-        except Exception:
-            answer = fault(id, request.path)
+        id, key = request_id(request.headers), request.query.get("key")
+        answer = await self.ingest.answer(request.headers, key, request, id)
         response = answer.response()
         response.headers["X-Request-ID"] = id
         return response
 
-    async def post_whole(
+    def post_whole(
         self, headers: Headers, key: str | None, body: bytes, request_id: str
-    ) -> Answer:
+    ) -> Coroutine[Any, Any, Answer]:
         """`POST /` with its body here."""
-        try:
-            return await self.ingest.handle_whole(headers, key, body, request_id)
-        except Exception:
-            return fault(request_id, "/")
+        return self.ingest.answer(headers, key, body, request_id)
 
 
 PIPELINE = web.AppKey("pipeline", Pipeline)

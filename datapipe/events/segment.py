@@ -44,11 +44,10 @@ class Chunk:
     Attributes:
         claim: hash of the idempotency key, hash of the body, number of the part: such a chunk stays
             whole.
-        part: which run of the POST it is, within its lane.
         indexes: where in the body its events stood.
     """
 
-    __slots__ = ("claim", "columns", "data", "events", "indexes", "lane", "part")
+    __slots__ = ("claim", "columns", "data", "events", "indexes", "lane")
 
     def __init__(
         self,
@@ -57,7 +56,6 @@ class Chunk:
         data: bytes,
         events: int,
         claim: tuple[str, str, int] | None = None,
-        part: int = 0,
         indexes: Sequence[int] = (0,),
     ) -> None:
         self.lane = lane
@@ -65,7 +63,6 @@ class Chunk:
         self.data = data
         self.events = events
         self.claim = claim
-        self.part = part
         self.indexes = indexes
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+from collections.abc import Mapping
 from urllib.parse import urlsplit
 
-from aiohttp import web
+from aiohttp import BasicAuth, web
 
 from datapipe.errors import Reason, Refused
-from datapipe.http.ingest import given_key
 from datapipe.settings import Settings
 
 
@@ -59,6 +59,21 @@ class Access:
         if hmac.compare_digest(given_key(request.headers), self._admin_key):
             return None
         return Refused(Reason.UNAUTHORIZED, "no or wrong admin key")
+
+
+def given_key(headers: Mapping[str, str], in_query: str | None = None) -> bytes:
+    """The key of a request: Bearer, the password of HTTP Basic, or `?key=`; else empty."""
+    header = headers.get("Authorization", "")
+    scheme, _, value = header.partition(" ")
+    if scheme.lower() == "bearer":
+        return value.strip().encode(errors="surrogateescape")
+    if scheme.lower() == "basic":
+        try:
+            password: str = BasicAuth.decode(header, encoding="utf-8").password
+            return password.encode()
+        except ValueError:
+            return b""
+    return (in_query or "").encode(errors="surrogateescape")
 
 
 def _same_origin(request: web.BaseRequest) -> bool:

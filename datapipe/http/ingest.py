@@ -6,17 +6,18 @@ import hashlib
 import hmac
 import re
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any
 
-from aiohttp import BasicAuth, web
+from aiohttp import web
 
-from datapipe.errors import BufferFull, Busy, EventRejected, Reason, Refused
+from datapipe.errors import EventRejected, Reason, Refused
 from datapipe.events.registry import Registry
 from datapipe.http import responses
-from datapipe.http.body import Headers, Inflight, Lease, read_body, unpacked
-from datapipe.http.parse import Parsed, parse
+from datapipe.http.admission import Admission
+from datapipe.http.auth import given_key
+from datapipe.http.body import Headers, read_body
+from datapipe.http.parse import Claim, Parser
 from datapipe.http.responses import Answer
 from datapipe.pipeline.buffer import Buffer
 from datapipe.pipeline.records import Records, Refusal, shown
@@ -26,93 +27,60 @@ _KEY_FORM = re.compile(r"[\x21-\x7e]{1,255}")
 
 
 class Ingest:
-    """The door: takes events, and counts those that it refuses, by reason."""
+    """Takes events, and counts those that it refuses, by reason."""
 
     def __init__(
         self, buffer: Buffer, registry: Registry, settings: Settings, records: Records
     ) -> None:
-        self.buffer = buffer
-        self.under_way = 0
-        self._registry = registry
-        self._records = records
+        self.admission = Admission(buffer, settings.inflight_max_bytes)
+        self._buffer = buffer
+        self._parser = Parser(registry, settings.batch_max_events)
         self._settings = settings
-        self._inflight = Inflight(settings.inflight_max_bytes)
+        self._records = records
         self._clock = _Clock()
         self._keys = [key.encode() for key in settings.ingest_keys]
 
-    async def handle(self, request: web.BaseRequest, request_id: str) -> Answer:
-        """Answer one POST whose body may still be on its way."""
-        lease = Lease(self._inflight)
-        settings = self._settings
-
-        async def body() -> bytes:
-            return await read_body(request, settings.body_max_len, settings.request_timeout, lease)
-
-        key = request.query.get("key")
-        return await self._answer(request.headers, key, body(), lease, request_id)
-
-    async def handle_whole(
-        self, headers: Headers, key: str | None, packed: bytes, request_id: str
+    async def answer(
+        self, headers: Headers, key: str | None, source: bytes | web.BaseRequest, request_id: str
     ) -> Answer:
-        """Answer one POST whose body is here; `key` is the one of the query."""
-        lease = Lease(self._inflight)
-        body = unpacked(packed, headers, self._settings.body_max_len, lease)
-        return await self._answer(headers, key, body, lease, request_id)
+        """Answer one POST. Raises nothing.
 
-    async def _answer(
-        self,
-        headers: Headers,
-        key: str | None,
-        body: Coroutine[Any, Any, bytes],
-        lease: Lease,
-        request_id: str,
-    ) -> Answer:
-        """Errors of the request are answers, faults of ours are raised."""
-        self.under_way += 1
+        Args:
+            key: the one of the query.
+            source: the body as it came; or the request, while some of it may be on its way.
+        """
+        body, reservation = b"", self.admission.begin()
         try:
-            if self.buffer.stopping:
-                raise Busy("shutting down")
+            self.admission.check()
             ingest_key = self._authorize(headers, key)
-            claim = _idempotency_key(headers, ingest_key)
-            return await self._take(await body, claim, lease, request_id)
+            idempotency_key = _idempotency_key(headers)
+            body = await read_body(source, headers, self._settings, reservation)
+            claim = _claim(ingest_key, idempotency_key, body) if idempotency_key else None
+            parsed = await self._parser.parse(body, self._clock.now(), claim)
+            full = self.admission.refuse_full(parsed)
+            if parsed.chunks:
+                reservation.grow(sum([len(chunk.data) for chunk in parsed.chunks]))
+                await self._buffer.append(parsed.chunks)
+            if parsed.errors:
+                self._refused(parsed.errors, request_id)
+            if not parsed.batch:
+                return responses.OK
+            return responses.batch(sum([c.events for c in parsed.chunks]), parsed.errors, full)
         except Refused as exc:
-            self._records.rejected[exc.reason.label] += 1
-            self._note(request_id, [(0, exc)])
-            close = self.buffer.stopping and isinstance(exc, Busy)
-            return responses.refused(exc, close=close)
+            if isinstance(exc, EventRejected):
+                exc.body = exc.body or body
+            self._refused([(0, exc)], request_id)
+            return responses.refused(exc, stopping=self._buffer.stopping)
+        except Exception:
+            return responses.internal_error(request_id, "/")
         finally:
-            body.close()
-            self.under_way -= 1
-            lease.release()
+            reservation.end()
 
-    async def _take(self, body: bytes, claim: str | None, lease: Lease, request_id: str) -> Answer:
-        received_at = self._clock.now()
-        try:
-            most = self._settings.batch_max_events
-            parsed = await parse(body, self._registry, most, received_at, claim is not None)
-        except EventRejected as exc:
-            exc.body = exc.body or body
-            raise
-        full = self._refuse_full(parsed)
-        for _, error in parsed.errors:
+    def _refused(self, errors: Sequence[tuple[int, Refused]], request_id: str) -> None:
+        """Count what was refused, and keep the first of it for admins to see."""
+        for _, error in errors:
             self._records.rejected[error.reason.label] += 1
-        if parsed.chunks:
-            if claim is not None:
-                digest = _hash(body)
-                for chunk in parsed.chunks:
-                    chunk.claim = (claim, digest, chunk.part)
-            lease.take(sum([len(chunk.data) for chunk in parsed.chunks]))
-            await self.buffer.append(parsed.chunks)
-        if parsed.errors:
-            self._note(request_id, parsed.errors)
-        if not parsed.batch:
-            return responses.OK if parsed.chunks else _single_refused(full)
-        accepted = sum(chunk.events for chunk in parsed.chunks)
-        return responses.batch(accepted, parsed.errors, full)
-
-    def _note(self, request_id: str, errors: Sequence[tuple[int, Refused]]) -> None:
-        """Keep what was refused, for admins to see, under the id that the client gets."""
-        first = min(errors, key=lambda error: error[0])[1]
+        first = errors[0][1]
         reason, body = first.reason, shown(first.body)
         self._records.refused(
             Refusal(reason.label, reason.code, first.detail, request_id, len(errors), body)
@@ -123,22 +91,10 @@ class Ingest:
         if not self._keys:
             return b""
         given = given_key(headers, in_query)
-        # every key is compared, whichever fits: the time tells nothing
+        # every key is compared, whichever fits: the time says nothing
         if not sum([hmac.compare_digest(given, key) for key in self._keys]):
             raise EventRejected(Reason.UNAUTHORIZED, "no or wrong ingest key")
         return given
-
-    def _refuse_full(self, parsed: Parsed) -> list[str]:
-        """Turn rows of full lanes into errors; the lanes, so that the client knows."""
-        full = self.buffer.mirror.full(chunk.lane for chunk in parsed.chunks)
-        if not full:
-            return []
-        for chunk in parsed.chunks:
-            if chunk.lane in full:
-                error = EventRejected(Reason.BUSY, f"the lane {chunk.lane} is full")
-                parsed.errors += [(index, error) for index in chunk.indexes]
-        parsed.chunks = [chunk for chunk in parsed.chunks if chunk.lane not in full]
-        return sorted(full)
 
 
 class _Clock:
@@ -156,36 +112,21 @@ class _Clock:
         return f"{self._text}.{micros:06d}+00:00"
 
 
-def given_key(headers: Mapping[str, str], in_query: str | None = None) -> bytes:
-    """The key of a request: Bearer, the password of HTTP Basic, or `?key=`; else empty."""
-    header = headers.get("Authorization", "")
-    scheme, _, value = header.partition(" ")
-    if scheme.lower() == "bearer":
-        return value.strip().encode(errors="surrogateescape")
-    if scheme.lower() == "basic":
-        try:
-            password: str = BasicAuth.decode(header, encoding="utf-8").password
-            return password.encode()
-        except ValueError:
-            return b""
-    return (in_query or "").encode(errors="surrogateescape")
-
-
-def _idempotency_key(headers: Headers, ingest_key: bytes) -> str | None:
-    """The hash that stands for the key. Raises: EventRejected: out of form."""
+def _idempotency_key(headers: Headers) -> str | None:
+    """Raises: EventRejected: out of form."""
     if "Idempotency-Key" not in headers:
         return None
     values = headers.getall("Idempotency-Key")
     if len(values) != 1 or not _KEY_FORM.fullmatch(values[0]):
         detail = "Idempotency-Key: 1 to 255 visible ASCII characters wanted, once"
         raise EventRejected(Reason.BAD_JSON, detail)
-    return _hash(_hash(ingest_key).encode() + values[0].encode())
+    return values[0]
+
+
+def _claim(ingest_key: bytes, idempotency_key: str, body: bytes) -> Claim:
+    """The hashes that stand for the keys and for the body."""
+    return _hash(_hash(ingest_key).encode() + idempotency_key.encode()), _hash(body)
 
 
 def _hash(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def _single_refused(full: Sequence[str]) -> Answer:
-    """A single event whose lane is full."""
-    return responses.refused(BufferFull(f"the lane {full[0]} is full"))

@@ -8,7 +8,6 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass
 
 import aiohttp_jinja2
-import structlog
 from aiohttp import web
 from aiohttp_sse import sse_response
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -17,14 +16,11 @@ from datapipe.errors import Refused
 from datapipe.events.registry import Registry
 from datapipe.http import assets, openapi, responses
 from datapipe.http.auth import Access
-from datapipe.http.responses import Answer
 from datapipe.http.server import request_id
 from datapipe.monitor.feed import Feed
 from datapipe.monitor.metrics import REASONS, Metrics
 from datapipe.monitor.status import Status
 from datapipe.pipeline.dead_letters import DeadLetters
-
-log = structlog.stdlib.get_logger("datapipe.http.pages")
 
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -135,13 +131,7 @@ async def errors_are_answers(
                 response.headers[name] = exc.headers[name]
         return response
     except Exception:
-        return fault(request_id(request.headers), request.path).response()
-
-
-def fault(request_id: str, path: str) -> Answer:
-    """The answer to an internal server error; call it where the exception is caught."""
-    log.exception("fault", request_id=request_id, path=path)
-    return responses.answer(500, 100, f"internal server error; request id {request_id}")
+        return responses.internal_error(request_id(request.headers), request.path).response()
 
 
 async def add_headers(request: web.BaseRequest, response: web.StreamResponse) -> None:

@@ -1,4 +1,4 @@
-"""A body's bytes -> COPY rows for each lane, and an error for each event that is no good.
+"""A body's bytes -> rows for each lane, and an error for each event that is no good.
 
 The straight way decodes everything in one go. Only when that fails is the body taken apart, event
 by event: so good bodies pay nothing for the exact errors of bad ones.
@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
-from datapipe.errors import EventRejected, Reason
+from datapipe.errors import EventRejected, Reason, Refused
 from datapipe.events.registry import Registry
 from datapipe.events.segment import Chunk
 from datapipe.events.types import EventType
@@ -26,7 +27,8 @@ from datapipe.events.types import EventType
 PART_BYTES = 16_384
 
 _BLANK = b" \t\r\n"
-_CLOSING = ord("]")
+_COMMA = ord(",")
+_DEPTH = {_COMMA: 0, ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 _BLANK_LINES = (b"\n\n", b"\n\r", b"\n ", b"\n\t")  # lines that are blank, or may be
 _LINE = re.compile(rb"[^ \t\r\n][^\n]*")
 _BROKEN = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
@@ -35,22 +37,26 @@ _YIELD_EVERY = 256  # events looked at closely, or chunks, before other requests
 # JSON that is known to parse, taken apart at C speed and in constant memory: possessive quantifiers
 # (`++`, `*+`) remember no place to go back to.
 _STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
-_SCALAR = re.compile(_STRING + rb"|[^ \t\r\n,\]]++", re.DOTALL)
-_TO_BRACKET = re.compile(
-    rb'[^"\[\]{}]*+(?:' + _STRING + rb'[^"\[\]{}]*+)*+[\[\]{}]', re.DOTALL
-)  # up to and with the next one that is not in a string
-_COMMA = re.compile(rb"[ \t\r\n]*+,?[ \t\r\n]*+")
-_BRACKETS_AT_ONCE = 4096  # some 2 ms
+_STEPS_AT_ONCE = 4096  # some 2 ms
+
+
+def _up_to(these: bytes) -> re.Pattern[bytes]:
+    """Up to and with the next of these that is not in a string."""
+    pattern = rb'[^"%b]*+(?:%b[^"%b]*+)*+[%b]' % (these, _STRING, these, these)
+    return re.compile(pattern, re.DOTALL)
+
+
+_TO_BRACKET = _up_to(rb"\[\]{}")
+_TO_COMMA_OR_BRACKET = _up_to(rb",\[\]{}")
 
 
 @dataclass(slots=True)
 class Parsed:
-    """What a body holds; `total` events, of which those in `chunks` are good and `errors` not."""
+    """What a body holds: the good events in `chunks`, an error for each other by its index."""
 
     batch: bool
-    total: int
     chunks: list[Chunk]
-    errors: list[tuple[int, EventRejected]] = field(default_factory=list)
+    errors: list[tuple[int, Refused]]
 
 
 class _Event(msgspec.Struct):
@@ -62,50 +68,177 @@ _RAW_LIST = msgspec.json.Decoder(list[msgspec.Raw])
 _NAME = msgspec.json.Decoder(_Event)
 _TEXT = msgspec.json.Decoder(str)
 
+Claim = tuple[str, str]
+# decoded events of one type, or their rows -> their rows as one, or None: look closer
+_Join = Callable[[EventType, list[Any]], bytes | None]
 
-async def parse(
-    body: bytes, registry: Registry, max_events: int, received_at: str, keyed: bool
-) -> Parsed:
-    """Read one body: one JSON object, an array of objects, or NDJSON.
 
-    Args:
-        received_at: a timestamp as PostgreSQL reads it, for all its rows.
-        keyed: whether the rows are wanted in parts.
-    Raises: EventRejected: the body as a whole is no good.
+class Parser:
+    """Reads bodies.
+
+    Args: max_events: of a batch.
     """
-    first = body[:1]
-    if not first or first in _BLANK:
+
+    def __init__(self, registry: Registry, max_events: int) -> None:
+        self._registry = registry
+        self._one, self._many = registry.one.decode, registry.many.decode
+        self._lines = registry.one.decode_lines
+        self._max_events = max_events
+
+    async def parse(self, body: bytes, received_at: str, claim: Claim | None) -> Parsed:
+        """Read one body: one JSON object, an array of objects, or NDJSON.
+
+        Args:
+            received_at: a timestamp as PostgreSQL reads it, for all its rows.
+            claim: hash of the idempotency key, hash of the body; with it the rows come in parts.
+        Raises: EventRejected: the body as a whole, or its only event, is no good.
+        """
         body = body.lstrip(_BLANK)
-        first = body[:1]
-    if not first:
-        raise EventRejected(Reason.NO_CONTENT, "the body is empty")
-    single = first != b"["
-    valid_text = body.isascii() or _is_utf8(body)
-    try:
-        events = [registry.one.decode(body)] if single else registry.many.decode(body)
-    except _BROKEN:
-        single = single and not _is_lines(body)
-        events = None
-        if first == b"{" and not single:
-            events = _decode_lines(body, registry, max_events)
-    if events is None or not valid_text:
-        return await _look_closer(body, first, single, registry, max_events, received_at, keyed)
-    if not events:
-        raise EventRejected(Reason.NO_CONTENT, "the batch is empty")
-    if len(events) > max_events:
-        raise _too_many(max_events)
-    chunks = await _chunks(body, first, events, registry, received_at, keyed)
-    if chunks is None:
-        return await _look_closer(body, first, single, registry, max_events, received_at, keyed)
-    return Parsed(not single, len(events), chunks)
+        if not body:
+            raise EventRejected(Reason.NO_CONTENT, "the body is empty")
+        batch = body.startswith(b"[")
+        events: list[Any] | None
+        try:
+            events = self._many(body) if batch else [self._one(body)]
+        except _BROKEN:
+            batch = batch or _is_lines(body)
+            events = self._decode_lines(body) if batch else None
+        if events and _is_utf8(body):  # msgspec does not check what no event type declares
+            if len(events) > self._max_events:
+                raise self._too_many()
+            parts = _parts(body) if claim and batch and len(body) > PART_BYTES else None
+            simple = b"\\" not in body
+
+            def join(kind: EventType, some: list[Any]) -> bytes | None:
+                # white space in a kept `dict` or `list` may be a tab or a newline, never escaped
+                try:
+                    return kind.rows(some, received_at, plain=simple and not kind.keeps_json)
+                except EventRejected:  # a value is out of range
+                    return None
+
+            chunks = await self._chunks(list(map(type, events)), events, join, parts, claim)
+            if chunks is not None:
+                return Parsed(batch, chunks, [])
+        return await self._look_closer(body, batch, received_at, claim)
+
+    def _decode_lines(self, body: bytes) -> list[Any] | None:
+        """The events of NDJSON, or None where a line (or a count of them) is odd.
+
+        msgspec does not insist on a line for each: a blank one could make up for one that holds
+        two.
+        """
+        if any(blank in body for blank in _BLANK_LINES):
+            return None
+        lines = body.count(b"\n") + (not body.endswith(b"\n"))
+        if lines > self._max_events:
+            return None  # blank lines among them may be why: count exactly
+        try:
+            events = self._lines(body)
+        except _BROKEN:
+            return None
+        return events if len(events) == lines else None
+
+    async def _chunks(
+        self,
+        structs: Sequence[type | None],
+        items: list[Any],
+        join: _Join,
+        parts: Sequence[int] | None,
+        claim: Claim | None,
+    ) -> list[Chunk] | None:
+        """A chunk for each type and part, or None: look closer.
+
+        Args:
+            structs: of each event the class that it decodes to; None: it is no good.
+            items: what `join` takes, of each event.
+        """
+        chunks: list[Chunk] = []
+        for (struct, part), indexes in _grouped(structs, parts):
+            if struct is None:
+                continue
+            if len(chunks) % _YIELD_EVERY == _YIELD_EVERY - 1:
+                await asyncio.sleep(0)
+            kind = self._registry.by_struct[struct]
+            some = items if len(indexes) == len(items) else [items[i] for i in indexes]
+            if (data := join(kind, some)) is None:
+                return None
+            of_part = claim and (*claim, part)
+            chunks.append(Chunk(kind.name, kind.columns, data, len(indexes), of_part, indexes))
+        return chunks
+
+    async def _look_closer(
+        self, body: bytes, batch: bool, received_at: str, claim: Claim | None
+    ) -> Parsed:
+        """Take a body apart, event by event."""
+        structs: list[type | None] = []
+        rows: list[bytes] = []
+        sizes: list[int] = []
+        errors: list[tuple[int, Refused]] = []
+        for raw in _events(body, batch):
+            if raw is None:
+                await asyncio.sleep(0)
+                continue
+            index = len(sizes)
+            if index >= self._max_events:
+                raise self._too_many()
+            sizes.append(len(raw))
+            struct, row = None, b""
+            try:
+                struct, row = self._row(raw, received_at)
+            except EventRejected as exc:
+                if not batch:
+                    raise
+                if not errors:
+                    exc.body = raw  # one is enough to show
+                exc.__context__ = None  # there may be thousands: without the frames that they hold
+                errors.append((index, exc.with_traceback(None)))
+            structs.append(struct)
+            rows.append(row)
+            if index % _YIELD_EVERY == _YIELD_EVERY - 1:
+                await asyncio.sleep(0)
+        if not sizes:
+            raise EventRejected(Reason.NO_CONTENT, "the batch is empty")
+        parts = _part_numbers(sizes) if claim else None
+        chunks = await self._chunks(structs, rows, lambda _, some: b"".join(some), parts, claim)
+        return Parsed(batch, chunks or [], errors)
+
+    def _too_many(self) -> EventRejected:
+        detail = f"more than {self._max_events} events in a batch"
+        return EventRejected(Reason.TOO_LONG, detail, 413)
+
+    def _row(self, raw: bytes, received_at: str) -> tuple[type, bytes]:
+        """The class of one JSON object, and its row. Raises: EventRejected: why it is refused."""
+        try:
+            if not _is_utf8(raw):
+                raise _not_json("it is not UTF-8")
+            kind = self._kind(raw)
+            return kind.struct, kind.look_closer(raw, received_at)
+        except _BROKEN as exc:
+            raise _not_json(exc) from None
+
+    def _kind(self, raw: bytes) -> EventType:
+        try:
+            name = _NAME.decode(raw).event_name
+        except msgspec.ValidationError as exc:
+            raise EventRejected(Reason.BAD_JSON, f"an event is a JSON object: {exc}") from None
+        if name is msgspec.UNSET:
+            raise EventRejected(Reason.KEY_MISSING, "event_name: this key is missing")
+        try:
+            event_name = _TEXT.decode(name)
+        except msgspec.ValidationError as exc:
+            raise EventRejected(Reason.BAD_VALUE, f"event_name: str wanted ({exc})") from None
+        if event_name not in self._registry.types:
+            shown = event_name if len(event_name) <= 64 else f"{event_name[:64]}..."
+            detail = f"event_name: unsupported event type {shown!r}"
+            raise EventRejected(Reason.UNSUPPORTED_EVENT, detail)
+        return self._registry.types[event_name]
 
 
 def _is_utf8(body: bytes) -> bool:
     try:
-        body.decode()
+        return body.isascii() or bool(body.decode())
     except UnicodeDecodeError:
         return False
-    return True
 
 
 def _is_lines(body: bytes) -> bool:
@@ -113,85 +246,8 @@ def _is_lines(body: bytes) -> bool:
     try:
         _RAW.decode(body)
     except _BROKEN:
-        lines = _lines(body)
-        return next(lines, None) is not None and next(lines, None) is not None
+        return len(list(itertools.islice(_lines(body), 2))) == 2
     return False
-
-
-def _too_many(max_events: int) -> EventRejected:
-    return EventRejected(Reason.TOO_LONG, f"more than {max_events} events in a batch", 413)
-
-
-def _decode_lines(body: bytes, registry: Registry, max_events: int) -> list[Any] | None:
-    """The events of NDJSON, or None where a line (or a count of them) is odd.
-
-    msgspec does not insist on a line for each: a blank one could make up for one that holds two.
-    """
-    if any(blank in body for blank in _BLANK_LINES):
-        return None
-    lines = body.count(b"\n") + (not body.endswith(b"\n"))
-    if lines > max_events:
-        return None  # blank lines among them may be why: count exactly
-    try:
-        events = registry.one.decode_lines(body)
-    except _BROKEN:
-        return None
-    return events if len(events) == lines else None
-
-
-async def _chunks(
-    body: bytes, first: bytes, events: list[Any], registry: Registry, at: str, keyed: bool
-) -> list[Chunk] | None:
-    """The rows of a body in which every event decoded, or None: look closer."""
-    simple = b"\\" not in body
-    if len(events) == 1 or (
-        len({type(event) for event in events}) == 1 and not (keyed and len(body) > PART_BYTES)
-    ):
-        kind = registry.by_struct[type(events[0])]
-        chunk = _chunk(kind, 0, events, range(len(events)), at, simple)
-        return None if chunk is None else [chunk]
-    parts = _parts(body, first, len(events)) if keyed else [0] * len(events)
-    groups: dict[tuple[type, int], list[int]] = {}
-    for i, event in enumerate(events):
-        groups.setdefault((type(event), parts[i]), []).append(i)
-    chunks: list[Chunk] = []
-    for (struct, part), indexes in groups.items():
-        if len(chunks) % _YIELD_EVERY == _YIELD_EVERY - 1:
-            await asyncio.sleep(0)
-        of_one = [events[i] for i in indexes]
-        chunk = _chunk(registry.by_struct[struct], part, of_one, indexes, at, simple)
-        if chunk is None:
-            return None
-        chunks.append(chunk)
-    return chunks
-
-
-def _chunk(
-    kind: EventType, part: int, events: list[Any], indexes: Sequence[int], at: str, simple: bool
-) -> Chunk | None:
-    try:
-        # white space in a kept `dict` or `list` may be a tab or a newline, but is never escaped
-        data = kind.rows(events, at, plain=simple and not kind.keeps_json)
-    except EventRejected:
-        return None
-    if data is None:
-        return None
-    return Chunk(kind.name, kind.columns, data, len(events), None, part, indexes)
-
-
-def _parts(body: bytes, first: bytes, events: int) -> list[int]:
-    """The part that each event falls into."""
-    if len(body) <= PART_BYTES or events == 1:
-        return [0] * events
-    raws = _RAW_LIST.decode(body) if first == b"[" else _lines(body)
-    return _part_numbers([len(memoryview(raw)) for raw in raws])
-
-
-def _part_numbers(sizes: list[int]) -> list[int]:
-    return [
-        (end - size) // PART_BYTES
-        for end, size in zip(itertools.accumulate(sizes), sizes, strict=True)
-    ]
 
 
 def _lines(body: bytes) -> Iterator[bytes]:
@@ -199,61 +255,40 @@ def _lines(body: bytes) -> Iterator[bytes]:
     return (found[0].rstrip(_BLANK) for found in _LINE.finditer(body))
 
 
-async def _look_closer(
-    body: bytes,
-    first: bytes,
-    single: bool,
-    registry: Registry,
-    max_events: int,
-    received_at: str,
-    keyed: bool,
-) -> Parsed:
-    """Take a body apart, event by event."""
-    if single:
-        kind, data = _one(body, registry, received_at)
-        return Parsed(False, 1, [Chunk(kind.name, kind.columns, data, 1)])
-    elements: Iterator[bytes | None] = _elements(body) if first == b"[" else _lines(body)
-    sizes: list[int] = []
-    good: list[tuple[EventType, int, bytes]] = []
-    errors: list[tuple[int, EventRejected]] = []
-    for raw in elements:
-        if raw is None:
-            await asyncio.sleep(0)
-            continue
-        index = len(sizes)
-        if index >= max_events:
-            raise _too_many(max_events)
-        sizes.append(len(raw))
-        try:
-            kind, data = _one(raw, registry, received_at)
-            good.append((kind, index, data))
-        except EventRejected as exc:
-            if not errors:
-                exc.body = raw  # one is enough to show
-            exc.__context__ = None  # there may be thousands: without the frames that they hold
-            errors.append((index, exc.with_traceback(None)))
-        if index % _YIELD_EVERY == _YIELD_EVERY - 1:
-            await asyncio.sleep(0)
-    if not sizes:
-        raise EventRejected(Reason.NO_CONTENT, "the batch is empty")
-    parts = _part_numbers(sizes) if keyed else [0] * len(sizes)
-    groups: dict[tuple[EventType, int], tuple[list[int], list[bytes]]] = {}
-    for kind, index, data in good:
-        indexes, rows_of = groups.setdefault((kind, parts[index]), ([], []))
-        indexes.append(index)
-        rows_of.append(data)
-    chunks = [
-        Chunk(kind.name, kind.columns, b"".join(rows_of), len(indexes), None, part, indexes)
-        for (kind, part), (indexes, rows_of) in groups.items()
-    ]
-    return Parsed(True, len(sizes), chunks, errors)
+def _parts(body: bytes) -> list[int]:
+    """The part that each event of a batch falls into."""
+    raws = _RAW_LIST.decode(body) if body.startswith(b"[") else _lines(body)
+    return _part_numbers([len(memoryview(raw)) for raw in raws])
+
+
+def _part_numbers(sizes: list[int]) -> list[int]:
+    return [start // PART_BYTES for start in itertools.accumulate(sizes, initial=0)]
+
+
+def _grouped(
+    structs: Sequence[type | None], parts: Sequence[int] | None
+) -> Iterable[tuple[tuple[type | None, int], Sequence[int]]]:
+    """Type and part, and the indexes of their events."""
+    if parts is None and structs.count(structs[0]) == len(structs):  # most bodies
+        return [((structs[0], 0), range(len(structs)))]
+    groups: dict[tuple[type | None, int], list[int]] = defaultdict(list)
+    for index, struct in enumerate(structs):
+        groups[struct, parts[index] if parts else 0].append(index)
+    return groups.items()
+
+
+def _events(body: bytes, batch: bool) -> Iterator[bytes | None]:
+    """The bytes of each event; None now and then, for other requests to get a turn."""
+    if not batch:
+        return iter([body])
+    return _elements(body) if body.startswith(b"[") else _lines(body)
 
 
 def _elements(body: bytes) -> Iterator[bytes | None]:
     """The elements of a JSON array, one at a time, without making an object of any.
 
-    So 8 MiB of `[1,1,...]` costs no memory. None now and then, for others to get a turn: an element
-    can hold millions of brackets. Raises: EventRejected: the array does not parse.
+    So 8 MiB of `[1,1,...]` costs no memory. None now and then, for other requests to get a turn: an
+    element can hold millions of brackets. Raises: EventRejected: the array does not parse.
     """
     try:
         _RAW.decode(body)
@@ -261,58 +296,21 @@ def _elements(body: bytes) -> Iterator[bytes | None]:
         raise _not_json(exc) from None
     if not _is_utf8(body):
         raise _not_json("it is not UTF-8")
-    at = _past(_COMMA, body, 1)
-    while body[at] != _CLOSING:
-        start, depth = at, 0
-        if body[at] not in b"[{":
-            at = _past(_SCALAR, body, at)
-        else:
-            for brackets in itertools.count(1):
-                at = _past(_TO_BRACKET, body, at)
-                depth += 1 if body[at - 1] in b"[{" else -1
-                if not depth:
-                    break
-                if brackets % _BRACKETS_AT_ONCE == 0:
-                    yield None
-        yield body[start:at]
-        at = _past(_COMMA, body, at)
-
-
-def _past(pattern: re.Pattern[bytes], body: bytes, at: int) -> int:
-    """Where in JSON that parses the pattern that comes next ends."""
-    found = pattern.match(body, at)
-    if found is None:
-        raise AssertionError(f"byte {at} of a body that parsed")
-    return found.end()
-
-
-def _one(raw: bytes, registry: Registry, received_at: str) -> tuple[EventType, bytes]:
-    """The row of one JSON object, and its type. Raises: EventRejected: why it is refused."""
-    try:
-        if not _is_utf8(raw):
-            raise _not_json("it is not UTF-8")
-        kind = _kind(raw, registry)
-        return kind, kind.look_closer(raw, received_at)
-    except _BROKEN as exc:
-        raise _not_json(exc) from None
-
-
-def _kind(raw: bytes, registry: Registry) -> EventType:
-    try:
-        name = _NAME.decode(raw).event_name
-    except msgspec.ValidationError as exc:
-        raise EventRejected(Reason.BAD_JSON, f"an event is a JSON object: {exc}") from None
-    if name is msgspec.UNSET:
-        raise EventRejected(Reason.KEY_MISSING, "event_name: this key is missing")
-    try:
-        event_name = _TEXT.decode(name)
-    except msgspec.ValidationError as exc:
-        raise EventRejected(Reason.BAD_VALUE, f"event_name: str wanted ({exc})") from None
-    if event_name not in registry.types:
-        shown = event_name if len(event_name) <= 64 else f"{event_name[:64]}..."
-        detail = f"event_name: unsupported event type {shown!r}"
-        raise EventRejected(Reason.UNSUPPORTED_EVENT, detail)
-    return registry.types[event_name]
+    start = at = depth = 1
+    for step in itertools.count(1):
+        found = (_TO_COMMA_OR_BRACKET if depth == 1 else _TO_BRACKET).match(body, at)
+        if found is None:
+            raise AssertionError(f"byte {at} of a body that parsed")
+        at = found.end()
+        depth += _DEPTH[body[at - 1]]
+        if not depth or body[at - 1] == _COMMA:
+            if element := body[start : at - 1].strip(_BLANK):
+                yield element
+            start = at
+        if not depth:
+            return
+        if step % _STEPS_AT_ONCE == 0:
+            yield None
 
 
 def _not_json(why: object) -> EventRejected:

@@ -9,13 +9,15 @@ from http import HTTPStatus
 from typing import Any, NamedTuple
 
 import msgspec
+import structlog
 from aiohttp import web
 from aiohttp.helpers import rfc822_formatted_time
 
 from datapipe.errors import Busy, Reason, Refused
 
+log = structlog.stdlib.get_logger("datapipe.http.responses")
+
 MAX_ERRORS = 100  # of a batch, reported one by one
-AUTHENTICATE = {"WWW-Authenticate": 'Basic realm="datapipe", charset="UTF-8"'}
 
 
 class Answer(NamedTuple):
@@ -77,33 +79,38 @@ def plain(content: Any) -> web.Response:
     )
 
 
-def refused(exc: Refused, *, close: bool = False) -> Answer:
+def internal_error(request_id: str, path: str) -> Answer:
+    """The answer to an exception that nobody expected; call it where that is caught."""
+    log.exception("fault", request_id=request_id, path=path)
+    return answer(500, 100, f"internal server error; request id {request_id}")
+
+
+def refused(exc: Refused, *, stopping: bool = False) -> Answer:
     """The answer to a request that is refused as a whole."""
-    headers = AUTHENTICATE if exc.status == 401 else {}
+    headers, close = {}, exc.reason is Reason.TIMEOUT
     if isinstance(exc, Busy):
-        headers = {"Retry-After": _whole_seconds(exc.retry_after_s)}
-    close = close or exc.reason is Reason.TIMEOUT
+        headers, close = _retry_after(exc), stopping
+    elif exc.status == 401:
+        headers = {"WWW-Authenticate": 'Basic realm="datapipe", charset="UTF-8"'}
     return answer(exc.status, exc.reason.code, exc.detail, headers=headers, close=close)
 
 
-def _whole_seconds(seconds: float) -> str:
-    return str(max(1, math.ceil(seconds)))
+def _retry_after(exc: Busy) -> dict[str, str]:
+    """In whole seconds, at least one."""
+    return {"Retry-After": str(max(1, math.ceil(exc.retry_after_s)))}
 
 
-def batch(
-    accepted: int,
-    errors: Sequence[tuple[int, Refused]],
-    full: Sequence[str] = (),
-    retry_after_s: float = 5.0,
-) -> Answer:
+def batch(accepted: int, errors: Sequence[tuple[int, Refused]], full: Sequence[str] = ()) -> Answer:
     """The answer to a batch: what was taken, and why the rest was not.
 
-    Args: full: lanes that have no room, whose events stand in `errors` with code 9.
+    Args:
+        errors: in the order of the events.
+        full: lanes that have no room, in order; their events stand in `errors` with code 9.
     """
     extra: dict[str, Any] = {"accepted": accepted, "rejected": len(errors)}
+    headers = {}
     status, code, message = 200, 0, "ok"
     if errors:
-        errors = sorted(errors, key=lambda error: error[0])
         first = errors[0][1]
         status, code, message = first.status, first.reason.code, first.detail
         extra["errors"] = [
@@ -112,10 +119,9 @@ def batch(
         ]
     if accepted and errors:
         status, code, message = 207, 1, f"{accepted} accepted, {len(errors)} rejected"
-    if not full:
-        return answer(status, code, message, extra)
-    extra["busy"] = sorted(full)
-    if not accepted:
-        status, code, message = 503, 9, f"no room for {', '.join(extra['busy'])}"
-    headers = {"Retry-After": _whole_seconds(retry_after_s)}
+    if full:
+        extra["busy"] = full
+        headers = _retry_after(next(exc for _, exc in errors if isinstance(exc, Busy)))
+        if not accepted:
+            status, code, message = 503, 9, f"no room for {', '.join(full)}"
     return answer(status, code, message, extra, headers=headers)

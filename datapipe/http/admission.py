@@ -1,0 +1,82 @@
+"""Whether there is room for one more request, said before anything of it is stored.
+
+What can be told only by trying (the mirror is full, or away) `Buffer.append` raises: the same
+errors, `Busy` with the seconds until it pays to try again.
+"""
+
+from __future__ import annotations
+
+from datapipe.errors import BufferFull, Busy
+from datapipe.http.parse import Parsed
+from datapipe.pipeline.buffer import Buffer
+
+SMALL_BODY_BYTES = 65_536
+
+
+class Admission:
+    """All requests under way, and what they hold.
+
+    Attributes:
+        requests: those under way.
+        bytes: received, and rows not yet durable, over all of them.
+    """
+
+    def __init__(self, buffer: Buffer, max_bytes: int) -> None:
+        self.requests = 0
+        self.bytes = 0
+        self.max_bytes = max_bytes
+        self._buffer = buffer
+
+    def begin(self) -> Reservation:
+        """For one request, until its `end`."""
+        self.requests += 1
+        return Reservation(self)
+
+    def check(self) -> None:
+        """Raises: Busy: the service stops."""
+        if self._buffer.stopping:
+            raise Busy("shutting down")
+
+    def refuse_full(self, parsed: Parsed) -> list[str]:
+        """Turn the events of full lanes into errors; returns these lanes.
+
+        Raises: BufferFull: it was a single event.
+        """
+        full = self._buffer.mirror.full([chunk.lane for chunk in parsed.chunks])
+        if not full:
+            return []
+        for chunk in parsed.chunks:
+            if chunk.lane in full:
+                error = BufferFull(f"the lane {chunk.lane} is full")
+                if not parsed.batch:
+                    raise error
+                parsed.errors += [(index, error) for index in chunk.indexes]
+        parsed.errors.sort(key=lambda error: error[0])
+        parsed.chunks = [chunk for chunk in parsed.chunks if chunk.lane not in full]
+        return sorted(full)
+
+
+class Reservation:
+    """The bytes that one request holds, until its end."""
+
+    __slots__ = ("_admission", "_bytes")
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+        self._bytes = 0
+
+    def grow(self, count: int) -> None:
+        """Hold so many more bytes.
+
+        A quarter is kept for small bodies, so that a few large ones can't shut out the rest.
+        Raises: BufferFull: too many are held by all requests.
+        """
+        self._bytes += count
+        self._admission.bytes += count
+        share = 0.75 if self._bytes > SMALL_BODY_BYTES else 1.0
+        if self._admission.bytes > self._admission.max_bytes * share:
+            raise BufferFull("too much is under way (inflight_max_bytes)", retry_after_s=1.0)
+
+    def end(self) -> None:
+        self._admission.requests -= 1
+        self._admission.bytes -= self._bytes
