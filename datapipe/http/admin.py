@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import msgspec
 from aiohttp import web
 
-from datapipe.errors import LaneBlocked, Reason, Refused, SinkUnavailable
+from datapipe.errors import Reason, Refused
 from datapipe.http import responses
 from datapipe.http.auth import Access
 from datapipe.monitor.peers import Peers
@@ -34,8 +35,8 @@ class Admin:
     def add_to(self, app: web.Application) -> None:
         app.router.add_post("/load", self.load)
         app.router.add_get("/dead", self.look)
-        app.router.add_post("/dead/replay", self.replay)
-        app.router.add_post("/dead/drop", self.drop)
+        app.router.add_post("/dead/replay", partial(self._change, self._dead.replay))
+        app.router.add_post("/dead/drop", partial(self._change, self._dead.drop))
 
     async def load(self, request: web.Request) -> web.StreamResponse:
         """`POST /load`: one try for each lane, or for `?lane=` alone."""
@@ -81,19 +82,12 @@ class Admin:
             detail = "lane, sqlstate: text that a database can hold wanted"
             raise Refused(Reason.BAD_VALUE, detail)
         selection = Selection(lane=lane, sqlstate=sqlstate)
-        return await _answered(self._dead.look(selection, limit))
-
-    async def replay(self, request: web.Request) -> web.StreamResponse:
-        """`POST /dead/replay`."""
-        return await self._change(request, self._dead.replay)
-
-    async def drop(self, request: web.Request) -> web.StreamResponse:
-        """`POST /dead/drop`."""
-        return await self._change(request, self._dead.drop)
+        return responses.plain(await self._dead.look(selection, limit))
 
     async def _change(
-        self, request: web.Request, change: Callable[[Selection], Awaitable[Any]]
+        self, change: Callable[[Selection], Awaitable[Any]], request: web.Request
     ) -> web.StreamResponse:
+        """`POST /dead/replay`, `POST /dead/drop`."""
         self._access.may_act(request)
         form = request.content_type == "application/x-www-form-urlencoded"  # the page's buttons
         try:
@@ -101,14 +95,7 @@ class Admin:
             selection = selection_of(wanted)
         except (msgspec.MsgspecError, UnicodeError, RecursionError) as exc:
             raise Refused(Reason.BAD_JSON, f"not JSON: {exc}") from None
-        response = await _answered(change(selection))
-        if form and response.status == 200:
+        counts = await change(selection)
+        if form:
             return web.Response(status=303, headers={"Location": "../#dead"})
-        return response
-
-
-async def _answered(work: Awaitable[Any]) -> web.StreamResponse:
-    try:
-        return responses.plain(await work)
-    except (SinkUnavailable, LaneBlocked) as exc:
-        raise Refused(Reason.BUSY, f"the database does not do it: {exc}") from exc
+        return responses.plain(counts)

@@ -1,7 +1,6 @@
-"""Whether there is room for one more request, said before anything of it is stored.
+"""What can't be taken now, and when to try again: decided before anything of a POST is stored.
 
-What can be told only by trying (the mirror is full, or away) `Buffer.append` raises: the same
-errors, `Busy` with the seconds until it pays to try again.
+What only an append can find out (the mirror is full, or away) `Buffer.append` raises: `Busy` too.
 """
 
 from __future__ import annotations
@@ -14,11 +13,12 @@ SMALL_BODY_BYTES = 65_536
 
 
 class Admission:
-    """All requests under way, and what they hold.
+    """All requests under way.
 
     Attributes:
-        requests: those under way.
+        requests: how many there are.
         bytes: received, and rows not yet durable, over all of them.
+        max_bytes: of these.
     """
 
     def __init__(self, buffer: Buffer, max_bytes: int) -> None:
@@ -26,11 +26,6 @@ class Admission:
         self.bytes = 0
         self.max_bytes = max_bytes
         self._buffer = buffer
-
-    def begin(self) -> Reservation:
-        """For one request, until its `end`."""
-        self.requests += 1
-        return Reservation(self)
 
     def check(self) -> None:
         """Raises: Busy: the service stops."""
@@ -57,11 +52,12 @@ class Admission:
 
 
 class Reservation:
-    """The bytes that one request holds, until its end."""
+    """One request under way, and the bytes that it holds, until its `end`."""
 
     __slots__ = ("_admission", "_bytes")
 
     def __init__(self, admission: Admission) -> None:
+        admission.requests += 1
         self._admission = admission
         self._bytes = 0
 

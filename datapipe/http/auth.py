@@ -22,7 +22,7 @@ class Access:
 
     def may_look(self, request: web.BaseRequest) -> None:
         """Status pages are open unless an admin key is set. Raises: Refused."""
-        if self._admin_key and (denied := self._lacks_key(request)) is not None:
+        if self._admin_key and (denied := self.why_not(request)) is not None:
             raise denied
 
     def may_act(self, request: web.BaseRequest) -> None:
@@ -39,7 +39,9 @@ class Access:
     def why_not(self, request: web.BaseRequest) -> Refused | None:
         """Why this reader may not act, whatever led them here, and how they may; or None."""
         if self._admin_key:
-            return self._lacks_key(request)
+            if hmac.compare_digest(given_key(request.headers), self._admin_key):
+                return None
+            return Refused(Reason.UNAUTHORIZED, "no or wrong admin key")
         if not self._loopback:
             return Refused(
                 Reason.UNAUTHORIZED,
@@ -54,11 +56,6 @@ class Access:
                 403,
             )
         return None
-
-    def _lacks_key(self, request: web.BaseRequest) -> Refused | None:
-        if hmac.compare_digest(given_key(request.headers), self._admin_key):
-            return None
-        return Refused(Reason.UNAUTHORIZED, "no or wrong admin key")
 
 
 def given_key(headers: Mapping[str, str], in_query: str | None = None) -> bytes:
@@ -92,9 +89,7 @@ def _host_name(host: str) -> str:
 
 
 def _is_loopback(host: str) -> bool:
-    if host.lower() == "localhost":
-        return True
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False

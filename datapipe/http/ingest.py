@@ -14,7 +14,7 @@ from aiohttp import web
 from datapipe.errors import EventRejected, Reason, Refused
 from datapipe.events.registry import Registry
 from datapipe.http import responses
-from datapipe.http.admission import Admission
+from datapipe.http.admission import Admission, Reservation
 from datapipe.http.auth import given_key
 from datapipe.http.body import Headers, read_body
 from datapipe.http.parse import Claim, Parser
@@ -49,7 +49,7 @@ class Ingest:
             key: the one of the query.
             source: the body as it came; or the request, while some of it may be on its way.
         """
-        body, reservation = b"", self.admission.begin()
+        body, reservation = b"", Reservation(self.admission)
         try:
             self.admission.check()
             ingest_key = self._authorize(headers, key)

@@ -12,7 +12,7 @@ from aiohttp import web
 from aiohttp_sse import sse_response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from datapipe.errors import Refused
+from datapipe.errors import LaneBlocked, Reason, Refused, SinkUnavailable
 from datapipe.events.registry import Registry
 from datapipe.http import assets, openapi, responses
 from datapipe.http.auth import Access
@@ -124,6 +124,9 @@ async def errors_are_answers(
         return await handler(request)
     except Refused as exc:
         return responses.refused(exc).response()
+    except (SinkUnavailable, LaneBlocked) as exc:
+        refused = Refused(Reason.BUSY, f"the database does not do it: {exc}")
+        return responses.refused(refused).response()
     except web.HTTPException as exc:
         response = responses.answer(exc.status, exc.status, exc.reason).response()
         for name in ("Allow", "Location"):

@@ -174,7 +174,9 @@ class Parser:
         rows: list[bytes] = []
         sizes: list[int] = []
         errors: list[tuple[int, Refused]] = []
-        for raw in _events(body, batch):
+        array = body.startswith(b"[")
+        raws = _elements(body) if array else _lines(body) if batch else iter([body])
+        for raw in raws:
             if raw is None:
                 await asyncio.sleep(0)
                 continue
@@ -275,13 +277,6 @@ def _grouped(
     for index, struct in enumerate(structs):
         groups[struct, parts[index] if parts else 0].append(index)
     return groups.items()
-
-
-def _events(body: bytes, batch: bool) -> Iterator[bytes | None]:
-    """The bytes of each event; None now and then, for other requests to get a turn."""
-    if not batch:
-        return iter([body])
-    return _elements(body) if body.startswith(b"[") else _lines(body)
 
 
 def _elements(body: bytes) -> Iterator[bytes | None]:
