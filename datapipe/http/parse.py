@@ -69,7 +69,7 @@ async def parse(
     """Read one body: one JSON object, an array of objects, or NDJSON.
 
     Args:
-        received_at: a timestamp as PostgreSQL reads it, for all its rows.
+        received_at: a time as rows hold it, for all of them.
         keyed: whether the rows are wanted in parts.
     Raises: EventRejected: the body as a whole is no good.
     """
@@ -170,8 +170,7 @@ def _chunk(
     kind: EventType, part: int, events: list[Any], indexes: Sequence[int], at: str, simple: bool
 ) -> Chunk | None:
     try:
-        # white space in a kept `dict` or `list` may be a tab or a newline, but is never escaped
-        data = kind.rows(events, at, plain=simple and not kind.keeps_json)
+        data = kind.rows(events, at, plain=simple)
     except EventRejected:
         return None
     if data is None:

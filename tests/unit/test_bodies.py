@@ -16,7 +16,7 @@ from datapipe.events.registry import Registry, load_registry
 from datapipe.http.parse import PART_BYTES, Parsed, _elements, parse
 from datapipe.settings import Settings
 
-AT = "2026-11-22 12:00:00+00:00"
+AT = "2026-11-22 12:00:00.123456"
 GOOD = b'{"event_name":"install","user_id":1,"timestamp":2}'
 ROW = f"1\t2\t{AT}\n".encode()
 
