@@ -168,21 +168,27 @@ def test_fields_that_are_no_columns(fields: dict[str, Any]) -> None:
 
 
 def test_defaults_become_column_defaults() -> None:
-    kind = EventType("made", make(a=(str, "it's"), b=(dict, {"x": [1]}), c=(int | None, None)))
+    at = datetime.fromisoformat("2026-01-02T03:04:05+02:30")
+    kind = EventType(
+        "made",
+        make(a=(str, "it's"), b=(dict, {"x": [1]}), c=(int | None, None), d=(datetime, at)),
+    )
     assert [column.default for column in kind.columns] == [
-        "it's", '{"x":[1]}', None, None,
+        "it's", '{"x":[1]}', None, "2026-01-02 00:34:05", None,
     ]  # fmt: skip
     assert ddl("s", [table_of(kind)]).endswith(
         """
     "a" text DEFAULT 'it''s'::text,
     "b" jsonb DEFAULT '{"x":[1]}'::jsonb,
     "c" bigint,
+    "d" timestamptz DEFAULT '2026-01-02 00:34:05+00:00'::timestamptz,
     "received_at" timestamptz
 );
 
 """
     )
-    assert unescape(kind.look_closer(b"{}", AT)) == ["it's", '{"x":[1]}', None, AT]
+    row = ["it's", '{"x":[1]}', None, "2026-01-02 00:34:05", AT]
+    assert unescape(kind.look_closer(b"{}", AT)) == row
 
 
 class Log(Event):
