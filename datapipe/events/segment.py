@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import time
+from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import KW_ONLY, dataclass, field
+from operator import attrgetter
 
 import msgspec
 
@@ -17,6 +19,8 @@ SEGMENT_OVERHEAD_BYTES = 1024
 
 # In one load: so that booking them never holds up the event loop, however small they are.
 SEGMENTS_AT_ONCE = 4096
+
+_BEGINNING = attrgetter("start")
 
 
 class Part(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -38,6 +42,7 @@ class Part(msgspec.Struct, array_like=True, frozen=True, gc=False):
     events: int
 
 
+@dataclass(slots=True, eq=False)
 class Chunk:
     """Rows of one lane from one POST, on their way into a segment.
 
@@ -47,74 +52,45 @@ class Chunk:
         indexes: where in the body its events stood.
     """
 
-    __slots__ = ("claim", "columns", "data", "events", "indexes", "lane")
-
-    def __init__(
-        self,
-        lane: str,
-        columns: tuple[Column, ...],
-        data: bytes,
-        events: int,
-        claim: tuple[str, str, int] | None = None,
-        indexes: Sequence[int] = (0,),
-    ) -> None:
-        self.lane = lane
-        self.columns = columns
-        self.data = data
-        self.events = events
-        self.claim = claim
-        self.indexes = indexes
+    lane: str
+    columns: tuple[Column, ...]
+    data: bytes
+    events: int
+    claim: tuple[str, str, int] | None = None
+    indexes: Sequence[int] = (0,)
 
 
-class Head(msgspec.Struct, array_like=True, frozen=True):
-    """All of a segment but its rows, as mirrors keep it."""
-
-    version: int
-    columns: tuple[tuple[str, str], ...]
-    parts: tuple[Part, ...] = ()
-
-
+@dataclass(slots=True, eq=False, repr=False)
 class Segment:
-    """Events of one lane, as COPY rows. `id` is unique for ever; the ledger knows it.
+    """Events of one lane, as rows. `id` is unique for ever; the ledger knows it.
 
     Attributes:
         columns: name and type of each value in a row, in order.
-        data: the COPY rows, one line an event.
+        data: the rows, one line an event.
+        parts: runs of rows with an idempotency key, in order; rows outside of them have none.
         created_at: when it was sealed, Unix time.
-        parts: runs of rows with an idempotency key; rows outside of them have none.
         source, position: set by the mirror that holds it: where, and how far along.
+        neutral: times are in UTC and have no offset (see `rows`); release 1.0 wrote one to each.
         gone: the mirror has lost sight of it, so `data` is empty; whoever finds that the ledger
             knows it says false. Otherwise nothing of it that may come back is to be deleted.
     """
 
-    __slots__ = (
-        "columns", "created_at", "data", "events", "gone", "id", "lane",
-        "parts", "position", "source",
-    )  # fmt: skip
+    lane: str
+    columns: tuple[Column, ...]
+    data: bytes
+    events: int
+    parts: tuple[Part, ...] = ()
+    _: KW_ONLY
+    id: str = ""
+    created_at: float = field(default_factory=time.time)
+    source: str = ""
+    position: int = 0
+    neutral: bool = False
+    gone: bool = False
 
-    def __init__(
-        self,
-        lane: str,
-        columns: Sequence[Column],
-        data: bytes,
-        events: int,
-        parts: tuple[Part, ...] = (),
-        *,
-        id: str | None = None,
-        created_at: float | None = None,
-        source: str = "",
-        position: int = 0,
-    ) -> None:
-        self.created_at = time.time() if created_at is None else created_at
-        self.id = id or f"{int(self.created_at * 1000):012x}{os.urandom(10).hex()}"
-        self.lane = lane
-        self.columns = tuple(columns)
-        self.data = data
-        self.events = events
-        self.parts = parts
-        self.source = source
-        self.position = position
-        self.gone = False
+    def __post_init__(self) -> None:
+        if not self.id:
+            self.id = f"{int(self.created_at * 1000):012x}{os.urandom(10).hex()}"
 
     @property
     def bytes(self) -> int:
@@ -126,28 +102,46 @@ class Segment:
 
         The pieces are new segments: only one that was never sent may be cut.
         """
-        ends = [part.end for part in self.parts]
-        starts = {part.start for part in self.parts}
-        cut = self.data.rfind(b"\n", 0, at) + 1
-        inside = next((p for p in self.parts if p.start < cut < p.end), None)
-        if inside is not None:
-            cut = inside.start
-        if cut == 0:
-            cut = ends[0] if 0 in starts else self.data.index(b"\n") + 1
-        if cut >= len(self.data):
+        end = self._end(0, at)
+        if end == len(self.data):
             return self, None
-        return self._piece(0, cut), self._piece(cut, len(self.data))
+        return self._piece(0, end), self._piece(end, len(self.data))
+
+    def split(self, max_bytes: int) -> list[Segment]:
+        """In pieces of at most so many bytes; a single row or part may be larger."""
+        if len(self.data) <= max_bytes:
+            return [self]
+        pieces, start = [], 0
+        while start < len(self.data):
+            end = self._end(start, start + max_bytes)
+            pieces.append(self._piece(start, end))
+            start = end
+        return pieces
+
+    def _end(self, start: int, at: int) -> int:
+        """Where a piece ends that begins at byte `start` and is to end at byte `at` or before."""
+        end = self.data.rfind(b"\n", start, at) + 1
+        last = bisect_left(self.parts, end, key=_BEGINNING) - 1
+        if last >= 0 and end < self.parts[last].end:
+            end = self.parts[last].start  # within a part
+        if end > start:
+            return end
+        first = bisect_left(self.parts, start, key=_BEGINNING)
+        if first < len(self.parts) and self.parts[first].start == start:
+            return self.parts[first].end
+        return self.data.index(b"\n", start) + 1
 
     def _piece(self, start: int, end: int) -> Segment:
         data = self.data[start:end]
+        first, last = (bisect_left(self.parts, at, key=_BEGINNING) for at in (start, end))
         parts = tuple(
             msgspec.structs.replace(part, start=part.start - start, end=part.end - start)
-            for part in self.parts
-            if start <= part.start < end
+            for part in self.parts[first:last]
         )
         return Segment(
-            self.lane, self.columns, data, data.count(b"\n"), parts, created_at=self.created_at
-        )
+            self.lane, self.columns, data, data.count(b"\n"), parts,
+            created_at=self.created_at, neutral=self.neutral,
+        )  # fmt: skip
 
     def __repr__(self) -> str:
         return f"<Segment {self.id} {self.lane} events={self.events} bytes={len(self.data)}>"
@@ -158,45 +152,14 @@ def seal(chunks: Sequence[Chunk], max_bytes: int) -> list[Segment]:
     by_lane: dict[tuple[str, tuple[Column, ...]], list[Chunk]] = {}
     for chunk in chunks:
         by_lane.setdefault((chunk.lane, chunk.columns), []).append(chunk)
-    segments = []
-    for (lane, columns), of_lane in by_lane.items():
-        if sum([len(chunk.data) for chunk in of_lane]) <= max_bytes:
-            segments.append(_segment(lane, columns, of_lane))
-            continue
-        gathered: list[Chunk] = []
-        room = max_bytes
-        for chunk in of_lane:
-            rest: Chunk | None = chunk
-            while rest is not None:
-                piece, rest = _fitting(rest, room, max_bytes)
-                if len(piece.data) > room and gathered:
-                    segments.append(_segment(lane, columns, gathered))
-                    gathered, room = [], max_bytes
-                gathered.append(piece)
-                room -= len(piece.data)
-        segments.append(_segment(lane, columns, gathered))
-    return segments
+    return [
+        segment
+        for (lane, columns), of_lane in by_lane.items()
+        for segment in _joined(lane, columns, of_lane).split(max_bytes)
+    ]
 
 
-def _fitting(chunk: Chunk, room: int, max_bytes: int) -> tuple[Chunk, Chunk | None]:
-    """The rows of a chunk that fill the room, and the rest; whole where it may not be cut."""
-    size = len(chunk.data)
-    if size <= room or chunk.claim or (size <= max_bytes and room < max_bytes // 8):
-        return chunk, None
-    cut = chunk.data.rfind(b"\n", 0, max(room, 0)) + 1
-    if cut == 0:  # not even one row fits: into a segment of its own start
-        cut = chunk.data.rfind(b"\n", 0, max_bytes) + 1 or chunk.data.index(b"\n") + 1
-    if cut == size:
-        return chunk, None
-    first = chunk.data[:cut]
-    events = first.count(b"\n")
-    return (
-        Chunk(chunk.lane, chunk.columns, first, events),
-        Chunk(chunk.lane, chunk.columns, chunk.data[cut:], chunk.events - events),
-    )
-
-
-def _segment(lane: str, columns: tuple[Column, ...], chunks: Sequence[Chunk]) -> Segment:
+def _joined(lane: str, columns: tuple[Column, ...], chunks: Sequence[Chunk]) -> Segment:
     parts, at = [], 0
     for chunk in chunks:
         end = at + len(chunk.data)
@@ -204,17 +167,26 @@ def _segment(lane: str, columns: tuple[Column, ...], chunks: Sequence[Chunk]) ->
             parts.append(Part(*chunk.claim, at, end, chunk.events))
         at = end
     data = chunks[0].data if len(chunks) == 1 else b"".join([chunk.data for chunk in chunks])
-    return Segment(lane, columns, data, sum([chunk.events for chunk in chunks]), tuple(parts))
+    events = sum([chunk.events for chunk in chunks])
+    return Segment(lane, columns, data, events, tuple(parts), neutral=True)
+
+
+class Head(msgspec.Struct, array_like=True, frozen=True):
+    """All of a segment but its rows, as mirrors keep it; release 1.0 passes over `neutral`."""
+
+    version: int
+    columns: tuple[Column, ...]
+    parts: tuple[Part, ...] = ()
+    neutral: bool = False
 
 
 def encode_head(segment: Segment) -> bytes:
-    """The JSON of what a mirror must keep beside the rows."""
-    return msgspec.json.encode(
-        Head(1, tuple((c.name, c.type) for c in segment.columns), segment.parts)
-    )
+    """The JSON of what a mirror must keep beside the rows; of columns, name and type."""
+    columns = [column[:2] for column in segment.columns]
+    return msgspec.json.encode([1, columns, segment.parts, segment.neutral])
 
 
-_HEAD: msgspec.json.Decoder[Any] = msgspec.json.Decoder(Head)
+_HEAD = msgspec.json.Decoder(Head)
 
 
 def decode_head(text: bytes) -> Head:
@@ -222,4 +194,4 @@ def decode_head(text: bytes) -> Head:
     head = _HEAD.decode(text)
     if head.version != 1:
         raise ValueError(f"segment head of version {head.version}, this release reads 1")
-    return head  # type: ignore[no-any-return]
+    return head

@@ -98,7 +98,7 @@ class Ingest:
 
 
 class _Clock:
-    """The time as PostgreSQL reads it; all but the microseconds is made once a second."""
+    """The time as rows hold it, in UTC; all but the microseconds is made once a second."""
 
     def __init__(self) -> None:
         self._second = -1
@@ -109,7 +109,7 @@ class _Clock:
         if second != self._second:
             self._text = datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%d %H:%M:%S")
             self._second = second
-        return f"{self._text}.{micros:06d}+00:00"
+        return f"{self._text}.{micros:06d}"
 
 
 def _idempotency_key(headers: Headers) -> str | None:

@@ -89,7 +89,7 @@ class Parser:
         """Read one body: one JSON object, an array of objects, or NDJSON.
 
         Args:
-            received_at: a timestamp as PostgreSQL reads it, for all its rows.
+            received_at: a time as rows hold it, for all of them.
             claim: hash of the idempotency key, hash of the body; with it the rows come in parts.
         Raises: EventRejected: the body as a whole, or its only event, is no good.
         """
@@ -110,9 +110,8 @@ class Parser:
             simple = b"\\" not in body
 
             def join(kind: EventType, some: list[Any]) -> bytes | None:
-                # white space in a kept `dict` or `list` may be a tab or a newline, never escaped
                 try:
-                    return kind.rows(some, received_at, plain=simple and not kind.keeps_json)
+                    return kind.rows(some, received_at, plain=simple)
                 except EventRejected:  # a value is out of range
                     return None
 

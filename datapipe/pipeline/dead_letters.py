@@ -9,6 +9,7 @@ from typing import Any
 
 from datapipe.errors import EventRejected, LaneBlocked, Reason, SinkUnavailable
 from datapipe.events.registry import Registry
+from datapipe.events.rows import neutral_time
 from datapipe.pipeline.records import BODY_SHOWN
 from datapipe.sinks import Selection, Sink, table_of
 
@@ -91,4 +92,4 @@ class DeadLetters:
         if kind is None:
             detail = f"no event type {lane!r} is registered here"
             raise EventRejected(Reason.UNSUPPORTED_EVENT, detail)
-        return kind.look_closer(event, received_at)
+        return kind.look_closer(event, neutral_time(received_at))

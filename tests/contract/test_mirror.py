@@ -23,7 +23,7 @@ LANES = ("install", "purchase")
 def segment(number: int, lane: str = "install", size: int = 20) -> Segment:
     data = f"{number:0{size - 1}}\n".encode()
     parts = (Part("claim", "body", number, 0, size, 1),) if number % 2 else ()
-    return Segment(lane, COLUMNS, data, 1, parts)
+    return Segment(lane, COLUMNS, data, 1, parts, neutral=number % 3 > 0)
 
 
 class Alone:
@@ -87,7 +87,7 @@ async def world(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
 
 
 def same(found: Segment, stored: Segment) -> bool:
-    names = ("id", "lane", "data", "events", "columns", "parts", "created_at")
+    names = ("id", "lane", "data", "events", "columns", "parts", "created_at", "neutral")
     return all(getattr(found, name) == getattr(stored, name) for name in names)
 
 

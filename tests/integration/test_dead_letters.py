@@ -58,6 +58,7 @@ async def test_a_refused_row_costs_itself_only(
     ]
     letter = found["letters"][0]
     assert letter["event"].items() >= install(5).items()
+    assert letter["event"]["received_at"].endswith("+00:00")
     assert "even" in letter["message"]
     assert service.logged("rows refused")[0]["rows"] == 2
 

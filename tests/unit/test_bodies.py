@@ -17,7 +17,7 @@ from datapipe.events.segment import Chunk
 from datapipe.http.parse import PART_BYTES, Parsed, Parser, _elements
 from datapipe.settings import Settings
 
-AT = "2026-11-22 12:00:00+00:00"
+AT = "2026-11-22 12:00:00.123456"
 GOOD = b'{"event_name":"install","user_id":1,"timestamp":2}'
 ROW = f"1\t2\t{AT}\n".encode()
 

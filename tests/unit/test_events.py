@@ -14,9 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datapipe.errors import ConfigError, EventRejected
+from datapipe.events.registry import Registry
+from datapipe.events.rows import neutral_time, with_offset
 from datapipe.events.types import Event, EventType
+from datapipe.sinks import table_of
+from datapipe.sinks.postgres.ddl import ddl
 
-AT = "2026-11-22 12:00:00+00:00"
+AT = "2026-11-22 12:00:00.123456"
 
 
 class Note(Event):
@@ -39,6 +43,10 @@ class Everything(Event):
     maybe: int | None
 
 
+def note(**values: object) -> bytes:
+    return json.dumps({"event_name": "note", **values}).encode()
+
+
 def unescape(row: bytes) -> list[str | None]:
     """A COPY row as PostgreSQL reads it."""
     plain = {"\\\\": "\\", "\\t": "\t", "\\n": "\n", "\\r": "\r"}
@@ -56,8 +64,8 @@ ODD = st.text(st.sampled_from('\t\n\r\\N."\x1d\x1e\x1fé\U0001f600 '), max_size=
 @given(st.lists(st.tuples(TEXT | ODD, st.none() | TEXT | ODD), min_size=1, max_size=6))
 def test_text_survives_whichever_way_the_rows_are_made(values: list[tuple[str, Any]]) -> None:
     kind = EventType("note", Note)
-    objects = [json.dumps({"text": text, "more": more}).encode() for text, more in values]
-    events = [kind._loose.decode(raw) for raw in objects]
+    objects = [note(text=text, more=more) for text, more in values]
+    events = [Registry([kind]).one.decode(raw) for raw in objects]
     singly = [kind.look_closer(raw, AT) for raw in objects]
     together = kind.rows(events, AT)
     assert [unescape(row) for row in singly] == [[text, more, "[]", AT] for text, more in values]
@@ -67,7 +75,7 @@ def test_text_survives_whichever_way_the_rows_are_made(values: list[tuple[str, A
 def test_the_straight_way_is_taken_for_ordinary_text() -> None:
     """What falls back to the slow way on every body would be correct and useless."""
     kind = EventType("note", Note)
-    events = [kind._loose.decode(json.dumps({"text": t}).encode()) for t in ("a\tb\\N", "é\n\r")]
+    events = [Registry([kind]).one.decode(note(text=text)) for text in ("a\tb\\N", "é\n\r")]
     assert kind.rows(events, AT) is not None
 
 
@@ -111,7 +119,7 @@ EVERYTHING = {
 def test_every_column_type() -> None:
     row = EventType("everything", Everything).look_closer(json.dumps(EVERYTHING).encode(), AT)
     assert unescape(row) == [
-        "1", "1.0", "x", "True", "2020-01-01 00:00:00+00:00", "2020-01-01", "1.1",
+        "1", "1.0", "x", "True", "2020-01-01 00:00:00", "2020-01-01", "1.1",
         "12345678-1234-5678-1234-567812345678", "{}", "[]", None, AT,
     ]  # fmt: skip
 
@@ -160,8 +168,72 @@ def test_fields_that_are_no_columns(fields: dict[str, Any]) -> None:
 
 
 def test_defaults_become_column_defaults() -> None:
-    kind = EventType("made", make(a=(str, "it's"), b=(dict, {"x": [1]}), c=(int | None, None)))
+    at = datetime.fromisoformat("2026-01-02T03:04:05+02:30")
+    kind = EventType(
+        "made",
+        make(a=(str, "it's"), b=(dict, {"x": [1]}), c=(int | None, None), d=(datetime, at)),
+    )
     assert [column.default for column in kind.columns] == [
-        "'it''s'::text", "'{\"x\":[1]}'::jsonb", None, None,
+        "it's", '{"x":[1]}', None, "2026-01-02 00:34:05", None,
     ]  # fmt: skip
-    assert unescape(kind.look_closer(b"{}", AT)) == ["it's", '{"x":[1]}', None, AT]
+    assert ddl("s", [table_of(kind)]).endswith(
+        """
+    "a" text DEFAULT 'it''s'::text,
+    "b" jsonb DEFAULT '{"x":[1]}'::jsonb,
+    "c" bigint,
+    "d" timestamptz DEFAULT '2026-01-02 00:34:05+00:00'::timestamptz,
+    "received_at" timestamptz
+);
+
+"""
+    )
+    row = ["it's", '{"x":[1]}', None, "2026-01-02 00:34:05", AT]
+    assert unescape(kind.look_closer(b"{}", AT)) == row
+
+
+class Log(Event):
+    text: str = "it's \\N \t"
+
+
+def test_a_default_is_escaped_though_the_body_holds_nothing_to_escape() -> None:
+    kind = EventType("log", Log)
+    events = Registry([kind]).many.decode(b'[{"event_name":"log"},{"event_name":"log","text":"x"}]')
+    row, other = (kind.rows(events, AT, plain=True) or b"").splitlines()
+    assert unescape(row) == ["it's \\N \t", AT]
+    assert unescape(other) == ["x", AT]
+
+
+def test_white_space_in_json_is_escaped_though_the_body_holds_nothing_to_escape() -> None:
+    kind = EventType("note", Note)
+    event = Registry([kind]).one.decode(b'{"event_name":"note","text":"x","tags":[1,\n\t2]}')
+    row = kind.rows([event], AT, plain=True) or b""
+    assert unescape(row) == ["x", None, "[1,\n\t2]", AT]
+
+
+class Moment(Event):
+    at: datetime
+
+
+@pytest.mark.parametrize(
+    ("sent", "row"),
+    [
+        ("2026-11-25T12:00:00Z", "2026-11-25 12:00:00"),
+        ("2026-11-25T12:00:00", "2026-11-25 12:00:00"),
+        ("2026-11-25T12:00:00.123456+02:30", "2026-11-25 09:30:00.123456"),
+        ("2026-11-25T20:00:00-08:00", "2026-11-26 04:00:00"),
+        ("2026-11-25T12:00:00+23:59", "2026-11-24 12:01:00"),
+        ("0001-01-01T00:00:00-08:00", "0001-01-01 08:00:00"),
+        ("0001-01-01T00:00:00+02:30", "0001-01-01 00:00:00+02:30"),  # before the year 1 in UTC
+        ("9999-12-31T23:59:59-08:00", "9999-12-31 23:59:59-08:00"),
+    ],
+)
+def test_times_in_rows_are_in_utc_without_an_offset(sent: str, row: str) -> None:
+    kind = EventType("moment", Moment)
+    closer = kind.look_closer(json.dumps({"at": sent}).encode(), AT)
+    assert unescape(closer) == [row, AT]
+    raw = json.dumps({"event_name": "moment", "at": sent}).encode()
+    assert kind.rows([Registry([kind]).one.decode(raw)], AT, plain=True) == closer
+    assert neutral_time(sent) == row
+    shown = with_offset(row)
+    assert shown == (row if len(row) > 19 and row[19] in "+-" else f"{row}+00:00")
+    assert neutral_time(shown) == row

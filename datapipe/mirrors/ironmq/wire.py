@@ -2,7 +2,7 @@
 
     {"datapipe": 1, "segment": "...", "lane": "...", "sender": "...", "posted": 1795359267.1,
      "created": 1795359266.9, "events": 2, "columns": [["user_id", "bigint"], ...], "parts": [],
-     "rows": "H4sI..."}
+     "rows": "H4sI...", "neutral": true}
 
 `rows` are the COPY rows, gzip and base64. With common tools: `jq -r .rows | base64 -d | gunzip`.
 `sender` is the process that posted it and `posted` when (Unix time): by these a recoverer tells
@@ -37,6 +37,7 @@ class Envelope(msgspec.Struct, frozen=True):
     columns: tuple[tuple[str, str], ...]
     parts: tuple[Part, ...]
     rows: str
+    neutral: bool = False  # release 1.0 passes over it, and loses it where it posts a message anew
 
 
 class Unreadable(ValueError):
@@ -52,6 +53,7 @@ def pack(segment: Segment, sender: str, posted: float) -> str:
     envelope = Envelope(
         VERSION, segment.id, segment.lane, sender, posted, segment.created_at, segment.events,
         tuple((column.name, column.type) for column in segment.columns), segment.parts, rows,
+        segment.neutral,
     )  # fmt: skip
     return msgspec.json.encode(envelope).decode()
 
@@ -90,6 +92,7 @@ def unpack(envelope: Envelope) -> Segment:
     if data.count(b"\n") != envelope.events or (data and not data.endswith(b"\n")):
         raise Unreadable("rows: not as many as the message says")
     return Segment(
-        envelope.lane, [Column(*column) for column in envelope.columns], data, envelope.events,
-        envelope.parts, id=envelope.segment, created_at=envelope.created,
+        envelope.lane, tuple(Column(*column) for column in envelope.columns), data,
+        envelope.events, envelope.parts, neutral=envelope.neutral, id=envelope.segment,
+        created_at=envelope.created,
     )  # fmt: skip

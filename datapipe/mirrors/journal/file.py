@@ -34,7 +34,6 @@ from datapipe.events.segment import (
     decode_head,
     encode_head,
 )
-from datapipe.events.types import Column
 from datapipe.mirrors.buffered import Run
 from datapipe.mirrors.journal.salvage import crc_of, is_damage, openings, rescue, set_aside
 
@@ -357,7 +356,7 @@ class JournalFile:
             raise sqlite3.DatabaseError(f"segment {id} at position {position} is damaged")
         head = decode_head(head_text)
         return Segment(
-            lane, [Column(*c) for c in head.columns], data, events, head.parts,
+            lane, head.columns, data, events, head.parts, neutral=head.neutral,
             id=id, created_at=created_at, source=self.source, position=position,
         )  # fmt: skip
 

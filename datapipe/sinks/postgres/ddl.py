@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from datapipe.events.rows import with_offset
 from datapipe.events.types import Column
 from datapipe.sinks import Table
 
@@ -18,14 +19,14 @@ OWN_TABLES = (
             Column("segment", "text PRIMARY KEY"),  # or a claim, or a part of a keyed POST
             Column("kind", "text NOT NULL"),
             Column("lane", "text"),
-            Column("events", "bigint", "0"),
-            Column("dead", "bigint", "0"),
-            Column("duplicates", "bigint", "0"),
+            Column("events", "bigint DEFAULT 0"),
+            Column("dead", "bigint DEFAULT 0"),
+            Column("duplicates", "bigint DEFAULT 0"),
             Column("body", "text"),  # of a claim: the hash of the body that stands
             Column("source", "text"),  # where the segment lies: a journal's id, or `ironmq`
             Column("process", "text"),
             Column("load", "text"),
-            Column("loaded_at", "timestamptz NOT NULL", "now()"),
+            Column("loaded_at", "timestamptz NOT NULL DEFAULT now()"),
         ),
     ),
     Table(
@@ -38,7 +39,7 @@ OWN_TABLES = (
             Column("message", "text"),
             Column("column_name", "text"),
             Column("segment", "text"),
-            Column("created_at", "timestamptz NOT NULL", "now()"),
+            Column("created_at", "timestamptz NOT NULL DEFAULT now()"),
         ),
     ),
     Table(
@@ -47,10 +48,10 @@ OWN_TABLES = (
             Column("process", "text PRIMARY KEY"),
             Column("mirror", "text"),
             Column("oldest_waiting", "timestamptz"),
-            Column("started_at", "timestamptz NOT NULL", "now()"),
-            Column("seen_at", "timestamptz NOT NULL", "now()"),
-            Column("beats", "bigint NOT NULL", "0"),
-            Column("ended", "boolean NOT NULL", "false"),
+            Column("started_at", "timestamptz NOT NULL DEFAULT now()"),
+            Column("seen_at", "timestamptz NOT NULL DEFAULT now()"),
+            Column("beats", "bigint NOT NULL DEFAULT 0"),
+            Column("ended", "boolean NOT NULL DEFAULT false"),
         ),
     ),
 )
@@ -89,8 +90,12 @@ def create_indexes(schema: str, table: Table) -> list[str]:
 
 
 def _definition(column: Column) -> str:
-    default = f" DEFAULT {column.default}" if column.default is not None else ""
-    return f"{quote(column.name)} {column.type}{default}"
+    definition = f"{quote(column.name)} {column.type}"
+    if column.default is None:
+        return definition
+    text = with_offset(column.default) if column.type == "timestamptz" else column.default
+    literal = text.replace("'", "''")
+    return f"{definition} DEFAULT '{literal}'::{column.type}"
 
 
 def ddl(schema: str, tables: Iterable[Table]) -> str:

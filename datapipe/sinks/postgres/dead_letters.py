@@ -20,6 +20,7 @@ import psycopg2.extensions
 import psycopg2.extras
 
 from datapipe.errors import EventRejected
+from datapipe.events.rows import with_offset
 from datapipe.events.types import Column
 from datapipe.sinks import Check, Selection
 from datapipe.sinks.postgres.copy import Copier, Refused, Rows
@@ -124,7 +125,7 @@ def _value(type: str, text: bytes) -> Any:
         return msgspec.Raw(plain)
     if type == "boolean":
         return plain.lower() == b"true"
-    return plain.decode()
+    return with_offset(plain.decode()) if type == "timestamptz" else plain.decode()
 
 
 class _Received(msgspec.Struct):
