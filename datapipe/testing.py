@@ -23,7 +23,7 @@ from datapipe.app import PIPELINE, Pipeline, create_app, create_runner
 from datapipe.events.types import PG_TYPES
 from datapipe.settings import Settings
 from datapipe.sinks.memory import MemorySink
-from datapipe.sinks.postgres.dead_letters import event_json
+from datapipe.sinks.transactional import event_json
 
 _PYTHON: dict[str, Any] = {name: kind for kind, name in PG_TYPES.items()} | {"jsonb": Any}
 

@@ -24,12 +24,11 @@ from datapipe.events.types import Column
 from datapipe.sinks import Check, Selection
 from datapipe.sinks.postgres.copy import Copier, Refused, Rows
 from datapipe.sinks.postgres.errors import may_be_of_a_row
+from datapipe.sinks.transactional import event_json
 
 REPLAY_ROWS = 1000  # in one transaction
 
-_ESCAPED = re.compile(rb"\\([\\tnr])")
 _BEYOND_ASCII = re.compile(r"[^\x00-\x7f]+")
-_PLAIN = {b"\\": b"\\", b"t": b"\t", b"n": b"\n", b"r": b"\r"}
 
 
 class _Letter(NamedTuple):
@@ -106,25 +105,6 @@ def _insert(
 def _escaped(text: str) -> str:
     """JSON in ASCII; what is beyond it can only stand in strings."""
     return _BEYOND_ASCII.sub(lambda found: json.dumps(found[0])[1:-1], text)
-
-
-def event_json(lane: str, columns: Sequence[Column], row: bytes) -> str:
-    """The JSON object of a COPY row: as it could be posted again, and `received_at`."""
-    event: dict[str, Any] = {"event_name": lane}
-    for column, text in zip(columns, row.rstrip(b"\n").split(b"\t"), strict=True):
-        event[column.name] = _value(column.type, text)
-    return msgspec.json.encode(event).decode()
-
-
-def _value(type: str, text: bytes) -> Any:
-    if text == b"\\N":
-        return None
-    plain = _ESCAPED.sub(lambda found: _PLAIN[found[1]], text)
-    if type in ("bigint", "double precision", "jsonb"):
-        return msgspec.Raw(plain)
-    if type == "boolean":
-        return plain.lower() == b"true"
-    return plain.decode()
 
 
 class _Received(msgspec.Struct):
