@@ -148,12 +148,6 @@ class MemorySink(TransactionalSink):
             undo.pop_all()
         return result
 
-    async def waits(self) -> dict[str, str]:
-        return {}
-
-    def abort(self) -> None:
-        return
-
     async def hint(self) -> str:
         return ""
 

@@ -13,7 +13,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import groupby
-from operator import attrgetter
 from typing import Any, TypeVar
 from uuid import uuid4
 
@@ -73,6 +72,13 @@ class TransactionalSink(ABC):
         back, or unknown.
         """
 
+    async def waits(self) -> dict[str, str]:
+        """See `Sink.waits`: nothing, where the database doesn't say."""
+        return {}
+
+    def abort(self) -> None:  # noqa: B027
+        """See `Sink.abort`: nothing, where no load takes long."""
+
     # --- up or down ---
 
     def works(self, began: float) -> None:
@@ -123,14 +129,14 @@ class TransactionalSink(ABC):
         transaction: Transaction,
     ) -> Loaded:
         load = uuid4().hex
+        once = {each.id: each for each in segments}
         # in key order, or two loads would wait for each other
-        ordered = sorted(segments, key=attrgetter("id"))
-        entries = [Entry(each.id, each.events, each.source) for each in ordered]
+        entries = [Entry(id, once[id].events, once[id].source) for id in sorted(once)]
         new = transaction.enter("segment", entries, table.name, load)
-        result = self._known(transaction, [each for each in segments if each.id not in new])
-        for segment in segments:
-            self._tried.setdefault(segment.id, set()).add(load)
-        fresh = [each for each in segments if each.id in new]
+        result = self._known(transaction, [each for id, each in once.items() if id not in new])
+        for id in once:
+            self._tried.setdefault(id, set()).add(load)
+        fresh = [each for id, each in once.items() if id in new]
         rows, duplicates = without_known_parts(transaction, table.name, fresh)
         columns_of = {each.id: each.columns for each in fresh}
         refused: list[Refused] = []
@@ -145,7 +151,8 @@ class TransactionalSink(ABC):
         if counts := [(id, dead[id], duplicates[id]) for id in dead.keys() | duplicates.keys()]:
             transaction.book(counts)
         result.dead += len(refused)
-        result.duplicate += duplicates.total()
+        twice = sum(each.events for each in segments) - sum(each.events for each in once.values())
+        result.duplicate += duplicates.total() + twice
         result.loaded += copied - len(refused)
         return result
 
