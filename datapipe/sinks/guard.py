@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from datapipe.errors import LaneBlocked
-from datapipe.sinks.transaction import Refused
+from datapipe.sinks.transaction import RefusedRow
 
 GUARD_ROWS = 100  # so many refused rows, and more than half of all
 
@@ -24,7 +24,7 @@ class Guard:
         self._in_hand = (0, 0)
         self._afresh = False
 
-    def look(self, refused: Sequence[Refused], rows: int, accept_dead: bool) -> None:
+    def look(self, refused: Sequence[RefusedRow], rows: int, accept_dead: bool) -> None:
         """Look at a load that is about to commit, of so many rows.
 
         Raises: LaneBlocked: so much is refused that the table is taken to be wrong.
@@ -59,5 +59,5 @@ class Guard:
             while sum(count for count, _ in self._last) - self._last[0][0] >= GUARD_ROWS:
                 self._last.popleft()
         elif self._last:
-            count, of = self._last.pop()
-            self._last.append((count, of + rows))
+            count, of = self._last[-1]
+            self._last[-1] = (count, of + rows)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from datapipe.events.types import Column
 from datapipe.settings import Settings
 from datapipe.sinks import Beat, Heartbeat, Selection, Table
-from datapipe.sinks.transaction import Entry, Known, Letter, Refused, Rows, Transaction
+from datapipe.sinks.transaction import Entry, Known, Letter, RefusedRow, Rows, Transaction
 from datapipe.sinks.transactional import TransactionalSink, found
 
 _T = TypeVar("_T")
@@ -94,7 +94,9 @@ class MemoryTransaction:
             row = self._database.ledger[id]
             row.known = Known(row.known.load, dead, duplicates)
 
-    def copy(self, table: Table, columns: Sequence[Column], rows: Sequence[Rows]) -> list[Refused]:
+    def copy(
+        self, table: Table, columns: Sequence[Column], rows: Sequence[Rows]
+    ) -> list[RefusedRow]:
         lines = self._database.lines[table.name]
         self._undo.callback(_cut, lines, len(lines))
         check = self._database.checks.get(table.name)
@@ -104,7 +106,7 @@ class MemoryTransaction:
                 if check is None or check(line):
                     lines.append(line)
                 else:
-                    refused.append(Refused(each.id, line, "23514", "the row fails its check"))
+                    refused.append(RefusedRow(each.id, line, "23514", "the row fails its check"))
         return refused
 
     def bury(self, letters: Sequence[Letter]) -> None:
@@ -117,7 +119,7 @@ class MemoryTransaction:
         fitting = self._database.fitting(selection)
         return [(id, letter.lane, letter.event) for id, letter, _ in fitting if id > after][:limit]
 
-    def settle(self, back: Sequence[int], stay: Sequence[Refused]) -> None:
+    def settle(self, back: Sequence[int], stay: Sequence[RefusedRow]) -> None:
         letters = self._database.letters
         for id in back:
             del letters[id]

@@ -41,7 +41,7 @@ class Rows:
 
 
 @dataclass(slots=True, frozen=True)
-class Refused:
+class RefusedRow:
     """One row that the database refuses, and what it said.
 
     Attributes:
@@ -91,7 +91,9 @@ class Transaction(Protocol):
     def book(self, counts: Sequence[tuple[str, int, int]]) -> None:
         """Note in the ledger how many events of a segment are dead, and how many duplicates."""
 
-    def copy(self, table: Table, columns: Sequence[Column], rows: Sequence[Rows]) -> list[Refused]:
+    def copy(
+        self, table: Table, columns: Sequence[Column], rows: Sequence[Rows]
+    ) -> list[RefusedRow]:
         """Insert rows that consist of these columns; those that the table refuses."""
 
     def bury(self, letters: Sequence[Letter]) -> None:
@@ -102,5 +104,5 @@ class Transaction(Protocol):
     ) -> Sequence[tuple[int, str, str]]:
         """Id, lane and event of dead letters beyond that id, by id, locked; not those of others."""
 
-    def settle(self, back: Sequence[int], stay: Sequence[Refused]) -> None:
+    def settle(self, back: Sequence[int], stay: Sequence[RefusedRow]) -> None:
         """Remove dead letters, and note why others stay; an empty SQLSTATE changes none."""

@@ -29,7 +29,7 @@ from datapipe.sinks.keys import without_known_parts
 from datapipe.sinks.transaction import (
     Entry,
     Letter,
-    Refused,
+    RefusedRow,
     Rows,
     TableMissing,
     Transaction,
@@ -139,7 +139,7 @@ class TransactionalSink(ABC):
         fresh = [each for id, each in once.items() if id in new]
         rows, duplicates = without_known_parts(transaction, table.name, fresh)
         columns_of = {each.id: each.columns for each in fresh}
-        refused: list[Refused] = []
+        refused: list[RefusedRow] = []
         for columns, group in groupby(rows, key=lambda each: columns_of[each.id]):
             refused += transaction.copy(table, columns, list(group))
         copied = sum(each.events for each in fresh) - duplicates.total()
@@ -203,13 +203,13 @@ class TransactionalSink(ABC):
         """Some of them: the last id, or None; rows that are back, by lane; how many stay dead."""
         letters = transaction.letters(selection, after, REPLAY_ROWS)
         rows: dict[str, list[Rows]] = {}
-        refused: list[Refused] = []
+        refused: list[RefusedRow] = []
         for id, lane, text in letters:
             event = text.encode()
             try:
                 row = check(lane, event, msgspec.json.decode(event, type=_Received).received_at)
             except EventRejected as exc:
-                refused.append(Refused(str(id), b"", "", exc.detail))
+                refused.append(RefusedRow(str(id), b"", "", exc.detail))
             else:
                 rows.setdefault(lane, []).append(Rows(str(id), row))
         for lane, of_lane in rows.items():
@@ -221,7 +221,7 @@ class TransactionalSink(ABC):
 
 
 class _Received(msgspec.Struct):
-    """Of an event: when it came."""
+    """Of an event: when it was received."""
 
     received_at: str
 
@@ -249,7 +249,7 @@ def found(groups: Iterable[Sequence[Any]], letters: Iterable[Sequence[Any]]) -> 
     return {"total": sum(group["count"] for group in named), "groups": named, "letters": shown}
 
 
-def _letter(lane: str, columns: Sequence[Column], refused: Refused) -> Letter:
+def _letter(lane: str, columns: Sequence[Column], refused: RefusedRow) -> Letter:
     event = event_json(lane, columns, refused.row)
     return Letter(lane, event, refused.sqlstate, refused.message, refused.column, refused.id)
 

@@ -38,8 +38,8 @@ _CONNECTION = {
 }
 
 # Each transaction of ours begins with these. A host that loses power says nothing, and the server
-# waits for two hours, by the kernel's default, while the dead session holds its locks: so it is
-# told to give up after 20 s, about as we do. By SQL, for a pooler refuses `options` at the start,
+# waits for two hours, by the kernel's default, while the dead session holds its locks: with these
+# it gives up after 20 s, about as we do. By SQL, for a pooler refuses `options` at the start,
 # and a URL may bring its own; not SET LOCAL, so that idle sessions end, too; over a socket file
 # they do nothing. Source: PostgreSQL documentation, "Connections and Authentication", "TCP
 # Settings". Seconds, and milliseconds for the fourth.

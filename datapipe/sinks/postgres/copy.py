@@ -21,7 +21,7 @@ import psycopg2.extensions
 from datapipe.events.types import Column
 from datapipe.sinks.postgres.ddl import qualified, quote
 from datapipe.sinks.postgres.errors import is_unrouted, may_be_of_a_row, one_line
-from datapipe.sinks.transaction import Refused, Rows
+from datapipe.sinks.transaction import RefusedRow, Rows
 
 PIECE_BYTES = 2_097_152  # of the first try: what a refusal makes us send again
 SMALL_PIECE_ROWS = 512  # after a refusal; doubled with each piece that passes
@@ -103,9 +103,9 @@ class Copier:
         )
         self._takes_none = False  # known to take no rows at all
         self._chosen: dict[tuple[str | None, str | None], bool] = {}
-        self._refused: list[Refused] = []
+        self._refused: list[RefusedRow] = []
 
-    def copy(self, rows: Sequence[Rows]) -> list[Refused]:
+    def copy(self, rows: Sequence[Rows]) -> list[RefusedRow]:
         """Copy them all, but those that are refused.
 
         Raises: psycopg2.Error: what is no matter of single rows.
@@ -151,7 +151,7 @@ class Copier:
 
     def _copy_lines(self, lines: list[Rows]) -> None:
         """Copy rows of which at least one is refused."""
-        at, found, size = 0, 0, SMALL_PIECE_ROWS
+        at, unnamed, size = 0, 0, SMALL_PIECE_ROWS
         while at < len(lines):
             piece = lines[at : at + size]
             error = self._try(piece)
@@ -160,46 +160,41 @@ class Copier:
                 size *= 2
                 continue
             line = self._line(error)
+            at += self._copy_until_refused(piece, error, line)
+            size = SMALL_PIECE_ROWS
             if line is None or line >= len(piece):
-                at += self._halve(piece, error)
-                found += 1
+                unnamed += 1
                 # a piece that holds one such row or none, each as likely, takes the fewest tries
-                size = max(1, min(SMALL_PIECE_ROWS, at * 2 // (found * 3)))
-            else:
-                at += self._refuse_line(piece, line)
-                size = SMALL_PIECE_ROWS
+                size = max(1, min(size, at * 2 // (unnamed * 3)))
 
-    def _refuse_line(self, piece: list[Rows], line: int) -> int:
-        """Copy the rows before that line, and refuse it. How many rows are dealt with."""
-        if line and (error := self._try(piece[:line])) is not None:
-            return self._halve(piece[:line], error)
-        # only now, behind the rows before it: it may be refused because of one of them
-        error = self._try(piece[line : line + 1])
-        if error is not None:  # else that number was no line of ours
-            self._refuse(piece[line], error)
-        return line + 1
+    def _copy_until_refused(
+        self, piece: list[Rows], error: psycopg2.Error, line: int | None
+    ) -> int:
+        """Find the first refused row of a piece that was refused as a whole; copy those before it.
 
-    def _halve(self, piece: list[Rows], error: psycopg2.Error) -> int:
-        """Find the first refused row of a piece that was refused; copy those before it.
+        The row is tried alone before it is refused, and only behind those before it: one of them
+        may be why.
 
-        How many rows are dealt with: nothing is known of those behind it.
+        Args: line: index of the row that the error names, if it does; it may be any number.
+        Returns: how many rows are dealt with: nothing is known of those behind them.
         """
-        done, tried = 0, len(piece)
-        while len(piece) > 1:
-            half = piece[: len(piece) // 2]
-            failed = self._try(half)
+        low, high = 0, len(piece)
+        named = (-1, -1) if line is None else (line, line + 1)
+        same = True  # whether it is those between that were tried and refused
+        while high - low > 1:
+            middle = next((each for each in named if low < each < high), (low + high) // 2)
+            failed = self._try(piece[low:middle])
             if failed is None:
-                done += len(half)
-                piece = piece[len(half) :]
+                low, same = middle, False
             else:
-                piece, error, tried = half, failed, len(half)
-        if tried > 1:  # what was refused held more than this row
-            alone = self._try(piece)
+                high, error, same = middle, failed, True
+        if not same:
+            alone = self._try(piece[low:high])
             if alone is None:
-                return done + 1
+                return high
             error = alone
-        self._refuse(piece[0], error)
-        return done + 1
+        self._refuse(piece[low], error)
+        return high
 
     def _line(self, error: psycopg2.Error) -> int | None:
         """The index of the refused row in its piece, or what may be it."""
@@ -218,7 +213,7 @@ class Copier:
         sqlstate, column = error.pgcode or "", self._column(error)
         of_itself = {(sqlstate, None), (sqlstate, self._types.get(column or ""))} & _OF_ITSELF
         self._refused.append(
-            Refused(row.id, bytes(row.data), sqlstate, one_line(error), column, bool(of_itself))
+            RefusedRow(row.id, bytes(row.data), sqlstate, one_line(error), column, bool(of_itself))
         )
 
 

@@ -92,7 +92,7 @@ _AWAY_WORDS = re.compile(
 
 
 def is_away(exc: BaseException | None) -> bool:
-    """Whether the server does not answer now, or has no room: nothing that a setting can mend."""
+    """Whether the server does not answer now, or has no room: nothing that a setting can repair."""
     if not isinstance(exc, psycopg2.Error):
         return False
     if exc.pgcode:

@@ -21,7 +21,7 @@ from datapipe.events.types import Column
 from datapipe.sinks import Selection, Table
 from datapipe.sinks.postgres.copy import Copier, attempt
 from datapipe.sinks.postgres.ddl import parameterized
-from datapipe.sinks.transaction import Entry, Known, Letter, Refused, Rows
+from datapipe.sinks.transaction import Entry, Known, Letter, RefusedRow, Rows
 
 _BEYOND_ASCII = re.compile(r"[^\x00-\x7f]+")
 
@@ -86,7 +86,9 @@ class PostgresTransaction:
             [list(values) for values in zip(*counts, strict=True)],
         )
 
-    def copy(self, table: Table, columns: Sequence[Column], rows: Sequence[Rows]) -> list[Refused]:
+    def copy(
+        self, table: Table, columns: Sequence[Column], rows: Sequence[Rows]
+    ) -> list[RefusedRow]:
         """See `Transaction.copy`."""
         copier = Copier(self._cursor, self._schema, table.name, columns, self._chunk_bytes)
         return copier.copy(rows)
@@ -128,7 +130,7 @@ class PostgresTransaction:
             *values, after, limit,
         )  # fmt: skip
 
-    def settle(self, back: Sequence[int], stay: Sequence[Refused]) -> None:
+    def settle(self, back: Sequence[int], stay: Sequence[RefusedRow]) -> None:
         """See `Transaction.settle`."""
         self._cursor.execute(f"DELETE FROM {self._letters} WHERE id = ANY(%s)", (list(back),))
         for each in stay:

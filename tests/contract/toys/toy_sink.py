@@ -19,7 +19,7 @@ from datapipe.sinks.transaction import (
     Entry,
     Known,
     Letter,
-    Refused,
+    RefusedRow,
     Rows,
     TableMissing,
     Transaction,
@@ -75,7 +75,9 @@ class ToyTransaction:
             sql = "UPDATE datapipe_ledger SET dead = ?, duplicates = ? WHERE segment = ?"
             self._execute(sql, (*numbers, id))
 
-    def copy(self, table: Table, columns: Sequence[Column], rows: Sequence[Rows]) -> list[Refused]:
+    def copy(
+        self, table: Table, columns: Sequence[Column], rows: Sequence[Rows]
+    ) -> list[RefusedRow]:
         names = ", ".join(f'"{column.name}"' for column in columns)
         values = ", ".join(f":{column.name}" for column in columns)
         sql = f'INSERT INTO "{table.name}" ({names}) VALUES ({values})'
@@ -86,7 +88,7 @@ class ToyTransaction:
                 try:
                     self._execute(sql, {name: _storable(value) for name, value in event.items()})
                 except sqlite3.IntegrityError as exc:
-                    refused.append(Refused(each.id, line, "23000", str(exc)))
+                    refused.append(RefusedRow(each.id, line, "23000", str(exc)))
         return refused
 
     def bury(self, letters: Sequence[Letter]) -> None:
@@ -109,7 +111,7 @@ class ToyTransaction:
             (*values, after, limit),
         ).fetchall()
 
-    def settle(self, back: Sequence[int], stay: Sequence[Refused]) -> None:
+    def settle(self, back: Sequence[int], stay: Sequence[RefusedRow]) -> None:
         for id in back:
             self._execute("DELETE FROM datapipe_dead_letters WHERE id = ?", (id,))
         for each in stay:
