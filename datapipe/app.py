@@ -46,10 +46,10 @@ from datapipe.pipeline.dead_letters import DeadLetters
 from datapipe.pipeline.loader import Loader
 from datapipe.pipeline.records import Records
 from datapipe.settings import Settings
-from datapipe.sinks import Sink, open_sink, table_of
+from datapipe.sinks import Database, open_sink, table_of
 
 OpenMirror = Callable[[Settings, str], AbstractAsyncContextManager[Mirror]]
-OpenSink = Callable[[Settings, str], AbstractAsyncContextManager[Sink]]
+OpenSink = Callable[[Settings, str], AbstractAsyncContextManager[Database]]
 
 REQUESTS_GRACE_S = 5.0  # at a stop, for requests that were already received
 

@@ -22,8 +22,8 @@ from aiohttp import web
 from datapipe.app import PIPELINE, Pipeline, create_app, create_runner
 from datapipe.events.types import PG_TYPES
 from datapipe.settings import Settings
-from datapipe.sinks.memory import MemorySink
-from datapipe.sinks.postgres.dead_letters import event_json
+from datapipe.sinks.memory import MemoryDatabase
+from datapipe.sinks.transactional import event_json
 
 _PYTHON: dict[str, Any] = {name: kind for kind, name in PG_TYPES.items()} | {"jsonb": Any}
 
@@ -35,11 +35,11 @@ class Service:
     """
 
     def __init__(
-        self, url: str, pipeline: Pipeline, sink: MemorySink, session: aiohttp.ClientSession
+        self, url: str, pipeline: Pipeline, database: MemoryDatabase, session: aiohttp.ClientSession
     ) -> None:
         self.url = url
         self.pipeline = pipeline
-        self._sink = sink
+        self._database = database
         self._session = session
 
     async def post(self, body: Any, **headers: str) -> tuple[int, dict[str, Any]]:
@@ -63,7 +63,7 @@ class Service:
         values = {column.name: _PYTHON[column.type] | None for column in columns}
         row = TypedDict("row", values)  # type: ignore[misc]  # known at run time
         decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(row)
-        lines = self._sink.lines.get(event_name, [])
+        lines = self._database.lines[event_name]
         return [decoder.decode(event_json(event_name, columns, line)) for line in lines]
 
 
@@ -74,16 +74,16 @@ async def service(**settings: Any) -> AsyncIterator[Service]:
     All classes that are registered in this process are known to it; `event_modules` and `events`
     add more. Raises: ConfigError: a setting or an event type is wrong.
     """
-    sink = MemorySink()
+    database = MemoryDatabase()
     with tempfile.TemporaryDirectory(prefix="datapipe-testing-") as folder:
         given = {"host": "127.0.0.1", "mirror": "none", "data_dir": folder, **settings}
-        app = create_app(Settings(**given), open_sink=sink.open)
+        app = create_app(Settings(**given), open_sink=database.open)
         runner = create_runner(app)
         try:
             await runner.setup()
             await web.TCPSite(runner, given["host"], 0).start()
             host, port = runner.addresses[0][:2]
             async with aiohttp.ClientSession() as session:
-                yield Service(f"http://{host}:{port}/", app[PIPELINE], sink, session)
+                yield Service(f"http://{host}:{port}/", app[PIPELINE], database, session)
         finally:
             await runner.cleanup()

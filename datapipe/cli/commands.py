@@ -25,7 +25,6 @@ from datapipe.pipeline.loader import Loader
 from datapipe.pipeline.records import Records
 from datapipe.settings import Settings
 from datapipe.sinks import Selection, open_sink, table_of
-from datapipe.sinks.postgres.ddl import ddl
 
 
 async def check(settings: Settings, args: argparse.Namespace) -> int:
@@ -120,7 +119,8 @@ async def status(settings: Settings, args: argparse.Namespace) -> int:
 async def schema(settings: Settings, args: argparse.Namespace) -> int:
     """Print the DDL for all event types and our own tables."""
     kinds = load_registry(settings).types.values()
-    print(ddl(settings.database_schema, [table_of(kind) for kind in kinds]), end="")
+    async with open_sink(settings, new_process_id()) as sink:
+        print(sink.ddl([table_of(kind) for kind in kinds]), end="")
     return 0
 
 

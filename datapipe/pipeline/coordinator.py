@@ -17,7 +17,7 @@ from datapipe.pipeline.loader import Loader
 from datapipe.pipeline.tasks import background
 from datapipe.pipeline.watch import Watch
 from datapipe.retry import backoff
-from datapipe.sinks import Heartbeat, Sink, Table
+from datapipe.sinks import Database, Heartbeat, Table
 
 BEAT_S = 5.0
 SILENT_S = 30.0  # six beats missed
@@ -41,7 +41,7 @@ class Coordinator:
     """
 
     def __init__(
-        self, buffer: Buffer, loader: Loader, sink: Sink, process: str, tables: Sequence[Table]
+        self, buffer: Buffer, loader: Loader, sink: Database, process: str, tables: Sequence[Table]
     ) -> None:
         self._buffer = buffer
         self._mirror: Mirror = buffer.mirror
@@ -77,7 +77,7 @@ class Coordinator:
         return await self._sink.loaded(segments)
 
     async def expire_source(self, source: str) -> None:
-        await self._sink.forget_source(source, self._process)
+        await self._sink.expire_source(source, self._process)
 
     # --- recovery ---
 
@@ -165,7 +165,8 @@ class Coordinator:
         self._ended |= ended  # no beat may follow the last one
         identity = self._mirror.traits.identity
         beat = Heartbeat(self._process, identity, self._buffer.oldest, self._ended)
-        beats = await self._sink.keep_house(beat, self._expirable)
+        beats = await self._sink.heartbeat(beat)
+        await self._sink.expire(self._expirable)  # only now: the beat says which keys must stay
         del self._expirable[:sent]
         self._watch.note(beats, asyncio.get_running_loop().time())
         dead = self._watch.dead() - {self._process}

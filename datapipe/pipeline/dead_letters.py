@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from datapipe import sinks
 from datapipe.errors import EventRejected, LaneBlocked, Reason, SinkUnavailable
 from datapipe.events.registry import Registry
 from datapipe.events.rows import neutral_time
 from datapipe.pipeline.records import BODY_SHOWN
-from datapipe.sinks import Selection, Sink, table_of
+from datapipe.sinks import Selection, table_of
 
 _SHOWN_S = 1.0  # the page is not to wait for a database that is silent
 _SHOWN_LETTERS = 200
@@ -49,14 +50,14 @@ def storable(text: str) -> bool:
 class DeadLetters:
     """Looks at dead letters, puts them back, drops them; counts what was put back, by lane."""
 
-    def __init__(self, sink: Sink, registry: Registry) -> None:
+    def __init__(self, database: sinks.DeadLetters, registry: Registry) -> None:
         self.replayed: Counter[str] = Counter()
-        self._sink = sink
+        self._database = database
         self._registry = registry
 
     async def look(self, selection: Selection, limit: int) -> dict[str, Any]:
         """Raises: SinkUnavailable, LaneBlocked."""
-        return await self._sink.dead(selection, limit)
+        return await self._database.find(selection, limit)
 
     async def shown(self) -> dict[str, Any] | None:
         """For the page: groups, each with its newest event as a `sample`; None: no answer soon."""
@@ -79,13 +80,13 @@ class DeadLetters:
         Raises: SinkUnavailable, LaneBlocked.
         """
         tables = {name: table_of(kind) for name, kind in self._registry.types.items()}
-        back, stay = await self._sink.replay(selection, tables, self._row)
+        back, stay = await self._database.replay(selection, tables, self._row)
         self.replayed.update(back)
         return {"replayed": back, "dead": stay}
 
     async def drop(self, selection: Selection) -> dict[str, Any]:
         """`{"dropped": n}`. Raises: SinkUnavailable, LaneBlocked."""
-        return {"dropped": await self._sink.drop(selection)}
+        return {"dropped": await self._database.drop(selection)}
 
     def _row(self, lane: str, event: bytes, received_at: str) -> bytes:
         kind = self._registry.types.get(lane)

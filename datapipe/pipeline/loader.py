@@ -25,7 +25,7 @@ from datapipe.pipeline.records import Load, Records
 from datapipe.pipeline.schedule import SLOW_S, Schedule, SlowLoad
 from datapipe.pipeline.tasks import background
 from datapipe.settings import Settings
-from datapipe.sinks import Loaded, Sink, table_of
+from datapipe.sinks import Database, Loaded, table_of
 
 _LONGEST_SLEEP_S = 3600.0  # event loops don't like timers without end
 
@@ -38,7 +38,7 @@ class Loader:
     def __init__(
         self,
         buffer: Buffer,
-        sink: Sink,
+        sink: Database,
         registry: Registry,
         settings: Settings,
         records: Records,

@@ -1,4 +1,4 @@
-"""Sink: where segments are loaded into, exactly once."""
+"""Where segments are loaded into, exactly once: four narrow interfaces to one database."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class SinkState:
 
 @dataclass(slots=True, frozen=True)
 class Heartbeat:
-    """What a process tells the others.
+    """What a process shows the others.
 
     Attributes:
         mirror: the store that only this process appends to: a journal's id, or the process's own.
@@ -71,90 +71,125 @@ class Beat:
     ended: bool
 
 
-# the COPY row of an event: lane, its JSON, received_at; raises EventRejected
+# the row of an event: lane, its JSON, received_at; raises EventRejected
 Check = Callable[[str, bytes, str], bytes]
 
 
 @dataclass(slots=True, frozen=True)
 class Selection:
-    """Which dead letters are meant: those of `ids`, else all that fit `lane` and `sqlstate`."""
+    """Which dead letters are meant: those that fit all that is not None."""
 
     ids: tuple[int, ...] | None = None
     lane: str | None = None
     sqlstate: str | None = None
 
-    def where(self) -> tuple[str, list[Any]]:
-        """An SQL condition and its arguments."""
-        conditions: list[str] = ["true"]
-        values: list[Any] = []
-        if self.ids is not None:
-            conditions.append("id = ANY(%s)")
-            values.append(list(self.ids))
-        for column in ("lane", "sqlstate"):
-            if (value := getattr(self, column)) is not None:
-                conditions.append(f"{column} = %s")
-                values.append(value)
-        return " AND ".join(conditions), values
-
 
 class Sink(Protocol):
-    """Loads segments; every method that talks to the database can raise SinkUnavailable."""
+    """Loads segments into the tables of their lanes, each of them once."""
+
+    async def prepare(self, table: Table) -> None:
+        """Once this returns, the table is there with all its columns; made if it was not.
+
+        Raises: SinkUnavailable: again later; LaneBlocked: a person must act.
+        """
 
     async def load(
         self, table: Table, segments: Sequence[Segment], *, accept_dead: bool = False
     ) -> Loaded:
         """Write all rows of the segments that the ledger does not know, in one transaction.
 
-        Safe to repeat. Raises: SinkUnavailable: again later; LaneBlocked: a person must act.
-        Refused rows are dead letters, counted and not raised.
+        Once this returns, all of them are committed, and so is that the ledger knows them. Safe to
+        repeat, whatever it raised. Refused rows are dead letters, counted and not raised, unless
+        they are so many that the table is taken to be wrong; `accept_dead` lets those through, too.
+
+        Raises: SinkUnavailable: again later, nothing or all is committed; LaneBlocked: nothing is,
+        and a person must act.
         """
 
     async def waits(self) -> dict[str, str]:
-        """What the database says that loads under way wait for, by lane; not those that work."""
+        """What the database says that loads under way wait for, by lane; not those that work.
 
-    async def prepare(self, table: Table) -> None:
-        """Make the table, or its missing columns, if that was not done yet.
-
-        Raises: SinkUnavailable, LaneBlocked.
+        Raises: SinkUnavailable.
         """
-
-    async def keep_house(self, beat: Heartbeat, removed: Sequence[str]) -> dict[str, Beat]:
-        """Show that this process lives, and drop ledger rows that nothing can meet any more.
-
-        Args: removed: ids of segments that the mirror has forgotten for good.
-        Returns: the beats of all processes, by their ids.
-        """
-
-    async def loaded(self, segments: Sequence[str]) -> set[str]:
-        """Which of these segments the ledger knows."""
-
-    async def forget_source(self, source: str, process: str) -> None:
-        """Drop the ledger rows that other processes wrote for a journal that is now drained."""
-
-    async def dead(self, selection: Selection, limit: int) -> dict[str, Any]:
-        """Dead letters as `GET /dead` answers them."""
-
-    async def replay(
-        self, selection: Selection, tables: Mapping[str, Table], check: Check
-    ) -> tuple[dict[str, int], int]:
-        """Put dead letters back into their tables; rows by lane, and how many stay dead.
-
-        Raises: SinkUnavailable, LaneBlocked: the letters in hand stay what they are.
-        """
-
-    async def drop(self, selection: Selection) -> int:
-        """Remove dead letters for good; how many."""
 
     def abort(self) -> None:
         """End loads that are under way, at once; what they did is rolled back or unknown."""
 
-    def state(self) -> SinkState: ...
+    def state(self) -> SinkState:
+        """How it is, by the outcome of the last real work; asks nobody."""
 
     async def hint(self) -> str:
         """A line for the shell that shows rows. Raises: SinkUnavailable."""
 
     async def check(self, tables: Sequence[Table]) -> list[tuple[str, str]]:
         """Reach the database; findings as (ok, warn, fail or away; text). Changes nothing."""
+
+    def ddl(self, tables: Sequence[Table]) -> str:
+        """What makes these tables and our own in an empty database, for a person to read or run."""
+
+
+class Ledger(Protocol):
+    """Remembers which segments were loaded, and under which idempotency keys."""
+
+    async def loaded(self, segments: Sequence[str]) -> set[str]:
+        """Which of these segments are committed. Raises: SinkUnavailable, LaneBlocked."""
+
+    async def expire(self, removed: Sequence[str]) -> None:
+        """Once this returns, the ledger has forgotten these segments, which can't come back.
+
+        Keys go as well once `dedupe_window` is over, but none while a segment that was accepted
+        within it waits anywhere, by the heartbeats: so a process sends its own before. So do
+        segments of mirrors where a copy can come back, once none can any more.
+
+        Raises: SinkUnavailable, LaneBlocked: to be repeated with the same segments.
+        """
+
+    async def expire_source(self, source: str, process: str) -> None:
+        """Once this returns, what others than this process left of a drained journal is forgotten.
+
+        That is ledger rows and heartbeats. Raises: SinkUnavailable, LaneBlocked.
+        """
+
+
+class Heartbeats(Protocol):
+    """Shows the processes that share a database to each other."""
+
+    async def heartbeat(self, beat: Heartbeat) -> dict[str, Beat]:
+        """Once this returns, others see that this process lives, or that it has ended.
+
+        A process before this one on the same mirror is no longer shown.
+
+        Returns: the beats of all processes, by their ids.
+        Raises: SinkUnavailable, LaneBlocked.
+        """
+
+
+class DeadLetters(Protocol):
+    """Events that were accepted and that the database refuses."""
+
+    async def find(self, selection: Selection, limit: int) -> dict[str, Any]:
+        """As `GET /dead` answers it: `total`, `groups`, and the newest `letters`, at most `limit`.
+
+        Raises: SinkUnavailable, LaneBlocked.
+        """
+
+    async def replay(
+        self, selection: Selection, tables: Mapping[str, Table], check: Check
+    ) -> tuple[dict[str, int], int]:
+        """Put dead letters back into the tables of their lanes, each once, as rows by `check`.
+
+        Once this returns, what is refused again bears the new reason.
+
+        Returns: how many are back, by lane; how many stay dead.
+        Raises: SinkUnavailable, LaneBlocked: some may be back, the others are as they were.
+        """
+
+    async def drop(self, selection: Selection) -> int:
+        """Remove them for good; how many there were. Raises: SinkUnavailable, LaneBlocked."""
+
+
+class Database(Sink, Ledger, Heartbeats, DeadLetters, Protocol):
+    """All four, for who opens it; who uses it asks for the one that it needs."""
 
 
 def table_of(kind: EventType) -> Table:
@@ -163,7 +198,7 @@ def table_of(kind: EventType) -> Table:
 
 
 @asynccontextmanager
-async def open_sink(settings: Settings, process: str) -> AsyncIterator[Sink]:
+async def open_sink(settings: Settings, process: str) -> AsyncIterator[Database]:
     """Open the sink that the settings name; the database need not be there yet.
 
     Args: process: id of this process, for the ledger.

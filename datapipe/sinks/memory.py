@@ -1,77 +1,204 @@
-"""`datapipe.testing`, and the tests here: a database in memory."""
+"""A database in memory: for `datapipe.testing`, and for tests of what stands before a database."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
-from typing import Any
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import count
+from typing import Any, TypeVar
 
-from datapipe.events.segment import Segment
+from datapipe.events.types import Column
 from datapipe.settings import Settings
-from datapipe.sinks import Beat, Check, Heartbeat, Loaded, Selection, SinkState, Table
+from datapipe.sinks import Beat, Heartbeat, Selection, Table
+from datapipe.sinks.transaction import Entry, Known, Letter, RefusedRow, Rows, Transaction
+from datapipe.sinks.transactional import TransactionalSink, found
+
+_T = TypeVar("_T")
 
 
-class MemorySink:
-    """A database in memory, as far as accepted events go: it refuses no row.
+@dataclass(slots=True)
+class _Row:
+    """Of the ledger."""
 
-    Attributes: lines: COPY lines by lane. ledger: ids of segments; idempotency keys are not kept.
+    entry: Entry
+    process: str
+    known: Known
+
+
+class MemoryDatabase:
+    """What the sinks of some processes share, as long as it is referred to.
+
+    Attributes:
+        lines: the rows of a lane, one by one.
+        checks: what a lane's rows must fulfil; others are refused.
+        ledger: by id; it forgets no idempotency key. letters: by id, with the time of each.
+        beats, mirrors: by process.
     """
 
     def __init__(self) -> None:
-        self.lines: dict[str, list[bytes]] = {}
-        self.ledger: set[str] = set()
+        self.lines: defaultdict[str, list[bytes]] = defaultdict(list)
+        self.checks: dict[str, Callable[[bytes], bool]] = {}
+        self.ledger: dict[str, _Row] = {}
+        self.letters: dict[int, tuple[Letter, datetime]] = {}
+        self.beats: dict[str, Beat] = {}
+        self.mirrors: dict[str, str] = {}
+        self.letter_ids = count(1)
 
     @asynccontextmanager
     async def open(self, settings: Settings, process: str) -> AsyncIterator[MemorySink]:
-        yield self
+        """As `open_sink`."""
+        yield MemorySink(self, process)
 
-    async def load(
-        self, table: Table, segments: Sequence[Segment], *, accept_dead: bool = False
-    ) -> Loaded:
-        result = Loaded()
-        for segment in segments:
-            if segment.id in self.ledger:
-                result.duplicate += segment.events
-                continue
-            self.ledger.add(segment.id)
-            self.lines.setdefault(table.name, []).extend(segment.data.splitlines(True))
-            result.loaded += segment.events
+    def fitting(self, selection: Selection) -> list[tuple[int, Letter, datetime]]:
+        """Dead letters, by id."""
+        return [
+            (id, letter, at)
+            for id, (letter, at) in self.letters.items()
+            if (selection.ids is None or id in selection.ids)
+            and selection.lane in (None, letter.lane)
+            and selection.sqlstate in (None, letter.sqlstate)
+        ]
+
+
+class MemoryTransaction:
+    """See `Transaction`; `undo` has what is to be done if it does not commit."""
+
+    def __init__(self, database: MemoryDatabase, process: str, undo: ExitStack) -> None:
+        self._database = database
+        self._process = process
+        self._undo = undo
+
+    def enter(
+        self, kind: str, entries: Sequence[Entry], lane: str | None = None, load: str | None = None
+    ) -> set[str]:
+        ledger = self._database.ledger
+        new = [entry for entry in entries if entry.id not in ledger]
+        for entry in new:
+            ledger[entry.id] = _Row(entry, self._process, Known(load, 0, 0))
+            self._undo.callback(ledger.pop, entry.id)
+        return {entry.id for entry in new}
+
+    def lock(self, segments: Sequence[str]) -> dict[str, Known]:
+        ledger = self._database.ledger
+        return {id: ledger[id].known for id in segments if id in ledger}
+
+    def bodies(self, claims: Sequence[str]) -> dict[str, str]:
+        return {id: self._database.ledger[id].entry.body or "" for id in claims}
+
+    def book(self, counts: Sequence[tuple[str, int, int]]) -> None:
+        for id, dead, duplicates in counts:
+            row = self._database.ledger[id]
+            row.known = Known(row.known.load, dead, duplicates)
+
+    def copy(
+        self, table: Table, columns: Sequence[Column], rows: Sequence[Rows]
+    ) -> list[RefusedRow]:
+        lines = self._database.lines[table.name]
+        self._undo.callback(_cut, lines, len(lines))
+        check = self._database.checks.get(table.name)
+        refused = []
+        for each in rows:
+            for line in bytes(each.data).splitlines(keepends=True):
+                if check is None or check(line):
+                    lines.append(line)
+                else:
+                    refused.append(RefusedRow(each.id, line, "23514", "the row fails its check"))
+        return refused
+
+    def bury(self, letters: Sequence[Letter]) -> None:
+        for letter in letters:
+            self._database.letters[next(self._database.letter_ids)] = letter, datetime.now(UTC)
+
+    def letters(
+        self, selection: Selection, after: int, limit: int
+    ) -> Sequence[tuple[int, str, str]]:
+        fitting = self._database.fitting(selection)
+        return [(id, letter.lane, letter.event) for id, letter, _ in fitting if id > after][:limit]
+
+    def settle(self, back: Sequence[int], stay: Sequence[RefusedRow]) -> None:
+        letters = self._database.letters
+        for id in back:
+            del letters[id]
+        for each in stay:
+            letter, at = letters[int(each.id)]
+            state = each.sqlstate or letter.sqlstate
+            letters[int(each.id)] = letter._replace(sqlstate=state, message=each.message), at
+
+
+def _cut(lines: list[bytes], length: int) -> None:
+    del lines[length:]
+
+
+class MemorySink(TransactionalSink):
+    """See `Database`; nothing that it does takes time."""
+
+    def __init__(self, database: MemoryDatabase, process: str) -> None:
+        super().__init__("memory")
+        self._database = database
+        self._process = process
+
+    async def prepare(self, table: Table, *, again: bool = False) -> None:
+        return
+
+    async def transact(self, lane: str, work: Callable[[Transaction], _T]) -> _T:
+        with ExitStack() as undo:
+            result = work(MemoryTransaction(self._database, self._process, undo))
+            undo.pop_all()
         return result
-
-    async def waits(self) -> dict[str, str]:
-        return {}
-
-    async def prepare(self, table: Table) -> None:
-        return
-
-    async def keep_house(self, beat: Heartbeat, removed: Sequence[str]) -> dict[str, Beat]:
-        return {}
-
-    async def loaded(self, segments: Sequence[str]) -> set[str]:
-        return self.ledger & set(segments)
-
-    async def forget_source(self, source: str, process: str) -> None:
-        return
-
-    async def dead(self, selection: Selection, limit: int) -> dict[str, Any]:
-        return {"total": 0, "groups": [], "letters": []}
-
-    async def replay(
-        self, selection: Selection, tables: Mapping[str, Table], check: Check
-    ) -> tuple[dict[str, int], int]:
-        return {}, 0
-
-    async def drop(self, selection: Selection) -> int:
-        return 0
-
-    def abort(self) -> None:
-        return
-
-    def state(self) -> SinkState:
-        return SinkState(True, None, "memory", "public")
 
     async def hint(self) -> str:
         return ""
 
     async def check(self, tables: Sequence[Table]) -> list[tuple[str, str]]:
-        return []
+        return [("ok", "database: in memory")]
+
+    def ddl(self, tables: Sequence[Table]) -> str:
+        return ""
+
+    async def loaded(self, segments: Sequence[str]) -> set[str]:
+        return self._database.ledger.keys() & set(segments)
+
+    async def expire(self, removed: Sequence[str]) -> None:
+        for segment in removed:
+            self._database.ledger.pop(segment, None)
+
+    async def expire_source(self, source: str, process: str) -> None:
+        ledger = self._database.ledger
+        others = [i for i, r in ledger.items() if r.entry.source == source and r.process != process]
+        for id in others:
+            del ledger[id]
+        self._forget_others(source, process)
+
+    def _forget_others(self, mirror: str, process: str) -> None:
+        beats, mirrors = self._database.beats, self._database.mirrors
+        for other in [each for each in beats if each != process and mirrors.get(each) == mirror]:
+            del beats[other]
+
+    async def heartbeat(self, beat: Heartbeat) -> dict[str, Beat]:
+        database = self._database
+        last = database.beats.get(beat.process, Beat(0, ended=False))
+        database.beats[beat.process] = Beat(last.count + 1, beat.ended)
+        database.mirrors[beat.process] = beat.mirror
+        self._forget_others(beat.mirror, beat.process)
+        self.works(time.perf_counter())
+        return dict(database.beats)
+
+    async def find(self, selection: Selection, limit: int) -> dict[str, Any]:
+        fitting = self._database.fitting(selection)
+        messages: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+        for _, letter, _ in fitting:
+            messages[letter.lane, letter.sqlstate].append(letter.message)
+        groups = [(*reason, min(said), len(said)) for reason, said in messages.items()]
+        groups.sort(key=lambda group: (-group[3], group[:2]))
+        newest = fitting[::-1][:limit]
+        return found(groups, [(id, *letter[:5], at) for id, letter, at in newest])
+
+    async def drop(self, selection: Selection) -> int:
+        fitting = self._database.fitting(selection)
+        for id, _, _ in fitting:
+            del self._database.letters[id]
+        return len(fitting)

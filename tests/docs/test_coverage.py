@@ -18,7 +18,7 @@ from datapipe.events.types import PG_TYPES
 from datapipe.http.assets import FILES
 from datapipe.monitor.metrics import REASONS
 from datapipe.settings import Settings
-from datapipe.sinks.memory import MemorySink
+from datapipe.sinks.memory import MemoryDatabase
 from tests.docs.metrics import exposed, families
 from tests.docs.pages import ROOT, read
 from tests.docs.test_named import commands
@@ -95,7 +95,7 @@ async def test_every_path_is_named(tmp_path: Path) -> None:
     words = read(DOCS / "http.md").words
     app = create_app(
         Settings(mirror="none", data_dir=str(tmp_path), cors_origins=["*"]),
-        open_sink=MemorySink().open,
+        open_sink=MemoryDatabase().open,
     )
     async with TestServer(app):
         routes = {(r.method, r.resource.canonical) for r in app.router.routes() if r.resource}

@@ -6,53 +6,71 @@ create_app(settings, open_sink=database.open)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import ExitStack, asynccontextmanager
+from typing import TypeVar
 
 from datapipe.errors import LaneBlocked, SinkUnavailable
-from datapipe.events.segment import Segment
-from datapipe.sinks import Beat, Heartbeat, Loaded, SinkState, Table
-from datapipe.sinks.memory import MemorySink
+from datapipe.settings import Settings
+from datapipe.sinks import Beat, Heartbeat, SinkState, Table, memory
+from datapipe.sinks.transaction import Entry, Transaction
+
+_T = TypeVar("_T")
 
 
-class MemoryDatabase(MemorySink):
+class MemoryDatabase(memory.MemoryDatabase):
     """Attributes: blocked: lanes that refuse. up, loading: whether it answers at all, and loads."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.beats: dict[str, Beat] = {}
         self.blocked: set[str] = set()
         self.up = True
         self.loading = True
 
-    def _reach(self) -> None:
+    @asynccontextmanager
+    async def open(self, settings: Settings, process: str) -> AsyncIterator[memory.MemorySink]:
+        yield _Sink(self, process)
+
+    def knows(self, segment: str) -> None:
+        """From now on: another process has loaded it."""
+        memory.MemoryTransaction(self, "another", ExitStack()).enter("segment", [Entry(segment)])
+
+    def reach(self) -> None:
+        """Raises: SinkUnavailable: it is away."""
         if not self.up:
             raise SinkUnavailable("the database is away")
 
-    async def load(
-        self, table: Table, segments: Sequence[Segment], *, accept_dead: bool = False
-    ) -> Loaded:
-        self._reach()
-        if not self.loading:
+
+class _Sink(memory.MemorySink):
+    _database: MemoryDatabase
+
+    async def transact(self, lane: str, work: Callable[[Transaction], _T]) -> _T:
+        self._database.reach()
+        if not self._database.loading:
             raise SinkUnavailable("the database takes no load")
-        if table.name in self.blocked:
-            raise LaneBlocked(f"{table.name} takes nothing")
-        return await super().load(table, segments, accept_dead=accept_dead)
+        if lane in self._database.blocked:
+            raise LaneBlocked(f"{lane} takes nothing")
+        return await super().transact(lane, work)
 
-    async def prepare(self, table: Table) -> None:
-        self._reach()
+    async def prepare(self, table: Table, *, again: bool = False) -> None:
+        self._database.reach()
 
-    async def keep_house(self, beat: Heartbeat, removed: Sequence[str]) -> dict[str, Beat]:
-        self._reach()
-        last = self.beats.get(beat.process, Beat(0, False))
-        self.beats[beat.process] = Beat(last.count + 1, beat.ended)
-        return dict(self.beats)
+    async def heartbeat(self, beat: Heartbeat) -> dict[str, Beat]:
+        self._database.reach()
+        return await super().heartbeat(beat)
 
     async def loaded(self, segments: Sequence[str]) -> set[str]:
-        self._reach()
+        self._database.reach()
         return await super().loaded(segments)
 
-    async def forget_source(self, source: str, process: str) -> None:
-        self._reach()
+    async def expire(self, removed: Sequence[str]) -> None:
+        self._database.reach()
+        await super().expire(removed)
+
+    async def expire_source(self, source: str, process: str) -> None:
+        self._database.reach()
+        await super().expire_source(source, process)
 
     def state(self) -> SinkState:
-        return SinkState(self.up, None if self.up else "away", "memory", "public")
+        up = self._database.up
+        return SinkState(up, None if up else "away", "memory", "public")

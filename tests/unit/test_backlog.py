@@ -12,8 +12,8 @@ from datapipe.app import PIPELINE, create_app
 from datapipe.events.segment import Segment
 from datapipe.pipeline.lane import Lane
 from datapipe.settings import Settings
-from datapipe.sinks import Loaded, Table
-from tests.doubles.memory_database import MemoryDatabase, MemorySink
+from datapipe.sinks import Loaded, Sink, Table
+from tests.doubles.memory_database import MemoryDatabase
 
 BATCH = json.dumps(
     [{"event_name": "install", "user_id": 1, "timestamp": n} for n in range(1000)]
@@ -63,7 +63,7 @@ class Held:
         self.behind_parked = 0
         self._lane = lane
 
-    def load_of(self, sink: MemorySink) -> Callable[..., Awaitable[Loaded]]:
+    def load_of(self, sink: Sink) -> Callable[..., Awaitable[Loaded]]:
         load = sink.load
 
         async def held(table: Table, segments: Sequence[Segment], **options: Any) -> Loaded:

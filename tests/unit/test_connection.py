@@ -6,7 +6,7 @@ import psycopg2
 import pytest
 from psycopg2.extensions import parse_dsn
 
-from datapipe.sinks.postgres.database import connection_dsn
+from datapipe.sinks.postgres.connections import connection_dsn
 from datapipe.sinks.postgres.errors import is_away
 
 AT = 'connection to server at "h" (10.0.0.1), port 5432 failed: '

@@ -12,20 +12,19 @@ pieces are small.
 from __future__ import annotations
 
 import re
-from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import psycopg2
 import psycopg2.extensions
 
-from datapipe.errors import LaneBlocked
 from datapipe.events.types import Column
+from datapipe.sinks.postgres.ddl import qualified, quote
 from datapipe.sinks.postgres.errors import is_unrouted, may_be_of_a_row, one_line
+from datapipe.sinks.transaction import RefusedRow, Rows
 
 PIECE_BYTES = 2_097_152  # of the first try: what a refusal makes us send again
 SMALL_PIECE_ROWS = 512  # after a refusal; doubled with each piece that passes
-GUARD_ROWS = 100  # so many refused rows, and more than half of all: the table is taken to be wrong
 
 _NUMBER = "[0-9]{1,18}"  # a line's; of more digits Python might refuse to make an int
 
@@ -45,30 +44,6 @@ _KEY = (
 )
 
 
-@dataclass(slots=True, frozen=True)
-class Rows:
-    """COPY rows of one segment."""
-
-    segment: str
-    data: bytes | memoryview
-
-
-@dataclass(slots=True, frozen=True)
-class Refused:
-    """One row that the database refuses, and what it said.
-
-    Attributes:
-        of_itself: any table of this database would refuse it, so it tells nothing of this one.
-    """
-
-    segment: str
-    row: bytes
-    sqlstate: str
-    message: str
-    column: str | None
-    of_itself: bool = False
-
-
 class _Reader:
     """A file-like object over rows; `copy_expert` asks it for one COPY write after the other."""
 
@@ -86,33 +61,52 @@ class _Reader:
         return b"".join(gathered)
 
 
+def attempt(
+    cursor: psycopg2.extensions.cursor, work: Callable[[], object]
+) -> psycopg2.Error | None:
+    """Work behind the savepoint `piece`, and set it anew; the error, if a row may be to blame.
+
+    Raises: psycopg2.Error: what is no matter of single rows.
+    """
+    try:
+        work()
+    except psycopg2.Error as exc:
+        if not may_be_of_a_row(exc):
+            raise
+        cursor.execute("ROLLBACK TO SAVEPOINT piece")
+        return exc
+    cursor.execute("RELEASE SAVEPOINT piece; SAVEPOINT piece")
+    return None
+
+
 class Copier:
     """Copies rows into one table, in the transaction of `cursor`, with one list of columns."""
 
     def __init__(
         self,
         cursor: psycopg2.extensions.cursor,
-        statement: str,
+        schema: str,
         table: str,
         columns: Sequence[Column],
         chunk_bytes: int,
     ) -> None:
         self._cursor = cursor
-        self._statement = statement
+        names = ", ".join(quote(column.name) for column in columns)
+        self._statement = f"COPY {qualified(schema, table)} ({names}) FROM STDIN"
         self._types = {column.name: column.type for column in columns}
         self._chunk_bytes = chunk_bytes
         # a line of the context that begins with the table's name, in whatever language; most have
         # the word COPY before it. Its first number is the line, a column may follow
-        self._told = re.compile(
+        self._place = re.compile(
             rf"^(?:COPY )?{re.escape(table)}(?![0-9A-Za-z_])[^0-9\n]*({_NUMBER})([^:\n]*)",
             re.MULTILINE,
         )
         self._takes_none = False  # known to take no rows at all
         self._chosen: dict[tuple[str | None, str | None], bool] = {}
-        self.refused: list[Refused] = []
+        self._refused: list[RefusedRow] = []
 
-    def copy(self, rows: Sequence[Rows]) -> None:
-        """Copy them all, but those refused, which are gathered in `refused`.
+    def copy(self, rows: Sequence[Rows]) -> list[RefusedRow]:
+        """Copy them all, but those that are refused.
 
         Raises: psycopg2.Error: what is no matter of single rows.
         """
@@ -121,26 +115,24 @@ class Copier:
             if self._try(piece) is not None:
                 self._copy_lines(_lines(piece))
         self._cursor.execute("RELEASE SAVEPOINT piece")
+        return self._refused
 
     def _try(self, rows: Sequence[Rows]) -> psycopg2.Error | None:
-        """Copy behind the savepoint, and set it anew; the error, if it is about a row."""
-        try:
-            self._cursor.copy_expert(self._statement, _Reader(rows), self._chunk_bytes)
-        except psycopg2.Error as exc:
-            if not may_be_of_a_row(exc):
-                raise
-            self._cursor.execute("ROLLBACK TO SAVEPOINT piece")
-            if is_unrouted(exc) and not self._clients_choose(exc):
-                raise
+        """Copy behind the savepoint; the error, if it is about a row."""
+        error = attempt(self._cursor, partial(self._copy, rows))
+        if error is not None:
+            if is_unrouted(error) and not self._clients_choose(error):
+                raise error
             self._take_none()
-            return exc
-        self._cursor.execute("RELEASE SAVEPOINT piece; SAVEPOINT piece")
-        return None
+        return error
+
+    def _copy(self, rows: Sequence[Rows]) -> None:
+        self._cursor.copy_expert(self._statement, _Reader(rows), self._chunk_bytes)
 
     def _take_none(self) -> None:
         """Copy no rows. Raises: psycopg2.Error: even that is refused, so no row is to blame."""
         if not self._takes_none:
-            self._cursor.copy_expert(self._statement, _Reader([]), self._chunk_bytes)
+            self._copy([])
             self._cursor.execute("ROLLBACK TO SAVEPOINT piece")
             self._takes_none = True
 
@@ -159,7 +151,7 @@ class Copier:
 
     def _copy_lines(self, lines: list[Rows]) -> None:
         """Copy rows of which at least one is refused."""
-        at, found, size = 0, 0, SMALL_PIECE_ROWS
+        at, unnamed, size = 0, 0, SMALL_PIECE_ROWS
         while at < len(lines):
             piece = lines[at : at + size]
             error = self._try(piece)
@@ -168,120 +160,61 @@ class Copier:
                 size *= 2
                 continue
             line = self._line(error)
+            at += self._copy_until_refused(piece, error, line)
+            size = SMALL_PIECE_ROWS
             if line is None or line >= len(piece):
-                at += self._halve(piece, error)
-                found += 1
+                unnamed += 1
                 # a piece that holds one such row or none, each as likely, takes the fewest tries
-                size = max(1, min(SMALL_PIECE_ROWS, at * 2 // (found * 3)))
-            else:
-                at += self._set_aside(piece, line)
-                size = SMALL_PIECE_ROWS
+                size = max(1, min(size, at * 2 // (unnamed * 3)))
 
-    def _set_aside(self, piece: list[Rows], line: int) -> int:
-        """Copy the rows before that line, and refuse it. How many rows are dealt with."""
-        if line and (error := self._try(piece[:line])) is not None:
-            return self._halve(piece[:line], error)
-        # only now, behind the rows before it: it may be refused because of one of them
-        error = self._try(piece[line : line + 1])
-        if error is not None:  # else that number was no line of ours
-            self._refuse(piece[line], error)
-        return line + 1
+    def _copy_until_refused(
+        self, piece: list[Rows], error: psycopg2.Error, line: int | None
+    ) -> int:
+        """Find the first refused row of a piece that was refused as a whole; copy those before it.
 
-    def _halve(self, piece: list[Rows], error: psycopg2.Error) -> int:
-        """Find the first refused row of a piece that was refused; copy those before it.
+        The row is tried alone before it is refused, and only behind those before it: one of them
+        may be why.
 
-        How many rows are dealt with: nothing is known of those behind it.
+        Args: line: index of the row that the error names, if it does; it may be any number.
+        Returns: how many rows are dealt with: nothing is known of those behind them.
         """
-        done, tried = 0, len(piece)
-        while len(piece) > 1:
-            half = piece[: len(piece) // 2]
-            failed = self._try(half)
+        low, high = 0, len(piece)
+        named = (-1, -1) if line is None else (line, line + 1)
+        same = True  # whether it is those between that were tried and refused
+        while high - low > 1:
+            middle = next((each for each in named if low < each < high), (low + high) // 2)
+            failed = self._try(piece[low:middle])
             if failed is None:
-                done += len(half)
-                piece = piece[len(half) :]
+                low, same = middle, False
             else:
-                piece, error, tried = half, failed, len(half)
-        if tried > 1:  # what was refused held more than this row
-            alone = self._try(piece)
+                high, error, same = middle, failed, True
+        if not same:
+            alone = self._try(piece[low:high])
             if alone is None:
-                return done + 1
+                return high
             error = alone
-        self._refuse(piece[0], error)
-        return done + 1
+        self._refuse(piece[low], error)
+        return high
 
     def _line(self, error: psycopg2.Error) -> int | None:
         """The index of the refused row in its piece, or what may be it."""
-        found = self._told.search(error.diag.context or "")
+        found = self._place.search(error.diag.context or "")
         return int(found[1]) - 1 if found and int(found[1]) > 0 else None
 
     def _column(self, error: psycopg2.Error) -> str | None:
         """The column that is to blame, if the error names one, itself or in its context."""
         if name := error.diag.column_name:
             return str(name)
-        found = self._told.search(error.diag.context or "")
+        found = self._place.search(error.diag.context or "")
         words = re.findall(r"\w+", found[2]) if found else []
         return next((word for word in reversed(words) if word in self._types), None)
 
     def _refuse(self, row: Rows, error: psycopg2.Error) -> None:
         sqlstate, column = error.pgcode or "", self._column(error)
         of_itself = {(sqlstate, None), (sqlstate, self._types.get(column or ""))} & _OF_ITSELF
-        self.refused.append(
-            Refused(
-                row.segment, bytes(row.data), sqlstate, one_line(error), column, bool(of_itself)
-            )
+        self._refused.append(
+            RefusedRow(row.id, bytes(row.data), sqlstate, one_line(error), column, bool(of_itself))
         )
-
-
-class Guard:
-    """Whether the table of a lane is to be taken to be wrong, by what it refused of the last loads.
-
-    They are remembered as long as the process lives. It goes by the fewest of them, back from the
-    one in hand, in which enough was refused: so good times long ago excuse nothing.
-    """
-
-    def __init__(self) -> None:
-        # (refused, rows) of loads with refused rows; clean ones are added to the rows before them
-        self._last: deque[tuple[int, int]] = deque()
-        self._in_hand = (0, 0)
-        self._afresh = False
-
-    def look(self, refused: Sequence[Refused], rows: int, accept_dead: bool) -> None:
-        """Look at a load that is about to commit, of so many rows.
-
-        Raises: LaneBlocked: so much is refused that the table is taken to be wrong.
-        """
-        telling = [each for each in refused if not each.of_itself]
-        self._in_hand = len(telling), rows - (len(refused) - len(telling))
-        self._afresh |= accept_dead
-        if not telling or accept_dead:
-            return
-        count, of = self._in_hand
-        for before in reversed(self._last):
-            if count >= GUARD_ROWS:
-                break
-            count, of = count + before[0], of + before[1]
-        if count < GUARD_ROWS or count * 2 <= of:
-            return
-        self._afresh = True
-        raise LaneBlocked(
-            f"the table refuses {count} of {of} rows: {telling[0].message} (SQLSTATE "
-            f"{telling[0].sqlstate}); mend the table, or let them through with "
-            "POST /load?accept=dead"
-        )
-
-    def committed(self) -> None:
-        """The load has committed; once somebody has acted on a block, counting starts afresh."""
-        refused, rows = self._in_hand
-        if self._afresh:
-            self._last.clear()
-            self._afresh = False
-        elif refused:
-            self._last.append((refused, rows))
-            while sum(count for count, _ in self._last) - self._last[0][0] >= GUARD_ROWS:
-                self._last.popleft()
-        elif self._last:
-            count, of = self._last.pop()
-            self._last.append((count, of + rows))
 
 
 def _pieces(rows: Sequence[Rows]) -> Iterator[list[Rows]]:
@@ -299,7 +232,5 @@ def _pieces(rows: Sequence[Rows]) -> Iterator[list[Rows]]:
 
 def _lines(rows: Sequence[Rows]) -> list[Rows]:
     return [
-        Rows(each.segment, line + b"\n")
-        for each in rows
-        for line in bytes(each.data).split(b"\n")[:-1]
+        Rows(each.id, line + b"\n") for each in rows for line in bytes(each.data).split(b"\n")[:-1]
     ]

@@ -68,22 +68,32 @@ def quote(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
+def qualified(schema: str, table: str) -> str:
+    """The table's name in a statement."""
+    return f"{quote(schema)}.{quote(table)}"
+
+
+def parameterized(schema: str, table: str) -> str:
+    """The same in a statement that has parameters: psycopg2 looks at each `%` of it."""
+    return qualified(schema, table).replace("%", "%%")
+
+
 def create_table(schema: str, table: Table) -> str:
     """One statement that makes the table with all its columns."""
     columns = ",\n".join(f"    {_definition(column)}" for column in table.columns)
-    return f"CREATE TABLE {quote(schema)}.{quote(table.name)} (\n{columns}\n)"
+    return f"CREATE TABLE {qualified(schema, table.name)} (\n{columns}\n)"
 
 
 def add_columns(schema: str, table: Table, missing: Iterable[Column]) -> str:
     """One statement that adds columns; existing rows get the default."""
     added = ", ".join(f"ADD COLUMN {_definition(column)}" for column in missing)
-    return f"ALTER TABLE {quote(schema)}.{quote(table.name)} {added}"
+    return f"ALTER TABLE {qualified(schema, table.name)} {added}"
 
 
 def create_indexes(schema: str, table: Table) -> list[str]:
     """The indexes of one of our own tables."""
     return [
-        f"CREATE INDEX {quote(name)} ON {quote(schema)}.{quote(of)} {columns}"
+        f"CREATE INDEX {quote(name)} ON {qualified(schema, of)} {columns}"
         for name, (of, columns) in OWN_INDEXES.items()
         if of == table.name
     ]

@@ -11,6 +11,7 @@ import re
 import psycopg2
 
 from datapipe.errors import LaneBlocked, SinkUnavailable
+from datapipe.sinks.transaction import TableMissing
 
 
 class Verdict(enum.Enum):
@@ -91,7 +92,7 @@ _AWAY_WORDS = re.compile(
 
 
 def is_away(exc: BaseException | None) -> bool:
-    """Whether the server does not answer now, or has no room: nothing that a setting can mend."""
+    """Whether the server does not answer now, or has no room: nothing that a setting can repair."""
     if not isinstance(exc, psycopg2.Error):
         return False
     if exc.pgcode:
@@ -108,7 +109,8 @@ def error_of(exc: psycopg2.Error, lane: str | None = None) -> SinkUnavailable | 
         return SinkUnavailable(text)
     if kind is Verdict.LATER:
         return SinkUnavailable(text, everywhere=False)
-    return LaneBlocked(f"{text} (SQLSTATE {exc.pgcode})" if exc.pgcode else text)
+    blocked = TableMissing if kind is Verdict.MISSING else LaneBlocked
+    return blocked(f"{text} (SQLSTATE {exc.pgcode})" if exc.pgcode else text)
 
 
 def one_line(exc: BaseException) -> str:

@@ -1,43 +1,25 @@
-"""PostgreSQL: loads segments by COPY, exactly once, by way of the ledger.
-
-psycopg2 refuses COPY on an asynchronous connection, and a COPY sent with `execute` on one hangs
-(psycopg/psycopg2 issues 428 and 781). So aiopg's pool does all that is not COPY, and a load runs on
-a plain psycopg2 connection, aiopg's own driver, in a worker thread: libpq releases the GIL, the
-event loop stays free. A thread that waits for a silent server can't be cancelled; `abort` shuts its
-socket down, which frees it at once.
-"""
+"""PostgreSQL as the sink: loads by COPY, the ledger, heartbeats, dead letters."""
 
 from __future__ import annotations
 
-import asyncio
 import importlib.util
-import os
-import socket
-import threading
 import time
-from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from functools import partial
-from itertools import groupby
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, TypeVar
-from uuid import uuid4
 
 import psycopg2
 import psycopg2.extensions
 
 from datapipe.errors import ConfigError, SinkUnavailable
-from datapipe.events.segment import Segment
-from datapipe.events.types import Column
 from datapipe.settings import Settings
-from datapipe.sinks import Check, Loaded, Selection, Table
-from datapipe.sinks.postgres import dead_letters
-from datapipe.sinks.postgres.copy import Copier, Guard, Refused
-from datapipe.sinks.postgres.database import PEER_MAY_VANISH, Database
-from datapipe.sinks.postgres.ddl import OWN_TABLES, quote
-from datapipe.sinks.postgres.errors import Verdict, error_of, one_line, verdict
-from datapipe.sinks.postgres.keys import Keys
-from datapipe.sinks.postgres.threads import in_thread
+from datapipe.sinks import Beat, Heartbeat, Selection
+from datapipe.sinks.postgres.connections import PEER_MAY_VANISH, Sessions
+from datapipe.sinks.postgres.database import Database
+from datapipe.sinks.postgres.ddl import OWN_TABLES, parameterized
+from datapipe.sinks.postgres.transaction import PostgresTransaction, where
+from datapipe.sinks.transaction import Transaction
+from datapipe.sinks.transactional import found
 
 # Each load states what it relies on, whatever the role or the database says. Without
 # synchronous_commit a crash of the server after COMMIT loses what the mirror has forgotten; without
@@ -52,310 +34,157 @@ _BEGIN = (
     " SET CONSTRAINTS ALL IMMEDIATE; SELECT pg_backend_pid()"
 )
 
-_CLOSE_S = 1.0  # for loads to end once their sockets are shut down
+# An IronMQ message lives 30 days at the most, so its segment's ledger row must live longer.
+_IRONMQ_DAYS = 31
 
+# What others wait for is known by their last heartbeat, which may be some seconds old.
+_BEAT_SLACK_S = 15.0
 
 _T = TypeVar("_T")
 
 
 class PostgresSink(Database):
-    """The sink: a thread and a plain connection per load under way, and aiopg for the rest."""
+    """A thread and a plain connection per load under way, and the pool for the rest."""
 
     def __init__(self, settings: Settings, process: str, stack: AsyncExitStack) -> None:
         super().__init__(settings, stack)
-        self._letters = self._own("datapipe_dead_letters")
-        self._chunk_bytes = settings.load_chunk_bytes
         self._process = process
-        self._threads: set[threading.Thread] = set()
-        self._idle: list[psycopg2.extensions.connection] = []
-        self._busy: set[psycopg2.extensions.connection] = set()
-        self._stopping = threading.Event()
-        # loads that took a segment and failed, by its id: one of them may have committed all the
-        # same. Not in the segment, which may be parked and read anew before it is tried again
-        self._tried: dict[str, set[str]] = {}
-        self._guards: defaultdict[str, Guard] = defaultdict(Guard)  # by lane
+        self._chunk_bytes = settings.load_chunk_bytes
+        self._dedupe_window_s = settings.dedupe_window
+        self._ledger = parameterized(self._schema, "datapipe_ledger")
+        self._processes = parameterized(self._schema, "datapipe_processes")
+        self._letters = parameterized(self._schema, "datapipe_dead_letters")
+        self._sessions = Sessions()
         self._backends: dict[str, int] = {}  # the server's processes of loads under way, by lane
 
-    async def load(
-        self, table: Table, segments: Sequence[Segment], *, accept_dead: bool = False
-    ) -> Loaded:
-        """See `Sink.load`."""
-        for again in (False, True):
-            began = time.perf_counter()
-            try:
-                wanted = _widened(table, segments) if again else table
-                await self.prepare(wanted, again=again)
-                loaded = await self._transaction(
-                    lambda cursor: self._load(cursor, table, segments, accept_dead)
-                )
-            except psycopg2.Error as exc:
-                if verdict(exc) is Verdict.MISSING and not again:
-                    continue  # somebody dropped it: one DDL pass, one retry
-                self.failed(exc)
-                raise error_of(exc, table.name) from exc
-            finally:
-                self._backends.pop(table.name, None)
-            self.works(began)
-            self._guards[table.name].committed()
-            for segment in segments:
-                self._tried.pop(segment.id, None)
-            return loaded
-        raise AssertionError  # the second pass returns or raises
+    # --- loads ---
+
+    async def transact(self, lane: str, work: Callable[[Transaction], _T]) -> _T:
+        """See `TransactionalSink.transact`."""
+
+        def whole(cursor: psycopg2.extensions.cursor) -> _T:
+            cursor.execute(_BEGIN)
+            ((self._backends[lane],),) = cursor.fetchall()
+            result = work(
+                PostgresTransaction(cursor, self._schema, self._process, self._chunk_bytes)
+            )
+            _commit(cursor)
+            return result
+
+        try:
+            return await self._sessions.run(await self.dsn(), whole)
+        except psycopg2.Error as exc:
+            raise self.error(exc, lane) from exc
+        finally:
+            self._backends.pop(lane, None)
 
     async def waits(self) -> dict[str, str]:
-        """See `Sink.waits`. Raises: SinkUnavailable."""
+        """See `Sink.waits`."""
         lanes = {backend: lane for lane, backend in self._backends.items()}
-
-        async def look(cursor: Any) -> dict[str, str]:
-            await cursor.execute(
-                "SELECT pid, wait_event_type || ': ' || wait_event FROM pg_stat_activity"
-                " WHERE pid = ANY(%s) AND wait_event IS NOT NULL",
-                (list(lanes),),
-            )
-            return {lanes[backend]: event for backend, event in await cursor.fetchall()}
-
-        return await self.run(look)
-
-    async def _transaction(self, work: Callable[[psycopg2.extensions.cursor], _T]) -> _T:
-        dsn = await self.dsn()
-        thread, outcome = in_thread(lambda: self._in_transaction(dsn, work))
-        self._threads = {each for each in self._threads if each.is_alive()} | {thread}
-        return await outcome
-
-    def _in_transaction(self, dsn: str, work: Callable[[psycopg2.extensions.cursor], _T]) -> _T:
-        """Work that begins a transaction, and its COMMIT, in a worker thread.
-
-        Raises: psycopg2.Error, SinkUnavailable, and whatever `work` raises: it is rolled back, or
-        unknown.
-        """
-        connection = self._connect(dsn)
-        self._busy.add(connection)
-        try:
-            with connection.cursor() as cursor:
-                result = work(cursor)
-                _commit(cursor)
-        except BaseException as exc:
-            self._busy.discard(connection)
-            self._after_failure(connection, exc)
-            raise
-        self._busy.discard(connection)
-        self._idle.append(connection)
-        return result
-
-    def _after_failure(
-        self, connection: psycopg2.extensions.connection, exc: BaseException
-    ) -> None:
-        """Keep the connection for the next load, unless it may be to blame."""
-        try:
-            if isinstance(exc, psycopg2.Error) and verdict(exc) is Verdict.DOWN:
-                connection.close()
-            else:
-                connection.cursor().execute("ROLLBACK")
-                self._idle.append(connection)
-        except psycopg2.Error:
-            connection.close()
-
-    def _take_idle(self) -> psycopg2.extensions.connection | None:
-        with suppress(IndexError):  # threads take them at the same time
-            while True:
-                connection = self._idle.pop()
-                if not connection.closed:
-                    return connection
-        return None
+        rows = await self.query(
+            "SELECT pid, wait_event_type || ': ' || wait_event FROM pg_stat_activity"
+            " WHERE pid = ANY(%s) AND wait_event IS NOT NULL",
+            list(lanes),
+        )
+        return {lanes[backend]: event for backend, event in rows}
 
     def down(self, error: str) -> None:
-        """Note that the database does not answer, or not as it should.
-
-        What it says holds for a session, perhaps: read-only, an address that is a standby now. So
-        none is kept.
-        """
+        """See `TransactionalSink.down`."""
         super().down(error)
-        while (connection := self._take_idle()) is not None:
-            connection.close()
-
-    def _connect(self, dsn: str) -> psycopg2.extensions.connection:
-        if self._stopping.is_set():
-            raise psycopg2.OperationalError("shutting down")
-        if (idle := self._take_idle()) is not None:
-            return idle
-        try:
-            connection = psycopg2.connect(dsn)
-        except psycopg2.OperationalError as exc:
-            raise _ConnectError(one_line(exc)) from exc
-        if self._stopping.is_set():
-            connection.close()
-            raise psycopg2.OperationalError("shutting down")
-        connection.autocommit = True  # BEGIN and COMMIT are ours, sent with what belongs to them
-        connection.set_client_encoding("UTF8")
-        return connection
-
-    def _load(
-        self,
-        cursor: psycopg2.extensions.cursor,
-        table: Table,
-        segments: Sequence[Segment],
-        accept_dead: bool,
-    ) -> Loaded:
-        load = uuid4().hex
-        cursor.execute(_BEGIN)
-        ((self._backends[table.name],),) = cursor.fetchall()
-        new = self._enter(cursor, table.name, segments, load)
-        known = [segment for segment in segments if segment.id not in new]
-        result = self._known(cursor, known)
-        for segment in segments:
-            self._tried.setdefault(segment.id, set()).add(load)
-        fresh = [segment for segment in segments if segment.id in new]
-        rows, duplicates = Keys(cursor, self._ledger, self._process).rows(table.name, fresh)
-        columns_of = {segment.id: segment.columns for segment in fresh}
-        refused: list[Refused] = []
-        for columns, group in groupby(rows, key=lambda each: columns_of[each.segment]):
-            copier = self._copier(cursor, table, columns)
-            copier.copy(list(group))
-            refused += copier.refused
-        dead_of = dict.fromkeys(columns_of, 0)
-        copied = sum(s.events for s in fresh) - sum(duplicates.values())
-        self._guards[table.name].look(refused, copied, accept_dead)
-        if refused:
-            dead_letters.write(cursor, self._letters, table.name, columns_of, refused)
-            for each in refused:
-                dead_of[each.segment] += 1
-            result.refused = tuple(f"{each.sqlstate}: {each.message}" for each in refused[:3])
-        self._book(cursor, dead_of, duplicates)
-        result.dead += sum(dead_of.values())
-        result.duplicate += sum(duplicates.values())
-        result.loaded += copied - sum(dead_of.values())
-        return result
-
-    def _copier(
-        self, cursor: psycopg2.extensions.cursor, table: Table, columns: Sequence[Column]
-    ) -> Copier:
-        names = ", ".join(quote(column.name) for column in columns)
-        statement = f"COPY {self._name(table.name)} ({names}) FROM STDIN"
-        return Copier(cursor, statement, table.name, columns, self._chunk_bytes)
-
-    def _enter(
-        self,
-        cursor: psycopg2.extensions.cursor,
-        lane: str,
-        segments: Sequence[Segment],
-        load: str,
-    ) -> set[str]:
-        """Write the segments into the ledger, in key order; the ids that were not there."""
-        ordered = sorted(segments, key=lambda segment: segment.id)
-        cursor.execute(
-            f"INSERT INTO {self._ledger}"
-            " (segment, kind, lane, events, source, process, load)"
-            " SELECT id, 'segment', %s, events, source, %s, %s"
-            " FROM unnest(%s::text[], %s::bigint[], %s::text[]) AS new (id, events, source)"
-            " ORDER BY id ON CONFLICT DO NOTHING RETURNING segment",
-            (
-                lane, self._process, load, [s.id for s in ordered],
-                [s.events for s in ordered], [s.source for s in ordered],
-            ),
-        )  # fmt: skip
-        return {segment for (segment,) in cursor.fetchall()}
-
-    def _known(self, cursor: psycopg2.extensions.cursor, segments: Sequence[Segment]) -> Loaded:
-        """What is in already. A commit of ours whose answer was lost counts as what it did.
-
-        The rows are locked, which is written to the log: a transaction that writes nothing does not
-        wait for the synchronous standby at its end, and what it has seen need not be there yet.
-        """
-        result = Loaded()
-        if not segments:
-            return result
-        cursor.execute(
-            f"SELECT segment, load, dead, duplicates FROM {self._ledger} WHERE segment = ANY(%s)"
-            " ORDER BY segment FOR UPDATE",
-            ([segment.id for segment in segments],),
-        )
-        rows = {segment: rest for segment, *rest in cursor.fetchall()}
-        if len(rows) < len(segments):  # somebody else removes rows of the ledger
-            raise SinkUnavailable("rows of the ledger have just been removed", everywhere=False)
-        for segment in segments:
-            load, dead, duplicates = rows[segment.id]
-            if load in self._tried.get(segment.id, ()):
-                result.dead += dead
-                result.duplicate += duplicates
-                result.loaded += segment.events - dead - duplicates
-            else:
-                result.duplicate += segment.events
-        return result
-
-    def _book(
-        self, cursor: psycopg2.extensions.cursor, dead: dict[str, int], duplicates: dict[str, int]
-    ) -> None:
-        """Note in the ledger what was not loaded of each segment."""
-        odd = [id for id in dead if dead[id] or duplicates[id]]
-        if odd:
-            cursor.execute(
-                f"UPDATE {self._ledger} AS ledger"
-                " SET dead = new.dead, duplicates = new.duplicates"
-                " FROM unnest(%s::text[], %s::bigint[], %s::bigint[]) AS new (id, dead, duplicates)"
-                " WHERE ledger.segment = new.id",
-                (odd, [dead[id] for id in odd], [duplicates[id] for id in odd]),
-            )
-
-    async def dead(self, selection: Selection, limit: int) -> dict[str, Any]:
-        """See `Sink.dead`."""
-        return await self._dead(
-            lambda cursor, table: dead_letters.look(cursor, table, selection, limit)
-        )
-
-    async def drop(self, selection: Selection) -> int:
-        """See `Sink.drop`."""
-        return await self._dead(lambda cursor, table: dead_letters.drop(cursor, table, selection))
-
-    async def _dead(self, work: Callable[[Any, str], Awaitable[_T]]) -> _T:
-        await self.prepare(OWN_TABLES[0])
-        return await self.run(lambda cursor: work(cursor, self._letters))
-
-    async def replay(
-        self, selection: Selection, tables: Mapping[str, Table], check: Check
-    ) -> tuple[dict[str, int], int]:
-        """See `Sink.replay`."""
-        for table in tables.values():
-            await self.prepare(table)
-
-        def some(cursor: Any, after: int) -> tuple[int | None, dict[str, int], int]:
-            cursor.execute(_BEGIN)
-            return dead_letters.replay(
-                cursor, self._letters, selection, after, check,
-                lambda lane: self._copier(cursor, tables[lane], tables[lane].columns),
-            )  # fmt: skip
-
-        back: Counter[str] = Counter()
-        stay, last = 0, 0
-        while True:
-            try:
-                reached, rows, stayed = await self._transaction(partial(some, after=last))
-            except psycopg2.Error as exc:
-                self.failed(exc)
-                raise error_of(exc, "dead letters") from exc
-            if reached is None:
-                return dict(back), stay
-            back.update(rows)
-            stay, last = stay + stayed, reached
+        self._sessions.close_idle()
 
     def abort(self) -> None:
         """See `Sink.abort`."""
-        self._stopping.set()
-        for connection in list(self._busy):
-            with suppress(psycopg2.Error, OSError):
-                end = socket.socket(fileno=os.dup(connection.fileno()))
-                with end:
-                    end.shutdown(socket.SHUT_RDWR)
+        self._sessions.abort()
 
     async def close(self) -> None:
-        self.abort()
-        await asyncio.to_thread(self._join, time.monotonic() + _CLOSE_S)
-        for connection in self._idle:
-            connection.close()
-        self._close_pool()
+        await self._sessions.close()
+        self._pool.close()
 
-    def _join(self, until: float) -> None:
-        for thread in list(self._threads):
-            thread.join(max(0.0, until - time.monotonic()))
+    # --- ledger ---
+
+    async def loaded(self, segments: Sequence[str]) -> set[str]:
+        """See `Ledger.loaded`."""
+        sql = f"SELECT segment FROM {self._ledger} WHERE segment = ANY(%s)"
+        return {segment for (segment,) in await self.query(sql, list(segments))}
+
+    async def expire(self, removed: Sequence[str]) -> None:
+        """See `Ledger.expire`."""
+        await self.transaction(
+            (f"DELETE FROM {self._ledger} WHERE segment = ANY(%s)", (list(removed),)),
+            # also what waits in the mirror of a process that is dead: it could hold the same event
+            (
+                f"DELETE FROM {self._ledger} WHERE kind IN ('claim', 'part') AND loaded_at <"
+                f" (SELECT least(now(), min(oldest_waiting)) FROM {self._processes})"
+                " - make_interval(secs => %s)",
+                (self._dedupe_window_s + _BEAT_SLACK_S,),
+            ),
+            (
+                f"DELETE FROM {self._ledger} WHERE kind = 'segment' AND source = 'ironmq'"
+                " AND loaded_at < now() - make_interval(days => %s)",
+                (_IRONMQ_DAYS,),
+            ),
+            (
+                f"DELETE FROM {self._processes} WHERE seen_at < now() - make_interval(days => %s)"
+                " OR (oldest_waiting IS NULL AND seen_at < now() - interval '1 hour')",
+                (_IRONMQ_DAYS,),
+            ),
+        )
+
+    async def expire_source(self, source: str, process: str) -> None:
+        """See `Ledger.expire_source`."""
+        of_others = "= %s AND process <> %s"
+        await self.transaction(
+            (f"DELETE FROM {self._ledger} WHERE source {of_others}", (source, process)),
+            (f"DELETE FROM {self._processes} WHERE mirror {of_others}", (source, process)),
+        )
+
+    async def heartbeat(self, beat: Heartbeat) -> dict[str, Beat]:
+        """See `Heartbeats.heartbeat`."""
+        began = time.perf_counter()
+        rows = await self.transaction(
+            (
+                f"INSERT INTO {self._processes} (process, mirror, oldest_waiting, ended, beats)"
+                " VALUES (%s, %s, to_timestamp(%s), %s, 1) ON CONFLICT (process) DO UPDATE SET"
+                " seen_at = now(), beats = datapipe_processes.beats + 1, ended = excluded.ended,"
+                " oldest_waiting = excluded.oldest_waiting",
+                (beat.process, beat.mirror, beat.oldest_waiting, beat.ended),
+            ),
+            (
+                f"DELETE FROM {self._processes} WHERE mirror = %s AND process <> %s",
+                (beat.mirror, beat.process),
+            ),
+            (f"SELECT process, beats, ended FROM {self._processes}", ()),
+        )
+        self.works(began)
+        return {process: Beat(beats, ended) for process, beats, ended in rows}
+
+    # --- dead letters ---
+
+    async def find(self, selection: Selection, limit: int) -> dict[str, Any]:
+        """See `DeadLetters.find`."""
+        await self.prepare(OWN_TABLES[0])
+        condition, values = where(selection)
+        groups = await self.query(
+            f"SELECT lane, sqlstate, min(message), count(*) FROM {self._letters}"
+            f" WHERE {condition} GROUP BY lane, sqlstate ORDER BY count(*) DESC, lane, sqlstate",
+            *values,
+        )
+        letters = await self.query(
+            "SELECT id, lane, event #>> '{}', sqlstate, message, column_name, created_at"
+            f" FROM {self._letters} WHERE {condition} ORDER BY id DESC LIMIT %s",
+            *values, limit,
+        )  # fmt: skip
+        return found(groups, letters)
+
+    async def drop(self, selection: Selection) -> int:
+        """See `DeadLetters.drop`."""
+        await self.prepare(OWN_TABLES[0])
+        condition, values = where(selection)
+        dropping = f"DELETE FROM {self._letters} WHERE {condition} RETURNING id"
+        sql = f"WITH dropped AS ({dropping}) SELECT count(*) FROM dropped"
+        ((count,),) = await self.query(sql, *values)
+        return int(count)
 
 
 def _commit(cursor: psycopg2.extensions.cursor) -> None:
@@ -373,17 +202,6 @@ def _commit(cursor: psycopg2.extensions.cursor) -> None:
     if notices:
         cursor.connection.close()
         raise SinkUnavailable(" ".join(notices[0].split()), everywhere=False)
-
-
-def _widened(table: Table, segments: Sequence[Segment]) -> Table:
-    """The table with the columns that segments of an older event class still bring."""
-    names = {column.name for column in table.columns}
-    brought = {c.name: c for s in segments for c in s.columns if c.name not in names}
-    return Table(table.name, (*table.columns, *brought.values()))
-
-
-class _ConnectError(psycopg2.OperationalError):  # type: ignore[misc]
-    """The connection could not be made: the database is down for all, whatever the reason."""
 
 
 @asynccontextmanager

@@ -1,0 +1,328 @@
+"""Connections to PostgreSQL: a pool of aiopg's for small work, and plain ones for loads in threads.
+
+psycopg2 refuses COPY on an asynchronous connection, and a COPY sent with `execute` on one hangs
+(psycopg/psycopg2 issues 428 and 781). So aiopg does all that is not COPY, and a load runs on a
+plain psycopg2 connection, aiopg's own driver, in a thread: libpq releases the GIL, the event loop
+stays free.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import Future
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from typing import Any, TypeVar
+
+import aiopg
+import psycopg2
+import psycopg2.extensions
+
+from datapipe.errors import ConfigError
+from datapipe.sinks.postgres.errors import one_line
+
+# Source: PostgreSQL documentation, libpq "Parameter Key Words". Seconds, and milliseconds for the
+# last: a peer that vanished without a word is noticed.
+_CONNECTION = {
+    "connect_timeout": "10",
+    "application_name": "datapipe",
+    "keepalives_idle": "15",
+    "keepalives_interval": "5",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "30000",
+}
+
+# Each transaction of ours begins with these. A host that loses power says nothing, and the server
+# waits for two hours, by the kernel's default, while the dead session holds its locks: with these
+# it gives up after 20 s, about as we do. By SQL, for a pooler refuses `options` at the start,
+# and a URL may bring its own; not SET LOCAL, so that idle sessions end, too; over a socket file
+# they do nothing. Source: PostgreSQL documentation, "Connections and Authentication", "TCP
+# Settings". Seconds, and milliseconds for the fourth.
+PEER_MAY_VANISH = (
+    "SET tcp_keepalives_idle = 10; SET tcp_keepalives_interval = 3;"
+    " SET tcp_keepalives_count = 3; SET tcp_user_timeout = 20000;"
+    " SET LOCAL idle_in_transaction_session_timeout = '60s'; SET LOCAL statement_timeout = 0;"
+)
+
+_CLOSE_S = 1.0  # for loads to end once their sockets are shut down
+
+_T = TypeVar("_T")
+
+
+def connection_dsn(url: str) -> str:
+    """The libpq string of a database URL; what the URL itself says stands.
+
+    On a Heroku dyno TLS is a must: what is between it and its database is anybody's network.
+
+    Raises: ConfigError: the URL can't be read; what it says is not repeated, it holds a password.
+    """
+    try:
+        given = psycopg2.extensions.parse_dsn(url)
+    except psycopg2.Error:
+        raise ConfigError("database_url: can't be read as a PostgreSQL URL") from None
+    tls = {"sslmode": os.environ.get("PGSSLMODE") or "require"} if os.environ.get("DYNO") else {}
+    # whatever the encoding of the database: only UTF8 holds all that clients can send
+    utf8 = {"client_encoding": "UTF8"}
+    dsn: str = psycopg2.extensions.make_dsn(**{**_CONNECTION, **tls, **given, **utf8})
+    return dsn
+
+
+class _Places:
+    """Descriptors that are open all the time, for sockets to be put in their places.
+
+    Taken early they have small numbers: when a connection breaks, aiopg calls `select`, which
+    refuses those from 1,024 on.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._nothing = os.open(os.devnull, os.O_RDONLY)
+        self._free = [os.dup(self._nothing) for _ in range(count)]
+
+    def take(self, descriptor: int) -> int:
+        """The number under which a duplicate of it is open now."""
+        return os.dup2(descriptor, self._free.pop(), inheritable=False)
+
+    def leave(self, number: int) -> None:
+        """Close what is open under that number; it stays ours."""
+        os.dup2(self._nothing, number, inheritable=False)
+        self._free.append(number)
+
+    def close(self) -> None:
+        for descriptor in (self._nothing, *self._free):
+            os.close(descriptor)
+
+
+class _Cancelled(psycopg2.OperationalError):  # type: ignore[misc]
+    """The server cancelled the statement: `statement_timeout`, or somebody's `pg_cancel_backend`.
+
+    Of psycopg2's own error aiopg makes an `asyncio.CancelledError`, which would end the task.
+    """
+
+    pgcode = "57014"
+
+
+class _Connection(psycopg2.extensions.connection):  # type: ignore[misc]
+    """A connection of the pool; the event loop watches a duplicate of its socket.
+
+    libpq closes the socket itself when the connection breaks, while aiopg still has it on the loop.
+    Whatever is opened next, in any thread, gets the same number, and uvloop, which keeps a handle
+    for each number, then fails who watches it. The duplicate's number is ours until the loop has
+    forgotten it. (Source: uvloop, `handles/poll.pyx`: `_fatal_error` closes a handle that
+    `Loop._polls` still holds.)
+    """
+
+    _watched = -1
+
+    def __init__(self, places: _Places, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._loop = asyncio.get_running_loop()
+        self._places = places
+        self._watched = places.take(super().fileno())
+
+    def fileno(self) -> int:
+        """What aiopg asks for once, to have it watched."""
+        return self._watched
+
+    def poll(self) -> int:
+        """See psycopg2. aiopg calls it when there is something to read or write."""
+        try:
+            state: int = super().poll()
+        except psycopg2.extensions.QueryCanceledError as exc:
+            raise _Cancelled(one_line(exc)) from exc
+        except psycopg2.Error:
+            if self._watched >= 0 and (self.closed or super().fileno() < 0):
+                self._unwatch()  # the duplicate would be ready to read for ever
+            raise
+        return state
+
+    def close(self) -> None:
+        super().close()
+        if self._watched >= 0:
+            self._unwatch()
+            self._places.leave(self._watched)
+            self._watched = -1
+
+    def _unwatch(self) -> None:
+        self._loop.remove_reader(self._watched)
+        self._loop.remove_writer(self._watched)
+
+
+class Pool:
+    """A few connections, kept, to the one address that answers; the dead ones are found by use.
+
+    One that fails is closed alone. aiopg's own pool would wake nobody who waits for its place, and
+    ends the work of others when it is terminated.
+    """
+
+    def __init__(self, dsn: Callable[[], Awaitable[str]], size: int) -> None:
+        self._dsn = dsn
+        self._places = _Places(size)
+        self._turns = asyncio.Semaphore(size)
+        self._free: list[aiopg.Connection] = []
+        self._answering: str | None = None
+
+    @asynccontextmanager
+    async def cursor(self) -> AsyncIterator[aiopg.Cursor]:
+        """In autocommit, on a connection that is free, or a new one; not used again after an error.
+
+        Raises: psycopg2.Error, OSError, TimeoutError; SinkUnavailable: see `Database.dsn`.
+        """
+        async with self._turns:
+            free = self._free
+            connection = self._take() or await self._connect()
+            try:
+                async with connection.cursor() as cursor:
+                    yield cursor
+            except BaseException:
+                connection.raw.close()
+                raise
+            if free is self._free:
+                free.append(connection)
+            else:
+                connection.raw.close()
+
+    def _take(self) -> aiopg.Connection | None:
+        while self._free:
+            connection = self._free.pop()
+            if not connection.closed:
+                return connection
+            connection.raw.close()  # it broke while nobody used it
+        return None
+
+    async def _connect(self) -> aiopg.Connection:
+        if self._answering is None:
+            # libpq changes its socket from one address to the next while aiopg watches the first
+            look = partial(_answering, await self._dsn())
+            self._answering = await in_thread(look)[1]
+        return await aiopg.connect(
+            self._answering, timeout=20.0, enable_json=False, enable_hstore=False,
+            enable_uuid=False, connection_factory=partial(_Connection, self._places),
+        )  # fmt: skip
+
+    def renew(self) -> None:
+        """Close those that are free, the others as soon as they are; find the address anew."""
+        free, self._free, self._answering = self._free, [], None
+        for connection in free:
+            connection.raw.close()
+
+    def close(self) -> None:
+        self.renew()
+        self._places.close()
+
+
+def _answering(dsn: str) -> str:
+    """The same, with the one address that answers of those that it names. Blocks.
+
+    Raises: psycopg2.Error: none does.
+    """
+    connection = psycopg2.connect(dsn)
+    try:
+        with socket.socket(fileno=os.dup(connection.fileno())) as end:
+            if end.family == socket.AF_UNIX:
+                return dsn
+            address, port = end.getpeername()[:2]
+        host = connection.info.host
+        pinned: str = psycopg2.extensions.make_dsn(dsn, host=host, hostaddr=address, port=port)
+    finally:
+        connection.close()
+    return pinned
+
+
+class Sessions:
+    """Plain connections, each used by one thread at a time, kept for the next.
+
+    A thread that waits for a silent server can't be cancelled; `abort` shuts its socket down, which
+    frees it at once.
+    """
+
+    def __init__(self) -> None:
+        self._threads: set[threading.Thread] = set()
+        self._idle: list[psycopg2.extensions.connection] = []
+        self._busy: set[psycopg2.extensions.connection] = set()
+        self._stopping = threading.Event()
+
+    async def run(self, dsn: str, work: Callable[[psycopg2.extensions.cursor], _T]) -> _T:
+        """Work that begins a transaction and ends it; in a thread.
+
+        Raises: psycopg2.Error; whatever `work` raises: it is rolled back, or unknown.
+        """
+        thread, outcome = in_thread(partial(self._run, dsn, work))
+        self._threads = {each for each in self._threads if each.is_alive()} | {thread}
+        return await outcome
+
+    def _run(self, dsn: str, work: Callable[[psycopg2.extensions.cursor], _T]) -> _T:
+        connection = self._take_idle() or self._connect(dsn)
+        self._busy.add(connection)
+        try:
+            if self._stopping.is_set():
+                raise psycopg2.OperationalError("shutting down")
+            return work(connection.cursor())
+        except BaseException:
+            with suppress(psycopg2.Error):
+                connection.cursor().execute("ROLLBACK")
+            raise
+        finally:
+            self._busy.discard(connection)
+            self._idle.append(connection)
+
+    def _take_idle(self) -> psycopg2.extensions.connection | None:
+        with suppress(IndexError):  # threads take them at the same time
+            while True:
+                connection = self._idle.pop()
+                if not connection.closed:
+                    return connection
+        return None
+
+    def _connect(self, dsn: str) -> psycopg2.extensions.connection:
+        connection = psycopg2.connect(dsn)
+        connection.autocommit = True  # BEGIN and COMMIT are ours, sent with what belongs to them
+        return connection
+
+    def close_idle(self) -> None:
+        """What the server says holds for a session, perhaps: read-only, a standby's address."""
+        while (connection := self._take_idle()) is not None:
+            connection.close()
+
+    def abort(self) -> None:
+        """End what is under way, and all that comes."""
+        self._stopping.set()
+        for connection in list(self._busy):
+            with suppress(psycopg2.Error, OSError):
+                end = socket.socket(fileno=os.dup(connection.fileno()))
+                with end:
+                    end.shutdown(socket.SHUT_RDWR)
+
+    async def close(self) -> None:
+        """End all of it; returns within a second or so."""
+        self.abort()
+        await asyncio.to_thread(self._join, time.monotonic() + _CLOSE_S)
+        self.close_idle()
+
+    def _join(self, until: float) -> None:
+        for thread in list(self._threads):
+            thread.join(max(0.0, until - time.monotonic()))
+
+
+def in_thread(call: Callable[[], _T]) -> tuple[threading.Thread, asyncio.Future[_T]]:
+    """Start the call in a thread of its own; the thread, and its outcome to await.
+
+    A daemon: one that hangs in a connect must not hold up the exit of the process.
+    """
+    outcome: Future[_T] = Future()
+    thread = threading.Thread(target=_run_into, args=(outcome, call), daemon=True, name="database")
+    thread.start()
+    return thread, asyncio.wrap_future(outcome)
+
+
+def _run_into(outcome: Future[_T], call: Callable[[], _T]) -> None:
+    if not outcome.set_running_or_notify_cancel():
+        return
+    try:
+        outcome.set_result(call())
+    except BaseException as exc:
+        outcome.set_exception(exc)

@@ -1,0 +1,108 @@
+"""Transaction: the few things that a load, and a replay of dead letters, ask of a database."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from datapipe.errors import LaneBlocked
+from datapipe.events.types import Column
+from datapipe.sinks import Selection, Table
+
+
+class TableMissing(LaneBlocked):
+    """A table or a column is not there: one DDL pass, then again."""
+
+
+class Entry(NamedTuple):
+    """A row of the ledger: of a segment, or of a claim or a part (see `keys`)."""
+
+    id: str
+    events: int = 0
+    source: str | None = None
+    body: str | None = None
+
+
+class Known(NamedTuple):
+    """What the ledger says of a segment: the load that committed it, and what that did."""
+
+    load: str | None
+    dead: int
+    duplicates: int
+
+
+@dataclass(slots=True, frozen=True)
+class Rows:
+    """Rows to copy, and the id of the segment, or of the dead letter, that they are of."""
+
+    id: str
+    data: bytes | memoryview
+
+
+@dataclass(slots=True, frozen=True)
+class RefusedRow:
+    """One row that the database refuses, and what it said.
+
+    Attributes:
+        of_itself: any table of this database would refuse it, so it says nothing of this one.
+    """
+
+    id: str
+    row: bytes
+    sqlstate: str
+    message: str
+    column: str | None = None
+    of_itself: bool = False
+
+
+class Letter(NamedTuple):
+    """A dead letter, as it is inserted; `event` is JSON."""
+
+    lane: str
+    event: str
+    sqlstate: str
+    message: str
+    column_name: str | None
+    segment: str
+
+
+class Transaction(Protocol):
+    """One transaction of a database, begun; its verbs block, and raise whatever the driver does."""
+
+    def enter(
+        self, kind: str, entries: Sequence[Entry], lane: str | None = None, load: str | None = None
+    ) -> set[str]:
+        """Insert ledger rows that are not there yet, in this order; the ids of those inserted.
+
+        Waits for another transaction that has inserted the same id.
+        Args: kind: segment, claim or part. entries: at least one.
+        """
+
+    def lock(self, segments: Sequence[str]) -> dict[str, Known]:
+        """What the ledger says of these, which stays so until the end.
+
+        Its COMMIT waits for whatever the COMMIT of those rows had to wait for.
+        """
+
+    def bodies(self, claims: Sequence[str]) -> dict[str, str]:
+        """The hash of the body that stands, by claim."""
+
+    def book(self, counts: Sequence[tuple[str, int, int]]) -> None:
+        """Note in the ledger how many events of a segment are dead, and how many duplicates."""
+
+    def copy(
+        self, table: Table, columns: Sequence[Column], rows: Sequence[Rows]
+    ) -> list[RefusedRow]:
+        """Insert rows that consist of these columns; those that the table refuses."""
+
+    def bury(self, letters: Sequence[Letter]) -> None:
+        """Insert dead letters."""
+
+    def letters(
+        self, selection: Selection, after: int, limit: int
+    ) -> Sequence[tuple[int, str, str]]:
+        """Id, lane and event of dead letters beyond that id, by id, locked; not those of others."""
+
+    def settle(self, back: Sequence[int], stay: Sequence[RefusedRow]) -> None:
+        """Remove dead letters, and note why others stay; an empty SQLSTATE changes none."""

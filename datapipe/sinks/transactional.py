@@ -1,0 +1,274 @@
+"""What every transactional database does alike, whatever SQL it speaks: load once, and replay.
+
+The ledger makes a load happen once: which segments are new is what an insert into it says, in the
+transaction of their rows. A database brings a `Transaction`, and is a `TransactionalSink`.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from abc import ABC, abstractmethod
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import groupby
+from typing import Any, TypeVar
+from uuid import uuid4
+
+import msgspec
+import structlog
+
+from datapipe.errors import EventRejected, SinkUnavailable
+from datapipe.events.rows import with_offset
+from datapipe.events.segment import Segment
+from datapipe.events.types import Column
+from datapipe.health import Health
+from datapipe.sinks import Check, Loaded, Selection, SinkState, Table
+from datapipe.sinks.guard import Guard
+from datapipe.sinks.keys import without_known_parts
+from datapipe.sinks.transaction import (
+    Entry,
+    Letter,
+    RefusedRow,
+    Rows,
+    TableMissing,
+    Transaction,
+)
+
+REPLAY_ROWS = 1000  # in one transaction
+
+_ESCAPED = re.compile(rb"\\([\\tnr])")
+_PLAIN = {b"\\": b"\\", b"t": b"\t", b"n": b"\n", b"r": b"\r"}
+
+_T = TypeVar("_T")
+log = structlog.stdlib.get_logger("datapipe.sinks")
+
+
+class TransactionalSink(ABC):
+    """A sink over a database with transactions; all but `load` and `replay` is its own.
+
+    Attributes: version: of the server, once it is known. answer_s: see `SinkState`.
+    """
+
+    def __init__(self, schema: str) -> None:
+        self.version: str | None = None
+        self.answer_s: float | None = None
+        self._schema = schema
+        self._health = Health()
+        # loads that took a segment and failed, by its id: one of them may have committed all the
+        # same. Not in the segment, which may be parked and read anew before it is tried again
+        self._tried: dict[str, set[str]] = {}
+        self._guards: defaultdict[str, Guard] = defaultdict(Guard)  # by lane
+
+    @abstractmethod
+    async def prepare(self, table: Table, *, again: bool = False) -> None:
+        """See `Sink.prepare`. Args: again: look, even if it was there when we looked last."""
+
+    @abstractmethod
+    async def transact(self, lane: str, work: Callable[[Transaction], _T]) -> _T:
+        """Do work in one transaction, in a thread if it takes time, and commit it.
+
+        Raises: SinkUnavailable, LaneBlocked, TableMissing; whatever `work` raises: it is rolled
+        back, or unknown.
+        """
+
+    async def waits(self) -> dict[str, str]:
+        """See `Sink.waits`: nothing, where the database doesn't say."""
+        return {}
+
+    def abort(self) -> None:  # noqa: B027
+        """See `Sink.abort`: nothing, where no load takes long."""
+
+    # --- up or down ---
+
+    def works(self, began: float) -> None:
+        """Note that real work succeeded, which began then (`time.perf_counter`).
+
+        What began before the last failure says nothing: the server may have ended since. Nor does
+        what only read, once it was down: a standby, or a full disk, lets us read.
+        """
+        if self._health.works(began):
+            log.info("database up", version=self.version, schema=self._schema)
+
+    def down(self, error: str) -> None:
+        """Note that the database does not answer, or not as it should."""
+        if self._health.fails(time.perf_counter(), error):
+            log.error("database down", error=error)
+
+    def state(self) -> SinkState:
+        """See `Sink.state`."""
+        health = self._health
+        return SinkState(health.up, health.error, self.version, self._schema, self.answer_s)
+
+    # --- load ---
+
+    async def load(
+        self, table: Table, segments: Sequence[Segment], *, accept_dead: bool = False
+    ) -> Loaded:
+        """See `Sink.load`."""
+        work = partial(self._load, table, segments, accept_dead)
+        await self.prepare(table)
+        began = time.perf_counter()
+        try:
+            loaded = await self.transact(table.name, work)
+        except TableMissing:  # somebody dropped it
+            await self.prepare(_widened(table, segments), again=True)
+            began = time.perf_counter()
+            loaded = await self.transact(table.name, work)
+        self.works(began)
+        self._guards[table.name].committed()
+        for segment in segments:
+            self._tried.pop(segment.id, None)
+        return loaded
+
+    def _load(
+        self,
+        table: Table,
+        segments: Sequence[Segment],
+        accept_dead: bool,
+        transaction: Transaction,
+    ) -> Loaded:
+        load = uuid4().hex
+        once = {each.id: each for each in segments}
+        # in key order, or two loads would wait for each other
+        entries = [Entry(id, once[id].events, once[id].source) for id in sorted(once)]
+        new = transaction.enter("segment", entries, table.name, load)
+        result = self._known(transaction, [each for id, each in once.items() if id not in new])
+        for id in once:
+            self._tried.setdefault(id, set()).add(load)
+        fresh = [each for id, each in once.items() if id in new]
+        rows, duplicates = without_known_parts(transaction, table.name, fresh)
+        columns_of = {each.id: each.columns for each in fresh}
+        refused: list[RefusedRow] = []
+        for columns, group in groupby(rows, key=lambda each: columns_of[each.id]):
+            refused += transaction.copy(table, columns, list(group))
+        copied = sum(each.events for each in fresh) - duplicates.total()
+        self._guards[table.name].look(refused, copied, accept_dead)
+        if refused:
+            transaction.bury([_letter(table.name, columns_of[each.id], each) for each in refused])
+            result.refused = tuple(f"{each.sqlstate}: {each.message}" for each in refused[:3])
+        dead = Counter(each.id for each in refused)
+        if counts := [(id, dead[id], duplicates[id]) for id in dead.keys() | duplicates.keys()]:
+            transaction.book(counts)
+        result.dead += len(refused)
+        twice = sum(each.events for each in segments) - sum(each.events for each in once.values())
+        result.duplicate += duplicates.total() + twice
+        result.loaded += copied - len(refused)
+        return result
+
+    def _known(self, transaction: Transaction, segments: Sequence[Segment]) -> Loaded:
+        """What is in already. A commit of ours whose answer was lost counts as what it did."""
+        result = Loaded()
+        if not segments:
+            return result
+        known = transaction.lock([segment.id for segment in segments])
+        if len(known) < len(segments):  # somebody else removes rows of the ledger
+            raise SinkUnavailable("rows of the ledger have just been removed", everywhere=False)
+        for segment in segments:
+            load, dead, duplicates = known[segment.id]
+            if load in self._tried.get(segment.id, ()):
+                result.dead += dead
+                result.duplicate += duplicates
+                result.loaded += segment.events - dead - duplicates
+            else:
+                result.duplicate += segment.events
+        return result
+
+    # --- dead letters ---
+
+    async def replay(
+        self, selection: Selection, tables: Mapping[str, Table], check: Check
+    ) -> tuple[dict[str, int], int]:
+        """See `DeadLetters.replay`."""
+        for table in tables.values():
+            await self.prepare(table)
+        back: Counter[str] = Counter()
+        stay, last = 0, 0
+        while True:
+            work = partial(self._replay, selection, last, tables, check)
+            reached, rows, stayed = await self.transact("dead letters", work)
+            if reached is None:
+                return dict(back), stay
+            back.update(rows)
+            stay, last = stay + stayed, reached
+
+    def _replay(
+        self,
+        selection: Selection,
+        after: int,
+        tables: Mapping[str, Table],
+        check: Check,
+        transaction: Transaction,
+    ) -> tuple[int | None, dict[str, int], int]:
+        """Some of them: the last id, or None; rows that are back, by lane; how many stay dead."""
+        letters = transaction.letters(selection, after, REPLAY_ROWS)
+        rows: dict[str, list[Rows]] = {}
+        refused: list[RefusedRow] = []
+        for id, lane, text in letters:
+            event = text.encode()
+            try:
+                row = check(lane, event, msgspec.json.decode(event, type=_Received).received_at)
+            except EventRejected as exc:
+                refused.append(RefusedRow(str(id), b"", "", exc.detail))
+            else:
+                rows.setdefault(lane, []).append(Rows(str(id), row))
+        for lane, of_lane in rows.items():
+            refused += transaction.copy(tables[lane], tables[lane].columns, of_lane)
+        stay = {each.id for each in refused}
+        transaction.settle([id for id, _, _ in letters if str(id) not in stay], refused)
+        back = {name: sum(each.id not in stay for each in group) for name, group in rows.items()}
+        return (letters[-1][0] if letters else None), back, len(stay)
+
+
+class _Received(msgspec.Struct):
+    """Of an event: when it was received."""
+
+    received_at: str
+
+
+def _widened(table: Table, segments: Sequence[Segment]) -> Table:
+    """The table with the columns that segments of an older event class still bring."""
+    names = {column.name for column in table.columns}
+    brought = {c.name: c for s in segments for c in s.columns if c.name not in names}
+    return Table(table.name, (*table.columns, *brought.values()))
+
+
+def found(groups: Iterable[Sequence[Any]], letters: Iterable[Sequence[Any]]) -> dict[str, Any]:
+    """What `DeadLetters.find` returns.
+
+    Args:
+        groups: lane, SQLSTATE, one of the messages, how many.
+        letters: id, lane, the event as text, SQLSTATE, message, column, when it was written.
+    """
+    names = ("lane", "sqlstate", "message", "count")
+    named = [dict(zip(names, group, strict=True)) for group in groups]
+    keys = ("id", "lane", "event", "sqlstate", "message", "column_name", "created_at")
+    shown = [dict(zip(keys, letter, strict=True)) for letter in letters]
+    for letter in shown:
+        letter["event"] = msgspec.Raw(letter["event"].encode())
+    return {"total": sum(group["count"] for group in named), "groups": named, "letters": shown}
+
+
+def _letter(lane: str, columns: Sequence[Column], refused: RefusedRow) -> Letter:
+    event = event_json(lane, columns, refused.row)
+    return Letter(lane, event, refused.sqlstate, refused.message, refused.column, refused.id)
+
+
+def event_json(lane: str, columns: Sequence[Column], row: bytes) -> str:
+    """The JSON object of a COPY row: as it could be posted again, and `received_at`."""
+    event: dict[str, Any] = {"event_name": lane}
+    for column, text in zip(columns, row.rstrip(b"\n").split(b"\t"), strict=True):
+        event[column.name] = _value(column.type, text)
+    return msgspec.json.encode(event).decode()
+
+
+def _value(type: str, text: bytes) -> Any:
+    if text == b"\\N":
+        return None
+    plain = _ESCAPED.sub(lambda found: _PLAIN[found[1]], text)
+    if type in ("bigint", "double precision", "jsonb"):
+        return msgspec.Raw(plain)
+    if type == "boolean":
+        return plain.lower() == b"true"
+    return with_offset(plain.decode()) if type == "timestamptz" else plain.decode()

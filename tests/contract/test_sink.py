@@ -1,0 +1,491 @@
+"""What every sink must do; each implementation is a parameter of the one suite."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+
+from datapipe.errors import LaneBlocked
+from datapipe.events.segment import Part, Segment
+from datapipe.events.types import Column, Event, EventType
+from datapipe.settings import Settings
+from datapipe.sinks import Beat, Database, Heartbeat, Loaded, Selection, Table, open_sink
+from datapipe.sinks.memory import MemoryDatabase
+from tests.contract.toys.toy_sink import open_toy
+from tests.postgres import Postgres
+
+USER, RECEIVED = Column("user_id", "bigint"), Column("received_at", "timestamptz")
+INSTALL = Table("install", (USER, RECEIVED))
+PURCHASE = Table("purchase", (USER, RECEIVED))
+TABLES = {table.name: table for table in (INSTALL, PURCHASE)}
+AT = "2026-01-02 03:04:05+00:00"
+
+
+class Place(Protocol):
+    """One kind of database, looked at from beside."""
+
+    def open(self, process: str) -> AbstractAsyncContextManager[Database]: ...
+
+    def users(self, lane: str) -> list[int]:
+        """What is in the table of a lane, in order."""
+
+    def refuse_odd(self) -> None:
+        """From now on the table `install` refuses odd users below 1,000."""
+
+    def accept_all(self) -> None:
+        """From now on it takes them again."""
+
+
+class InPostgres:
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def open(self, process: str) -> AbstractAsyncContextManager[Database]:
+        return open_sink(Settings(database_url=self._url), process)
+
+    def users(self, lane: str) -> list[int]:
+        rows = Postgres.execute(self._url, f"SELECT user_id FROM {lane} ORDER BY 1")
+        return [user for (user,) in rows]
+
+    def refuse_odd(self) -> None:
+        check = "CHECK (user_id % 2 = 0 OR user_id >= 1000)"
+        Postgres.execute(self._url, f"ALTER TABLE install ADD CONSTRAINT even {check}")
+
+    def accept_all(self) -> None:
+        Postgres.execute(self._url, "ALTER TABLE install DROP CONSTRAINT even")
+
+
+class InMemory:
+    def __init__(self) -> None:
+        self._database = MemoryDatabase()
+
+    def open(self, process: str) -> AbstractAsyncContextManager[Database]:
+        return self._database.open(Settings(), process)
+
+    def users(self, lane: str) -> list[int]:
+        return sorted(int(line.split(b"\t")[0]) for line in self._database.lines[lane])
+
+    def refuse_odd(self) -> None:
+        def check(line: bytes) -> bool:
+            user = int(line.split(b"\t")[0])
+            return user % 2 == 0 or user >= 1000
+
+        self._database.checks["install"] = check
+
+    def accept_all(self) -> None:
+        del self._database.checks["install"]
+
+
+class InToy:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def open(self, process: str) -> AbstractAsyncContextManager[Database]:
+        return open_toy(Settings(database_url=f"toy://{self._path}"), process)
+
+    def _execute(self, sql: str) -> list[tuple[Any, ...]]:
+        connection = sqlite3.connect(self._path, isolation_level=None)
+        try:
+            return connection.execute(sql).fetchall()
+        finally:
+            connection.close()
+
+    def users(self, lane: str) -> list[int]:
+        return [user for (user,) in self._execute(f"SELECT user_id FROM {lane} ORDER BY 1")]
+
+    def refuse_odd(self) -> None:
+        when = "WHEN NEW.user_id % 2 AND NEW.user_id < 1000 BEGIN SELECT RAISE(ABORT, 'odd'); END"
+        self._execute(f"CREATE TRIGGER even BEFORE INSERT ON install {when}")
+
+    def accept_all(self) -> None:
+        self._execute("DROP TRIGGER even")
+
+
+class World:
+    """One database, which several processes open."""
+
+    def __init__(self, place: Place, stack: AsyncExitStack) -> None:
+        self.place = place
+        self._stack = stack
+
+    async def open(self, process: str = "one") -> Database:
+        return await self._stack.enter_async_context(self.place.open(process))
+
+    def users(self, lane: str = "install") -> list[int]:
+        return self.place.users(lane)
+
+
+@pytest.fixture(params=["postgres", "memory", "toy"])
+async def world(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[World]:
+    places: dict[str, Callable[[], Place]] = {
+        "postgres": lambda: InPostgres(request.getfixturevalue("database")),
+        "memory": InMemory,
+        "toy": lambda: InToy(tmp_path / "toy.db"),
+    }
+    async with AsyncExitStack() as stack:
+        yield World(places[request.param](), stack)
+
+
+def row(user: int) -> bytes:
+    return f"{user}\t{AT}\n".encode()
+
+
+def segment(*users: int, lane: str = "install", key: str = "", source: str = "") -> Segment:
+    """A segment; with a key it is one part of a POST of that key, whose body is its rows."""
+    data = b"".join(map(row, users))
+    parts = (Part(key, str(users), 0, 0, len(data), len(users)),) if key else ()
+    return Segment(lane, TABLES[lane].columns, data, len(users), parts, source=source)
+
+
+def counts(loaded: Loaded) -> tuple[int, int, int]:
+    return loaded.loaded, loaded.duplicate, loaded.dead
+
+
+async def load(sink: Database, *segments: Segment, **more: Any) -> tuple[int, int, int]:
+    """Loaded, duplicate, dead."""
+    return counts(await sink.load(TABLES[segments[0].lane], segments, **more))
+
+
+# --- exactly once ---
+
+
+async def test_what_was_loaded_is_there_and_known(world: World) -> None:
+    sink = await world.open()
+    one, two = segment(1, 2), segment(3)
+    assert await load(sink, one, two) == (3, 0, 0)
+    assert world.users() == [1, 2, 3]
+    assert await sink.loaded([one.id, "x", two.id]) == {one.id, two.id}
+
+
+async def test_a_segment_counts_once_in_one_load_and_in_two(world: World) -> None:
+    sink = await world.open()
+    one, two = segment(1, 2), segment(3)
+    assert await load(sink, one, one) == (2, 2, 0)
+    assert await load(sink, one, two) == (1, 2, 0)
+    assert world.users() == [1, 2, 3]
+
+
+async def test_a_segment_counts_once_for_two_processes_at_once(world: World) -> None:
+    sinks = [await world.open(process) for process in ("one", "two")]
+    await sinks[0].prepare(INSTALL)
+    segments = [segment(n) for n in range(20)]
+    for at in range(0, 20, 2):
+        both = segments[at : at + 2]
+        done = await asyncio.gather(load(sinks[0], *both), load(sinks[1], *reversed(both)))
+        assert sorted(done) == [(0, 2, 0), (2, 0, 0)]
+    assert world.users() == list(range(20))
+
+
+async def test_lanes_have_tables_of_their_own(world: World) -> None:
+    sink = await world.open()
+    done = await asyncio.gather(load(sink, segment(1)), load(sink, segment(2, lane="purchase")))
+    assert done == [(1, 0, 0), (1, 0, 0)]
+    assert (world.users(), world.users("purchase")) == ([1], [2])
+
+
+async def test_what_is_many_is_loaded_whole(world: World) -> None:
+    sink = await world.open()
+    segments = [segment(*range(at, at + 10)) for at in range(0, 3000, 10)]
+    assert await load(sink, *segments) == (3000, 0, 0)
+    assert world.users() == list(range(3000))
+
+
+# --- idempotency keys ---
+
+
+async def test_a_key_counts_once(world: World) -> None:
+    one, two = await world.open("one"), await world.open("two")
+    assert await load(one, segment(1, 2, key="k"), segment(1, 2, key="k")) == (2, 2, 0)
+    assert await load(two, segment(1, 2, key="k"), segment(3, key="l")) == (1, 2, 0)
+    assert world.users() == [1, 2, 3]
+
+
+async def test_a_key_holds_for_each_lane_and_each_part(world: World) -> None:
+    """A POST of 2 parts in `install` and one in `purchase`, of which one was stored twice."""
+    sink = await world.open()
+    data = b"".join(map(row, (1, 2, 3)))
+    size = len(row(1))
+    parts = (Part("k", "body", 0, 0, size, 1), Part("k", "body", 1, size, 3 * size, 2))
+    first = Segment("install", INSTALL.columns, data[:size], 1, parts[:1])
+    again = Segment("install", INSTALL.columns, data + row(4), 4, parts)  # 4 has no key
+    other = Segment("purchase", PURCHASE.columns, row(5), 1, parts[:1])
+    assert await load(sink, first) == (1, 0, 0)
+    assert await load(sink, again) == (3, 1, 0)
+    assert await load(sink, other) == (1, 0, 0)
+    assert (world.users(), world.users("purchase")) == ([1, 2, 3, 4], [5])
+
+
+async def test_another_body_of_a_key_is_not_loaded(world: World) -> None:
+    sink = await world.open()
+    assert await load(sink, segment(1, key="k")) == (1, 0, 0)
+    assert await load(sink, segment(2, 3, key="k"), segment(4)) == (1, 2, 0)
+    assert world.users() == [1, 4]
+
+
+async def test_keys_at_once_in_whatever_order(world: World) -> None:
+    """Two processes, the same keys: whoever is second waits, and neither for ever."""
+    one, two = await world.open("one"), await world.open("two")
+    await one.prepare(INSTALL)
+
+    def of_all() -> list[Segment]:
+        return [segment(n, key=f"key{n}") for n in range(20)]
+
+    async with asyncio.timeout(20):
+        done = await asyncio.gather(load(one, *of_all()), load(two, *reversed(of_all())))
+    assert sorted(done) == [(0, 20, 0), (20, 0, 0)]
+    assert world.users() == list(range(20))
+
+
+# --- ledger ---
+
+
+async def test_the_ledger_forgets_what_is_removed_for_good(world: World) -> None:
+    sink = await world.open()
+    stored = [segment(n) for n in range(3)]
+    await load(sink, *stored)
+    await sink.expire([stored[0].id, "unknown"])
+    await sink.expire([stored[0].id])  # a repeat is harmless
+    ids = [each.id for each in stored]
+    assert await sink.loaded(ids) == set(ids[1:])
+    await sink.expire([])
+    assert await sink.loaded(ids) == set(ids[1:])
+
+
+async def test_a_key_is_known_when_its_segment_is_forgotten(world: World) -> None:
+    sink = await world.open()
+    first = segment(1, key="k")
+    await load(sink, first)
+    await sink.heartbeat(Heartbeat("one", "journal1", None))
+    await sink.expire([first.id])
+    assert await load(sink, segment(1, key="k")) == (0, 1, 0)
+
+
+async def test_a_source_that_is_drained_is_forgotten_but_for_ones_own(world: World) -> None:
+    one, two = await world.open("one"), await world.open("two")
+    theirs, other = segment(1, source="journal1"), segment(2, source="journal2")
+    mine = segment(3, source="journal1")
+    await load(one, theirs, other)
+    await load(two, mine)
+    await one.heartbeat(Heartbeat("one", "journal1", None))
+    await two.heartbeat(Heartbeat("two", "journal2", None))
+    await two.expire_source("journal1", "two")
+    assert await two.loaded([theirs.id, other.id, mine.id]) == {other.id, mine.id}
+    assert (await two.heartbeat(Heartbeat("two", "journal2", None))).keys() == {"two"}
+
+
+# --- heartbeats ---
+
+
+async def test_counts_rise_while_a_process_lives(world: World) -> None:
+    one, two = await world.open("one"), await world.open("two")
+    first = await one.heartbeat(Heartbeat("one", "journal1", None))
+    assert first.keys() == {"one"}
+    await two.heartbeat(Heartbeat("two", "journal2", 1e9))
+    third = await one.heartbeat(Heartbeat("one", "journal1", None))
+    assert third == {"one": Beat(first["one"].count + 1, False), "two": Beat(1, False)}
+
+
+async def test_others_see_that_a_process_has_ended(world: World) -> None:
+    one, two = await world.open("one"), await world.open("two")
+    await one.heartbeat(Heartbeat("one", "journal1", None))
+    await one.heartbeat(Heartbeat("one", "journal1", None, ended=True))
+    beats = await two.heartbeat(Heartbeat("two", "journal2", None))
+    assert beats == {"one": Beat(2, True), "two": Beat(1, False)}
+
+
+async def test_who_had_the_mirror_before_is_no_longer_shown(world: World) -> None:
+    one, two = await world.open("one"), await world.open("two")
+    await one.heartbeat(Heartbeat("one", "journal1", None))
+    assert (await two.heartbeat(Heartbeat("two", "journal1", None))).keys() == {"two"}
+
+
+# --- dead letters ---
+
+
+class Install(Event):
+    user_id: int
+
+
+def check_row(lane: str, event: bytes, received_at: str) -> bytes:
+    """What the registry does: the row of an event."""
+    assert received_at == AT
+    return row(json.loads(event)["user_id"])
+
+
+async def refusing(world: World, process: str = "one") -> Database:
+    sink = await world.open(process)
+    await sink.prepare(INSTALL)
+    world.place.refuse_odd()
+    return sink
+
+
+async def dead_users(sink: Database, selection: Selection | None = None) -> list[int]:
+    found = await sink.find(selection or Selection(), 1000)
+    return [json.loads(bytes(letter["event"]))["user_id"] for letter in found["letters"]]
+
+
+async def test_a_refused_row_costs_itself_alone(world: World) -> None:
+    sink = await refusing(world)
+    first = segment(1, 2, 3, 4)
+    result = await sink.load(INSTALL, [first, segment(6)])
+    assert counts(result) == (3, 0, 2)
+    assert len(result.refused) == 2
+    assert world.users() == [2, 4, 6]
+    assert await load(sink, first) == (0, 4, 0)  # it was loaded, dead letters and all
+    found = await sink.find(Selection(), 1)
+    (group,), (letter,) = found["groups"], found["letters"]
+    assert found["total"] == group["count"] == 2
+    assert group["lane"] == letter["lane"] == "install"
+    assert (group["sqlstate"], group["message"]) == (letter["sqlstate"], letter["message"])
+    event = json.loads(bytes(letter["event"]))
+    assert event == {"event_name": "install", "user_id": 3, "received_at": AT}  # the newest
+    assert letter["created_at"].tzinfo is not None
+
+
+async def test_dead_letters_are_found_and_dropped_by_selection(world: World) -> None:
+    sink = await refusing(world)
+    await load(sink, segment(1, 3, 5, 7, 9))
+    letters = (await sink.find(Selection(), 100))["letters"]
+    (state,) = {letter["sqlstate"] for letter in letters}
+    assert await dead_users(sink) == [9, 7, 5, 3, 1]
+    assert await dead_users(sink, Selection(lane="purchase")) == []
+    assert await dead_users(sink, Selection(lane="install", sqlstate="00000")) == []
+    assert len(await dead_users(sink, Selection(lane="install", sqlstate=state))) == 5
+    ids = tuple(letter["id"] for letter in letters[:2])
+    assert await dead_users(sink, Selection(ids=ids)) == [9, 7]
+    assert await sink.drop(Selection(ids=())) == 0
+    assert await sink.drop(Selection(ids=ids)) == 2
+    assert await sink.drop(Selection(ids=ids)) == 0
+    assert await sink.drop(Selection(lane="purchase")) == 0
+    assert await dead_users(sink) == [5, 3, 1]
+    assert await sink.drop(Selection()) == 3
+    found = await sink.find(Selection(), 100)
+    assert (found["total"], found["groups"], found["letters"]) == (0, [], [])
+
+
+async def test_replayed_once_and_what_is_refused_again_stays(world: World) -> None:
+    sink = await refusing(world)
+    await load(sink, segment(1, 3, 5))
+    assert await sink.replay(Selection(), TABLES, check_row) == ({"install": 0}, 3)
+    assert await dead_users(sink) == [5, 3, 1]
+    world.place.accept_all()
+    newest = (await sink.find(Selection(), 1))["letters"][0]["id"]
+    assert await sink.replay(Selection(ids=(newest,)), TABLES, check_row) == ({"install": 1}, 0)
+    assert world.users() == [5]
+    assert await sink.replay(Selection(lane="install"), TABLES, check_row) == ({"install": 2}, 0)
+    assert await sink.replay(Selection(), TABLES, check_row) == ({}, 0)
+    assert world.users() == [1, 3, 5]
+    assert await dead_users(sink) == []
+
+
+async def test_more_are_replayed_than_one_transaction_takes(world: World) -> None:
+    sink = await refusing(world)
+    odd = range(1, 1000, 2)
+    for _ in range(3):
+        await load(sink, segment(*odd), accept_dead=True)
+    world.place.accept_all()
+    assert await sink.replay(Selection(), TABLES, check_row) == ({"install": 1500}, 0)
+    assert world.users() == sorted([*odd, *odd, *odd])
+
+
+async def test_what_the_check_refuses_stays_with_its_reason(world: World) -> None:
+    sink = await refusing(world)
+    await load(sink, segment(1))
+    before = (await sink.find(Selection(), 1))["letters"][0]
+
+    def check(lane: str, event: bytes, received_at: str) -> bytes:
+        return EventType(lane, Install).look_closer(b"{}", received_at)
+
+    assert await sink.replay(Selection(), TABLES, check) == ({}, 1)
+    (letter,) = (await sink.find(Selection(), 1))["letters"]
+    assert "user_id" in letter["message"]
+    assert letter == {**before, "message": letter["message"]}
+    assert world.users() == []
+
+
+async def test_a_table_that_refuses_nearly_all_is_blocked_and_nothing_is_dead(
+    world: World,
+) -> None:
+    sink = await refusing(world)
+    odd = segment(*range(1, 201, 2))
+    with pytest.raises(LaneBlocked, match="refuses 100 of 101 rows"):
+        await load(sink, odd, segment(2))
+    assert await sink.loaded([odd.id]) == set()
+    assert (world.users(), await dead_users(sink)) == ([], [])
+    assert await load(sink, segment(2)) == (1, 0, 0)
+    assert await load(sink, odd, accept_dead=True) == (0, 0, 100)
+    assert len(await dead_users(sink)) == 100
+
+
+# --- tables, and how it is ---
+
+
+async def test_preparing_is_repeated_by_whoever_comes(world: World) -> None:
+    sinks: Sequence[Database] = [await world.open(process) for process in ("one", "two", "three")]
+    await asyncio.gather(*(sink.prepare(INSTALL) for sink in sinks))
+    for sink in sinks:
+        await sink.prepare(INSTALL)
+    assert world.users() == []
+
+
+async def test_a_new_column_is_added_and_older_segments_load(world: World) -> None:
+    sink = await world.open()
+    await load(sink, segment(1))
+    wider = Table("install", (USER, Column("note", "text"), RECEIVED))
+    await sink.prepare(wider)
+    new = Segment("install", wider.columns, f"2\ta note\t{AT}\n".encode(), 1)
+    result = await sink.load(wider, [new, segment(3), Segment(*_parts_of(new))])
+    assert counts(result) == (3, 0, 0)
+    assert world.users() == [1, 2, 2, 3]
+
+
+def _parts_of(segment: Segment) -> tuple[Any, ...]:
+    return segment.lane, segment.columns, segment.data, segment.events
+
+
+async def test_the_ddl_is_text_that_names_each_table_or_nothing(world: World) -> None:
+    sink = await world.open()
+    text = sink.ddl([INSTALL, PURCHASE])
+    assert not text or all(name in text for name in ("install", "purchase", "datapipe_ledger"))
+    assert sink.state().up is None  # nobody was asked
+
+
+async def test_the_state_is_that_of_the_last_real_work(world: World) -> None:
+    sink = await world.open()
+    assert (sink.state().up, sink.state().error) == (None, None)
+    await load(sink, segment(1))
+    state = sink.state()
+    assert (state.up, state.error) == (True, None)
+    assert state.schema
+
+
+async def test_the_check_changes_nothing_and_finds_nothing_wrong(world: World) -> None:
+    sink = await world.open()
+    for _ in range(2):
+        findings = await sink.check([INSTALL])
+        assert {level for level, _ in findings} == {"ok"}
+        await sink.prepare(INSTALL)
+    assert isinstance(await sink.hint(), str)
+    assert await sink.waits() == {}
+
+
+async def test_what_is_aborted_is_tried_again_by_the_next_process(world: World) -> None:
+    sink = await world.open()
+    first = segment(*range(10))
+    loading = asyncio.create_task(load(sink, first))
+    await asyncio.sleep(0)
+    sink.abort()
+    await asyncio.wait([loading])
+    again = await world.open("two")
+    loaded, duplicate, dead = await load(again, first)
+    assert (loaded + duplicate, dead) == (10, 0)
+    assert world.users() == list(range(10))
+    if not loading.cancelled():
+        loading.exception()

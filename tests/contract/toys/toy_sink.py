@@ -1,0 +1,270 @@
+"""A toy sink, as a third party would write one: rows, ledger and all else in one SQLite file."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from datapipe.errors import LaneBlocked, SinkUnavailable
+from datapipe.events.types import Column
+from datapipe.settings import Settings
+from datapipe.sinks import Beat, Heartbeat, Selection, Table
+from datapipe.sinks.transaction import (
+    Entry,
+    Known,
+    Letter,
+    RefusedRow,
+    Rows,
+    TableMissing,
+    Transaction,
+)
+from datapipe.sinks.transactional import TransactionalSink, event_json, found
+
+OWN_TABLES = """
+CREATE TABLE IF NOT EXISTS datapipe_ledger (
+    segment TEXT PRIMARY KEY, kind, lane, events, dead DEFAULT 0, duplicates DEFAULT 0, body,
+    source, process, load
+);
+CREATE TABLE IF NOT EXISTS datapipe_dead_letters (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, lane, event, sqlstate, message, column_name, segment,
+    created_at
+);
+CREATE TABLE IF NOT EXISTS datapipe_processes (
+    process TEXT PRIMARY KEY, mirror, beats, ended
+);
+"""
+
+_T = TypeVar("_T")
+
+
+class ToyTransaction:
+    """See `Transaction`."""
+
+    def __init__(self, connection: sqlite3.Connection, process: str) -> None:
+        self._execute = connection.execute
+        self._process = process
+
+    def enter(
+        self, kind: str, entries: Sequence[Entry], lane: str | None = None, load: str | None = None
+    ) -> set[str]:
+        sql = (
+            "INSERT INTO datapipe_ledger"
+            " (segment, events, source, body, kind, lane, load, process)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"
+        )
+        more = kind, lane, load, self._process
+        return {entry.id for entry in entries if self._execute(sql, (*entry, *more)).rowcount}
+
+    def lock(self, segments: Sequence[str]) -> dict[str, Known]:
+        sql = "SELECT segment, load, dead, duplicates FROM datapipe_ledger WHERE segment = ?"
+        rows = [row for id in segments for row in self._execute(sql, (id,))]
+        return {id: Known(*rest) for id, *rest in rows}
+
+    def bodies(self, claims: Sequence[str]) -> dict[str, str]:
+        sql = "SELECT segment, body FROM datapipe_ledger WHERE segment = ?"
+        return dict(row for id in claims for row in self._execute(sql, (id,)))
+
+    def book(self, counts: Sequence[tuple[str, int, int]]) -> None:
+        for id, *numbers in counts:
+            sql = "UPDATE datapipe_ledger SET dead = ?, duplicates = ? WHERE segment = ?"
+            self._execute(sql, (*numbers, id))
+
+    def copy(
+        self, table: Table, columns: Sequence[Column], rows: Sequence[Rows]
+    ) -> list[RefusedRow]:
+        names = ", ".join(f'"{column.name}"' for column in columns)
+        values = ", ".join(f":{column.name}" for column in columns)
+        sql = f'INSERT INTO "{table.name}" ({names}) VALUES ({values})'
+        refused = []
+        for each in rows:
+            for line in bytes(each.data).splitlines(keepends=True):
+                event = json.loads(event_json(table.name, columns, line))
+                try:
+                    self._execute(sql, {name: _storable(value) for name, value in event.items()})
+                except sqlite3.IntegrityError as exc:
+                    refused.append(RefusedRow(each.id, line, "23000", str(exc)))
+        return refused
+
+    def bury(self, letters: Sequence[Letter]) -> None:
+        now = datetime.now(UTC).isoformat()
+        for letter in letters:
+            self._execute(
+                "INSERT INTO datapipe_dead_letters"
+                " (lane, event, sqlstate, message, column_name, segment, created_at)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (*letter, now),
+            )
+
+    def letters(
+        self, selection: Selection, after: int, limit: int
+    ) -> Sequence[tuple[int, str, str]]:
+        condition, values = where(selection)
+        return self._execute(
+            f"SELECT id, lane, event FROM datapipe_dead_letters WHERE {condition}"
+            " AND id > ? ORDER BY id LIMIT ?",
+            (*values, after, limit),
+        ).fetchall()
+
+    def settle(self, back: Sequence[int], stay: Sequence[RefusedRow]) -> None:
+        for id in back:
+            self._execute("DELETE FROM datapipe_dead_letters WHERE id = ?", (id,))
+        for each in stay:
+            self._execute(
+                "UPDATE datapipe_dead_letters"
+                " SET sqlstate = coalesce(nullif(?, ''), sqlstate), message = ? WHERE id = ?",
+                (each.sqlstate, each.message, each.id),
+            )
+
+
+class ToySink(TransactionalSink):
+    """See `datapipe.sinks.Database`."""
+
+    def __init__(self, path: Path, process: str) -> None:
+        super().__init__(schema="main")
+        self.version = sqlite3.sqlite_version
+        self._path = path
+        self._process = process
+
+    async def transact(self, lane: str, work: Callable[[Transaction], _T]) -> _T:
+        return await self._run(lambda connection: work(ToyTransaction(connection, self._process)))
+
+    async def _run(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
+        """Work in a transaction of its own. Raises: SinkUnavailable, LaneBlocked, TableMissing."""
+        try:
+            return await asyncio.to_thread(self._in_transaction, work)
+        except sqlite3.OperationalError as exc:
+            text = str(exc)
+            if text.startswith("no such table") or "has no column" in text:
+                raise TableMissing(text) from exc
+            self.down(text)
+            raise SinkUnavailable(text) from exc
+        except sqlite3.Error as exc:
+            raise LaneBlocked(str(exc)) from exc
+
+    def _in_transaction(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
+        connection = sqlite3.connect(self._path, timeout=30.0, isolation_level=None)
+        try:
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.executescript(OWN_TABLES)
+            connection.execute("BEGIN IMMEDIATE")
+            result = work(connection)
+            connection.execute("COMMIT")
+        finally:
+            connection.close()  # rolls back what did not commit
+        return result
+
+    # --- Sink ---
+
+    async def prepare(self, table: Table, *, again: bool = False) -> None:
+        def make(connection: sqlite3.Connection) -> None:
+            connection.execute(table_ddl(table))
+            there = {row[1] for row in connection.execute(f'PRAGMA table_info("{table.name}")')}
+            for column in table.columns:
+                if column.name not in there:
+                    connection.execute(f'ALTER TABLE "{table.name}" ADD COLUMN "{column.name}"')
+
+        await self._run(make)
+
+    async def hint(self) -> str:
+        return f"sqlite3 {self._path} 'SELECT * FROM crash_report'"
+
+    async def check(self, tables: Sequence[Table]) -> list[tuple[str, str]]:
+        return [("ok", f"database: SQLite {self.version}, {self._path}")]
+
+    def ddl(self, tables: Sequence[Table]) -> str:
+        return "\n".join([OWN_TABLES, *map(table_ddl, tables)])
+
+    # --- Ledger ---
+
+    async def loaded(self, segments: Sequence[str]) -> set[str]:
+        return set(await self.transact("", lambda transaction: transaction.lock(segments)))
+
+    async def expire(self, removed: Sequence[str]) -> None:
+        sql = "DELETE FROM datapipe_ledger WHERE segment = ?"
+        ids = [(segment,) for segment in removed]
+        await self._run(lambda connection: connection.executemany(sql, ids))
+
+    async def expire_source(self, source: str, process: str) -> None:
+        def forget(connection: sqlite3.Connection) -> None:
+            for place in ("datapipe_ledger WHERE source", "datapipe_processes WHERE mirror"):
+                connection.execute(f"DELETE FROM {place} = ? AND process <> ?", (source, process))
+
+        await self._run(forget)
+
+    # --- Heartbeats ---
+
+    async def heartbeat(self, beat: Heartbeat) -> dict[str, Beat]:
+        def show(connection: sqlite3.Connection) -> dict[str, Beat]:
+            connection.execute(
+                "INSERT INTO datapipe_processes VALUES (?, ?, 1, ?) ON CONFLICT DO UPDATE"
+                " SET beats = beats + 1, ended = excluded.ended",
+                (beat.process, beat.mirror, beat.ended),
+            )
+            connection.execute(
+                "DELETE FROM datapipe_processes WHERE mirror = ? AND process <> ?",
+                (beat.mirror, beat.process),
+            )
+            rows = connection.execute("SELECT process, beats, ended FROM datapipe_processes")
+            return {process: Beat(beats, bool(ended)) for process, beats, ended in rows}
+
+        return await self._run(show)
+
+    # --- DeadLetters ---
+
+    async def find(self, selection: Selection, limit: int) -> dict[str, Any]:
+        condition, values = where(selection)
+
+        def look(connection: sqlite3.Connection) -> dict[str, Any]:
+            groups = connection.execute(
+                "SELECT lane, sqlstate, min(message), count(*) FROM datapipe_dead_letters"
+                f" WHERE {condition} GROUP BY lane, sqlstate ORDER BY count(*) DESC",
+                values,
+            )
+            letters = connection.execute(
+                "SELECT id, lane, event, sqlstate, message, column_name, created_at"
+                f" FROM datapipe_dead_letters WHERE {condition} ORDER BY id DESC LIMIT ?",
+                (*values, limit),
+            )
+            shown = [(*letter[:6], datetime.fromisoformat(letter[6])) for letter in letters]
+            return found(groups.fetchall(), shown)
+
+        return await self._run(look)
+
+    async def drop(self, selection: Selection) -> int:
+        condition, values = where(selection)
+        sql = f"DELETE FROM datapipe_dead_letters WHERE {condition}"
+        return await self._run(lambda connection: connection.execute(sql, values).rowcount)
+
+
+def table_ddl(table: Table) -> str:
+    names = ", ".join(f'"{column.name}"' for column in table.columns)
+    return f'CREATE TABLE IF NOT EXISTS "{table.name}" ({names});'
+
+
+def where(selection: Selection) -> tuple[str, list[Any]]:
+    """A selection as an SQL condition and its values."""
+    conditions, values = ["true"], []
+    if selection.ids is not None:
+        conditions.append(f"id IN ({', '.join('?' * len(selection.ids))})")
+        values += selection.ids
+    for column in ("lane", "sqlstate"):
+        if (value := getattr(selection, column)) is not None:
+            conditions.append(f"{column} = ?")
+            values.append(value)
+    return " AND ".join(conditions), values
+
+
+def _storable(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, dict | list) else value
+
+
+@asynccontextmanager
+async def open_toy(settings: Settings, process: str) -> AsyncIterator[ToySink]:
+    """`database_url` is `toy://` and the path of the file."""
+    yield ToySink(Path(settings.database_url.removeprefix("toy://")), process)
