@@ -57,9 +57,14 @@ class Waiting(Protocol):
         bytes: of the rows of both.
     """
 
-    in_memory: int
-    parked: int
-    bytes: int
+    @property
+    def in_memory(self) -> int: ...
+
+    @property
+    def parked(self) -> int: ...
+
+    @property
+    def bytes(self) -> int: ...
 
     @property
     def events(self) -> int: ...

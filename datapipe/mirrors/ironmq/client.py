@@ -8,22 +8,25 @@ without an answer, so what is posted must bear its own id.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
 import aiohttp
-import tenacity
 
 from datapipe.errors import MirrorUnavailable
+from datapipe.retry import backoff
 from datapipe.settings import Settings
 
 REQUEST_MAX_BYTES = 65_536  # the whole request, on the smaller plans
 DELETE_MAX_IDS = 100
 EXPIRATION_S = 2_592_000  # 30 days, the longest there is
 CONNECTIONS = 16
+_RETRY_MAX_S = 5.0
 _HEAD_BYTES = 1_024  # of a request's head, beside its path and the token; more than aiohttp sends
 
 _T = TypeVar("_T")
@@ -184,26 +187,20 @@ class Client:
         absent: bool = False,
         repeat: bool = True,
     ) -> dict[str, Any]:
-        """One call, repeated with full jitter while that may help; empty for 404 if `absent`."""
-        after = tenacity.stop_after_delay(self._timeout_s)
-        stop = after if repeat else tenacity.stop_after_attempt(1)
+        """One call, repeated while that may help; empty for 404 if `absent`."""
         data = json.dumps(content).encode() if isinstance(content, Mapping) else content
-        try:
+        why = f"IronMQ does not answer within {self._timeout_s:g} s"
+        with suppress(TimeoutError):
             async with asyncio.timeout(self._timeout_s):
-                async for attempt in tenacity.AsyncRetrying(
-                    retry=tenacity.retry_if_exception_type(_Again),
-                    wait=tenacity.wait_random_exponential(multiplier=0.1, max=5, exp_base=4),
-                    stop=stop,
-                    reraise=True,
-                ):
-                    with attempt:
+                for failures in itertools.count(1):
+                    try:
                         return await self._once(kind, method, path, data, absent)
-        except TimeoutError:
-            detail = f"IronMQ does not answer within {self._timeout_s:g} s"
-            raise MirrorUnavailable(detail) from None
-        except _Again as exc:
-            raise MirrorUnavailable(str(exc)) from None
-        raise AssertionError  # AsyncRetrying ends by return or raise
+                    except _Again as exc:
+                        why = str(exc)
+                    if not repeat:
+                        break
+                    await asyncio.sleep(backoff(failures, _RETRY_MAX_S))
+        raise MirrorUnavailable(why)
 
     async def _once(
         self, kind: str, method: str, path: str, data: bytes | None, absent: bool

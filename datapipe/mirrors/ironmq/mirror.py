@@ -41,7 +41,7 @@ from datapipe.errors import LaneBlocked, MirrorFull, MirrorUnavailable, SinkUnav
 from datapipe.events.segment import Segment
 from datapipe.health import Health
 from datapipe.mirrors import Appended, Membership, MirrorState, Traits
-from datapipe.mirrors.buffered import Run
+from datapipe.mirrors.buffered import Removal, Run
 from datapipe.mirrors.ironmq.client import (
     DELETE_MAX_IDS,
     EXPIRATION_S,
@@ -122,7 +122,6 @@ async def unpacked(envelope: Envelope) -> Segment:
 class IronMQ:
     """The store; recovery of other processes' messages is in `recovery`."""
 
-    parks = True
     forgets_for_good = False  # a copy may come back until it expires
     reads_ahead = False  # a look shows the oldest messages, those on their way out too
 
@@ -314,19 +313,19 @@ class IronMQ:
         await self._noting(self.client.delete(queue, [(message.id, message.reservation_id)]))
         log.error("message unreadable", queue=queue, moved_to=aside, error=why)
 
-    async def remove(self, segments: Sequence[Segment]) -> None:
+    async def remove(self, removals: Sequence[Removal]) -> None:
         """See `Store.remove`."""
-        by_queue: dict[str, list[Segment]] = {}
-        for segment in segments:
-            queue = self.queue_of(segment.lane)
-            if segment.position in self.held.get(queue, {}):
-                by_queue.setdefault(queue, []).append(segment)
+        by_queue: dict[str, list[Removal]] = {}
+        for removal in removals:
+            queue = self.queue_of(removal.lane)
+            if removal.position in self.held.get(queue, {}):
+                by_queue.setdefault(queue, []).append(removal)
         for queue, of_queue in by_queue.items():
             for at in range(0, len(of_queue), DELETE_MAX_IDS):
                 async with self.leases[queue]:
                     await self._remove(queue, of_queue[at : at + DELETE_MAX_IDS])
 
-    async def _remove(self, queue: str, segments: Sequence[Segment]) -> None:
+    async def _remove(self, queue: str, segments: Sequence[Removal]) -> None:
         """Delete up to a hundred messages; one that somebody has reserved is deleted by a look."""
         held, now = self.held[queue], self.clock()
         segments = [each for each in segments if each.position in held]
