@@ -33,8 +33,8 @@ from datapipe.events.segment import (
     decode_head,
     encode_head,
 )
-from datapipe.events.types import Column
 from datapipe.mirrors.buffered import Removal, Run
+from datapipe.mirrors.codec import restored
 from datapipe.mirrors.journal.salvage import (
     crc_of,
     discard,
@@ -277,11 +277,11 @@ class JournalFile:
         position, id, events, created_at, crc, head_text, data = row
         if crc != crc_of(lane, id, events, head_text, data):
             raise sqlite3.DatabaseError(f"segment {id} at position {position} is damaged")
-        head = decode_head(head_text)
-        return Segment(
-            lane, [Column(*c) for c in head.columns], data, events, head.parts,
-            id=id, created_at=created_at, source=self.source, position=position,
-        )  # fmt: skip
+        segment = restored(
+            decode_head(head_text), data, id=id, lane=lane, events=events, created_at=created_at
+        )
+        segment.source, segment.position = self.source, position
+        return segment
 
     def close(self) -> None:
         try:
