@@ -243,21 +243,16 @@ async def open_store(
     settings: Settings, process: str, clock: Callable[[], float] = time.time
 ) -> AsyncIterator[IronMQ]:
     """The store, with so many connections; nothing is sent until there is something to do."""
-    async with _open_client(settings) as client:
-        store = IronMQ(client, settings, Books(process, settings.ironmq_queue_prefix, clock))
-        try:
-            yield store
-        finally:
-            await store.release()
-
-
-@asynccontextmanager
-async def _open_client(settings: Settings) -> AsyncIterator[Client]:
     async with aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=CONNECTIONS),
         timeout=aiohttp.ClientTimeout(total=None),  # each call has its own
     ) as session:
-        yield Client(session, settings)
+        books = Books(process, settings.ironmq_queue_prefix, clock)
+        store = IronMQ(Client(session, settings), settings, books)
+        try:
+            yield store
+        finally:
+            await store.release()
 
 
 @asynccontextmanager
@@ -271,10 +266,10 @@ async def open_ironmq(
 
 async def check_ironmq(settings: Settings) -> list[tuple[str, str]]:
     """See `check_mirror`."""
-    async with _open_client(settings) as client:
+    async with open_store(settings, "check") as store:
         try:
-            queues = await client.queues(settings.ironmq_queue_prefix)
-            sizes = [(queue, await client.size(queue)) for queue in queues]
+            queues = await store.client.queues(settings.ironmq_queue_prefix)
+            sizes = [(queue, await store.client.size(queue)) for queue in queues]
         except Refused as exc:  # 404 may be said of a project in which no queue was made yet
             return [("away" if exc.status == 404 else "fail", f"ironmq: {exc.detail}")]
         except MirrorUnavailable as exc:
