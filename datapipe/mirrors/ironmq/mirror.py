@@ -181,7 +181,7 @@ class IronMQ:
             run.lane, (), b"", held.events, id=held.segment, created_at=held.created,
             source=SOURCE, position=position,
         )  # fmt: skip
-        segment.gone = True  # another process may have loaded it: the ledger will tell
+        segment.gone = True  # another process may have loaded it: the ledger knows
         return segment
 
     async def remove(self, removals: Sequence[Removal]) -> None:

@@ -127,12 +127,12 @@ class Upkeep:
 
     async def quarantine(self, queue: str, message: Message, why: str) -> None:
         """Move a message that is damaged or foreign to a queue of its own; none is dropped."""
-        aside = f"{queue}-unreadable"
+        quarantine = f"{queue}-unreadable"
         try:
-            await self._client.make_queue(aside)
-            await self._client.post(aside, encode_post(message.body))
+            await self._client.make_queue(quarantine)
+            await self._client.post(quarantine, encode_post(message.body))
         except Refused as exc:  # somebody with a larger plan sent it
             log.error("message unreadable", queue=queue, error=f"{why}; left: {exc.detail}")
             return
         await self._client.delete(queue, [(message.id, message.reservation_id)])
-        log.error("message unreadable", queue=queue, moved_to=aside, error=why)
+        log.error("message unreadable", queue=queue, moved_to=quarantine, error=why)

@@ -249,13 +249,13 @@ class Journal:
         waiting = self._look_under_way is not None and not self._look_under_way.done()
         if not waiting and time.monotonic() - self._looked_at > _LOOK_S:
             with suppress(RuntimeError):  # closed
-                self._look_under_way = self._writer.submit(self._look_aside)
+                self._look_under_way = self._writer.submit(self._look_meanwhile)
         return MirrorState(
             "journal", self._error is None, self._error, self._bytes(), self._max_bytes,
             self._full(ROW_BYTES),
         )  # fmt: skip
 
-    def _look_aside(self) -> None:
+    def _look_meanwhile(self) -> None:
         try:
             self._repair_places()
             self._look()
