@@ -8,8 +8,8 @@ WAL with `synchronous=FULL`: one flush of the log per append. Source: SQLite doc
 parked segments by another with its own connection, in short transactions: a long SELECT would keep
 the log from being reset.
 
-An open file can be written though its name was removed, and nobody would find again what was written.
-So each append begins by a look whether file, log and lock are where they were.
+An open file can be written though its name was removed, and nobody would find again what was
+written. So each append begins by a look whether file, log and lock are where they were.
 """
 
 from __future__ import annotations

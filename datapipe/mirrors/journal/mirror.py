@@ -135,10 +135,12 @@ class Journal:
             by_source.setdefault(removal.source, []).append(removal)
         for source, of_source in by_source.items():
             for at in range(0, len(of_source), _REMOVED_AT_ONCE):
-                if source in self._files:
-                    some = of_source[at : at + _REMOVED_AT_ONCE]
-                    remove = partial(JournalFile.remove, removals=some)
-                    await self._run(self._writer, partial(self._in_file, source, remove))
+                some = of_source[at : at + _REMOVED_AT_ONCE]
+                await self._run(self._writer, partial(self._remove, source, some))
+
+    def _remove(self, source: str, removals: Sequence[Removal]) -> None:
+        if source in self._files:  # else it was drained
+            self._in_file(source, lambda file: file.remove(removals))
 
     async def read(self, run: Run, max_bytes: int) -> list[Segment]:
         file = self._files.get(run.source)

@@ -7,10 +7,10 @@ from tests.fault.modules.patching import patch
 def _while_allowed(name: str) -> None:
     call = getattr(JournalFile, name)
 
-    def checked(self: JournalFile, *args: object, **named: object) -> None:
+    def checked(self: JournalFile, segments: object) -> None:
         shut = (self.path.parent / "read-only").exists()
         self._write.execute(f"PRAGMA query_only={int(shut)}")
-        call(self, *args, **named)
+        call(self, segments)
 
     patch(JournalFile, name, checked)
 
