@@ -14,7 +14,7 @@ import aiohttp
 from aiohttp import web
 
 from datapipe.app import PIPELINE, create_app, create_runner
-from datapipe.mirrors.ironmq.recovery import open_ironmq
+from datapipe.mirrors.ironmq.mirror import open_ironmq
 from datapipe.settings import Settings
 from tests.doubles.ironmq import IronMQ
 from tests.doubles.memory_database import MemoryDatabase

@@ -195,3 +195,13 @@ def decode_head(text: bytes) -> Head:
     if head.version != 1:
         raise ValueError(f"segment head of version {head.version}, this release reads 1")
     return head
+
+
+def restored(
+    head: Head, data: bytes, *, id: str, lane: str, events: int, created_at: float
+) -> Segment:
+    """The segment that a mirror stored as these; its place there is the mirror's to set."""
+    return Segment(
+        lane, head.columns, data, events, head.parts,
+        id=id, created_at=created_at, neutral=head.neutral,
+    )  # fmt: skip

@@ -57,9 +57,14 @@ class Waiting(Protocol):
         bytes: of the rows of both.
     """
 
-    in_memory: int
-    parked: int
-    bytes: int
+    @property
+    def in_memory(self) -> int: ...
+
+    @property
+    def parked(self) -> int: ...
+
+    @property
+    def bytes(self) -> int: ...
 
     @property
     def events(self) -> int: ...
@@ -75,7 +80,7 @@ class MirrorState:
 
     `full` says why no more can be stored now. `calls` counts the requests to a remote mirror, by
     kind; `expires_s` is how long it keeps a message that nobody takes. `left` counts what a process
-    that is gone had taken, or what waits behind that, and `left_s` says within how many seconds it
+    that is dead had taken, or what waits behind that, and `left_s` says within how many seconds it
     will have been taken over.
     """
 

@@ -1,9 +1,9 @@
 """A mirror whose segments are held in memory as well, as far as there is room.
 
 What the journal, IronMQ and `none` have in common: each lane has an `asyncio.Queue` of segments in
-memory. Above `buffer_max_bytes` a segment is made durable all the same, but memory forgets its
-rows: it is parked. What stays is a position and totals per lane; parked segments are read back
-oldest first.
+memory. Above `buffer_max_bytes` a segment is made durable all the same, but memory drops its rows:
+it is parked. What stays is a position and totals per lane; parked segments are read back oldest
+first.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import structlog
-import tenacity
 
 from datapipe.errors import MirrorUnavailable
 from datapipe.events.segment import SEGMENTS_AT_ONCE, Segment
@@ -30,8 +29,10 @@ from datapipe.mirrors import (
     Traits,
     Waiting,
 )
+from datapipe.retry import backoff
 
 _REMOVALS_S = 1.0  # how long reading back waits for them, where it has to
+_RETRY_MAX_S = 30.0
 
 log = structlog.stdlib.get_logger("datapipe.mirrors")
 
@@ -58,29 +59,58 @@ class Run:
     bytes: int
     oldest: float
 
+    @classmethod
+    def of(cls, segment: Segment) -> Run:
+        """A single segment as a run."""
+        return cls(
+            segment.lane, segment.source, segment.position - 1, segment.position, 1,
+            segment.events, len(segment.data), segment.created_at,
+        )  # fmt: skip
+
+
+class Removal(NamedTuple):
+    """A segment that is loaded, as far as a store must know it to forget it: without its rows.
+
+    Attributes:
+        bytes: of its rows.
+        gone: see `Segment.gone`.
+    """
+
+    id: str
+    lane: str
+    source: str
+    position: int
+    bytes: int
+    gone: bool = False
+
+    @classmethod
+    def of(cls, segment: Segment) -> Removal:
+        return cls(
+            segment.id, segment.lane, segment.source, segment.position, len(segment.data),
+            segment.gone,
+        )  # fmt: skip
+
 
 @dataclass(slots=True)
-class Found:
-    """What a store's recovery brought: runs, parked where they lie, and segments in memory."""
+class Found(Recovery):
+    """What a store's recovery brought: runs, parked where they lie, and segments in memory.
+
+    Which lanes they are of is counted by the mirror.
+    """
 
     runs: list[Run] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)
-    unregistered: set[str] = field(default_factory=set)
-    unconfirmed: set[str] = field(default_factory=set)
-    more: bool = False
-    left: bool = False
 
 
 class Store(Protocol):
-    """Where a `BufferedMirror` keeps segments.
+    """Where a `BufferedMirror` keeps segments. One that is durable holds the rows itself, so memory
+    may drop them.
 
     Attributes:
-        parks: it holds the rows itself, so memory may drop them.
         reads_ahead: what waits can be read while what lies before it is being removed, at no cost.
         forgets_for_good: what was removed can't come back, so its ledger row may go.
     """
 
-    parks: bool
     reads_ahead: bool
     forgets_for_good: bool
 
@@ -96,8 +126,8 @@ class Store(Protocol):
         Fewer than asked for, but none only when the run has ended. Raises: MirrorUnavailable.
         """
 
-    async def remove(self, segments: Sequence[Segment]) -> None:
-        """Forget them, durably. Unknown ones are ignored. Raises: MirrorUnavailable."""
+    async def remove(self, removals: Sequence[Removal]) -> None:
+        """Forget them, durably. Unknown ones are ignored. Raises: MirrorUnavailable: all again."""
 
     async def recover(self, membership: Membership) -> Found:
         """See `Mirror.recover`; what was found before is not found again."""
@@ -118,7 +148,8 @@ class _Lane:
     """What waits of one lane, and its totals: see `Waiting`.
 
     A segment waits in `returned` (its load failed), then in `queue`, then parked in a run,
-    and is counted in memory while it is being loaded.
+    and is counted in memory while it is being loaded. Every change of what waits goes through
+    `hold`, `release`, `park`, `unpark` and `end`.
     """
 
     def __init__(self, name: str) -> None:
@@ -130,12 +161,12 @@ class _Lane:
         self.ahead: asyncio.Task[None] | None = None
         self.reading = False
         self.put_off = False
-        self.in_memory = self.parked = self.bytes = 0
-        self._ages: list[tuple[float, str]] = []  # a heap; of segments that are gone, too
+        self.in_memory = self.bytes = 0
+        self._ages: list[tuple[float, str]] = []  # a heap; of segments that have left, too
 
-    def hold(self, segment: Segment) -> None:
-        self.held[segment.id] = segment
-        heapq.heappush(self._ages, (segment.created_at, segment.id))
+    @property
+    def parked(self) -> int:
+        return sum([run.events for run in self.runs.values()])
 
     @property
     def events(self) -> int:
@@ -154,17 +185,57 @@ class _Lane:
             self.returned.append(self.queue.get_nowait())
         return self.returned[0] if self.returned else None
 
+    def hold(self, segment: Segment) -> None:
+        self.held[segment.id] = segment
+        heapq.heappush(self._ages, (segment.created_at, segment.id))
+        self.in_memory += segment.events
+        self.bytes += len(segment.data)
+
+    def release(self, segment: Segment) -> None:
+        del self.held[segment.id]
+        self.in_memory -= segment.events
+        self.bytes -= len(segment.data)
+
+    def park(self, run: Run) -> None:
+        """Count what memory does not hold, as a part of the run that its source has."""
+        self.bytes += run.bytes
+        known = self.runs.setdefault(run.source, run)
+        if known is not run:
+            known.after = min(known.after, run.after)
+            known.until = max(known.until, run.until)
+            known.segments += run.segments
+            known.events += run.events
+            known.bytes += run.bytes
+            known.oldest = min(known.oldest, run.oldest)
+
+    def unpark(self, run: Run, segment: Segment) -> None:
+        """It was read back; whoever did holds it."""
+        run.segments -= 1
+        run.events -= segment.events
+        run.bytes -= len(segment.data)
+        run.oldest = segment.created_at
+        self.bytes -= len(segment.data)
+
+    def end(self, run: Run) -> None:
+        """All of it was read; of what the store has lost sight of only the bytes are left."""
+        del self.runs[run.source]
+        self.bytes -= run.bytes
+        if run.events:  # the books stay out of balance, as they should: these are nowhere
+            log.error("segments missing in the mirror", lane=self.name, events=run.events)
+
 
 class BufferedMirror:
-    """Implements `Mirror` over a `Store`."""
+    """Implements `Mirror` over a `Store`.
+
+    Attributes: memory_bytes: segments held in memory, with their overhead.
+    """
 
     def __init__(self, store: Store, buffer_max_bytes: int) -> None:
         self._store = store
+        self._parks = store.traits.durable
         self._max_bytes = buffer_max_bytes
         self._lanes: dict[str, _Lane] = {}
-        self._memory_bytes = 0
-        self._bytes = 0  # of rows that wait, and of those in lanes that are put off
-        self._put_off_bytes = 0
+        self.memory_bytes = 0
         self._reading_bytes = 0
         self._removals: set[asyncio.Task[None]] = set()
         self._removing: set[str] = set()  # segments that are loaded and not yet removed
@@ -177,13 +248,8 @@ class BufferedMirror:
     @property
     def pressed(self) -> bool:
         """See `Mirror.pressed`."""
-        able = self._bytes - self._put_off_bytes
-        return max(able, self._memory_bytes) * 2 >= self._max_bytes
-
-    @property
-    def memory_bytes(self) -> int:
-        """Segments held in memory, with their overhead."""
-        return self._memory_bytes
+        able = sum([lane.bytes for lane in self._lanes.values() if not lane.put_off])
+        return max(able, self.memory_bytes) * 2 >= self._max_bytes
 
     def state(self) -> MirrorState:
         return self._store.state()
@@ -198,39 +264,23 @@ class BufferedMirror:
         The other half is for those that can.
         """
         off = {name for name in lanes if name in self._lanes and self._lanes[name].put_off}
-        if not off or self._put_off_bytes * 2 < self._store.state().max_bytes:
-            return set()
-        return off
+        if not off:
+            return off
+        waiting = sum([lane.bytes for lane in self._lanes.values() if lane.put_off])
+        return off if waiting * 2 >= self._store.state().max_bytes else set()
 
     def _lane(self, name: str) -> _Lane:
         if name not in self._lanes:
             self._lanes[name] = _Lane(name)
         return self._lanes[name]
 
-    # --- the totals: every change of what waits goes through these four ---
-
     def _hold(self, lane: _Lane, segment: Segment) -> None:
         lane.hold(segment)
-        lane.in_memory += segment.events
-        self._memory_bytes += segment.bytes
-        self._count(lane, len(segment.data))
+        self.memory_bytes += segment.bytes
 
     def _release(self, lane: _Lane, segment: Segment) -> None:
-        del lane.held[segment.id]
-        lane.in_memory -= segment.events
-        self._memory_bytes -= segment.bytes
-        self._count(lane, -len(segment.data))
-
-    def _count(self, lane: _Lane, size: int) -> None:
-        lane.bytes += size
-        self._bytes += size
-        if lane.put_off:
-            self._put_off_bytes += size
-
-    def _put_off(self, lane: _Lane, put_off: bool) -> None:
-        if lane.put_off != put_off:
-            lane.put_off = put_off
-            self._put_off_bytes += lane.bytes if put_off else -lane.bytes
+        lane.release(segment)
+        self.memory_bytes -= segment.bytes
 
     # --- in ---
 
@@ -238,48 +288,38 @@ class BufferedMirror:
         """See `Mirror.append`."""
         appended = await self._store.append(segments)
         for segment in appended.stored:
-            self._keep(self._lane(segment.lane), segment)
+            lane = self._lane(segment.lane)
+            full = self.memory_bytes + segment.bytes > self._max_bytes
+            # in memory, if there is room, and nothing is parked behind which it belongs
+            if self._parks and (lane.runs or lane.put_off or full):
+                lane.park(Run.of(segment))
+            else:
+                self._enter(lane, segment)
         return appended
 
-    def _keep(self, lane: _Lane, segment: Segment) -> None:
-        """In memory, if there is room, and nothing is parked behind which it belongs."""
-        full = self._memory_bytes + segment.bytes > self._max_bytes
-        if self._store.parks and (lane.runs or lane.put_off or full):
-            self._park(lane, _run_of(segment))
-        else:
-            self._hold(lane, segment)
-            lane.queue.put_nowait(segment)
-
-    def _park(self, lane: _Lane, run: Run) -> None:
-        """Count what memory does not hold, as a part of the run that its source has."""
-        lane.parked += run.events
-        self._count(lane, run.bytes)
-        known = lane.runs.setdefault(run.source, run)
-        if known is not run:
-            known.after = min(known.after, run.after)
-            known.until = max(known.until, run.until)
-            known.segments += run.segments
-            known.events += run.events
-            known.bytes += run.bytes
-            known.oldest = min(known.oldest, run.oldest)
+    def _enter(self, lane: _Lane, segment: Segment) -> None:
+        self._hold(lane, segment)
+        lane.queue.put_nowait(segment)
 
     async def recover(self, membership: Membership) -> Recovery:
         """See `Mirror.recover`."""
         found = await self._store.recover(membership)
-        done = Recovery({}, found.unregistered, found.unconfirmed, found.more, found.left)
-        for segment in found.segments:
-            lane = self._lane(segment.lane)
-            self._hold(lane, segment)
-            lane.queue.put_nowait(segment)
-            _add(done, lane.name, segment.source, 1, segment.events, len(segment.data))
-        for run in found.runs:
-            lane = self._lane(run.lane)
-            self._park(lane, run)
-            _add(done, lane.name, run.source, run.segments, run.events, run.bytes)
-        for name in {*done.lanes, *done.unregistered}:
+        segments, runs = found.segments, found.runs
+        found.segments, found.runs = [], []  # whoever keeps the report must not keep rows
+        for run in (*map(Run.of, segments), *runs):
+            came = found.lanes.setdefault(run.lane, Recovered())
+            came.segments += run.segments
+            came.events += run.events
+            came.bytes += run.bytes
+            came.source = run.source
+        for segment in segments:
+            self._enter(self._lane(segment.lane), segment)
+        for run in runs:
+            self._lane(run.lane).park(run)
+        for name in {*found.lanes, *found.unregistered}:
             if not membership.can_load(name):
                 self.requeue(name, (), put_off=True)
-        return done
+        return found
 
     async def keep(self, membership: Membership) -> bool:
         """See `Mirror.keep`."""
@@ -302,30 +342,26 @@ class BufferedMirror:
             size += len(segment.data)
         try:
             while not taken and found.runs:
-                taken = await self._unpark(found, max(1, min(max_bytes, self._room())))
+                taken = await self._read_back(found, max(1, min(max_bytes, self._room())))
         finally:
             self._park_put_off(found)
-        if self._may_read_ahead(found, max_bytes):
+        more = found.runs and not found.put_off and found.peek() is None
+        if self._store.reads_ahead and more and self._room() >= max_bytes:
             found.ahead = asyncio.create_task(self._read_ahead(found, max_bytes))
         return taken
-
-    def _may_read_ahead(self, lane: _Lane, max_bytes: int) -> bool:
-        if not self._store.reads_ahead or not lane.runs or lane.put_off:
-            return False
-        return lane.peek() is None and self._room() >= max_bytes
 
     async def _read_ahead(self, lane: _Lane, max_bytes: int) -> None:
         """Have in memory what the next `take` will want: so no load waits for reading."""
         with suppress(MirrorUnavailable):  # `take` meets it again
-            for segment in await self._unpark(lane, max_bytes):
+            for segment in await self._read_back(lane, max_bytes):
                 lane.queue.put_nowait(segment)
         self._park_put_off(lane)
 
     def _room(self) -> int:
         """Bytes that memory has left, less those that are being read."""
-        return self._max_bytes - self._memory_bytes - self._reading_bytes
+        return self._max_bytes - self.memory_bytes - self._reading_bytes
 
-    async def _unpark(self, lane: _Lane, max_bytes: int) -> list[Segment]:
+    async def _read_back(self, lane: _Lane, max_bytes: int) -> list[Segment]:
         """Read the next parked segments of a lane, of its oldest run."""
         if self._removals and not self._store.reads_ahead:
             await asyncio.wait(self._removals, timeout=_REMOVALS_S)
@@ -345,33 +381,17 @@ class BufferedMirror:
         passed = lane.held.keys() | removing | self._removing
         segments = [segment for segment in read if segment.id not in passed]
         for segment in segments:
-            self._unpark_one(lane, run, segment)
+            lane.unpark(run, segment)
+            self._hold(lane, segment)
         if run.after >= run.until:
-            self._end_run(lane, run)
+            lane.end(run)
         return segments
-
-    def _end_run(self, lane: _Lane, run: Run) -> None:
-        """All of it was read; of what the store has lost sight of only the bytes are left."""
-        del lane.runs[run.source]
-        self._count(lane, -run.bytes)
-        lane.parked -= run.events
-        if run.events:  # the books stay out of balance, as they should: these are nowhere
-            log.error("segments missing in the mirror", lane=lane.name, events=run.events)
-
-    def _unpark_one(self, lane: _Lane, run: Run, segment: Segment) -> None:
-        run.segments -= 1
-        run.events -= segment.events
-        run.bytes -= len(segment.data)
-        run.oldest = segment.created_at
-        lane.parked -= segment.events
-        self._count(lane, -len(segment.data))
-        self._hold(lane, segment)
 
     def requeue(self, lane: str, segments: Sequence[Segment], *, put_off: bool) -> None:
         """See `Mirror.requeue`."""
         found = self._lane(lane)
         found.returned.extendleft(reversed(segments))
-        self._put_off(found, put_off)
+        found.put_off = put_off
         self._park_put_off(found)
 
     def _park_put_off(self, lane: _Lane) -> None:
@@ -379,37 +399,50 @@ class BufferedMirror:
 
         Not while a run of it is being read: its position is about to move past what is parked.
         """
-        if not lane.put_off or not self._store.parks or lane.reading:
+        if not lane.put_off or not self._parks or lane.reading:
             return
         while lane.peek() is not None:
             segment = lane.returned.popleft()
             self._release(lane, segment)
-            self._park(lane, _run_of(segment))
+            lane.park(Run.of(segment))
 
     def remove(self, segments: Sequence[Segment]) -> asyncio.Future[None]:
-        """See `Mirror.remove`."""
+        """See `Mirror.remove`. Their rows are not held until it is done, or memory would fill."""
+        removals = []
         for segment in segments:
             lane = self._lane(segment.lane)
+            lane.put_off = False
             if segment.id in lane.held:
                 self._release(lane, segment)
                 self._removing.add(segment.id)
-            self._put_off(lane, False)
-        removal = asyncio.create_task(self._remove(segments))
-        self._removals.add(removal)
-        removal.add_done_callback(self._removals.discard)
-        return removal
+                removals.append(Removal.of(segment))
+        task = asyncio.create_task(self._remove(removals))
+        self._removals.add(task)
+        task.add_done_callback(self._ended)
+        return task
 
-    async def _remove(self, segments: Sequence[Segment]) -> None:
+    async def _remove(self, removals: Sequence[Removal]) -> None:
         """Until it is done: a failure of the mirror never holds up loading."""
-        async for attempt in tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type(MirrorUnavailable),
-            wait=tenacity.wait_random_exponential(multiplier=0.2, max=30),
-        ):
-            with attempt:
-                await self._store.remove(segments)
-        self._removing.difference_update(segment.id for segment in segments)
+        failures = 0
+        while True:
+            try:
+                await self._store.remove(removals)
+                break
+            except MirrorUnavailable:
+                failures += 1
+                await asyncio.sleep(backoff(failures, _RETRY_MAX_S))
+        ids = [removal.id for removal in removals]
+        self._removing.difference_update(ids)
         if self._store.forgets_for_good:
-            self._removed += [segment.id for segment in segments]
+            self._removed += ids
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """What a removal that died leaves in the mirror comes back after a restart, as duplicates:
+        its ledger rows stay.
+        """
+        self._removals.discard(task)
+        if not task.cancelled() and (exc := task.exception()) is not None:
+            log.critical("background task died", task="removal", exc_info=exc)
 
     def expirable(self) -> list[str]:
         """See `Mirror.expirable`."""
@@ -421,18 +454,3 @@ class BufferedMirror:
         if self._removals:
             await asyncio.wait(self._removals, timeout=timeout_s)
         await self._store.release()
-
-
-def _run_of(segment: Segment) -> Run:
-    return Run(
-        segment.lane, segment.source, segment.position - 1, segment.position, 1, segment.events,
-        len(segment.data), segment.created_at,
-    )  # fmt: skip
-
-
-def _add(done: Recovery, lane: str, source: str, segments: int, events: int, size: int) -> None:
-    sum_of = done.lanes.setdefault(lane, Recovered())
-    sum_of.segments += segments
-    sum_of.events += events
-    sum_of.bytes += size
-    sum_of.source = source

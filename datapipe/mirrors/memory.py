@@ -7,16 +7,15 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from uuid import uuid4
 
-from datapipe.events.segment import Segment
+from datapipe.events.segment import SEGMENT_OVERHEAD_BYTES, Segment
 from datapipe.mirrors import Appended, Membership, MirrorState, Traits
-from datapipe.mirrors.buffered import BufferedMirror, Found, Run
+from datapipe.mirrors.buffered import BufferedMirror, Found, Removal, Run
 from datapipe.settings import Settings
 
 
 class MemoryStore:
     """Promises nothing beyond the life of the process; the buffer's bound is its bound."""
 
-    parks = False
     reads_ahead = False
     forgets_for_good = True
 
@@ -26,20 +25,17 @@ class MemoryStore:
             recover_interval_s=3600.0, durable=False,
         )  # fmt: skip
         self._positions = itertools.count(1)
-        self._sizes: dict[str, int] = {}
         self._bytes = 0
         self._max_bytes = settings.buffer_max_bytes
 
     async def append(self, segments: Sequence[Segment]) -> Appended:
         for segment in segments:
             segment.source, segment.position = "memory", next(self._positions)
-            self._sizes[segment.id] = segment.bytes
             self._bytes += segment.bytes
         return Appended(segments)
 
-    async def remove(self, segments: Sequence[Segment]) -> None:
-        for segment in segments:
-            self._bytes -= self._sizes.pop(segment.id, 0)
+    async def remove(self, removals: Sequence[Removal]) -> None:
+        self._bytes -= sum([removal.bytes + SEGMENT_OVERHEAD_BYTES for removal in removals])
 
     async def read(self, run: Run, max_bytes: int) -> list[Segment]:
         return []

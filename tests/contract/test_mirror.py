@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,10 @@ from datapipe.events.segment import Part, Segment
 from datapipe.events.types import Column
 from datapipe.mirrors import Mirror, Recovery, open_mirror
 from datapipe.settings import Settings
+from tests.contract.toys.toy_mirror import open_toy
 from tests.doubles.ironmq import IronMQ
+
+Opener = Callable[[Settings, str], AbstractAsyncContextManager[Mirror]]
 
 COLUMNS = (Column("user_id", "bigint"), Column("received_at", "timestamptz"))
 LANES = ("install", "purchase")
@@ -48,15 +51,17 @@ class Alone:
 class World:
     """One mirror service, which several processes open one after the other."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, kind: str, settings: Settings, opener: Opener = open_mirror) -> None:
+        self.kind = kind
         self.settings = settings
+        self._opener = opener
         self.ended: set[str] = set()
         self._stacks: list[tuple[str, AsyncExitStack]] = []
 
     async def open(self) -> Mirror:
         stack, process = AsyncExitStack(), f"process{len(self._stacks) + len(self.ended)}"
         self._stacks.append((process, stack))
-        return await stack.enter_async_context(open_mirror(self.settings, process))
+        return await stack.enter_async_context(self._opener(self.settings, process))
 
     async def recover(self, mirror: Mirror) -> Recovery:
         return await mirror.recover(Alone(self.ended))
@@ -72,16 +77,26 @@ class World:
             await self.end()
 
 
-@pytest.fixture(params=["journal", "ironmq", "none"])
+# each is an opener, and what it needs of the settings
+MIRRORS: dict[str, tuple[Opener, dict[str, str]]] = {
+    "journal": (open_mirror, {"mirror": "journal"}),
+    "ironmq": (open_mirror, {"mirror": "ironmq"}),
+    "none": (open_mirror, {"mirror": "none"}),
+    "toy": (open_toy, {}),
+}
+
+
+@pytest.fixture(params=MIRRORS)
 async def world(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[World]:
+    opener, more = MIRRORS[request.param]
     async with IronMQ() as service:
-        made = World(
-            Settings(
-                mirror=request.param, data_dir=str(tmp_path), ironmq_host=service.host,
-                ironmq_project_id=service.project_id, ironmq_token=service.token,
-                buffer_max_bytes=80_000, journal_max_bytes=1_000_000, ironmq_max_bytes=1_000_000,
-            )
+        settings = Settings(
+            data_dir=str(tmp_path), ironmq_host=service.host,
+            ironmq_project_id=service.project_id, ironmq_token=service.token,
+            buffer_max_bytes=80_000, journal_max_bytes=1_000_000, ironmq_max_bytes=1_000_000,
+            **more,  # type: ignore[arg-type]
         )  # fmt: skip
+        made = World(request.param, settings, opener)
         yield made
         await made.end_all()
 
@@ -150,7 +165,7 @@ async def test_a_position_never_comes_back(world: World) -> None:
         assert stored.position > last
         last = stored.position
         await mirror.remove([stored])
-        if world.settings.mirror == "journal":  # positions of the others are a process's own
+        if world.kind == "journal":  # positions of the others are a process's own
             await world.end()
             mirror = await world.open()
 
@@ -252,7 +267,7 @@ async def test_lanes_that_are_put_off_may_fill_half_of_the_mirror(world: World) 
 async def test_the_state_tells_what_is_held(world: World) -> None:
     mirror = await world.open()
     before = mirror.state()
-    assert (before.kind, before.up, before.error) == (world.settings.mirror, True, None)
+    assert (before.kind, before.up, before.error) == (world.kind, True, None)
     stored = [
         Segment("install", COLUMNS, os.urandom(3_000).hex().encode() + b"\n", 1) for _ in range(8)
     ]
@@ -289,7 +304,7 @@ async def test_what_the_ledger_may_forget_is_given_once(world: World) -> None:
     await store(mirror, segment(1))
     taken = await take_all(mirror)
     await mirror.remove(taken)
-    comes_back = world.settings.mirror == "ironmq"  # until it expires
+    comes_back = world.kind == "ironmq"  # until it expires
     assert mirror.expirable() == ([] if comes_back else ids(taken))
     assert mirror.expirable() == []
 
@@ -297,6 +312,7 @@ async def test_what_the_ledger_may_forget_is_given_once(world: World) -> None:
 async def test_a_removal_goes_on_until_it_is_done() -> None:
     async with IronMQ() as service:
         world = World(
+            "ironmq",
             Settings(
                 mirror="ironmq", ironmq_host=service.host, ironmq_project_id=service.project_id,
                 ironmq_token=service.token, mirror_timeout=0.2,

@@ -20,10 +20,10 @@ from structlog.testing import capture_logs
 from datapipe.errors import MirrorFull, MirrorUnavailable, SinkUnavailable
 from datapipe.events.segment import Part, Segment
 from datapipe.events.types import Column
-from datapipe.mirrors.buffered import Found, Run
+from datapipe.mirrors.buffered import Found, Removal, Run
 from datapipe.mirrors.ironmq import mirror as ironmq
-from datapipe.mirrors.ironmq.mirror import ANEW_S, LEASE_S
-from datapipe.mirrors.ironmq.recovery import RecoveringIronMQ, open_store
+from datapipe.mirrors.ironmq.books import ANEW_S, HELD_BYTES, LEASE_S, Books, Held
+from datapipe.mirrors.ironmq.mirror import check_ironmq, open_store
 from datapipe.mirrors.ironmq.wire import pack
 from datapipe.settings import Settings
 from tests.doubles.faults import What
@@ -66,12 +66,14 @@ class World:
         self.town = Town()
         self._stack = stack
 
-    async def open(self, process: str = "me", **more: Any) -> RecoveringIronMQ:
-        settings = Settings(
+    def settings(self, **more: Any) -> Settings:
+        return Settings(
             ironmq_host=self.mq.host, ironmq_project_id=self.mq.project_id,
             ironmq_token=self.mq.token, **{"mirror_timeout": 5.0, **more},
         )  # fmt: skip
-        mirror = open_store(settings, process, self.clock)
+
+    async def open(self, process: str = "me", **more: Any) -> ironmq.IronMQ:
+        mirror = open_store(self.settings(**more), process, self.clock)
         return await self._stack.enter_async_context(mirror)
 
     async def left_by(self, process: str, segments: Sequence[Segment]) -> None:
@@ -79,7 +81,7 @@ class World:
         await store((await self.open(process)), segments)
         self.town.dead.add(process)
 
-    async def recover(self, mirror: RecoveringIronMQ) -> Found:
+    async def recover(self, mirror: ironmq.IronMQ) -> Found:
         return await mirror.recover(self.town)
 
     def segments(self, queue: str = "install") -> list[str]:
@@ -97,12 +99,16 @@ async def world() -> AsyncIterator[World]:
         yield World(mq, clock, stack)
 
 
-async def store(mirror: RecoveringIronMQ, segments: Sequence[Segment]) -> list[Segment]:
+async def store(mirror: ironmq.IronMQ, segments: Sequence[Segment]) -> list[Segment]:
     """Append, and raise why not all of it is stored."""
     appended = await mirror.append(segments)
     if appended.error is not None:
         raise appended.error
     return list(appended.stored)
+
+
+async def remove(mirror: ironmq.IronMQ, segments: Sequence[Segment]) -> None:
+    await mirror.remove([Removal.of(each) for each in segments])
 
 
 def segment(number: int = 1, lane: str = "install", rows: int = 1) -> Segment:
@@ -136,6 +142,7 @@ async def test_a_message_can_be_read_by_hand(world: World) -> None:
         "datapipe": 1, "segment": stored.id, "lane": "install", "sender": "me",
         "posted": world.clock.now, "created": stored.created_at, "events": 3,
         "columns": [["user_id", "bigint"], ["note", "text"]], "parts": [], "rows": "",
+        "neutral": False,
     }  # fmt: skip
     rows = subprocess.run(
         "base64 -d | gunzip", shell=True, input=message["rows"].encode(), capture_output=True
@@ -202,7 +209,7 @@ async def test_an_event_too_large_for_a_message_is_refused_and_harms_nobody(worl
     with pytest.raises(MirrorFull, match="too large"):
         await store(mirror, [Segment("install", COLUMNS, noise(1, 70_000), 1)])
     assert mirror.state().up
-    assert not mirror.given_up
+    assert not mirror.books.given_up
 
 
 async def test_next_segments_fill_a_message(world: World) -> None:
@@ -232,7 +239,7 @@ async def test_a_fault_that_passes_is_outlived(world: World, what: What, after: 
     assert await store(mirror, [stored]) == [stored]
     assert set(world.segments()) == {stored.id}, "another id on another try"
     assert mirror.state().up
-    await mirror.remove([stored])
+    await remove(mirror, [stored])
 
 
 @pytest.mark.parametrize(("what", "after"), FAULTS)
@@ -245,7 +252,7 @@ async def test_a_fault_that_stays_ends_in_time(world: World, what: What, after: 
         await store(mirror, [stored])
     assert asyncio.get_running_loop().time() - started < 1.5
     assert "IronMQ" in caught.value.detail
-    assert mirror.given_up
+    assert mirror.books.given_up
     assert not mirror.state().up
     assert set(world.segments()) <= {stored.id}
     world.mq.faults.clear()
@@ -291,7 +298,7 @@ async def test_what_was_stored_of_a_failed_append_is_named(world: World) -> None
     assert isinstance(appended.error, MirrorUnavailable)
     assert appended.stored == [small, other]
     assert all(each.position for each in (small, other))
-    await mirror.remove([small, other])
+    await remove(mirror, [small, other])
     assert world.mq.queue("install").size == world.mq.queue("purchase").size == 0
 
 
@@ -318,9 +325,9 @@ async def test_what_was_lost_sight_of_and_is_not_loaded_is_never_deleted(world: 
     mirror = await world.open()
     (stored,) = await store(mirror, [segment()])
     stored.gone = True  # as far as a read could tell; the ledger does not know it
-    await mirror.remove([stored])
+    await remove(mirror, [stored])
     assert world.segments() == [stored.id]
-    assert mirror.given_up  # so the next look is soon
+    assert mirror.books.given_up  # so the next look is soon
     (again,) = (await world.recover(mirror)).segments
     assert (again.id, again.gone) == (stored.id, False)
 
@@ -361,10 +368,10 @@ async def test_removal_takes_a_hundred_at_a_time_and_never_an_empty_list(world: 
     stored = [segment(n) for n in range(250)]
     await store(mirror, stored)
     await world.left_by("other", [segment(999)])
-    await mirror.remove([])
+    await remove(mirror, [])
     await mirror.client.delete("install", [])
-    await mirror.remove(stored)
-    await mirror.remove(stored)
+    await remove(mirror, stored)
+    await remove(mirror, stored)
     assert world.mq.queue("install").size == 1
     assert world.mq.requests["delete_many"] == 3
     assert world.mq.requests["clear"] == world.mq.requests["delete"] == 0
@@ -377,7 +384,7 @@ async def test_one_that_is_gone_does_not_keep_the_others(world: World, partial: 
     stored = [segment(n) for n in range(5)]
     await store(mirror, stored)
     await other.client.delete("install", [(next(iter(world.mq.queue("install").messages)), None)])
-    await mirror.remove(stored)
+    await remove(mirror, stored)
     assert world.mq.queue("install").size == 0
 
 
@@ -391,10 +398,10 @@ async def test_one_that_somebody_reserved_is_removed_once_it_comes_back(
     stored = [segment(n) for n in range(5)]
     await store(mirror, stored)
     await other.client.reserve("install", 1, 60)
-    await mirror.remove(stored)
+    await remove(mirror, stored)
     assert world.segments() == [stored[0].id]
     assert mirror.state().bytes == 0
-    assert mirror.given_up
+    assert mirror.books.given_up
     found = await world.recover(mirror)
     assert (found.segments, found.left, mirror.state().left) == ([], True, 1)
     world.clock.pass_(61)
@@ -413,7 +420,7 @@ async def test_a_lease_whose_prolonging_was_not_answered_does_not_keep_its_messa
     world.clock.pass_(LEASE_S / 2 + 1)
     world.mq.faults.next("reset", call="touch", after=True)
     await mirror.keep(world.town)
-    await mirror.remove(found)
+    await remove(mirror, found)
     assert world.mq.queue("install").size == 1
     assert (await world.recover(mirror)).left
     world.clock.pass_(2 * LEASE_S + 1)
@@ -430,7 +437,7 @@ async def test_wrong_credentials_end_no_lease(world: World) -> None:
     with pytest.raises(MirrorUnavailable, match="ironmq_token"):
         await mirror.keep(world.town)
     world.mq.token = token
-    await mirror.remove(found)
+    await remove(mirror, found)
     assert world.mq.queue("install").size == 0
     assert 403 not in world.mq.statuses
 
@@ -441,7 +448,7 @@ async def test_removal_under_faults(world: World, what: What, after: bool) -> No
     stored = [segment(n) for n in range(3)]
     await store(mirror, stored)
     world.mq.faults.next(what, 2, after=after, seconds=0.1)
-    await mirror.remove(stored)
+    await remove(mirror, stored)
     assert world.mq.queue("install").size == 0
     assert mirror.state().bytes == 0
 
@@ -462,7 +469,7 @@ async def test_a_living_process_is_left_alone_and_a_dead_one_recovered(world: Wo
     assert found.segments[0].data == stored[0].data
     assert found.segments[0].columns == COLUMNS
     assert (await world.recover(mirror)).segments == []  # told once
-    await mirror.remove(found.segments)
+    await remove(mirror, found.segments)
     assert world.mq.queue("install").size == 0
 
 
@@ -474,7 +481,7 @@ async def test_suspects_stay_while_another_queue_is_looked_at(world: World) -> N
     for _ in range(3):
         found = await world.recover(mirror)
         assert found.unconfirmed == {"unheard"}
-        await mirror.remove(found.segments)
+        await remove(mirror, found.segments)
     assert world.mq.queue("purchase").size == 0
 
 
@@ -501,12 +508,12 @@ async def test_a_message_of_ours_that_our_books_do_not_know_is_recovered(world: 
     world.mq.faults.rate("503", 1.0, call="post", after=True)
     with pytest.raises(MirrorUnavailable):
         await store(mirror, [lost])
-    assert mirror.given_up
+    assert mirror.books.given_up
     world.mq.faults.clear()
     found = await world.recover(mirror)
     assert ids(found.segments) == [lost.id]
-    assert not mirror.given_up
-    await mirror.remove([known, *found.segments])
+    assert not mirror.books.given_up
+    await remove(mirror, [known, *found.segments])
     assert world.mq.queue("install").size == 0
 
 
@@ -531,7 +538,7 @@ async def test_of_two_copies_one_is_recovered_and_both_go(world: World) -> None:
     assert world.mq.queue("install").size == 6
     found = await world.recover(mirror)
     assert sorted(ids(found.segments)) == sorted(ids(stored))
-    await mirror.remove(found.segments)
+    await remove(mirror, found.segments)
     assert world.mq.queue("install").size == 0
 
 
@@ -554,7 +561,7 @@ async def test_a_message_whose_lease_ran_out_is_not_deleted(world: World) -> Non
         expire()
         assert (await world.recover(mirror)).segments == []
         assert sorted(world.segments()) == sorted(ids(stored))
-    await mirror.remove(found.segments)
+    await remove(mirror, found.segments)
     assert world.mq.queue("install").size == 0
 
 
@@ -567,7 +574,7 @@ async def test_removal_after_the_lease_ran_out(world: World, how: str) -> None:
         world.clock.pass_(LEASE_S + 1)
     else:
         world.mq.expire_leases()
-    await mirror.remove(found.segments)
+    await remove(mirror, found.segments)
     assert world.mq.queue("install").size == 0
 
 
@@ -637,9 +644,9 @@ async def test_a_hundred_thousand_messages_do_not_fill_memory(world: World) -> N
         requests = world.mq.requests.total()
         assert (await world.recover(mirror)).segments == []
         assert world.mq.requests.total() == requests, "asked although there is no room"
-        most = max(most, len(mirror.known))
+        most = max(most, len(mirror.books.known))
         stored.difference_update(ids(found.segments))
-        await mirror.remove(found.segments)
+        await remove(mirror, found.segments)
     assert most <= 200
     assert world.mq.queue("install").size == 0
     assert world.mq.requests.total() < 100_000 * 0.041
@@ -658,7 +665,7 @@ async def test_rows_that_are_recovered_are_bounded_by_what_they_unpack_to(world:
         assert 1 <= len(found.segments) <= 3
         total += len(found.segments)
         assert found.more or total == 20
-        await mirror.remove(found.segments)
+        await remove(mirror, found.segments)
     assert not (await world.recover(mirror)).more
 
 
@@ -757,7 +764,7 @@ async def test_own_messages_outlive_their_expiration(world: World) -> None:
         await mirror.keep(world.town)
         assert sorted(world.segments()) == sorted(ids(stored))
     assert world.mq.queue("install").total_messages == 3 + 4 * 3
-    await mirror.remove(stored)
+    await remove(mirror, stored)
     assert world.mq.queue("install").size == 0
     assert mirror.state().bytes == 0
 
@@ -829,7 +836,7 @@ async def test_recovered_messages_that_wait_are_posted_anew_too(world: World) ->
         world.clock.pass_(DAY_S)
         await mirror.keep(world.town)
     assert world.segments() == ids(found)
-    await mirror.remove(found)
+    await remove(mirror, found)
     assert world.mq.queue("install").size == 0
 
 
@@ -841,7 +848,7 @@ async def test_one_that_is_loaded_while_it_is_posted_anew_leaves_no_copy(world: 
     world.mq.faults.next("late", call="post", seconds=0.2)
     keeping = asyncio.create_task(mirror.keep(world.town))
     await world.mq.until(lambda: world.mq.queue("install").size == 2)
-    await mirror.remove([stored])
+    await remove(mirror, [stored])
     await keeping
     assert world.mq.queue("install").size == 0
 
@@ -868,13 +875,13 @@ def run_of(stored: Sequence[Segment]) -> Run:
     )  # fmt: skip
 
 
-async def read_all(mirror: RecoveringIronMQ, run: Run, max_bytes: int) -> list[Segment]:
+async def read_all(mirror: ironmq.IronMQ, run: Run, max_bytes: int) -> list[Segment]:
     found: list[Segment] = []
     while run.after < run.until and (some := await mirror.read(run, max_bytes)):
         assert sum(len(each.data) for each in some) <= max_bytes or len(some) == 1
         found += some
         run.after = some[-1].position
-        await mirror.remove(some)
+        await remove(mirror, some)
     return found
 
 
@@ -927,7 +934,7 @@ async def test_memory_that_lists_messages_is_bounded(
     await store(mirror, stored)
     with pytest.raises(MirrorFull, match="buffer_max_bytes"):
         await store(mirror, [segment()])
-    await mirror.remove(stored[:1])
+    await remove(mirror, stored[:1])
     await store(mirror, [segment()])
 
 
@@ -942,7 +949,7 @@ async def test_the_more_messages_wait_the_more_rows_share_one(
     assert mirror.traits.appends_at_once == 11
     await store(mirror, stored[100:])
     assert mirror.traits.appends_at_once == 1
-    await mirror.remove(stored)
+    await remove(mirror, stored)
     assert mirror.traits.appends_at_once == 16
 
 
@@ -957,32 +964,29 @@ async def test_ironmq_max_bytes_is_what_may_wait_there(world: World) -> None:
     assert mirror.state().up
     assert mirror.state().full
     assert mirror.state().bytes < 75_000
-    await mirror.remove(stored)
+    await remove(mirror, stored)
     await store(mirror, [segment()])
 
 
 def test_a_held_message_costs_what_is_counted() -> None:
-    mirror = object.__new__(ironmq.IronMQ)
-    mirror.prefix, mirror._bytes, mirror.held, mirror.known = "", 0, {}, {}
-    mirror._positions = iter(range(1, 1 << 30))
+    books = Books("me", "", lambda: 0.0)
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
     for number in range(20_000):
         each = segment(number)
-        mirror.known[each.id] = ironmq.held_of(str(7 * 10**18 + number), each, 450, 1.8e9 + number)
-        mirror.place([each])
+        books.known[each.id] = Held.of(str(7 * 10**18 + number), each, 450, 1.8e9 + number)
+        books.place([each])
     cost = (tracemalloc.get_traced_memory()[0] - before) / 20_000
     tracemalloc.stop()
-    assert ironmq._HELD_BYTES * 0.6 < cost < ironmq._HELD_BYTES
+    assert HELD_BYTES * 0.6 < cost < HELD_BYTES
 
 
 # --- datapipe check ---
 
 
 async def test_check_names_the_queues_and_changes_nothing(world: World) -> None:
-    mirror = await world.open()
     await world.left_by("dead", [segment(n) for n in range(3)])
-    found = await mirror.check()
+    found = await check_ironmq(world.settings())
     assert found == [
         ("ok", "ironmq: the credentials work, 1 queues"),
         ("ok", "ironmq queue install: 3 messages"),
@@ -990,12 +994,12 @@ async def test_check_names_the_queues_and_changes_nothing(world: World) -> None:
 
 
 async def test_check_tells_wrong_credentials_from_an_ironmq_that_is_away(world: World) -> None:
-    mirror = await world.open(mirror_timeout=0.3)
+    settings = world.settings(mirror_timeout=0.3)
     world.mq.token, token = "another", world.mq.token
-    ((level, text),) = await mirror.check()
+    ((level, text),) = await check_ironmq(settings)
     assert (level, "ironmq_token" in text, token in text) == ("fail", True, False)
     world.mq.token, world.mq.project_id = token, "5f00c0ffee00000000000009"
     world.mq._store._project_id = world.mq.project_id
-    assert (await mirror.check())[0][0] == "away"
+    assert (await check_ironmq(settings))[0][0] == "away"
     await world.mq.leave("closed")
-    assert (await mirror.check())[0][0] == "away"
+    assert (await check_ironmq(settings))[0][0] == "away"

@@ -21,7 +21,8 @@ from datapipe.app import PIPELINE, Pipeline, create_app, create_runner
 from datapipe.errors import ConfigError, MirrorUnavailable
 from datapipe.events.segment import Segment
 from datapipe.mirrors.ironmq import mirror as ironmq
-from datapipe.mirrors.ironmq import recovery as ironmq_recovery
+from datapipe.mirrors.ironmq.client import encode_post
+from datapipe.mirrors.ironmq.mirror import check_ironmq, open_ironmq
 from datapipe.mirrors.ironmq.wire import pack
 from datapipe.pipeline import coordinator as housekeeping
 from datapipe.pipeline.coordinator import Coordinator
@@ -235,7 +236,7 @@ async def test_parked_events_that_another_process_loaded_are_duplicates(town: To
     for user in range(10):
         assert await service.post(user, user + 100) == 200
     assert service.status["lanes"]["install"]["parked"]
-    async with ironmq_recovery.open_ironmq(service.pipeline.settings, "another") as other:
+    async with open_ironmq(service.pipeline.settings, "another") as other:
         taken = await other._store.client.reserve("install", 100, 60)
         for message in taken:
             town.database.knows(json.loads(message.body)["segment"])
@@ -311,7 +312,7 @@ async def test_a_blocked_lane_holds_up_no_recovery_of_others(town: Town) -> None
         columns = service.pipeline.registry.types[lane].columns
         left = Segment(lane, columns, b"7\t1\n", 1)
         await service.pipeline.buffer.mirror._store.client.post(  # type: ignore[attr-defined]
-            lane, ironmq.encode_post(pack(left, "dead", 0.0))
+            lane, encode_post(pack(left, "dead", 0.0))
         )
     await service.comes_true(lambda: town.users("purchase") == [7])
     assert service.status["lanes"]["install"]["recovered"] == 0
@@ -522,7 +523,7 @@ async def test_the_token_is_nowhere(town: Town, capsys: pytest.CaptureFixture[st
         with suppress(MirrorUnavailable):
             await service.pipeline.coordinator._look()
         told += [await service.get(path) for path in ("/", "/status.json", "/readyz")]
-        told += [text for _, text in await service.pipeline.buffer.mirror._store.check()]  # type: ignore[attr-defined]
+        told += [text for _, text in await check_ironmq(service.pipeline.settings)]
         for name, value in before.items():
             setattr(town.mq, name, value)
     assert "credentials" in "".join(told)

@@ -19,7 +19,7 @@ from aiohttp import web
 from datapipe.app import PIPELINE, Pipeline, create_app, create_runner
 from datapipe.events.segment import Segment
 from datapipe.mirrors import open_mirror
-from datapipe.mirrors.ironmq.recovery import open_ironmq
+from datapipe.mirrors.ironmq.mirror import open_ironmq
 from datapipe.mirrors.ironmq.wire import pack
 from datapipe.settings import Settings
 from datapipe.sinks import Beat

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Sequence
 from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
+from datapipe.errors import MirrorUnavailable
 from datapipe.events.segment import Segment
 from datapipe.events.types import Column
 from datapipe.mirrors import Appended, Membership, MirrorState, Traits
-from datapipe.mirrors.buffered import BufferedMirror, Found, Run
+from datapipe.mirrors.buffered import BufferedMirror, Found, Removal, Run
 
 COLUMNS = (Column("a", "text"),)
 MEMORY_BYTES = 4000  # three segments, with their overhead
@@ -22,7 +25,6 @@ MIRROR_BYTES = 3000
 class Shelf:
     """A store that parks, and survives nothing."""
 
-    parks = True
     reads_ahead = True
     forgets_for_good = True
     traits = Traits(batch_bytes=1000, identity="shelf", recover_interval_s=1.0)
@@ -42,9 +44,9 @@ class Shelf:
         segment.source, segment.position = source, len(self.kept) + 1
         self.kept[segment.position] = segment
 
-    async def remove(self, segments: Sequence[Segment]) -> None:
-        for segment in segments:
-            segment.gone = True
+    async def remove(self, removals: Sequence[Removal]) -> None:
+        for removal in removals:
+            self.kept[removal.position].gone = True
 
     async def read(self, run: Run, max_bytes: int) -> list[Segment]:
         after, until = run.after, run.until
@@ -60,7 +62,7 @@ class Shelf:
 
     async def recover(self, membership: Membership) -> Found:
         found, self.found = self.found, []
-        return Found(found)
+        return Found(runs=found)
 
     async def keep(self, membership: Membership) -> bool:
         return False
@@ -215,4 +217,48 @@ async def test_what_the_store_has_lost_sight_of_leaves_nothing_behind() -> None:
     await mirror.remove([taken])
     waiting = mirror.waiting("p")
     assert (waiting.events, waiting.bytes, mirror.memory_bytes) == (0, 0, 0)
-    assert mirror._bytes == 0
+
+
+class Broken(Shelf):
+    """A shelf from which nothing can be removed, for this reason."""
+
+    def __init__(self, why: Exception) -> None:
+        super().__init__()
+        self.why: Exception | None = why
+
+    def put(self, segment: Segment, source: str) -> None:
+        segment.source, segment.position = source, 1  # and it holds no rows
+
+    async def remove(self, removals: Sequence[Removal]) -> None:
+        if self.why is not None:
+            raise self.why
+
+
+async def test_removals_that_fail_for_long_hold_no_rows() -> None:
+    shelf = Broken(MirrorUnavailable("away"))
+    mirror = BufferedMirror(shelf, 1_000_000)
+    removals = []
+    for _ in range(5):
+        await mirror.append([_segment("only here", 1000) for _ in range(100)])
+        removals.append(mirror.remove(await mirror.take("only here", 1_000_000)))
+    await asyncio.sleep(0.01)
+    assert not any(removal.done() for removal in removals)
+    gc.collect()
+    rows = [each for each in gc.get_objects() if isinstance(each, Segment)]
+    assert not [each for each in rows if each.lane == "only here"]
+    assert mirror.memory_bytes == 0
+    shelf.why = None
+    await asyncio.wait_for(asyncio.gather(*removals), 5)
+    assert len(mirror.expirable()) == 500
+
+
+async def test_a_removal_that_dies_is_logged_and_holds_up_no_stop() -> None:
+    """What it leaves in the mirror comes back: the ledger must know it."""
+    mirror = BufferedMirror(Broken(RuntimeError("not foreseen")), 1_000_000)
+    await mirror.append([_segment("p", 100)])
+    with capture_logs() as lines:
+        mirror.remove(await mirror.take("p", 1000))
+        await asyncio.wait_for(mirror.settle(30.0), 5)
+    (line,) = lines
+    assert (line["event"], line["log_level"]) == ("background task died", "critical")
+    assert mirror.expirable() == []

@@ -12,6 +12,7 @@ import pytest
 from datapipe.errors import MirrorUnavailable
 from datapipe.events.segment import Segment
 from datapipe.mirrors import open_mirror
+from datapipe.mirrors.buffered import Removal
 from datapipe.mirrors.journal.file import JournalFile
 from datapipe.mirrors.journal.mirror import open_store
 from datapipe.settings import Settings
@@ -67,7 +68,7 @@ async def test_a_journal_that_is_made_anew_while_it_expires_stays_ours(tmp_path:
 
     async with open_store(settings) as store:
         (run,) = (await store.recover(Alone(set()))).runs
-        await store.remove(await store.read(run, 1000))
+        await store.remove([*map(Removal.of, await store.read(run, 1000))])
         await store.keep(Taken(set()))
         await store.append([segment(3)])
         async with open_store(settings) as other:

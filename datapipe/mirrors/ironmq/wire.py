@@ -11,16 +11,18 @@ whose a message is, and how old.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import gzip
 import zlib
 
 import msgspec
 
-from datapipe.events.segment import Part, Segment
+from datapipe.events.segment import Head, Part, Segment, restored
 from datapipe.events.types import Column
 
 VERSION = 1
+INLINE_BYTES = 4_096  # more is packed, and unpacked, in a thread
 _MOST_PACKED = 1032  # deflate makes no byte of more
 
 
@@ -63,13 +65,20 @@ def posted_anew(envelope: Envelope, posted: float) -> str:
     return msgspec.json.encode(msgspec.structs.replace(envelope, posted=posted)).decode()
 
 
+async def unpacked(envelope: Envelope) -> Segment:
+    """The segment of a message; a large one is unpacked in a thread. Raises: Unreadable."""
+    if len(envelope.rows) <= INLINE_BYTES:
+        return unpack(envelope)
+    return await asyncio.to_thread(unpack, envelope)
+
+
 def rows_bytes(envelope: Envelope) -> int:
-    """How large the rows are once unpacked: gzip's last four bytes tell, unless it is damaged."""
+    """How large the rows are once unpacked: gzip's last four bytes say so, unless it is damaged."""
     try:
-        told = int.from_bytes(base64.b64decode(envelope.rows[-8:])[-4:], "little")
+        size = int.from_bytes(base64.b64decode(envelope.rows[-8:])[-4:], "little")
     except ValueError:
         return 0
-    return min(told, len(envelope.rows) * _MOST_PACKED)
+    return min(size, len(envelope.rows) * _MOST_PACKED)
 
 
 def envelope_of(body: str) -> Envelope:
@@ -91,8 +100,9 @@ def unpack(envelope: Envelope) -> Segment:
         raise Unreadable(f"rows: {exc}") from None
     if data.count(b"\n") != envelope.events or (data and not data.endswith(b"\n")):
         raise Unreadable("rows: not as many as the message says")
-    return Segment(
-        envelope.lane, tuple(Column(*column) for column in envelope.columns), data,
-        envelope.events, envelope.parts, neutral=envelope.neutral, id=envelope.segment,
+    columns = tuple(Column(*column) for column in envelope.columns)
+    return restored(
+        Head(VERSION, columns, envelope.parts, envelope.neutral), data,
+        id=envelope.segment, lane=envelope.lane, events=envelope.events,
         created_at=envelope.created,
     )  # fmt: skip

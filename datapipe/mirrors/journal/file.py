@@ -8,8 +8,8 @@ WAL with `synchronous=FULL`: one flush of the log per append. Source: SQLite doc
 parked segments by another with its own connection, in short transactions: a long SELECT would keep
 the log from being reset.
 
-An open file can be written though its name is gone, and nobody would find again what was written.
-So each append begins by a look whether file, log and lock are where they were.
+An open file can be written though its name was removed, and nobody would find again what was
+written. So each append begins by a look whether file, log and lock are where they were.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ import fcntl
 import itertools
 import os
 import sqlite3
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from uuid import uuid4
 
 import structlog
@@ -33,9 +32,18 @@ from datapipe.events.segment import (
     Segment,
     decode_head,
     encode_head,
+    restored,
 )
-from datapipe.mirrors.buffered import Run
-from datapipe.mirrors.journal.salvage import crc_of, is_damage, openings, rescue, set_aside
+from datapipe.mirrors.buffered import Removal, Run
+from datapipe.mirrors.journal.salvage import (
+    crc_of,
+    discard,
+    is_damage,
+    openings,
+    quarantine,
+    rename,
+    rescue,
+)
 
 _FORMAT = 1
 _SCHEMA = """
@@ -48,41 +56,34 @@ CREATE INDEX waiting ON segments (lane, position, events, bytes, created_at);
 """
 ROW_BYTES = 256  # what a segment takes beside its rows
 _VACUUM_PAGES = 512  # given back to the file system in one go, at most
-_T = TypeVar("_T")
 log = structlog.stdlib.get_logger("datapipe.mirrors.journal.mirror")
-
-
-class Damaged(Exception):
-    """A row or a page can't be read: `mend` the file with these."""
-
-    def __init__(self, why: Exception, seen: sqlite3.Connection) -> None:
-        super().__init__(str(why))
-        self.why = why
-        self.seen = seen
 
 
 class JournalFile:
     """One SQLite file and its lock.
 
-    Every method but `in_place` blocks: call it in the thread that fits.
+    Every method but `in_place` blocks: call it in the writing thread, but for `read`.
+
+    Attributes:
+        source: the journal's id, which its segments bear.
+        inherited_until: the last position that an earlier owner may have used.
+        used_bytes: what the waiting segments take, which free pages don't.
     """
 
     def __init__(self, path: Path, lock: int) -> None:
+        """Raises: sqlite3.Error, ConfigError, OSError: it can't be opened."""
         self.path = path
-        self._lock = lock
-        self._reading = threading.Lock()
+        self.lock = lock
         self._connections: list[sqlite3.Connection] = []
-        self._places: list[tuple[str, tuple[int, int]]] = []
-        self._filled: set[str] = set()  # of these, what must not be found empty
+        self._filled: set[str] = set()  # of its places, what must not be found empty
         try:
             self._open()
-        except sqlite3.DatabaseError as exc:
-            if not is_damage(exc):
-                raise
-            self._renew(exc)
-        (self.inherited_until,) = self._write.execute(
-            "SELECT coalesce(max(position), 0) FROM segments"
-        ).fetchone()
+            self.inherited_until = self._last_position()
+        except BaseException:
+            self.disconnect()
+            raise
+        places = (str(path), self._log, str(path.with_suffix(".lock")))
+        self._places = [(each, _identity(os.stat(each))) for each in places if os.path.exists(each)]
 
     def _open(self) -> None:
         new = not self.path.exists() or self.path.stat().st_size == 0
@@ -103,20 +104,32 @@ class JournalFile:
             self._write.execute("INSERT INTO meta VALUES (?)", (uuid4().hex,))
         elif version != _FORMAT:
             raise ConfigError(f"the journal {self.path} was written by a newer datapipe")
-        (self.source,) = self._write.execute("SELECT journal FROM meta").fetchone()
         self._read = self._connect()
-        self.measure()
-        places = (self._name, self._log, str(self.path.with_suffix(".lock")))
-        self._places = [(each, _identity(os.stat(each))) for each in places if os.path.exists(each)]
-        self._filled.clear()
+        self._measure()
 
-    @property
-    def _name(self) -> str:
-        return str(self.path)
+    def _connect(self) -> sqlite3.Connection:
+        self._connections.append(
+            sqlite3.connect(self.path, timeout=5, isolation_level=None, check_same_thread=False)
+        )
+        return self._connections[-1]
+
+    def _measure(self) -> None:
+        self.source: str
+        self.used_bytes: int
+        (self.source,) = self._write.execute("SELECT journal FROM meta").fetchone()
+        (self.used_bytes,) = self._write.execute(
+            f"SELECT coalesce(sum(bytes + {ROW_BYTES}), 0) FROM segments"
+        ).fetchone()
+
+    def _last_position(self) -> int:
+        sql = "SELECT coalesce(max(position), 0) FROM segments"
+        return int(self._write.execute(sql).fetchone()[0])
 
     @property
     def _log(self) -> str:
         return f"{self.path}-wal"
+
+    # --- what is not in its place, or damaged ---
 
     def in_place(self) -> bool:
         """Whether file, log and lock are where they were, and were not emptied.
@@ -127,9 +140,7 @@ class JournalFile:
         try:
             for place, identity in self._places:
                 seen = os.stat(place)
-                if seen.st_ino != identity[1] or seen.st_dev != identity[0]:
-                    return False
-                if not seen.st_size and place in self._filled:
+                if _identity(seen) != identity or (not seen.st_size and place in self._filled):
                     return False
                 if seen.st_size and place is self._places[0][0]:
                     self._filled.add(place)  # the file is never emptied by us, the log is
@@ -137,106 +148,41 @@ class JournalFile:
             return False
         return True
 
-    def renewed(self) -> JournalFile:
-        """The journal, made anew of what our connections still see; this one is closed.
+    def remade(self, why: str) -> JournalFile:
+        """The journal, made anew of what our connections still see, or else of what lies there.
 
-        In the writing thread, once it is not in place. Raises: OSError, sqlite3.Error: it can't be
-        made now, and this one is as it was.
+        This one is to be disconnected then. Raises: OSError, sqlite3.Error: it can't be made now,
+        and this one is as it was.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         path, lock = self._place()
-        kept = set_aside(path)
         try:
-            fresh = JournalFile(path, lock)
-            rows, gaps = fresh._take_over(self._write, kept, self.source)
+            fresh = _made_of(path, lock, why, self)
         except BaseException:
-            for suffix in ("", "-wal", "-shm"):
-                Path(f"{path}{suffix}").unlink(missing_ok=True)
-            if lock != self._lock:
+            if lock != self.lock:
                 os.close(lock)
             raise
-        fresh.inherited_until = self.inherited_until
-        with self._reading:
-            self._disconnect()
-        if lock != self._lock:
-            os.close(self._lock)
-        log.error(
-            "journal damaged", path=str(path), kept=str(kept) if kept.exists() else None,
-            error=f"{self.path} was removed, replaced or emptied from outside",
-            segments_rescued=rows, gaps=gaps,
-        )  # fmt: skip
+        if lock != self.lock:
+            os.close(self.lock)
         return fresh
 
     def _place(self) -> tuple[Path, int]:
         """Where to make it anew, and the lock: here, unless somebody else has this place now."""
         lock_path, identity = self._places[-1]
         if os.path.exists(lock_path) and _identity(os.stat(lock_path)) == identity:
-            return self.path, self._lock
-        others = (self.path.with_name(f"{number}.sqlite") for number in itertools.count())
-        for path in itertools.chain([self.path], others):
-            if path.exists() and path != self.path:
-                continue
-            if (lock := try_lock(path)) is not None:
+            return self.path, self.lock
+        if (lock := try_lock(self.path)) is not None:
+            return self.path, lock
+        for path in _numbered(self.path.parent):
+            if not path.exists() and (lock := try_lock(path)) is not None:
                 return path, lock
-        raise AssertionError  # count() never ends
+        raise AssertionError  # there is no last number
 
-    def _take_over(self, seen_by: sqlite3.Connection, kept: Path, name: str) -> tuple[int, int]:
-        """Fill this new file; see `rescue`."""
-        sources = openings(kept, self._write) if kept.exists() else iter(())
-        told = rescue(itertools.chain([seen_by], sources), self._write, name)
-        (self.source,) = self._write.execute("SELECT journal FROM meta").fetchone()
-        self.measure()
-        return told
-
-    def _connect(self) -> sqlite3.Connection:
-        self._connections.append(
-            sqlite3.connect(self.path, timeout=5, isolation_level=None, check_same_thread=False)
-        )
-        return self._connections[-1]
-
-    def _disconnect(self) -> None:
+    def disconnect(self) -> None:
         while self._connections:
             self._connections.pop().close()
 
-    def mend(self, why: Exception, seen: sqlite3.Connection) -> None:
-        """Make the file anew of what can be read, unless that was done since `seen` was used.
-
-        Call it in the writing thread.
-        """
-        with self._reading:
-            if seen in (self._write, self._read):
-                self._renew(why)
-
-    def _renew(self, why: Exception) -> None:
-        name = getattr(self, "source", None)
-        self._disconnect()  # before: to close is to delete the log by its name
-        damaged = set_aside(self.path)
-        self._open()
-        rows, gaps = rescue(openings(damaged, self._write), self._write, name)
-        (self.source,) = self._write.execute("SELECT journal FROM meta").fetchone()
-        self.measure()
-        log.error(
-            "journal damaged", path=str(self.path), kept=str(damaged), error=str(why),
-            segments_rescued=rows, gaps=gaps,
-        )  # fmt: skip
-
-    def _mending(self, call: Callable[[], _T]) -> _T:
-        """In the writing thread: do it; on a damaged file, once more on what it is made into."""
-        seen = self._write
-        try:
-            return call()
-        except sqlite3.DatabaseError as exc:
-            if not is_damage(exc):
-                raise
-            self.mend(exc, seen)
-            return call()
-
-    def measure(self) -> None:
-        """Set `used_bytes`: what the waiting segments take, which free pages don't."""
-        (size, count) = self._write.execute(
-            "SELECT coalesce(sum(bytes), 0), count(*) FROM segments"
-        ).fetchone()
-        self.used_bytes: int = size + count * ROW_BYTES
+    # --- segments ---
 
     def append(self, segments: Sequence[Segment]) -> None:
         """One transaction, on disk when this returns. Raises: sqlite3.Error.
@@ -244,11 +190,6 @@ class JournalFile:
         One segment goes in one statement: each call into SQLite hands the interpreter to other
         threads and has to wait for it again.
         """
-        self._mending(lambda: self._append(segments))
-        self._filled.add(self._log)
-        self.used_bytes += size_of(segments)
-
-    def _append(self, segments: Sequence[Segment]) -> None:
         if len(segments) == 1:
             self._insert(segments[0])
         else:
@@ -256,6 +197,8 @@ class JournalFile:
                 self._write.execute("BEGIN IMMEDIATE")
                 for segment in segments:
                     self._insert(segment)
+        self._filled.add(self._log)
+        self.used_bytes += size_of(segments)
 
     def _insert(self, segment: Segment) -> None:
         head = encode_head(segment)
@@ -270,20 +213,17 @@ class JournalFile:
         )  # fmt: skip
         segment.source, segment.position = self.source, cursor.lastrowid or 0
 
-    def remove(self, segments: Sequence[Segment]) -> None:
+    def remove(self, removals: Sequence[Removal]) -> None:
         """One transaction, on disk when this returns. Raises: sqlite3.Error."""
-        self._mending(lambda: self._remove(segments))
-
-    def _remove(self, segments: Sequence[Segment]) -> None:
         with self._write:
             self._write.execute("BEGIN IMMEDIATE")
             removed = self._write.executemany(
-                "DELETE FROM segments WHERE position = ?", [(s.position,) for s in segments]
+                "DELETE FROM segments WHERE position = ?", [(each.position,) for each in removals]
             ).rowcount
-        if removed == len(segments):
-            self.used_bytes -= size_of(segments)
+        if removed == len(removals):
+            self.used_bytes -= sum([each.bytes + ROW_BYTES for each in removals])
         else:
-            self.measure()
+            self._measure()
 
     def release_free_pages(self) -> None:
         """Shorten the file by a bounded number of free pages, if there are many."""
@@ -299,51 +239,34 @@ class JournalFile:
 
     def is_drained(self) -> bool:
         """Whether nothing of what earlier owners left waits here any more."""
-        sql = "SELECT EXISTS (SELECT 1 FROM segments WHERE position <= ?)"
-        (left,) = self._mending(
-            lambda: self._write.execute(sql, (self.inherited_until,)).fetchone()
-        )
-        return not left
+        sql = "SELECT NOT EXISTS (SELECT 1 FROM segments WHERE position <= ?)"
+        return bool(self._write.execute(sql, (self.inherited_until,)).fetchone()[0])
 
     def inherited(self) -> list[Run]:
         """What earlier owners left here and still waits, a run per lane; reads the index alone."""
-        sql = (
+        rows = self._write.execute(
             "SELECT lane, min(position), max(position), count(*), sum(events), sum(bytes),"
-            " min(created_at) FROM segments WHERE position <= ? GROUP BY lane"
-        )
-        until = (self.inherited_until,)
-        rows = self._mending(lambda: self._write.execute(sql, until).fetchall())
+            " min(created_at) FROM segments WHERE position <= ? GROUP BY lane",
+            (self.inherited_until,),
+        ).fetchall()
         return [
             Run(lane, self.source, first - 1, last, count, events, size, oldest)
             for lane, first, last, count, events, size, oldest in rows
         ]
 
     def read(self, run: Run, max_bytes: int) -> list[Segment]:
-        """The first segments of a run, in the reading thread.
-
-        Raises: sqlite3.Error; Damaged: the file must be mended first.
-        """
-        with self._reading:
-            try:
-                return self._read_from(self._read, run, max_bytes)
-            except sqlite3.DatabaseError as exc:
-                if is_damage(exc):
-                    raise Damaged(exc, self._read) from exc
-                raise
-
-    def _read_from(self, connection: sqlite3.Connection, run: Run, max_bytes: int) -> list[Segment]:
-        where = (run.lane, run.after, run.until)
+        """The first segments of a run, in the reading thread. Raises: sqlite3.Error."""
         last, size = 0, 0
-        for position, length in connection.execute(
+        for position, length in self._read.execute(
             "SELECT position, bytes FROM segments"
             " WHERE lane = ? AND position > ? AND position <= ? ORDER BY position LIMIT ?",
-            (*where, SEGMENTS_AT_ONCE),
+            (run.lane, run.after, run.until, SEGMENTS_AT_ONCE),
         ):
             size += length + SEGMENT_OVERHEAD_BYTES
             if last and size > max_bytes:
                 break
             last = position
-        rows = connection.execute(
+        rows = self._read.execute(
             "SELECT position, id, events, created_at, crc, head, data FROM segments"
             " WHERE lane = ? AND position > ? AND position <= ? ORDER BY position",
             (run.lane, run.after, last),
@@ -354,11 +277,11 @@ class JournalFile:
         position, id, events, created_at, crc, head_text, data = row
         if crc != crc_of(lane, id, events, head_text, data):
             raise sqlite3.DatabaseError(f"segment {id} at position {position} is damaged")
-        head = decode_head(head_text)
-        return Segment(
-            lane, head.columns, data, events, head.parts, neutral=head.neutral,
-            id=id, created_at=created_at, source=self.source, position=position,
-        )  # fmt: skip
+        segment = restored(
+            decode_head(head_text), data, id=id, lane=lane, events=events, created_at=created_at
+        )
+        segment.source, segment.position = self.source, position
+        return segment
 
     def close(self) -> None:
         try:
@@ -366,9 +289,9 @@ class JournalFile:
             if last is None and self.in_place():  # never used: a command that only looked
                 self.path.unlink()  # leaves nothing behind
         except sqlite3.Error:
-            pass  # damaged: the next owner mends it
-        self._disconnect()
-        os.close(self._lock)
+            pass  # damaged: the next owner repairs it
+        self.disconnect()
+        os.close(self.lock)
 
 
 def own_file(folder: Path) -> JournalFile:
@@ -376,15 +299,18 @@ def own_file(folder: Path) -> JournalFile:
 
     Raises: OSError, sqlite3.OperationalError: none can be had in this folder.
     """
-    for number in itertools.count():
-        path = folder / f"{number}.sqlite"
+    for path in _numbered(folder):
         try:
             if (file := open_file(path)) is not None:
                 return file
         except (PermissionError, sqlite3.OperationalError):
             if not _closed_to_us(path):
                 raise
-    raise AssertionError  # count() never ends
+    raise AssertionError  # there is no last number
+
+
+def _numbered(folder: Path) -> Iterator[Path]:
+    return (folder / f"{number}.sqlite" for number in itertools.count())
 
 
 def open_file(path: Path) -> JournalFile | None:
@@ -395,10 +321,44 @@ def open_file(path: Path) -> JournalFile | None:
     if (lock := try_lock(path)) is None:
         return None
     try:
-        return JournalFile(path, lock)
+        try:
+            return JournalFile(path, lock)
+        except sqlite3.DatabaseError as exc:
+            if not is_damage(exc):
+                raise
+            return _made_of(path, lock, str(exc))
     except BaseException:
         os.close(lock)
         raise
+
+
+def _made_of(path: Path, lock: int, why: str, old: JournalFile | None = None) -> JournalFile:
+    """A new journal of what can be read: by the old one's connection, or of what lies there.
+
+    What lies there is quarantined, never deleted.
+    Raises: OSError, sqlite3.Error: it can't be made now, and there is none.
+    """
+    kept = quarantine(path)
+    fresh: JournalFile | None = None
+    try:
+        fresh = JournalFile(path, lock)
+        seen = [old._write] if old else []
+        sources = itertools.chain(seen, openings(kept, fresh._write))
+        rows, gaps = rescue(sources, fresh._write, old.source if old else None)
+        fresh._measure()
+        fresh.inherited_until = old.inherited_until if old else fresh._last_position()
+    except BaseException:
+        if fresh is not None:
+            fresh.disconnect()
+        discard(path)
+        if old is None:  # the next start tries again
+            rename(kept, path)
+        raise
+    log.error(
+        "journal damaged", path=str(path), kept=str(kept) if kept.exists() else None, error=why,
+        segments_rescued=rows, gaps=gaps,
+    )  # fmt: skip
+    return fresh
 
 
 def _closed_to_us(path: Path) -> bool:

@@ -21,15 +21,9 @@ import structlog
 from datapipe.errors import ConfigError, LaneBlocked, MirrorFull, MirrorUnavailable, SinkUnavailable
 from datapipe.events.segment import Segment
 from datapipe.mirrors import Appended, Membership, MirrorState, Traits
-from datapipe.mirrors.buffered import BufferedMirror, Found, Run
-from datapipe.mirrors.journal.file import (
-    ROW_BYTES,
-    Damaged,
-    JournalFile,
-    open_file,
-    own_file,
-    size_of,
-)
+from datapipe.mirrors.buffered import BufferedMirror, Found, Removal, Run
+from datapipe.mirrors.journal.file import ROW_BYTES, JournalFile, open_file, own_file, size_of
+from datapipe.mirrors.journal.salvage import is_damage
 from datapipe.settings import Settings
 
 MIN_FREE_BYTES = 64 * 1024 * 1024  # on a full disk even DELETE fails, so appends stop before
@@ -47,7 +41,6 @@ log = structlog.stdlib.get_logger("datapipe.mirrors.journal.mirror")
 class Journal:
     """The store of `mirror: journal`: our own file, and those adopted from dead processes."""
 
-    parks = True
     forgets_for_good = True
     reads_ahead = True
 
@@ -58,9 +51,8 @@ class Journal:
         )  # fmt: skip
         self._folder = folder
         self._max_bytes = settings.journal_max_bytes
-        self._own = own
         self._files = {own.source: own}
-        self._told: set[str] = set()
+        self._recovered: set[str] = set()  # by source
         self._unreadable: set[Path] = set()
         self._settled: dict[str, int] = {}  # adopted, drained, expired: by source, up to where
         self._writer = ThreadPoolExecutor(1, "journal-writer")
@@ -70,15 +62,18 @@ class Journal:
         self._others_seen = 0.0
         self._looked_at = 0.0
         self._free_bytes = 0
-        self._look_error: str | None = None
         self._look_under_way: Future[None] | None = None
+
+    @property
+    def _own(self) -> JournalFile:
+        return self._files[self.traits.identity]
 
     async def append(self, segments: Sequence[Segment]) -> Appended:
         """See `Store.append`."""
         try:
             # asked here, not in the writing thread, which would have to wait for its turn once more
             if not self._own.in_place():
-                await self._run(self._writer, self._look_after)
+                await self._run(self._writer, self._repair_places)
             await self._run(self._writer, lambda: self._append(segments))
         except MirrorUnavailable as exc:
             return Appended((), exc)
@@ -90,7 +85,7 @@ class Journal:
             self._look()  # a look at the disk is a call
         if (why := self._full(coming)) is not None:
             raise MirrorFull(why)
-        self._own.append(segments)
+        self._in_file(self.traits.identity, lambda file: file.append(segments))
 
     def _full(self, coming: int) -> str | None:
         """Why so many bytes more can't be stored, as of the last look."""
@@ -111,22 +106,41 @@ class Journal:
             self._others_bytes = sum(map(_size, others))
             self._others_seen = now
 
-    def _look_after(self) -> None:
-        """In the writing thread: what was taken from its place is made anew there."""
-        for source, file in list(self._files.items()):
-            if not file.in_place():
-                self._files[source] = fresh = file.renewed()
-                self._own = fresh if file is self._own else self._own
+    def _in_file(self, source: str, call: Callable[[JournalFile], _T]) -> _T:
+        """In the writing thread: do it; on a damaged file, once more on what it is made into."""
+        file = self._files[source]
+        try:
+            return call(file)
+        except sqlite3.DatabaseError as exc:
+            if not is_damage(exc):
+                raise
+            self._remake(file, str(exc))
+            return call(self._files[source])
 
-    async def remove(self, segments: Sequence[Segment]) -> None:
-        by_source: dict[str, list[Segment]] = {}
-        for segment in segments:
-            by_source.setdefault(segment.source, []).append(segment)
+    def _remake(self, file: JournalFile, why: str) -> None:
+        """In the writing thread: make a journal anew of what can be read of it, once."""
+        if self._files.get(file.source) is file:
+            self._files[file.source] = file.remade(why)
+            self._reader.submit(file.disconnect)  # after what is being read from it
+
+    def _repair_places(self) -> None:
+        """In the writing thread: what was taken from its place is made anew there."""
+        for file in list(self._files.values()):
+            if not file.in_place():
+                self._remake(file, f"{file.path} was removed, replaced or emptied from outside")
+
+    async def remove(self, removals: Sequence[Removal]) -> None:
+        by_source: dict[str, list[Removal]] = {}
+        for removal in removals:
+            by_source.setdefault(removal.source, []).append(removal)
         for source, of_source in by_source.items():
-            if file := self._files.get(source):
-                for at in range(0, len(of_source), _REMOVED_AT_ONCE):
-                    some = of_source[at : at + _REMOVED_AT_ONCE]
-                    await self._run(self._writer, partial(file.remove, some))
+            for at in range(0, len(of_source), _REMOVED_AT_ONCE):
+                some = of_source[at : at + _REMOVED_AT_ONCE]
+                await self._run(self._writer, partial(self._remove, source, some))
+
+    def _remove(self, source: str, removals: Sequence[Removal]) -> None:
+        if source in self._files:  # else it was drained
+            self._in_file(source, lambda file: file.remove(removals))
 
     async def read(self, run: Run, max_bytes: int) -> list[Segment]:
         file = self._files.get(run.source)
@@ -134,9 +148,10 @@ class Journal:
             return []
         try:
             return await self._run(self._reader, lambda: file.read(run, max_bytes))
-        except Damaged as exc:
-            await self._run(self._writer, partial(file.mend, exc.why, exc.seen))
-            raise MirrorUnavailable(f"the journal was damaged: {exc}") from exc
+        except MirrorUnavailable as exc:
+            if isinstance(exc.__cause__, sqlite3.Error) and is_damage(exc.__cause__):
+                await self._run(self._writer, partial(self._remake, file, str(exc.__cause__)))
+            raise
 
     async def recover(self, membership: Membership) -> Found:
         """See `Store.recover`."""
@@ -144,10 +159,13 @@ class Journal:
 
     async def keep(self, membership: Membership) -> bool:
         """Give space back that a burst has taken, bit by bit; let go of files that are drained."""
-        await self._run(self._writer, self._look_after)
+        await self._run(self._writer, self._repair_places)
         for file in list(self._files.values()):
             await self._run(self._writer, file.release_free_pages)
-            if file.source in self._told and await self._run(self._writer, file.is_drained):
+            if file.source not in self._recovered:
+                continue
+            is_drained = partial(self._in_file, file.source, JournalFile.is_drained)
+            if await self._run(self._writer, is_drained):
                 await self._expire(file, membership)
         return False
 
@@ -167,7 +185,7 @@ class Journal:
         self._settled[file.source] = file.inherited_until
         if file is not self._own:
             del self._files[file.source]
-            self._told.discard(file.source)
+            self._recovered.discard(file.source)
             await self._run(self._writer, file.close)
 
     async def release(self) -> None:
@@ -187,14 +205,14 @@ class Journal:
                     self._unreadable.add(path)
         failed: sqlite3.Error | OSError | None = None
         for file in list(self._files.values()):
-            if file.source in self._told:
+            if file.source in self._recovered:
                 continue
             try:
-                runs += file.inherited()
+                runs += self._in_file(file.source, JournalFile.inherited)
             except (sqlite3.Error, OSError) as exc:
                 failed = exc  # the others first; the next look asks again
             else:
-                self._told.add(file.source)
+                self._recovered.add(file.source)
         if failed is not None and not runs:
             raise failed
         return runs
@@ -219,8 +237,9 @@ class Journal:
             result = await asyncio.get_running_loop().run_in_executor(thread, call)
         except (sqlite3.Error, OSError) as exc:
             self._error = str(exc)
-            raise MirrorUnavailable(f"the journal does not work: {exc}") from exc
-        self._error = self._look_error = None
+            how = "was damaged" if isinstance(exc, sqlite3.Error) and is_damage(exc) else "fails"
+            raise MirrorUnavailable(f"the journal {how}: {exc}") from exc
+        self._error = None
         return result
 
     def _bytes(self) -> int:
@@ -232,19 +251,18 @@ class Journal:
         waiting = self._look_under_way is not None and not self._look_under_way.done()
         if not waiting and time.monotonic() - self._looked_at > _LOOK_S:
             with suppress(RuntimeError):  # closed
-                self._look_under_way = self._writer.submit(self._look_aside)
-        error = self._error or self._look_error
+                self._look_under_way = self._writer.submit(self._look_meanwhile)
         return MirrorState(
-            "journal", error is None, error, self._bytes(), self._max_bytes, self._full(ROW_BYTES)
-        )
+            "journal", self._error is None, self._error, self._bytes(), self._max_bytes,
+            self._full(ROW_BYTES),
+        )  # fmt: skip
 
-    def _look_aside(self) -> None:
+    def _look_meanwhile(self) -> None:
         try:
-            self._look_after()
+            self._repair_places()
             self._look()
-            self._look_error = None
         except (sqlite3.Error, OSError) as exc:
-            self._look_error = str(exc)
+            self._error = str(exc)
 
     def close(self) -> None:
         self._writer.shutdown()

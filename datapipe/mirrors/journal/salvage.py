@@ -1,4 +1,4 @@
-"""Damaged journal files: kept aside, never deleted; what can be read of them is not lost.
+"""Damaged journal files: quarantined, never deleted; what can be read of them is not lost.
 
 A row is read if its page is, and believed if its checksum fits. Damage is skipped by looking for
 the first position behind it that can be reached: each damaged page costs its own rows only.
@@ -34,16 +34,26 @@ def crc_of(lane: str, id: str, events: int, head: bytes, data: bytes) -> int:
     return zlib.crc32(data, zlib.crc32(head, zlib.crc32(f"{lane} {id} {events}".encode())))
 
 
-def set_aside(path: Path) -> Path:
-    """Rename the file, and its log with it, so that SQLite still finds the one with the other."""
+def quarantine(path: Path) -> Path:
+    """Rename the file, and its log with it; its new name."""
     kept = path.with_name(f"{path.name}.damaged-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}")
     while kept.exists():
         kept = kept.with_name(f"{kept.name}x")
-    for suffix in ("", "-wal"):
-        if (file := path.with_name(path.name + suffix)).exists():
-            file.rename(f"{kept}{suffix}")
-    path.with_name(f"{path.name}-shm").unlink(missing_ok=True)  # an index of the log: made anew
+    rename(path, kept)
     return kept
+
+
+def rename(path: Path, to: Path) -> None:
+    """With its log, so that SQLite still finds the one with the other; what is empty is dropped."""
+    for suffix in ("", "-wal"):
+        if (file := Path(f"{path}{suffix}")).exists() and file.stat().st_size:
+            file.rename(f"{to}{suffix}")
+    discard(path)  # an index of the log may be left, which is made anew
+
+
+def discard(path: Path) -> None:
+    for suffix in ("", "-wal", "-shm"):
+        Path(f"{path}{suffix}").unlink(missing_ok=True)
 
 
 def rescue(
@@ -86,6 +96,8 @@ def openings(damaged: Path, fresh: sqlite3.Connection) -> Iterator[sqlite3.Conne
 
     The first page holds the header and the schema, which is the same in all journals.
     """
+    if not damaged.exists():
+        return
     yield from _opened(damaged)
     (page_size,) = fresh.execute("PRAGMA page_size").fetchone()
     ((path,),) = fresh.execute("SELECT file FROM pragma_database_list WHERE name = 'main'")
@@ -98,8 +110,7 @@ def openings(damaged: Path, fresh: sqlite3.Connection) -> Iterator[sqlite3.Conne
             file.write(page)
         yield from _opened(copy)
     finally:
-        for suffix in ("", "-wal", "-shm"):
-            Path(f"{copy}{suffix}").unlink(missing_ok=True)
+        discard(copy)
 
 
 def _opened(path: Path) -> Iterator[sqlite3.Connection]:
@@ -171,8 +182,8 @@ def check_journals(settings: Settings) -> list[tuple[str, str]]:
             verdict, waiting = str(exc), 0
         level = "ok" if verdict == "ok" else "fail"
         found.append((level, f"journal {path}: {verdict}, {waiting} events waiting"))
-    damaged = sorted(folder.glob("*.damaged-*"))
-    found += [("warn", f"journal {path}: set aside as damaged") for path in damaged]
+    damaged = sorted(folder.glob("*.damaged-*[0-9x]"))  # each may have its log beside it
+    found += [("warn", f"journal {path}: quarantined as damaged") for path in damaged]
     return found
 
 
