@@ -12,7 +12,7 @@ import msgspec
 TABLE = "crash_report"
 COLUMNS = '"user_id" bigint, "timestamp" bigint, "message" text, "received_at" timestamptz'
 NAMES = '"user_id", "timestamp", "message", "received_at"'
-_RECEIVED_AT = "2026-01-01 12:00:00.123456+00:00"
+_RECEIVED_AT = "2026-01-01 12:00:00.123456"
 
 
 class Crash(NamedTuple):

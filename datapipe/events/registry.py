@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import importlib
 import re
-from datetime import date, datetime
-from decimal import Decimal
 from typing import Any, Union
-from uuid import UUID
 
 import msgspec
 
 from datapipe.errors import ConfigError
-from datapipe.events.types import Event, EventType, register, registered
+from datapipe.events.types import PG_TYPES, Event, EventType, register, registered
 from datapipe.settings import Settings
 
-_TYPE_NAMES: dict[str, type] = {
-    kind.__name__: kind
-    for kind in (int, float, str, bool, datetime, date, Decimal, UUID, dict, list)
-}
+_TYPE_NAMES = {kind.__name__: kind for kind in PG_TYPES}
 # type, `?` for nullable, and the default as JSON: "bool = false"
 _DECLARED = re.compile(r"\s*(\w+)\s*(\?)?\s*(?:=\s*(.+))?", re.DOTALL)
 
@@ -101,19 +95,18 @@ def declared_class(name: str, fields: dict[str, str]) -> type[Event]:
                 f"events.{name}: {field!r} can't be a key: letters, digits and _, not __ in front"
             )
         match = _DECLARED.fullmatch(text)
-        kind = _TYPE_NAMES.get(match[1]) if match else None
-        if match is None or kind is None:
-            known = ", ".join(_TYPE_NAMES)
+        if match is None or match[1] not in _TYPE_NAMES:
             raise ConfigError(
-                f"{place}: {text!r} is no type: one of {known}, then '?' if it may be null, then "
-                "'= default' as JSON"
+                f"{place}: {text!r} is no type: one of {', '.join(_TYPE_NAMES)}, then '?' if it "
+                "may be null, then '= default' as JSON"
             )
+        kind = _TYPE_NAMES[match[1]]
         hint: Any = kind | None if match[2] else kind
         body["__annotations__"][field] = hint
         if match[3] is not None:
             try:
                 body[field] = msgspec.json.decode(match[3], type=hint)
-            except (msgspec.DecodeError, ValueError) as exc:
+            except ValueError as exc:
                 quotes = ", text in quotes" if kind is str else ""
                 raise ConfigError(
                     f"{place}: the default {match[3]!r} must be {kind.__name__} as JSON{quotes}: "

@@ -27,6 +27,7 @@ _MAX_OFFSET_S = 57_600  # PostgreSQL takes less. Source: its datetime.h, MAX_TZD
 # U+0000 in JSON: behind an even number of backslashes, or the backslash is itself escaped
 _NUL_IN_JSON = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
+NO_NUL = "U+0000 can't be stored"
 NULL = "\\N"
 _ESCAPED = re.compile(r"\\.")
 
@@ -70,21 +71,14 @@ class Field(NamedTuple):
         if self.default is msgspec.NODEFAULT or (self.default is None and self.nullable):
             return None
         value: Any = msgspec.convert(self.default, _INT64 if self.kind is int else self.kind)
-        if self.kind in _JSON:
-            text = msgspec.json.encode(value).decode()
-            has_nul = _NUL_IN_JSON.search(text) is not None
-        else:
-            text = _TEXTS.get(self.kind, str)(value)
-            has_nul = "\0" in text
-        if has_nul:
-            raise ValueError("U+0000 can't be stored")
+        is_json = self.kind in _JSON
+        text = msgspec.json.encode(value).decode() if is_json else _TEXTS.get(self.kind, str)(value)
+        if "\0" in text or (is_json and _NUL_IN_JSON.search(text)):
+            raise ValueError(NO_NUL)
         return text
 
     def wrong(self, why: str) -> EventRejected:
         return EventRejected(Reason.BAD_VALUE, f"{self.name}: {self.wanted} wanted ({why})")
-
-    def holds_nul(self) -> EventRejected:
-        return EventRejected(Reason.BAD_VALUE, f"{self.name}: U+0000 can't be stored")
 
 
 def too_long(max_len: int) -> EventRejected:
@@ -152,7 +146,7 @@ def _json_writer(field: Field, max_len: int) -> Callable[[Any], str]:
             raise field.wrong(str(exc)) from None
         text = sent.decode()
         if _NUL_IN_JSON.search(text):
-            raise field.holds_nul()
+            raise field.wrong(NO_NUL)
         return NULL if value is None else escape(text)
 
     return write
@@ -202,12 +196,8 @@ def with_offset(text: str) -> str:
 
 
 def escape(text: str) -> str:
-    return (
-        text.replace("\\", "\\\\")
-        .replace("\t", "\\t")
-        .replace("\n", "\\n")
-        .replace("\r", "\\r")
-    )  # fmt: skip
+    text = text.replace("\\", "\\\\")  # before the others, which bring backslashes
+    return text.replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
 
 
 def stored_bytes(text: str) -> int:

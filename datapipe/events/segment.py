@@ -120,16 +120,11 @@ class Segment:
 
     def _end(self, start: int, at: int) -> int:
         """Where a piece ends that begins at byte `start` and is to end at byte `at` or before."""
-        end = self.data.rfind(b"\n", start, at) + 1
-        last = bisect_left(self.parts, end, key=_BEGINNING) - 1
-        if last >= 0 and end < self.parts[last].end:
-            end = self.parts[last].start  # within a part
-        if end > start:
-            return end
-        first = bisect_left(self.parts, start, key=_BEGINNING)
-        if first < len(self.parts) and self.parts[first].start == start:
-            return self.parts[first].end
-        return self.data.index(b"\n", start) + 1
+        end = max(self.data.rfind(b"\n", start, at) + 1, start)
+        before = bisect_left(self.parts, max(end, start + 1), key=_BEGINNING)
+        if before and (part := self.parts[before - 1]).end > end:  # it may not be cut there
+            return part.start if part.start > start else part.end
+        return end if end > start else self.data.index(b"\n", start) + 1
 
     def _piece(self, start: int, end: int) -> Segment:
         data = self.data[start:end]

@@ -14,7 +14,7 @@ from uuid import UUID
 import msgspec
 
 from datapipe.errors import ConfigError, EventRejected, Reason
-from datapipe.events.rows import Field, compile_writer, stored_bytes, too_long
+from datapipe.events.rows import NO_NUL, Field, compile_writer, stored_bytes, too_long
 
 # The names are PostgreSQL's; each sink says what they are in its database.
 PG_TYPES: dict[type, str] = {
@@ -31,9 +31,8 @@ PG_TYPES: dict[type, str] = {
 }
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,47}")
-_OURS = frozenset({"received_at", "event_name"})
-# Source: PostgreSQL documentation, "System Columns"
-_SYSTEM_COLUMNS = frozenset({"tableoid", "xmin", "cmin", "xmax", "cmax", "ctid"})
+# Ours, and PostgreSQL's. Source: its documentation, "System Columns"
+_RESERVED = {"received_at", "event_name", "tableoid", "xmin", "cmin", "xmax", "cmax", "ctid"}
 
 
 class Column(NamedTuple):
@@ -147,7 +146,7 @@ class EventType:
         values = row.split("\t")[:-1]
         for field, value in zip(self.fields, values, strict=True):
             if "\0" in value:
-                raise field.holds_nul()
+                raise field.wrong(NO_NUL)
         if sum(map(stored_bytes, values)) > self._max_len:
             raise too_long(self._max_len)
         return row.encode()
@@ -177,7 +176,7 @@ def _declared(name: str, cls: type[Event]) -> Iterator[tuple[Field, Column]]:
         if typing.get_origin(hint) is typing.ClassVar:
             continue
         place = f"event type {name!r}, field {key!r}"
-        if key in _OURS or key in _SYSTEM_COLUMNS or len(key.encode()) > 63:
+        if key in _RESERVED or len(key.encode()) > 63:
             raise ConfigError(f"{place}: this name can't be used for a column of one's own")
         field = Field(key, *_kind(place, hint), getattr(cls, key, msgspec.NODEFAULT))
         try:
