@@ -98,7 +98,7 @@ class MemoryTransaction:
         self, table: Table, columns: Sequence[Column], rows: Sequence[Rows]
     ) -> list[RefusedRow]:
         lines = self._database.lines[table.name]
-        self._undo.callback(_cut, lines, len(lines))
+        self._undo.callback(lines.__delitem__, slice(len(lines), None))
         check = self._database.checks.get(table.name)
         refused = []
         for each in rows:
@@ -127,10 +127,6 @@ class MemoryTransaction:
             letter, at = letters[int(each.id)]
             state = each.sqlstate or letter.sqlstate
             letters[int(each.id)] = letter._replace(sqlstate=state, message=each.message), at
-
-
-def _cut(lines: list[bytes], length: int) -> None:
-    del lines[length:]
 
 
 class MemorySink(TransactionalSink):

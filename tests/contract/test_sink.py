@@ -225,7 +225,10 @@ async def test_a_key_holds_for_each_lane_and_each_part(world: World) -> None:
 async def test_another_body_of_a_key_is_not_loaded(world: World) -> None:
     sink = await world.open()
     assert await load(sink, segment(1, key="k")) == (1, 0, 0)
-    assert await load(sink, segment(2, 3, key="k"), segment(4)) == (1, 2, 0)
+    size = len(row(2))
+    parts = tuple(Part("k", "another", n, n * size, (n + 1) * size, 1) for n in range(2))
+    other = Segment("install", INSTALL.columns, row(2) + row(3), 2, parts)  # more parts, too
+    assert await load(sink, other, segment(4)) == (1, 2, 0)
     assert world.users() == [1, 4]
 
 

@@ -242,6 +242,17 @@ async def break_and_connect(postgres: Postgres, database: str, times: int) -> No
                 await asyncio.to_thread(postgres.start)
 
 
+async def test_of_several_addresses_the_one_that_answers_is_found_again(
+    own_postgres: Postgres, postgres: Postgres
+) -> None:
+    hosts = f"127.0.0.1:{own_postgres.port},127.0.0.1:{postgres.port}"
+    settings = Settings(database_url=f"postgresql://postgres@{hosts}/postgres")
+    async with open_sink(settings, "a process") as sink:
+        assert next(level for level, _ in await sink.check([])) == "ok"
+        await asyncio.to_thread(own_postgres.stop)
+        assert next(level for level, _ in await sink.check([])) == "ok"
+
+
 @contextmanager
 def files_come_and_go() -> Iterator[None]:
     """In another thread, as long as the block lasts."""

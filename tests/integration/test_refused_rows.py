@@ -95,6 +95,25 @@ async def test_exactly_the_bad_rows_are_refused(
     assert postgres.execute(database, there) == [(2000 - len(BAD), 2000 - len(BAD))]
 
 
+async def test_a_table_that_takes_one_row_at_a_time_refuses_none(
+    postgres: Postgres, database: str
+) -> None:
+    """What is refused with others is tried alone before it is called refused."""
+    async with open_sink(Settings(database_url=database), "test") as sink:
+        await sink.prepare(TABLE)
+        postgres.execute(
+            database,
+            "CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN"
+            " IF (SELECT count(*) FROM new_rows) > 1 THEN RAISE 'one at a time'; END IF;"
+            " RETURN NULL; END$$;"
+            "CREATE TRIGGER t AFTER INSERT ON rows REFERENCING NEW TABLE AS new_rows"
+            " FOR EACH STATEMENT EXECUTE FUNCTION f()",
+        )
+        rows = Segment("rows", TABLE.columns, b"".join(b"%d\tt\n" % n for n in range(20)), 20)
+        result = await sink.load(TABLE, [rows])
+    assert (result.loaded, result.dead) == (20, 0)
+
+
 async def test_the_word_for_line_is_translated(postgres: Postgres, database: str) -> None:
     """The number is found without knowing the word: PostgreSQL says it in its own language."""
     from datapipe.sinks.postgres.copy import Copier
