@@ -9,8 +9,6 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from uuid import uuid4
 
-import structlog
-
 from datapipe.errors import DatapipeError, LaneBlocked, SinkUnavailable
 from datapipe.mirrors import Mirror, Recovery
 from datapipe.pipeline.buffer import Buffer
@@ -26,8 +24,6 @@ _MORE_S = 0.2  # until the next look, where there was more than one look could t
 # What a dead process had reserved comes back once its lease has run out: so looks follow each other
 # closely after a start or a death, and while there is more than can be had; then less and less.
 _FIRST_PAUSE_S = 30.0
-
-log = structlog.stdlib.get_logger("datapipe.pipeline.coordinator")
 
 
 def new_process_id() -> str:
@@ -65,9 +61,9 @@ class Coordinator:
     async def running(self, failed: Failed) -> AsyncIterator[None]:
         """All of it in the background; a task that dies is reported to `failed`."""
         work = [
-            repeat(self._recover, self._recovery_failed, 30.0, self._wait_to_look),
-            repeat(self._beat, self._beat_failed, BEAT_S),
-            repeat(self._keep, self._keep_failed, BEAT_S),
+            repeat(self._recover, "recovery failed", 30.0, self._pause),
+            repeat(self._beat, "heartbeat failed", BEAT_S),
+            repeat(self._keep, "mirror not kept", BEAT_S),
             self._prepare(),
         ]
         async with background(work, failed):
@@ -99,12 +95,8 @@ class Coordinator:
         pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, longest_s)
         return min(_MORE_S if found.more else pause_s, longest_s)
 
-    def _recovery_failed(self, exc: DatapipeError) -> None:
-        self._looked.set()
-        log.warning("recovery failed", error=str(exc))
-
-    async def _wait_to_look(self, pause_s: float) -> None:
-        """A pause, but for what makes a look worth while."""
+    async def _pause(self, pause_s: float) -> None:
+        """Until the next look is due, or worth while."""
         with suppress(TimeoutError):
             async with asyncio.timeout(pause_s):
                 await self._look_now.wait()
@@ -112,47 +104,45 @@ class Coordinator:
 
     async def _look(self) -> Recovery:
         """Recover once. Raises: MirrorUnavailable, SinkUnavailable, LaneBlocked."""
-        found = await self._mirror.recover(self)
+        try:
+            found = await self._mirror.recover(self)
+        finally:
+            self._looked.set()
         self._buffer.recovered(found)
         self._loader.hurry({*found.lanes, *found.unregistered})
-        self._looked.set()
         return found
 
     async def looks(self) -> AsyncIterator[None]:
         """Recover until no more is to be had; gives a turn after each look, to load it.
 
-        Whether a process is dead takes half a minute to tell, where its messages are unconfirmed.
-        What it had reserved takes as long as the mirror says.
+        Where messages are unconfirmed, it takes half a minute to find out whether their process is
+        dead; what that had reserved takes as long as the mirror says.
         Raises: MirrorUnavailable, SinkUnavailable, LaneBlocked.
         """
         most = patience = int(SILENT_S / BEAT_S) + 2
-        total = 0
         while True:
-            found = await self._look()
+            found, before = await self._look(), self._buffer.total_out
             yield
             await self._mirror.keep(self)
-            before, total = total, self._buffer.total_out
-            if found.more and total > before:
-                patience = most
-                continue
             reserved = self._mirror.state().left
-            if not (found.more or reserved or found.unconfirmed) or not (patience or reserved):
+            if found.more and self._buffer.total_out > before:
+                patience = most
+            elif reserved or (patience > 0 and (found.more or found.unconfirmed)):
+                patience -= 1
+                await self.heartbeat()
+                await asyncio.sleep(BEAT_S)
+            else:
                 return
-            patience = max(0, patience - 1)
-            await self.heartbeat()
-            await asyncio.sleep(BEAT_S)
 
     # --- heartbeat ---
 
     async def _beat(self) -> float:
-        """Heartbeat and ledger."""
-        await self.heartbeat()
+        try:
+            await self.heartbeat()
+        except DatapipeError:
+            self._watch.lost_sight()
+            raise
         return BEAT_S
-
-    def _beat_failed(self, exc: DatapipeError) -> None:
-        self._watch.lost_sight()
-        if self._sink.state().up is not False:  # else the sink has logged it
-            log.warning("heartbeat failed", error=str(exc))
 
     async def heartbeat(self, *, ended: bool = False) -> None:
         """Show that we live; expire ledger rows of what the mirror has forgotten; see who died.
@@ -213,6 +203,3 @@ class Coordinator:
         if await self._mirror.keep(self):
             self._look_now.set()
         return BEAT_S
-
-    def _keep_failed(self, exc: DatapipeError) -> None:
-        log.warning("mirror not kept", error=str(exc))

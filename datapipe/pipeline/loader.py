@@ -114,17 +114,14 @@ class Loader:
         self, lanes: Iterable[str] | None = None, *, accept_dead: bool = False
     ) -> tuple[dict[str, int], dict[str, str]]:
         """One try for each lane in which something waits: rows loaded, and what failed, by lane."""
+        wanted = self.lanes.keys() if lanes is None else set(lanes)
+        waiting = [
+            name for name in self.lanes if name in wanted and self.lanes[name].waiting.events
+        ]
+        ours = [name for name in waiting if name in self.schedules]
+        tries = {name: self.schedules[name].try_now(accept_dead) for name in ours}
         loaded: dict[str, int] = {}
-        failed: dict[str, str] = {}
-        tries = {}
-        for name in list(self.lanes if lanes is None else lanes):
-            lane = self.lanes.get(name)
-            if lane is None or not lane.waiting.events:
-                continue
-            if name in self.schedules:
-                tries[name] = self.schedules[name].try_now(accept_dead)
-            else:
-                failed[name] = f"blocked: {lane.blocked}"
+        failed = {n: f"blocked: {self.lanes[n].blocked}" for n in waiting if n not in tries}
         self._wake.set()
         for name, outcome in tries.items():
             rows, error = await outcome

@@ -6,8 +6,12 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 
+import structlog
+
 from datapipe.errors import DatapipeError
 from datapipe.retry import backoff
+
+log = structlog.stdlib.get_logger("datapipe.pipeline.tasks")
 
 Failed = Callable[[BaseException], None]  # gets the error of a task that died
 
@@ -49,14 +53,14 @@ async def background(
 
 async def repeat(
     step: Callable[[], Awaitable[float]],
-    failed: Callable[[DatapipeError], None],
+    failed: str,
     longest_s: float,
     pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> None:
     """For ever: a step, then a pause of as many seconds as it returns.
 
-    After a failure the back-off says how many, up to `longest_s`; of failures in a row `failed`
-    gets the first.
+    A step that raises a DatapipeError is tried again by the back-off, up to `longest_s`; the first
+    of several failures in a row is logged as `failed`.
     """
     failures = 0
     while True:
@@ -64,10 +68,10 @@ async def repeat(
             pause_s = await step()
             failures = 0
         except DatapipeError as exc:
-            if not failures:
-                failed(exc)
             failures += 1
             pause_s = backoff(failures, longest_s)
+            if failures == 1:
+                log.warning(failed, error=str(exc))
         await pause(pause_s)
 
 
@@ -78,10 +82,11 @@ async def ended_by_failure() -> AsyncIterator[Failed]:
     Raises: DatapipeError: that is what happened.
     """
     block = asyncio.current_task()
+    assert block is not None
     died: list[BaseException] = []
 
     def failed(exc: BaseException) -> None:
-        if not died and block is not None:
+        if not died:
             block.cancel()
         died.append(exc)
 
@@ -90,5 +95,4 @@ async def ended_by_failure() -> AsyncIterator[Failed]:
     except asyncio.CancelledError:
         if not died:
             raise
-    if died:
-        raise DatapipeError(f"internal server error: {died[0]!r}") from died[0]
+        raise DatapipeError(f"internal error: {died[0]!r}") from died[0]
