@@ -102,7 +102,7 @@ class Buffer:
         return self._groups[queue]
 
     def _book(self, appended: Appended, began: float) -> None:
-        """What is stored is accepted, whatever its clients hear; it will be loaded."""
+        """What is stored is accepted, whatever its clients were answered."""
         seconds = time.perf_counter() - began
         if isinstance(appended.error, MirrorFull):
             appended.error.retry_after_s = self._until_room_s()

@@ -115,13 +115,13 @@ class Loader:
     ) -> tuple[dict[str, int], dict[str, str]]:
         """One try for each lane in which something waits: rows loaded, and what failed, by lane."""
         wanted = self.lanes.keys() if lanes is None else set(lanes)
-        waiting = [
-            name for name in self.lanes if name in wanted and self.lanes[name].waiting.events
-        ]
-        ours = [name for name in waiting if name in self.schedules]
+        names = [name for name in wanted & self.lanes.keys() if self.lanes[name].waiting.events]
+        ours = [name for name in names if name in self.schedules]
         tries = {name: self.schedules[name].try_now(accept_dead) for name in ours}
         loaded: dict[str, int] = {}
-        failed = {n: f"blocked: {self.lanes[n].blocked}" for n in waiting if n not in tries}
+        failed = {
+            name: f"blocked: {self.lanes[name].blocked}" for name in names if name not in tries
+        }
         self._wake.set()
         for name, outcome in tries.items():
             rows, error = await outcome
@@ -144,7 +144,7 @@ class Loader:
             accept_dead = schedule.begin()
             try:
                 await self._load(schedule, accept_dead)
-            except Exception as exc:  # it ends this worker: who waits for the lane must hear of it
+            except Exception as exc:  # it ends this worker, but not who waits for the lane
                 schedule.failed(repr(exc), _LANE_S)
                 raise
             finally:
