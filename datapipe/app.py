@@ -88,7 +88,9 @@ class Pipeline:
         async with AsyncExitStack() as stack:
             sink = await stack.enter_async_context(self._open_sink(self.settings, process))
             mirror = await stack.enter_async_context(self._open_mirror(self.settings, process))
-            self.buffer = Buffer(mirror, self.settings, self.metrics.append_seconds.observe)
+            self.buffer = Buffer(
+                mirror, self.settings, self.metrics.append_seconds.observe, self._task_died
+            )
             records = Records()
             self.loader = Loader(
                 self.buffer, sink, self.registry, self.settings, records,

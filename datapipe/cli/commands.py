@@ -23,6 +23,7 @@ from datapipe.pipeline.coordinator import Coordinator, new_process_id
 from datapipe.pipeline.dead_letters import DeadLetters, selection_of
 from datapipe.pipeline.loader import Loader
 from datapipe.pipeline.records import Records
+from datapipe.pipeline.tasks import ended_by_failure
 from datapipe.settings import Settings
 from datapipe.sinks import Selection, open_sink, table_of
 
@@ -57,19 +58,26 @@ def _tell(line: tuple[str, str], away: str) -> int:
 
 
 async def load(settings: Settings, args: argparse.Namespace) -> int:
-    """Load what waits in mirrors without a living owner, once; 1 if anything still waits."""
+    """Load what waits in mirrors without a living owner, once; 1 if anything still waits.
+
+    Raises: DatapipeError: a worker died.
+    """
     logs.configure("warning", settings.log_format)
     registry = load_registry(settings)
     process = new_process_id()
     loaded: Counter[str] = Counter()
     failed: dict[str, str] = {}
-    async with open_sink(settings, process) as sink, open_mirror(settings, process) as mirror:
-        buffer = Buffer(mirror, settings, lambda seconds: None)
+    async with (
+        ended_by_failure() as died,
+        open_sink(settings, process) as sink,
+        open_mirror(settings, process) as mirror,
+    ):
+        buffer = Buffer(mirror, settings, lambda seconds: None, died)
         loader = Loader(buffer, sink, registry, settings, Records(), lambda seconds: None)
         tables = [table_of(kind) for kind in registry.types.values()]
         coordinator = Coordinator(buffer, loader, sink, process, tables)
         waiting = partial(_waiting, buffer)
-        async with loader.working(), progress("loading events", waiting):
+        async with loader.running(died), progress("loading events", waiting):
             async for _ in coordinator.looks():
                 rows, failed = await loader.load_now(accept_dead=args.accept_dead)
                 loaded.update(rows)

@@ -17,7 +17,7 @@ from datapipe.pipeline.buffer import Buffer
 from datapipe.pipeline.dead_letters import DeadLetters
 from datapipe.pipeline.lane import Lane
 from datapipe.pipeline.loader import Loader
-from datapipe.pipeline.records import Records, iso, now
+from datapipe.pipeline.records import Records, now
 from datapipe.pipeline.schedule import Schedule
 from datapipe.version import __version__
 
@@ -139,8 +139,7 @@ class Status:
             "state": self._state(lane, schedule),
             "blocked": lane.blocked,
             "error": None if outage or lane.blocked else _error(schedule),
-            "last_load": last
-            and {"at": iso(last.at), "rows": last.rows, "seconds": round(last.seconds, 4)},
+            "last_load": last and {"at": last.at, "rows": last.rows, "seconds": last.seconds},
             "slow_load": slow and {"seconds": round(slow.seconds, 1), "waits_for": slow.waits_for},
             "next_load_seconds": None if seconds is None else round(seconds, 3),
         }

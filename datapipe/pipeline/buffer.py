@@ -17,6 +17,7 @@ from datapipe.mirrors import Appended, Mirror, Recovery
 from datapipe.pipeline.group_commit import GroupCommit
 from datapipe.pipeline.lane import Lane
 from datapipe.pipeline.records import Rate
+from datapipe.pipeline.tasks import Failed
 from datapipe.settings import Settings
 
 _QUEUES_AT_ONCE = 64  # a POST's appends under way: to begin thousands holds up the event loop
@@ -35,7 +36,11 @@ class Buffer:
     """
 
     def __init__(
-        self, mirror: Mirror, settings: Settings, observe_append: Callable[[float], None]
+        self,
+        mirror: Mirror,
+        settings: Settings,
+        observe_append: Callable[[float], None],
+        failed: Failed,
     ) -> None:
         self.mirror = mirror
         self.lanes: dict[str, Lane] = {}
@@ -48,6 +53,7 @@ class Buffer:
         self._timeout_s = settings.mirror_timeout + self._linger_s + 1.0
         self._trigger_bytes = settings.load_trigger_bytes
         self._observe_append = observe_append
+        self._failed = failed
         self._groups: dict[str, GroupCommit] = {}
 
     def lane(self, name: str) -> Lane:
@@ -67,12 +73,13 @@ class Buffer:
         traits = self.mirror.traits
         if not traits.durable:
             self._check_room(chunks)
-        if len(chunks) == 1:  # most of them
-            await self._group(chunks[0].lane if traits.queue_per_lane else "").add(chunks)
-            return
         by_queue: dict[str, list[Chunk]] = {}
         for chunk in chunks:
             by_queue.setdefault(chunk.lane if traits.queue_per_lane else "", []).append(chunk)
+        if len(by_queue) == 1:  # most of them
+            ((queue, of_one),) = by_queue.items()
+            await self._group(queue).add(of_one)
+            return
         queues = list(by_queue.items())
         for at in range(0, len(queues), _QUEUES_AT_ONCE):
             some = [self._group(name).add(of_one) for name, of_one in queues[at:][:_QUEUES_AT_ONCE]]
@@ -90,12 +97,12 @@ class Buffer:
     def _group(self, queue: str) -> GroupCommit:
         if queue not in self._groups:
             self._groups[queue] = GroupCommit(
-                self.mirror, self._book, self._linger_s, self._timeout_s
+                self.mirror, self._book, self._failed, self._linger_s, self._timeout_s
             )
         return self._groups[queue]
 
     def _book(self, appended: Appended, began: float) -> None:
-        """What is stored is accepted, whatever its clients hear; it will be loaded."""
+        """What is stored is accepted, whatever its clients were answered."""
         seconds = time.perf_counter() - began
         if isinstance(appended.error, MirrorFull):
             appended.error.retry_after_s = self._until_room_s()
@@ -107,18 +114,15 @@ class Buffer:
         if appended.stored:
             self._observe_append(seconds)
             self.append_seconds = seconds
-        events: Counter[str] = Counter()
-        size: Counter[str] = Counter()
+        sizes: Counter[str] = Counter()
         for segment in appended.stored:
-            events[segment.lane] += segment.events
-            size[segment.lane] += len(segment.data)
-        for name, count in events.items():
-            lane = self.lane(name)
-            lane.accepted += count
-            waiting = lane.waiting
-            enough = waiting.bytes - size[name] < self._trigger_bytes <= waiting.bytes
+            self.lane(segment.lane).accepted += segment.events
+            sizes[segment.lane] += len(segment.data)
+        for name, size in sizes.items():
+            now = self.lanes[name].waiting.bytes
+            before = now - size
             # nothing waited before, or now there is enough for a load; else it is due as it was
-            if waiting.events <= count or enough:
+            if before <= 0 or before < self._trigger_bytes <= now:
                 self.wake.set()
         if self.mirror.pressed:
             self.wake.set()
@@ -159,7 +163,7 @@ class Buffer:
 
     async def settle(self, timeout_s: float) -> None:
         """Wait for appends and removals that are under way."""
-        appends = [asyncio.ensure_future(group.settle()) for group in self._groups.values()]
+        appends = [task for group in self._groups.values() for task in group.settle()]
         if appends:
             await asyncio.wait(appends, timeout=timeout_s)
         await self.mirror.settle(timeout_s)

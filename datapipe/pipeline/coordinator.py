@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from uuid import uuid4
 
-import structlog
-
-from datapipe.errors import DatapipeError, LaneBlocked, MirrorUnavailable, SinkUnavailable
+from datapipe.errors import DatapipeError, LaneBlocked, SinkUnavailable
 from datapipe.mirrors import Mirror, Recovery
 from datapipe.pipeline.buffer import Buffer
 from datapipe.pipeline.loader import Loader
-from datapipe.pipeline.tasks import background
+from datapipe.pipeline.tasks import Failed, background, repeat
 from datapipe.pipeline.watch import Watch
 from datapipe.retry import backoff
 from datapipe.sinks import Database, Heartbeat, Table
@@ -25,8 +24,6 @@ _MORE_S = 0.2  # until the next look, where there was more than one look could t
 # What a dead process had reserved comes back once its lease has run out: so looks follow each other
 # closely after a start or a death, and while there is more than can be had; then less and less.
 _FIRST_PAUSE_S = 30.0
-
-log = structlog.stdlib.get_logger("datapipe.pipeline.coordinator")
 
 
 def new_process_id() -> str:
@@ -49,26 +46,33 @@ class Coordinator:
         self._sink = sink
         self._process = process
         self._tables = tables
+        self._pause_s = _FIRST_PAUSE_S
         self._looked = asyncio.Event()
         self._look_now = asyncio.Event()
         self._watch = Watch(SILENT_S)
-        self._unconfirmed: set[str] = set()
         self._dead: set[str] = set()
         self._stuck: set[str] = set()  # lanes that could not be loaded at the last beat
         self._ended = False
         self._expirable: list[str] = []
+        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)
+        self._trimmed_at = 0
 
     @asynccontextmanager
-    async def running(self, failed: Callable[[BaseException], None]) -> AsyncIterator[None]:
+    async def running(self, failed: Failed) -> AsyncIterator[None]:
         """All of it in the background; a task that dies is reported to `failed`."""
-        work = [self._recover(), self._prepare(), self._beat(), self._keep()]
+        work = [
+            repeat(self._recover, "recovery failed", 30.0, self._pause),
+            repeat(self._beat, "heartbeat failed", BEAT_S),
+            repeat(self._keep, "mirror not kept", BEAT_S),
+            self._prepare(),
+        ]
         async with background(work, failed):
             yield
 
     # --- the mirror's Membership ---
 
     def is_dead(self, process: str) -> bool:
-        return self._watch.silent(process)
+        return self._watch.is_dead(process)
 
     def can_load(self, lane: str) -> bool:
         return self._loader.can_load(lane)
@@ -81,78 +85,64 @@ class Coordinator:
 
     # --- recovery ---
 
-    async def _recover(self) -> None:
-        """For ever: take over what waits in the mirror and has no living owner."""
-        failures, pause_s = 0, _FIRST_PAUSE_S
-        while True:
-            self._look_now.clear()
-            longest_s = self._mirror.traits.recover_interval_s
-            try:
-                found = await self._look()
-                if found.more or found.left:
-                    pause_s = _FIRST_PAUSE_S
-                wait_s = min(_MORE_S if found.more else pause_s, longest_s)
-                pause_s = min(2 * pause_s, longest_s)
-                failures = 0
-            except (MirrorUnavailable, SinkUnavailable, LaneBlocked) as exc:
-                failures += 1
-                wait_s = backoff(failures, 30.0)
-                log.warning("recovery failed", error=str(exc), retry_seconds=round(wait_s, 2))
-            self._looked.set()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(wait_s):
-                    await self._look_now.wait()
-                pause_s = _FIRST_PAUSE_S
+    async def _recover(self) -> float:
+        """Take over what waits in the mirror and has no living owner; when to look again."""
+        self._look_now.clear()
+        longest_s = self._mirror.traits.recover_interval_s
+        found = await self._look()
+        if found.more or found.left:
+            self._pause_s = _FIRST_PAUSE_S
+        pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, longest_s)
+        return min(_MORE_S if found.more else pause_s, longest_s)
+
+    async def _pause(self, pause_s: float) -> None:
+        """Until the next look is due, or worth while."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(pause_s):
+                await self._look_now.wait()
+            self._pause_s = _FIRST_PAUSE_S
 
     async def _look(self) -> Recovery:
-        """Recover once. Raises: MirrorUnavailable, SinkUnavailable."""
-        found = await self._mirror.recover(self)
-        self._unconfirmed = found.unconfirmed
+        """Recover once. Raises: MirrorUnavailable, SinkUnavailable, LaneBlocked."""
+        try:
+            found = await self._mirror.recover(self)
+        finally:
+            self._looked.set()
         self._buffer.recovered(found)
-        if found.lanes or found.unregistered:
-            self._loader.hurry({*found.lanes, *found.unregistered})
+        self._loader.hurry({*found.lanes, *found.unregistered})
         return found
 
     async def looks(self) -> AsyncIterator[None]:
         """Recover until no more is to be had; gives a turn after each look, to load it.
 
-        Whether a process is dead takes half a minute to tell, where its messages are unconfirmed.
-        What it had reserved takes as long as the mirror says.
+        Where messages are unconfirmed, it takes half a minute to find out whether their process is
+        dead; what that had reserved takes as long as the mirror says.
         Raises: MirrorUnavailable, SinkUnavailable, LaneBlocked.
         """
         most = patience = int(SILENT_S / BEAT_S) + 2
-        total = 0
         while True:
-            found = await self._look()
-            self._looked.set()
+            found, before = await self._look(), self._buffer.total_out
             yield
             await self._mirror.keep(self)
-            before, total = total, self._buffer.total_out
-            if found.more and total > before:
-                patience = most
-                continue
             reserved = self._mirror.state().left
-            if not (found.more or reserved or self._unconfirmed) or not (patience or reserved):
+            if found.more and self._buffer.total_out > before:
+                patience = most
+            elif reserved or (patience > 0 and (found.more or found.unconfirmed)):
+                patience -= 1
+                await self.heartbeat()
+                await asyncio.sleep(BEAT_S)
+            else:
                 return
-            patience = max(0, patience - 1)
-            await self.heartbeat()
-            await asyncio.sleep(BEAT_S)
 
     # --- heartbeat ---
 
-    async def _beat(self) -> None:
-        """For ever: heartbeat and ledger."""
-        failures = 0
-        while True:
-            try:
-                await self.heartbeat()
-                failures = 0
-            except (SinkUnavailable, LaneBlocked) as exc:
-                failures += 1
-                if failures == 1 and self._sink.state().up is not False:  # else it was logged
-                    log.warning("heartbeat failed", error=str(exc))
-                self._watch.lost_sight()
-            await asyncio.sleep(backoff(failures, BEAT_S) if failures else BEAT_S)
+    async def _beat(self) -> float:
+        try:
+            await self.heartbeat()
+        except DatapipeError:
+            self._watch.lost_sight()
+            raise
+        return BEAT_S
 
     async def heartbeat(self, *, ended: bool = False) -> None:
         """Show that we live; expire ledger rows of what the mirror has forgotten; see who died.
@@ -170,11 +160,10 @@ class Coordinator:
         del self._expirable[:sent]
         self._watch.note(beats, asyncio.get_running_loop().time())
         dead = self._watch.dead() - {self._process}
-        newly_dead, self._dead = dead - self._dead, dead
         stuck = {name for name, lane in self._buffer.lanes.items() if lane.stuck}
-        healed, self._stuck = self._stuck - stuck, stuck
-        if newly_dead or healed or any(map(self._watch.silent, self._unconfirmed)):
+        if dead - self._dead or self._stuck - stuck:  # somebody died, or a lane has healed
             self._look_now.set()
+        self._dead, self._stuck = dead, stuck
 
     async def deregister(self) -> None:
         """Tell the others that this process beats no more, if the database listens.
@@ -191,37 +180,27 @@ class Coordinator:
 
         Apart from the heartbeat: a table may be locked for hours by somebody's long SELECT.
         """
-        left, failures = list(self._tables), 0
+        left, failures = deque(self._tables), 0
         while left:
-            longest_s = _FIRST_PAUSE_S
-            for table in list(left):
-                try:
-                    await self._sink.prepare(table)
-                    left.remove(table)
-                except LaneBlocked:
-                    pass  # its lane will say so, once it has something to load
-                except SinkUnavailable as exc:
-                    if exc.everywhere:  # the sink has logged it
-                        longest_s = BEAT_S
-                        break
-            failures += 1
-            await asyncio.sleep(backoff(failures, longest_s))
+            try:
+                await self._sink.prepare(left[0])
+                left.popleft()
+            except (SinkUnavailable, LaneBlocked):  # the sink logs it, or its lane, with its load
+                left.rotate(-1)
+                failures += 1
+                await asyncio.sleep(backoff(failures, BEAT_S))
 
-    async def _keep(self) -> None:
-        """For ever: have the mirror keep what waits; apart, for a beat must not wait for it.
+    # --- upkeep ---
+
+    async def _keep(self) -> float:
+        """Have the mirror keep what waits; apart, for a beat must not wait for it.
 
         And give memory back once a burst is over: glibc's allocator keeps what was freed (after a
         million events in batches 110 MB stay resident without this, 67 with it).
         """
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)
-        trimmed_at = 0
-        while True:
-            await asyncio.sleep(BEAT_S)
-            if self._buffer.total_out != trimmed_at and not self._buffer.in_memory:
-                trim(0)
-                trimmed_at = self._buffer.total_out
-            try:
-                if await self._mirror.keep(self):
-                    self._look_now.set()
-            except MirrorUnavailable as exc:
-                log.warning("mirror not kept", error=exc.detail)
+        if self._buffer.total_out != self._trimmed_at and not self._buffer.in_memory:
+            self._trim(0)
+            self._trimmed_at = self._buffer.total_out
+        if await self._mirror.keep(self):
+            self._look_now.set()
+        return BEAT_S

@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from datapipe.errors import MirrorUnavailable
-from datapipe.events.segment import Chunk, Segment, seal
+from datapipe.events.segment import Chunk, seal
 from datapipe.mirrors import Appended, Mirror
+from datapipe.pipeline.tasks import Failed, start
 
 # A crowd is spread over so many appends, for one to be under way while the next is gathered.
 _SPREAD, _CROWD = 4, 32
@@ -33,100 +34,78 @@ class GroupCommit:
 
     Args:
         book: enters the outcome of an append, and when it began (`time.perf_counter`).
+        failed: gets the error of a task that dies; requests that wait get it as well.
         linger_s: gather for at least so long.
-        timeout_s: until requests hear that the mirror does not answer; the mirror gives up by
-            itself, so this is for a disk that does not even say no.
+        timeout_s: until requests are refused because the mirror does not answer; the mirror gives
+            up by itself, so this is for a disk that does not even say no.
     """
 
     def __init__(
         self,
         mirror: Mirror,
         book: Callable[[Appended, float], None],
+        failed: Failed,
         linger_s: float,
         timeout_s: float,
     ) -> None:
         self._mirror = mirror
         self._book = book
+        self._failed = failed
         self._linger_s = linger_s
         self._timeout_s = timeout_s
         self._waiting: list[Request] = []
         self._bytes = 0
         self._under_way = 0  # requests whose append has begun
-        self._hung = 0  # appends that take longer than `timeout_s`
+        self._hangs = False  # an append takes longer than `timeout_s`
         self._arrived = asyncio.Event()
-        self._gathering = False
-        self._running = 0  # told by the tasks themselves: one that has ended takes nothing more in
+        self._gathering = asyncio.Lock()
+        self._running = 0  # counted by the tasks: one that has left its loop takes nothing more in
         self._tasks: set[asyncio.Task[None]] = set()
         self._settling = False
 
     def add(self, chunks: Sequence[Chunk]) -> asyncio.Future[None]:
         """Take rows in. The future ends once they are durable, or with MirrorUnavailable."""
         durable: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        if self._hung:  # no more may pile up behind it
+        if self._hangs:  # no more may pile up behind it
             durable.set_exception(MirrorUnavailable(_NO_ANSWER))
             return durable
         self._waiting.append((chunks, durable))
         for chunk in chunks:
             self._bytes += len(chunk.data)
         self._arrived.set()
-        if not self._gathering and self._running < self._mirror.traits.appends_at_once:
-            self._gathering = True  # at once: the next request must not start another one
+        if not self._gathering.locked() and self._running < self._mirror.traits.appends_at_once:
             self._running += 1
-            task = asyncio.create_task(self._run())
+            task = start(self._run(), self._failed)
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         return durable
 
     async def _run(self) -> None:
-        """Commit groups until nothing waits, or another task gathers."""
+        """Gather, seal, append, book, release, until nothing waits."""
         try:
-            await self._commit()  # whoever started it has said that it gathers
-            while self._waiting and not self._gathering:
-                await self._commit()
+            while self._waiting:
+                async with self._gathering:
+                    requests = await self._gather()
+                error = await self._append(requests)
+                self._release(requests, error)
+                for _ in range(_TURNS):
+                    await asyncio.sleep(0)
+        except Exception as exc:  # the service ends with it
+            self._release(self._take_waiting(), exc)
+            raise
         finally:
             self._running -= 1
 
-    async def _commit(self) -> None:
-        """Gather, seal, append, book, release."""
-        self._gathering = True
-        await self._gather()
-        self._gathering = False
-        if not self._waiting:  # all were refused meanwhile
-            return
-        requests, self._waiting, self._bytes = self._waiting, [], 0
-        self._under_way += len(requests)
-        chunks = [chunk for of_one, _ in requests for chunk in of_one]
-        segments = seal(chunks, self._mirror.traits.batch_bytes)
-        append = asyncio.create_task(self._append(segments))
-        await asyncio.wait([append], timeout=self._timeout_s)
-        if not append.done():
-            self._give_up(requests)
-            await asyncio.wait([append])
-            self._hung -= 1
-        self._under_way -= len(requests)
-        self._release(requests, append.result())
-        for _ in range(_TURNS):
-            await asyncio.sleep(0)
-
-    async def _gather(self) -> None:
-        """Wait, for as long as it pays, for more to share the append."""
+    async def _gather(self) -> list[Request]:
+        """What waits, once it no longer pays to wait for more; all may be refused meanwhile."""
         traits, loop = self._mirror.traits, asyncio.get_running_loop()
         until = loop.time() + max(self._linger_s, traits.linger_s)
-        while not self._enough(traits.batch_bytes) and loop.time() < until:
+        while self._waiting and not self._enough(traits.batch_bytes) and loop.time() < until:
             self._arrived.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(until):
                     await self._arrived.wait()
-
-    async def _append(self, segments: Sequence[Segment]) -> Exception | None:
-        """Append and book; why not all of it is durable. Nobody sees the one without the other."""
-        began = time.perf_counter()
-        try:
-            appended = await self._mirror.append(segments)
-            self._book(appended, began)
-        except Exception as exc:  # an internal error: each request answers 500, and logs it
-            return exc
-        return appended.error
+        return self._take_waiting()
 
     def _enough(self, batch_bytes: int) -> bool:
         """Whether a segment is full; or, unless it is to linger, there is the share of a crowd."""
@@ -135,26 +114,46 @@ class GroupCommit:
         crowd = max(len(self._waiting) + self._under_way, _CROWD)
         return not self._linger_s and len(self._waiting) * _SPREAD >= crowd
 
+    def _take_waiting(self) -> list[Request]:
+        requests, self._waiting, self._bytes = self._waiting, [], 0
+        return requests
+
+    async def _append(self, requests: Sequence[Request]) -> Exception | None:
+        """Seal, append and book; why not all of it is durable."""
+        began = time.perf_counter()
+        loop = asyncio.get_running_loop()
+        hanging = loop.call_later(self._timeout_s, self._give_up, requests)
+        self._under_way += len(requests)
+        try:
+            chunks = [chunk for of_one, _ in requests for chunk in of_one]
+            segments = seal(chunks, self._mirror.traits.batch_bytes)
+            appended = await self._mirror.append(segments)
+            self._book(appended, began)
+        except Exception as exc:  # an internal error: each request answers 500, and logs it
+            return exc
+        finally:
+            hanging.cancel()
+            self._hangs = False
+            self._under_way -= len(requests)
+        return appended.error
+
     def _give_up(self, requests: Sequence[Request]) -> None:
         """An append hangs: refuse all until it ends. What it stores is booked then, and loaded."""
-        self._hung += 1
+        self._hangs = True
         refused = MirrorUnavailable(_NO_ANSWER)
         self._book(Appended((), refused), time.perf_counter())
-        waiting, self._waiting, self._bytes = self._waiting, [], 0
-        self._release([*requests, *waiting], refused)
+        self._release([*requests, *self._take_waiting()], refused)
 
     def _release(self, requests: Sequence[Request], error: Exception | None) -> None:
-        for _, durable in requests:
-            if durable.done():  # its client has left, or it was refused before
-                continue
+        waiting = [durable for _, durable in requests if not durable.done()]
+        for durable in waiting:  # the others' clients have left, or they were refused before
             if error is None:
                 durable.set_result(None)
             else:
                 durable.set_exception(error)
 
-    async def settle(self) -> None:
-        """Append what waits, without lingering, and wait until all is answered."""
+    def settle(self) -> set[asyncio.Task[None]]:
+        """From now on append without lingering; the tasks that do it, and answer all that waits."""
         self._settling = True
         self._arrived.set()
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+        return self._tasks

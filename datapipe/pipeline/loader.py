@@ -1,8 +1,7 @@
-"""Loader: when to load which lane; retry, drain.
+"""Loader: loads lanes that are due into the sink, and tries again what fails.
 
-A few workers share all lanes. A worker picks a lane that is due, loads one transaction of it, and
-picks again: so no lane waits behind a long one. A lane's turn ends when all that waited at its
-start is loaded; the intervals count from there.
+A few workers share all lanes. A worker waits for a lane that is due, loads one transaction of it,
+and looks again: so no lane waits behind a long one.
 """
 
 from __future__ import annotations
@@ -11,23 +10,28 @@ import asyncio
 import math
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 
 import structlog
 
-from datapipe.errors import LaneBlocked, MirrorUnavailable, SinkUnavailable
+from datapipe.errors import DatapipeError, LaneBlocked, MirrorUnavailable, SinkUnavailable
 from datapipe.events.registry import Registry
 from datapipe.events.segment import Segment
 from datapipe.pipeline.buffer import Buffer
 from datapipe.pipeline.lane import Lane
 from datapipe.pipeline.records import Load, Records
-from datapipe.pipeline.schedule import SLOW_S, Schedule, SlowLoad
-from datapipe.pipeline.tasks import background
+from datapipe.pipeline.schedule import SLOW_S, Schedule, SlowLoad, now
+from datapipe.pipeline.tasks import Failed, background
+from datapipe.retry import backoff
 from datapipe.settings import Settings
 from datapipe.sinks import Database, Loaded, table_of
 
 _LONGEST_SLEEP_S = 3600.0  # event loops don't like timers without end
+# The longest wait after failures in a row, seconds. Small for a database that is away: its return
+# should not find everybody asleep.
+_OUTAGE_S = 2.0
+_LANE_S = 30.0
 
 log = structlog.stdlib.get_logger("datapipe.pipeline.loader")
 
@@ -45,267 +49,79 @@ class Loader:
         observe_load: Callable[[float], None],
     ) -> None:
         self.sink = sink
-        self.schedules: dict[str, Schedule] = {}
-        self._records = records
+        self.lanes = buffer.lanes
+        self.schedules = {name: Schedule(buffer.lane(name)) for name in registry.types}
         self._buffer = buffer
         self._mirror = buffer.mirror
         self._wake = buffer.wake
         self._registry = registry
         self._settings = settings
+        self._records = records
         self._observe_load = observe_load
-        for name in registry.types:
-            self.schedules[name] = Schedule(buffer.lane(name), _now())
-
-    @property
-    def lanes(self) -> Mapping[str, Lane]:
-        return self._buffer.lanes
-
-    def can_load(self, lane: str) -> bool:
-        """Whether this process can load that lane now."""
-        return lane in self.schedules and not self.schedules[lane].lane.stuck
-
-    def hurry(self, lanes: Iterable[str]) -> None:
-        """Load these without waiting for the interval: they were recovered."""
-        for name in lanes:
-            if name in self.schedules:
-                self.schedules[name].hurry()
-            else:
-                self._block_unregistered(self._buffer.lane(name))
-        self._wake.set()
-
-    def _block_unregistered(self, lane: Lane) -> None:
-        if lane.blocked is None:
-            lane.blocked = (
-                f"no event type {lane.name!r} is registered here; its events are kept: add its "
-                "class (event_modules) or its fields (events)"
-            )
-            log.error("lane blocked", lane=lane.name, error=lane.blocked)
+        # what all workers hold must fit the memory that is given
+        share = settings.buffer_max_bytes // (settings.load_workers + 1)
+        self._take_bytes = max(1, min(settings.load_trigger_bytes, share))
 
     @asynccontextmanager
-    async def running(self, failed: Callable[[BaseException], None]) -> AsyncIterator[None]:
+    async def running(self, failed: Failed) -> AsyncIterator[None]:
         """Load in the background; a task that dies is reported to `failed`."""
-        async with background([*self._workers(), self._ask_for_slow_ones()], failed):
+        workers = [self._work() for _ in range(self._settings.load_workers)]
+        async with background([*workers, self._ask_for_slow_ones()], failed):
             try:
                 yield
             finally:
                 self.sink.abort()
 
-    @asynccontextmanager
-    async def working(self) -> AsyncIterator[None]:
-        """Load what `load_now` asks for, and no more."""
-
-        def raise_it(exc: BaseException) -> None:
-            raise exc
-
-        async with background(self._workers(), raise_it):
-            yield
-
-    def _workers(self) -> list[Coroutine[None, None, None]]:
-        return [self._work() for _ in range(self._settings.load_workers)]
-
     async def _ask_for_slow_ones(self) -> None:
         """For ever: what loads that have been under way for long wait for."""
         while True:
             await asyncio.sleep(SLOW_S / 5)
-            slow = [s for s in self.schedules.values() if s.slow_load(_now())]
+            slow = [schedule for schedule in self.schedules.values() if schedule.slow_load()]
             waits: dict[str, str] = {}
-            with suppress(SinkUnavailable, LaneBlocked):  # the sink has told it
+            with suppress(SinkUnavailable, LaneBlocked):  # the sink has logged it
                 waits = await self.sink.waits() if slow else {}
             for schedule in slow:
                 schedule.waits_for = waits.get(schedule.lane.name) if schedule.busy else None
 
+    def can_load(self, lane: str) -> bool:
+        """Whether this process can load that lane now."""
+        return lane in self.schedules and not self.lanes[lane].stuck
+
     def slow_load(self, lane: str) -> SlowLoad | None:
         """The lane's load, if it has been under way for long."""
-        return self.schedules[lane].slow_load(_now()) if lane in self.schedules else None
-
-    # --- when ---
+        return self.schedules[lane].slow_load() if lane in self.schedules else None
 
     def next_load_seconds(self, lane: str) -> float | None:
         """Seconds until the lane is tried next; None while nothing waits there."""
         schedule = self.schedules.get(lane)
         if schedule is None or not schedule.lane.waiting.events:
             return None
-        return max(0.0, schedule.due_at(self._settings) - _now())
-
-    def _pick(self) -> Schedule | None:
-        """The lane to load now: of those that are due, the one served longest ago."""
-        if self._mirror.pressed:
-            self._hurry_fullest()
-        now = _now()
-        ready = [s for s in self._eligible() if s.due_at(self._settings) <= now]
-        return min(ready, key=lambda schedule: schedule.served_at, default=None)
-
-    def _eligible(self) -> list[Schedule]:
-        """Lanes that a worker may take once they are due; those that fail share one worker."""
-        schedules = self.schedules.values()
-        spare = self._settings.load_workers == 1 or not any(
-            s.busy and s.failures for s in schedules
-        )
-        return [
-            schedule
-            for schedule in schedules
-            if not schedule.busy
-            and schedule.lane.waiting.events
-            and (spare or not schedule.failures)
-        ]
-
-    def _hurry_fullest(self) -> None:
-        able = [s for s in self.schedules.values() if not s.failures and not s.lane.stuck]
-        if able:  # the fullest may be under way: then it is
-            max(able, key=lambda s: s.lane.waiting.bytes).hurry()
-
-    async def _work(self) -> None:
-        while True:
-            self._wake.clear()
-            schedule = self._pick()
-            if schedule is None:
-                await self._sleep()
-                continue
-            schedule.busy_since = _now()
-            try:
-                await self._load(schedule)
-            except Exception as exc:  # it ends this worker: who waits for the lane must hear of it
-                schedule.failed(repr(exc), everywhere=False, now=_now())
-                raise
-            finally:
-                schedule.busy_since = schedule.waits_for = None
-                schedule.served_at = _now()
-                self._wake.set()
-
-    async def _sleep(self) -> None:
-        """Until a lane is due, or something happens."""
-        due = [schedule.due_at(self._settings) for schedule in self._eligible()]
-        until = max(min(due, default=math.inf), _now() + 0.01)
-        with suppress(TimeoutError):
-            async with asyncio.timeout_at(min(until, _now() + _LONGEST_SLEEP_S)):
-                await self._wake.wait()
-
-    # --- one load ---
-
-    async def _load(self, schedule: Schedule) -> None:
-        """Take what is next of a lane, load it in one transaction, book it, have it removed."""
-        lane = schedule.lane
-        schedule.begin(_now())
-        try:
-            segments = await self._mirror.take(lane.name, self._take_bytes())
-        except MirrorUnavailable as exc:
-            self._put_off(schedule, (), SinkUnavailable(exc.detail, everywhere=False))
-            return
-        if any(segment.gone for segment in segments):
-            segments = await self._without_missing(schedule, segments)
-        if not segments:
-            schedule.went_on(_now())
-            return
-        table = table_of(self._registry.types[lane.name])
-        started = time.perf_counter()
-        try:
-            result = await self.sink.load(table, segments, accept_dead=schedule.accept_dead)
-        except LaneBlocked as exc:
-            self._block(schedule, segments, str(exc))
-        except SinkUnavailable as exc:
-            self._put_off(schedule, segments, exc)
-        except BaseException:
-            self._mirror.requeue(lane.name, segments, put_off=False)
-            raise
-        else:
-            self._book(lane, segments, result)
-            self._loaded(schedule, result, time.perf_counter() - started, len(segments))
-
-    def _book(self, lane: Lane, segments: Sequence[Segment], result: Loaded) -> None:
-        """A load has committed: into the books with it, and out of the mirror."""
-        lane.loaded += result.loaded
-        lane.duplicate += result.duplicate
-        lane.dead += result.dead
-        self._buffer.removed.add(sum(len(segment.data) for segment in segments))
-        self._mirror.remove(segments)
-
-    async def _without_missing(
-        self, schedule: Schedule, segments: Sequence[Segment]
-    ) -> list[Segment]:
-        """Book what the mirror lost sight of: loaded by another process, or lost; the rest."""
-        lane = schedule.lane
-        gone = [segment for segment in segments if segment.gone]
-        there = [segment for segment in segments if not segment.gone]
-        try:
-            known = await self.sink.loaded([segment.id for segment in gone])
-        except (SinkUnavailable, LaneBlocked) as exc:
-            self._put_off(schedule, segments, SinkUnavailable(str(exc)))
-            return []
-        theirs = [segment for segment in gone if segment.id in known]
-        for segment in theirs:
-            segment.gone = False
-        self._book(lane, theirs, Loaded(duplicate=sum(segment.events for segment in theirs)))
-        if lost := [segment for segment in gone if segment.id not in known]:
-            # the books stay out of balance, as they should: these events are nowhere
-            self._book(lane, lost, Loaded())
-            events = sum(segment.events for segment in lost)
-            log.error("segments missing in the mirror", lane=lane.name, events=events)
-        return there
-
-    def _take_bytes(self) -> int:
-        """Rows for one load: what all workers hold must fit the memory that is given."""
-        share = self._settings.buffer_max_bytes // (self._settings.load_workers + 1)
-        return max(1, min(self._settings.load_trigger_bytes, share))
-
-    def _loaded(self, schedule: Schedule, result: Loaded, seconds: float, segments: int) -> None:
-        lane = schedule.lane
-        self._observe_load(seconds)
-        seconds = round(seconds, 4)
-        self._records.loaded(Load(lane.name, result.loaded, result.duplicate, result.dead, seconds))
-        log.info(
-            "segments loaded", lane=lane.name, segments=segments, rows=result.loaded,
-            duplicates=result.duplicate, dead=result.dead, seconds=seconds,
-        )  # fmt: skip
-        if result.dead:
-            log.warning(
-                "rows refused", lane=lane.name, rows=result.dead, error="; ".join(result.refused)
-            )
-        if lane.blocked is not None:
-            log.info("lane healed", lane=lane.name)
-        lane.blocked, lane.deferred = None, False
-        schedule.succeeded(result, seconds, _now())
-        for other in self.schedules.values():  # the database is back: no lane need wait for it
-            other.forgive_outage()
-
-    def _put_off(
-        self, schedule: Schedule, segments: Sequence[Segment], exc: SinkUnavailable
-    ) -> None:
-        """Again later; while others can be loaded, it must not hold what they need."""
-        lane = schedule.lane
-        delay = schedule.failed(str(exc), everywhere=exc.everywhere, now=_now())
-        self._mirror.requeue(lane.name, segments, put_off=lane.stuck)
-        self._records.loaded(Load(lane.name, error=str(exc)))
-        log.warning("load failed", lane=lane.name, error=str(exc), retry_seconds=round(delay, 2))
-
-    def _block(self, schedule: Schedule, segments: Sequence[Segment], why: str) -> None:
-        """A person must act; it is tried again at each interval all the same."""
-        lane = schedule.lane
-        if lane.blocked != why:
-            log.error("lane blocked", lane=lane.name, error=why)
-        lane.blocked = why
-        self._mirror.requeue(lane.name, segments, put_off=True)
-        self._records.loaded(Load(lane.name, error=f"blocked: {why}"))
-        interval = self._settings.load_interval * random.uniform(0.95, 1.05)
-        schedule.blocked(why, now=_now(), retry_s=interval)
+        return max(0.0, schedule.due_at(self._settings) - now())
 
     # --- on demand ---
+
+    def hurry(self, lanes: Iterable[str]) -> None:
+        """Load these without waiting for the interval: they were recovered."""
+        for name in lanes:
+            if name in self.schedules:
+                self.schedules[name].hurry()
+                continue
+            why = f"no event type {name!r} is registered here; its events are kept: add its class"
+            self._block(self._buffer.lane(name), f"{why} (event_modules) or its fields (events)")
+        self._wake.set()
 
     async def load_now(
         self, lanes: Iterable[str] | None = None, *, accept_dead: bool = False
     ) -> tuple[dict[str, int], dict[str, str]]:
         """One try for each lane in which something waits: rows loaded, and what failed, by lane."""
-        wanted = list(self._buffer.lanes) if lanes is None else list(lanes)
+        wanted = self.lanes.keys() if lanes is None else set(lanes)
+        names = [name for name in wanted & self.lanes.keys() if self.lanes[name].waiting.events]
+        ours = [name for name in names if name in self.schedules]
+        tries = {name: self.schedules[name].try_now(accept_dead) for name in ours}
         loaded: dict[str, int] = {}
-        failed: dict[str, str] = {}
-        tries = {}
-        for name in wanted:
-            lane = self._buffer.lanes.get(name)
-            if lane is None or not lane.waiting.events:
-                continue
-            if name in self.schedules:
-                tries[name] = self.schedules[name].try_now(accept_dead)
-            else:
-                failed[name] = f"blocked: {lane.blocked}"
+        failed = {
+            name: f"blocked: {self.lanes[name].blocked}" for name in names if name not in tries
+        }
         self._wake.set()
         for name, outcome in tries.items():
             rows, error = await outcome
@@ -317,10 +133,145 @@ class Loader:
 
     async def drain(self) -> None:
         """Load all that waits; ends when nothing does, or when what is left can't be loaded now."""
-        names = [n for n, lane in self._buffer.lanes.items() if lane.blocked is None]
-        await self.load_now(names)
+        await self.load_now([name for name, lane in self.lanes.items() if lane.blocked is None])
 
+    # --- one worker ---
 
-def _now() -> float:
-    """Seconds on the event loop's clock."""
-    return asyncio.get_running_loop().time()
+    async def _work(self) -> None:
+        """For ever: wait for a lane that is due, and load the next of it."""
+        while True:
+            schedule = await self._next()
+            accept_dead = schedule.begin()
+            try:
+                await self._load(schedule, accept_dead)
+            except Exception as exc:  # it ends this worker, but not who waits for the lane
+                schedule.failed(repr(exc), _LANE_S)
+                raise
+            finally:
+                schedule.end()
+                self._wake.set()
+
+    async def _next(self) -> Schedule:
+        """Wait for a lane that is due; of several, the one that was served longest ago."""
+        while True:
+            self._wake.clear()
+            if self._mirror.pressed:
+                self._hurry_fullest()
+            moment, settings = now(), self._settings
+            first = min(
+                self._able(),
+                key=lambda each: (max(moment, each.due_at(settings)), each.served_at),
+                default=None,
+            )
+            due_at = math.inf if first is None else first.due_at(settings)
+            if first is not None and due_at <= moment:
+                return first
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(min(due_at, moment + _LONGEST_SLEEP_S)):
+                    await self._wake.wait()
+
+    def _hurry_fullest(self) -> None:
+        able = [s for s in self.schedules.values() if not s.failures and not s.lane.stuck]
+        if able:  # the fullest may be under way: then it is
+            max(able, key=lambda s: s.lane.waiting.bytes).hurry()
+
+    def _able(self) -> list[Schedule]:
+        """Lanes that a worker may take once they are due; those that fail share one worker."""
+        waiting = [s for s in self.schedules.values() if s.lane.waiting.events]
+        taken = self._settings.load_workers > 1 and any(s.busy and s.failures for s in waiting)
+        return [s for s in waiting if not s.busy and not (taken and s.failures)]
+
+    async def _load(self, schedule: Schedule, accept_dead: bool) -> None:
+        """Take what is next of a lane, load it in one transaction, book it, have it removed."""
+        lane = schedule.lane
+        segments: list[Segment] = []
+        try:
+            segments = await self._mirror.take(lane.name, self._take_bytes)
+            if any(segment.gone for segment in segments):
+                segments = await self._without_missing(lane, segments)
+            if not segments:
+                schedule.succeeded()
+                return
+            began = time.perf_counter()
+            table = table_of(self._registry.types[lane.name])
+            result = await self.sink.load(table, segments, accept_dead=accept_dead)
+        except (MirrorUnavailable, SinkUnavailable, LaneBlocked) as exc:
+            self._put_off(schedule, segments, exc)
+        except BaseException:
+            self._mirror.requeue(lane.name, segments, put_off=False)
+            raise
+        else:
+            self._book(lane, segments, result)
+            self._loaded(schedule, result, time.perf_counter() - began, len(segments))
+
+    async def _without_missing(self, lane: Lane, segments: Sequence[Segment]) -> list[Segment]:
+        """Book what the mirror lost sight of: loaded by another process, or lost; the rest."""
+        there = [segment for segment in segments if not segment.gone]
+        missing = [segment for segment in segments if segment.gone]
+        known = await self.sink.loaded([segment.id for segment in missing])
+        theirs = [segment for segment in missing if segment.id in known]
+        for segment in theirs:
+            segment.gone = False
+        self._book(lane, theirs, Loaded(duplicate=sum(segment.events for segment in theirs)))
+        if lost := [segment for segment in missing if segment.id not in known]:
+            # the books stay out of balance, as they should: these events are nowhere
+            self._book(lane, lost, Loaded())
+            events = sum(segment.events for segment in lost)
+            log.error("segments missing in the mirror", lane=lane.name, events=events)
+        return there
+
+    def _book(self, lane: Lane, segments: Sequence[Segment], result: Loaded) -> None:
+        """A load has committed: into the books with it, and out of the mirror."""
+        lane.loaded += result.loaded
+        lane.duplicate += result.duplicate
+        lane.dead += result.dead
+        self._buffer.removed.add(sum(len(segment.data) for segment in segments))
+        self._mirror.remove(segments)
+
+    def _loaded(self, schedule: Schedule, result: Loaded, seconds: float, segments: int) -> None:
+        """A load has committed: note and log it; nothing stands in the way of its lane."""
+        lane = schedule.lane
+        self._observe_load(seconds)
+        load = Load(lane.name, result.loaded, result.duplicate, result.dead, round(seconds, 4))
+        self._records.loaded(load)
+        log.info(
+            "segments loaded", lane=lane.name, segments=segments, rows=load.rows,
+            duplicates=load.duplicates, dead=load.dead, seconds=load.seconds,
+        )  # fmt: skip
+        if load.dead:
+            log.warning("rows refused", lane=lane.name, rows=load.dead,
+                        error="; ".join(result.refused))  # fmt: skip
+        if lane.blocked is not None:
+            log.info("lane healed", lane=lane.name)
+        lane.blocked, lane.deferred = None, False
+        schedule.last_load = load
+        schedule.failures, schedule.alone, schedule.error = 0, False, None
+        schedule.succeeded(load.rows)
+        for other in self.schedules.values():
+            other.others_loaded()
+
+    def _put_off(self, schedule: Schedule, segments: Sequence[Segment], exc: DatapipeError) -> None:
+        """Again later; while others can be loaded, it must not hold what they need.
+
+        What is said to be the whole database and yet concerns this lane alone (the disk of its
+        table is full) puts off this lane alone. A blocked lane is tried at each interval.
+        """
+        lane, error = schedule.lane, str(exc)
+        if isinstance(exc, LaneBlocked):
+            self._block(lane, error)
+            error = f"blocked: {error}"
+            retry_s = self._settings.load_interval * random.uniform(0.95, 1.05)
+        else:
+            everywhere = isinstance(exc, SinkUnavailable) and exc.everywhere
+            lane.deferred |= schedule.alone or not everywhere
+            retry_s = backoff(schedule.failures + 1, _OUTAGE_S if everywhere else _LANE_S)
+            log.warning("load failed", lane=lane.name, error=error, retry_seconds=round(retry_s, 2))
+        self._mirror.requeue(lane.name, segments, put_off=lane.stuck)
+        self._records.loaded(Load(lane.name, error=error))
+        schedule.failed(error, retry_s)
+
+    def _block(self, lane: Lane, why: str) -> None:
+        """A person must act."""
+        if lane.blocked != why:
+            log.error("lane blocked", lane=lane.name, error=why)
+        lane.blocked = why

@@ -46,7 +46,7 @@ class Refusal:
     """One POST that was refused, as a whole or in part; what its client's developer needs.
 
     Attributes:
-        events: how many of its events were refused; of the first tell `message` and `body`.
+        events: how many of its events were refused; `message` and `body` are of the first.
     """
 
     reason: str

@@ -3,76 +3,79 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from datapipe.pipeline.lane import Lane
-from datapipe.retry import backoff
+from datapipe.pipeline.records import Load
 from datapipe.settings import Settings
-from datapipe.sinks import Loaded
 
-# The longest wait after failures in a row, seconds. Small for a database that is away: its return
-# should not find everybody asleep.
-_OUTAGE_S = 2.0
-_LANE_S = 30.0
 SLOW_S = 10.0  # a load that takes longer is named
 
 
-@dataclass(slots=True, frozen=True)
-class LastLoad:
-    """The last load that committed; `at` is Unix time."""
-
-    at: float
-    rows: int
-    seconds: float
-
-
-@dataclass(slots=True, frozen=True)
-class SlowLoad:
+class SlowLoad(NamedTuple):
     """A load that has been under way for long, and what it waits for, if that is known."""
 
     seconds: float
     waits_for: str | None
 
 
-class Schedule:
-    """All times are of the monotonic clock, in seconds."""
+class Try(NamedTuple):
+    """Somebody wants the lane to be tried now, and waits for the rows of the turn and the error."""
 
-    def __init__(self, lane: Lane, now: float) -> None:
+    outcome: asyncio.Future[tuple[int, str | None]]
+    accept_dead: bool
+
+
+class Schedule:
+    """Why a lane is to be loaded, as data; all times are of the event loop's clock, in seconds.
+
+    A turn is as many transactions as it takes to load all that waited at its start. A failure ends
+    it as well.
+
+    Attributes:
+        busy_since: a load is under way since then.
+        waits_for: what it waits for, as the database says.
+        served_at: when its last transaction ended.
+        failures: in a row; 0 once the database answers others again.
+        alone: others could be loaded since it failed.
+    """
+
+    def __init__(self, lane: Lane) -> None:
         self.lane = lane
-        self.busy_since: float | None = None  # a load is under way
-        self.waits_for: str | None = None  # what it waits for, as the database tells
-        self.served_at = now
-        self.accept_dead = False
+        self.busy_since: float | None = None
+        self.waits_for: str | None = None
+        self.served_at = now()
         self.failures = 0
+        self.alone = False
         self.error: str | None = None
-        self.last_load: LastLoad | None = None
-        self._turn_ended = now
-        self._turn: int | None = None  # what will have gone when this turn is over
-        self._retry_at = 0.0
-        self._everywhere = False
-        self._alone = False  # others could be loaded since it failed
+        self.last_load: Load | None = None
         self._hurry = False
-        self._rows_of_turn = 0
-        self._callers: list[asyncio.Future[tuple[int, str | None]]] = []
+        self._retry_at = 0.0
+        self._turn_ended = now()
+        self._turn_until: int | None = None  # the lane's `total_out` when this turn is over
+        self._turn_rows = 0
+        self._tries: list[Try] = []  # for which the load under way is
+        self._next_tries: list[Try] = []  # asked for since it began
 
     @property
     def busy(self) -> bool:
         return self.busy_since is not None
 
-    def slow_load(self, now: float) -> SlowLoad | None:
+    def slow_load(self) -> SlowLoad | None:
         """The load under way, if that is longer than `SLOW_S`."""
-        if self.busy_since is None or now - self.busy_since < SLOW_S:
+        if self.busy_since is None or now() - self.busy_since < SLOW_S:
             return None
-        return SlowLoad(now - self.busy_since, self.waits_for)
+        return SlowLoad(now() - self.busy_since, self.waits_for)
+
+    # --- when ---
 
     def due_at(self, settings: Settings) -> float:
         """When this lane is to be loaded, if something waits."""
-        if self._hurry:
+        if self._hurry or self._next_tries:
             return 0.0
         if self.failures:
             return self._retry_at
-        if self._turn is not None:
+        if self._turn_until is not None:
             return 0.0
         enough = self.lane.waiting.bytes >= settings.load_trigger_bytes
         interval = min(settings.load_interval, settings.load_min_interval if enough else 1e9)
@@ -84,77 +87,64 @@ class Schedule:
             self._hurry = True
 
     def try_now(self, accept_dead: bool) -> asyncio.Future[tuple[int, str | None]]:
-        """Due at once; the future tells the rows of the turn, and the error if it failed."""
-        outcome: asyncio.Future[tuple[int, str | None]] = asyncio.Future()
-        self._callers.append(outcome)
-        self._hurry = True
-        self.accept_dead = self.accept_dead or accept_dead
-        if self._turn is not None:
-            self._turn = self._end_of_all()
-        return outcome
+        """Due at once, with a try of its own; the rows of the turn, and the error if it failed."""
+        wanted = Try(asyncio.Future(), accept_dead)
+        self._next_tries.append(wanted)
+        if self._turn_until is not None:
+            self._turn_until = self._end_of_all()
+        return wanted.outcome
 
-    def begin(self, now: float) -> None:
-        """A transaction starts: the first of a turn marks what belongs to it."""
+    def others_loaded(self) -> None:
+        """The database answers: what failed only because it did not may go at once."""
+        if self.failures and not self.lane.stuck:
+            self.failures, self.alone, self._hurry = 0, True, True
+
+    # --- what becomes of it ---
+
+    def begin(self) -> bool:
+        """A transaction starts, the first of a turn perhaps; whether refused rows are accepted."""
+        self.busy_since = now()
         self._hurry = False
-        if self._turn is None:
-            self._turn = self._end_of_all()
-            self._rows_of_turn = 0
+        self._tries += self._next_tries
+        self._next_tries = []
+        if self._turn_until is None:
+            self._turn_until = self._end_of_all()
+            self._turn_rows = 0
+        return any(wanted.accept_dead for wanted in self._tries)
 
     def _end_of_all(self) -> int:
-        """What will have gone once all that waits now is loaded; lost events don't wait."""
+        """What will have left once all that waits now is loaded; lost events don't wait."""
         return self.lane.total_out + self.lane.waiting.events
 
-    def end(self, now: float) -> None:
-        """The turn is over."""
-        self._turn = None
-        self._turn_ended = now
-        self._tell(None)
-
-    def succeeded(self, result: Loaded, seconds: float, now: float) -> None:
-        """A load has committed."""
-        self.failures, self.error, self._alone = 0, None, False
-        self.last_load = LastLoad(time.time(), result.loaded, seconds)
-        self._rows_of_turn += result.loaded
-        self.went_on(now)
-
-    def went_on(self, now: float) -> None:
+    def succeeded(self, rows: int = 0) -> None:
         """Some of what waited is booked; perhaps the turn is over."""
-        if self._turn is None or self.lane.total_out >= self._turn or not self.lane.waiting.events:
-            self.end(now)
+        self._turn_rows += rows
+        until = self._turn_until
+        if until is None or self.lane.total_out >= until or not self.lane.waiting.events:
+            self._tries += self._next_tries
+            self._next_tries = []
+            self._end_turn(None)
 
-    def failed(self, error: str, *, everywhere: bool, now: float) -> float:
-        """A load failed and will be tried again; the seconds until then.
-
-        What is said to be the whole database and yet concerns this lane alone (the disk of its
-        table is full) puts off this lane alone.
-        """
+    def failed(self, error: str, retry_s: float) -> None:
+        """A load failed; it is tried again in so many seconds, or at once if somebody asked."""
         self.failures += 1
         self.error = error
-        self._everywhere = everywhere and not self._alone
-        self.lane.deferred = self.lane.deferred or not self._everywhere
-        delay = backoff(self.failures, _OUTAGE_S if everywhere else _LANE_S)
-        self._retry_at = now + delay
-        self._tell(error)
-        return delay
+        self._retry_at = now() + retry_s
+        self._end_turn(error)
 
-    def blocked(self, error: str, *, now: float, retry_s: float) -> None:
-        """A person must act; tried again after `retry_s` all the same."""
-        self.failures += 1
-        self.error = error
-        self._everywhere = False
-        self._retry_at = now + retry_s
-        self._turn = None
-        self._tell(f"blocked: {error}")
+    def _end_turn(self, error: str | None) -> None:
+        self._turn_until, self._turn_ended = None, now()
+        tries, self._tries = self._tries, []
+        for each in tries:
+            if not each.outcome.done():
+                each.outcome.set_result((self._turn_rows, error))
 
-    def forgive_outage(self) -> None:
-        """The database answers again: what failed only because it did not may go at once."""
-        if self.failures and self._everywhere:
-            self.failures, self._everywhere, self._alone = 0, False, True
-            self._hurry = True
+    def end(self) -> None:
+        """The transaction is over."""
+        self.busy_since = self.waits_for = None
+        self.served_at = now()
 
-    def _tell(self, error: str | None) -> None:
-        callers, self._callers = self._callers, []
-        self.accept_dead = False
-        for caller in callers:
-            if not caller.done():
-                caller.set_result((self._rows_of_turn, error))
+
+def now() -> float:
+    """Seconds on the event loop's clock."""
+    return asyncio.get_running_loop().time()

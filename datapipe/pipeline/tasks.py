@@ -3,43 +3,96 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 
+import structlog
 
-@asynccontextmanager
-async def background(
-    work: Sequence[Coroutine[None, None, None]], failed: Callable[[BaseException], None]
-) -> AsyncIterator[None]:
-    """Tasks that live as long as the block; one that dies is told to `failed`.
+from datapipe.errors import DatapipeError
+from datapipe.retry import backoff
 
-    To end by a cancellation that nobody asked for is to die, too.
-    """
+log = structlog.stdlib.get_logger("datapipe.pipeline.tasks")
 
-    def watch(task: asyncio.Task[None]) -> None:
+Failed = Callable[[BaseException], None]  # gets the error of a task that died
+
+
+def start(work: Coroutine[None, None, None], failed: Failed) -> asyncio.Task[None]:
+    """A task; to die is to end with an error, or by a cancellation that nobody asked for."""
+
+    def ended(task: asyncio.Task[None]) -> None:
         if not task.cancelled():
             if (exc := task.exception()) is not None:
                 failed(exc)
         elif not task.cancelling():
             failed(RuntimeError(f"cancelled by nobody: {task.get_coro()}"))
 
-    tasks = [asyncio.create_task(each) for each in work]
-    for task in tasks:
-        task.add_done_callback(watch)
+    task = asyncio.create_task(work)
+    task.add_done_callback(ended)
+    return task
+
+
+@asynccontextmanager
+async def background(
+    work: Sequence[Coroutine[None, None, None]], failed: Failed
+) -> AsyncIterator[None]:
+    """Tasks that live as long as the block.
+
+    They are cancelled until they end: `asyncio.wait_for` of Python 3.11, on which aiopg waits,
+    drops a cancellation that comes at the moment at which what it waits for ends
+    (python/cpython issue 81839).
+    """
+    pending = {start(each, failed) for each in work}
     try:
         yield
     finally:
-        await _end(tasks)
+        while pending:
+            for task in pending:
+                task.cancel()
+            _, pending = await asyncio.wait(pending, timeout=0.2)
 
 
-async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:
-    """Cancel tasks until they end.
+async def repeat(
+    step: Callable[[], Awaitable[float]],
+    failed: str,
+    longest_s: float,
+    pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
+) -> None:
+    """For ever: a step, then a pause of as many seconds as it returns.
 
-    `asyncio.wait_for` of Python 3.11, on which aiopg waits, drops a cancellation that comes at the
-    moment at which what it waits for ends (python/cpython issue 81839).
+    A step that raises a DatapipeError is tried again by the back-off, up to `longest_s`; the first
+    of several failures in a row is logged as `failed`.
     """
-    pending: set[asyncio.Task[None]] = set(tasks)
-    while pending:
-        for task in pending:
-            task.cancel()
-        _, pending = await asyncio.wait(pending, timeout=0.2)
+    failures = 0
+    while True:
+        try:
+            pause_s = await step()
+            failures = 0
+        except DatapipeError as exc:
+            failures += 1
+            pause_s = backoff(failures, longest_s)
+            if failures == 1:
+                log.warning(failed, error=str(exc))
+        await pause(pause_s)
+
+
+@asynccontextmanager
+async def ended_by_failure() -> AsyncIterator[Failed]:
+    """A `failed` for tasks within the block: the first that dies ends the block.
+
+    Raises: DatapipeError: that is what happened.
+    """
+    block = asyncio.current_task()
+    assert block is not None
+    died: list[BaseException] = []
+
+    def failed(exc: BaseException) -> None:
+        if not died:
+            block.cancel()
+        died.append(exc)
+
+    try:
+        yield failed
+    except asyncio.CancelledError:
+        if not died:
+            raise
+        raise DatapipeError(f"internal error: {died[0]!r}") from died[0]

@@ -226,3 +226,17 @@ async def test_a_background_task_that_dies_ends_the_service(
     await driver.settle()
     await service.drained()
     await driver.check(database)
+
+
+async def test_an_append_that_dies_ends_the_service_and_answers_who_waits(
+    database: str, make_service: MakeService
+) -> None:
+    service = make_service(
+        database_url=database, event_modules=["tests.fault.modules.dying_appends"]
+    )
+    await service.start()
+    status, answer = await service.post(crash())
+    assert (status, answer["status_code"]) == (500, 100)
+    assert await service.wait(20) == 1
+    (died,) = service.logged("background task died")
+    assert "RuntimeError: this task dies on purpose" in json.dumps(died)

@@ -410,6 +410,23 @@ async def test_load_accept_dead(
     assert Postgres.execute(database, sql) == [("crash_report", "23514", 150, 150)]
 
 
+async def test_load_ends_with_a_worker_that_dies(
+    datapipe: Run, make_service: Callable[..., Service], database: str
+) -> None:
+    """Though other lanes wait for that worker."""
+    service = await make_service(database_url=database, load_interval=3600).start()
+    assert (await service.post([crash("m", 1), purchase("s", 2)]))[0] == 200
+    await service.kill()
+    died = await datapipe(
+        "load", database_url=database, load_workers=1,
+        event_modules=["tests.fault.modules.dying_loads"],
+    )  # fmt: skip
+    assert died.code == 1, died
+    assert "RuntimeError('this load dies on purpose')" in died.one_line()
+    assert (await datapipe("load", database_url=database)).code == 0
+    assert Postgres.execute(database, "SELECT user_id FROM crash_report") == [(1,)]
+
+
 # --- schema ---
 
 

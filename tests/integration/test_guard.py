@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from tests.fault.proxy import Proxy
+from tests.fault.proxy import Moment, Proxy
 from tests.postgres import Postgres
 from tests.service import Service, until
 
@@ -84,6 +85,34 @@ async def test_what_an_admin_lets_through_counts_no_more(service: Service) -> No
     assert (await load(service, 99))["failed"] == {}
     assert (await load(service, 1))["failed"]
     assert (await service.status())["books"]["balanced"]
+
+
+async def test_what_an_admin_lets_through_during_a_load_has_a_try_of_its_own(
+    make_service: Make, database: str, postgres: Postgres
+) -> None:
+    """The load under way is refused: that is not the answer to who came meanwhile."""
+    async with Proxy(database).running() as proxy:
+        service = await make_service(database_url=proxy.url, **NEVER).start()
+        assert (await load(service, 0, even=1))["failed"] == {}
+        postgres.execute(database, KEEP_ODD)
+        assert (await service.post([install(1)] * 100))[0] == 200
+        accepting: list[asyncio.Task[Any]] = []
+
+        async def accept() -> bool:
+            accepting.append(asyncio.create_task(service.load("?lane=install&accept=dead")))
+            for _ in range(10):  # whatever else waits to be done is done meanwhile
+                assert (await service.get("/healthz"))[0] == 200
+            return True
+
+        async with asyncio.TaskGroup() as both:
+            both.create_task(proxy.at(Moment.COPY, accept))
+            refused = both.create_task(service.load("?lane=install"))
+        why = refused.result()["failed"]["install"]
+        assert why.startswith("blocked: the table refuses 100 of 100 rows")
+        assert await accepting[0] == {"loaded": {}, "failed": {}}
+        told = await lane(service)
+        assert (told["blocked"], told["dead"], told["waiting"]) == (None, 100, 0)
+        await service.stop()
 
 
 async def test_loads_that_are_mostly_right_block_nothing(service: Service) -> None:

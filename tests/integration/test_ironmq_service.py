@@ -25,7 +25,6 @@ from datapipe.mirrors.ironmq.client import encode_post
 from datapipe.mirrors.ironmq.mirror import check_ironmq, open_ironmq
 from datapipe.mirrors.ironmq.wire import pack
 from datapipe.pipeline import coordinator as housekeeping
-from datapipe.pipeline.coordinator import Coordinator
 from datapipe.pipeline.watch import Watch
 from datapipe.settings import Settings, load
 from datapipe.sinks import Beat
@@ -380,11 +379,8 @@ async def test_one_taken_for_dead_that_lives_books_duplicates(town: Town) -> Non
 
 
 def _is_beat_of(task: asyncio.Task[Any], service: Running) -> bool:
-    coroutine = task.get_coro()
-    if getattr(coroutine, "__qualname__", "") != Coordinator._beat.__qualname__:
-        return False
-    frame = coroutine.cr_frame  # type: ignore[union-attr]
-    return bool(frame.f_locals["self"] is service.pipeline.coordinator)
+    frame = getattr(task.get_coro(), "cr_frame", None)
+    return bool(frame and frame.f_locals.get("step") == service.pipeline.coordinator._beat)
 
 
 async def test_a_beat_does_not_wait_for_ironmq(town: Town) -> None:
@@ -432,18 +428,18 @@ def test_silence_is_told_only_while_the_database_was_watched() -> None:
     beats = {"a": Beat(1, False), "b": Beat(1, False), "gone": Beat(9, True)}
     for now in range(100, 130, 5):
         watch.note({**beats, "b": Beat(now, False)}, now)
-    assert not watch.silent("a")
+    assert not watch.is_dead("a")
     watch.lost_sight()  # an outage, in which somebody asks
-    assert not watch.silent("a")
-    assert not watch.silent("never heard of")
-    assert watch.silent("gone")
+    assert not watch.is_dead("a")
+    assert not watch.is_dead("never heard of")
+    assert watch.is_dead("gone")
     for now in range(900, 930, 5):  # all rows are old, and say nothing
         watch.note(beats, now)
         assert watch.dead() == {"gone"}
-        assert not watch.silent("never heard of")
+        assert not watch.is_dead("never heard of")
     watch.note(beats, 930)
-    assert watch.dead() == {"a", "b", "gone"}
-    assert watch.silent("never heard of")
+    assert watch.dead() == {"a", "b", "gone", "never heard of"}
+    assert watch.is_dead("never heard of")
 
 
 def test_a_watch_that_was_stopped_itself_starts_anew() -> None:
@@ -451,7 +447,7 @@ def test_a_watch_that_was_stopped_itself_starts_anew() -> None:
     for now in (100, 105, 110):
         watch.note({"a": Beat(1, False)}, now)
     watch.note({"a": Beat(1, False)}, 300)  # SIGSTOP, or a frozen machine: perhaps for both
-    assert not watch.silent("a")
+    assert not watch.is_dead("a")
 
 
 # --- settings, commands, secrets ---

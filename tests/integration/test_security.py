@@ -81,7 +81,8 @@ async def test_keys_are_compared_in_constant_time(
 ) -> None:
     """Every key, whichever fits, and also when none is given."""
     settings = Settings(ingest_keys=["one", "two"], admin_key="one", mirror="none")
-    buffer = Buffer(BufferedMirror(MemoryStore(settings), 1000), settings, lambda seconds: None)
+    mirror = BufferedMirror(MemoryStore(settings), 1000)
+    buffer = Buffer(mirror, settings, lambda seconds: None, lambda failure: None)
     ingest = Ingest(buffer, load_registry(settings), settings, Records())
     headers: Any = CIMultiDict({"Authorization": f"Bearer {given}"})
     try:

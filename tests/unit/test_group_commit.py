@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,13 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datapipe.errors import MirrorUnavailable
-from datapipe.events.segment import Chunk, seal
+from datapipe.events.segment import Chunk, Segment, seal
 from datapipe.events.types import Column
 from datapipe.mirrors import Appended, Traits
-from datapipe.mirrors.buffered import BufferedMirror
-from datapipe.mirrors.memory import MemoryStore
 from datapipe.pipeline.group_commit import GroupCommit
-from datapipe.settings import Settings
 
 COLUMNS = (Column("a", "text"),)
 
@@ -53,49 +53,103 @@ def test_rows_are_cut_so_that_segments_are_full() -> None:
     assert [len(segment.data) for segment in seal(posts, 1000)] == [1000] * 6
 
 
+CHUNK = Chunk("p", COLUMNS, b"1\n", 1)
+
+
+class Appends:
+    """A mirror that says what was appended; `fails` is raised, `hangs` is waited for."""
+
+    def __init__(self) -> None:
+        self.traits = Traits(batch_bytes=1000, identity="", recover_interval_s=1.0)
+        self.fails: Exception | None = None
+        self.hangs = asyncio.Event()
+        self.hangs.set()
+
+    async def append(self, segments: Sequence[Segment]) -> Appended:
+        if self.fails is not None:
+            raise self.fails
+        await self.hangs.wait()
+        return Appended(segments)
+
+
+class Group:
+    """A group commit over such a mirror, its books, and what died of it."""
+
+    def __init__(self, timeout_s: float = 5.0) -> None:
+        self.mirror: Any = Appends()
+        self.booked: list[Appended] = []
+        self.died: list[BaseException] = []
+        self._commit = GroupCommit(
+            self.mirror, lambda appended, began: self.booked.append(appended), self.died.append,
+            linger_s=0.0, timeout_s=timeout_s,
+        )  # fmt: skip
+
+    def add(self) -> asyncio.Future[None]:
+        return self._commit.add([CHUNK])
+
+
 @pytest.mark.parametrize("turns", range(16))
 async def test_a_request_is_appended_whenever_it_comes(turns: int) -> None:
     """Also in the very turn of the loop in which the task before has ended."""
-    settings = Settings(mirror="none")
-    mirror = BufferedMirror(MemoryStore(settings), settings.buffer_max_bytes)
-    booked: list[int] = []
-
-    def book(appended: Appended, began: float) -> None:
-        booked.append(len(appended.stored))
-
-    group = GroupCommit(mirror, book, linger_s=0.0, timeout_s=5.0)
-    async with asyncio.timeout(10):
-        for _ in range(50):
-            await group.add([Chunk("p", COLUMNS, b"1\n", 1)])
-            for _ in range(turns):
-                await asyncio.sleep(0)
-    assert booked == [1] * 50
+    group = Group()
+    for _ in range(50):
+        await group.add()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+    assert [len(appended.stored) for appended in group.booked] == [1] * 50
 
 
-async def test_an_append_that_fails_for_a_reason_of_ours_tells_each_request() -> None:
-    class Broken:
-        traits = Traits(batch_bytes=1000, identity="", recover_interval_s=1.0)
-
-        async def append(self, segments: Any) -> Appended:
-            raise RuntimeError("not foreseen")
-
-    mirror: Any = Broken()
-    group = GroupCommit(mirror, lambda appended, began: None, linger_s=0.0, timeout_s=5.0)
+async def test_an_append_that_fails_unforeseen_answers_each_request() -> None:
+    group = Group()
+    group.mirror.fails = RuntimeError("not foreseen")
     for _ in range(2):  # and it goes on
         with pytest.raises(RuntimeError, match="not foreseen"):
-            await group.add([Chunk("p", COLUMNS, b"1\n", 1)])
+            await group.add()
+    assert not group.died
+
+
+async def test_a_task_that_dies_is_reported_and_leaves_no_request_in_the_air() -> None:
+    group = Group()
+    group.mirror.traits = SimpleNamespace(appends_at_once=1)
+    for _ in range(2):
+        with pytest.raises(AttributeError):
+            await group.add()
+        await asyncio.sleep(0)
+    assert [type(died) for died in group.died] == [AttributeError] * 2
+
+
+async def test_what_hangs_refuses_all_until_it_ends() -> None:
+    group = Group(timeout_s=0.01)
+    group.mirror.hangs.clear()
+    first, second = group.add(), group.add()
+    for refused in (first, second):
+        with pytest.raises(MirrorUnavailable):
+            await refused
+    assert isinstance(group.add().exception(), MirrorUnavailable)  # without waiting
+    assert [len(appended.stored) for appended in group.booked] == [0]
+    group.mirror.hangs.set()
+    while len(group.booked) == 1:
+        await asyncio.sleep(0)
+    assert len(group.booked[1].stored) == 1  # stored after all: it is booked, and will be loaded
+    await group.add()
+    assert len(group.booked[2].stored) == 1
 
 
 async def test_a_task_that_starts_as_all_is_refused_holds_up_nothing_after_it() -> None:
     """An append that hangs is given up between a request and the start of its task."""
-    settings = Settings(mirror="none")
-    mirror = BufferedMirror(MemoryStore(settings), settings.buffer_max_bytes)
-    group = GroupCommit(mirror, lambda appended, began: None, linger_s=0.0, timeout_s=5.0)
-    chunk = Chunk("p", COLUMNS, b"1\n", 1)
-    refused = group.add([chunk])
-    group._give_up([])
+    group = Group(timeout_s=0.02)
+    group.mirror.traits = Traits(4, "", 1.0, appends_at_once=2)
+    group.mirror.hangs.clear()
+    first = group.add()
+    await asyncio.sleep(0.005)
+    late: list[asyncio.Future[None]] = []
+    asyncio.get_running_loop().call_later(0.01, lambda: late.append(group.add()))
+    time.sleep(0.05)  # both timers are due in one turn of the loop
     with pytest.raises(MirrorUnavailable):
-        await refused
-    group._hung -= 1  # it has ended
-    await asyncio.sleep(0)
-    await asyncio.wait_for(group.add([chunk]), 5)
+        await first
+    with pytest.raises(MirrorUnavailable):
+        await late[0]
+    group.mirror.hangs.set()
+    while len(group.booked) < 2:
+        await asyncio.sleep(0)
+    await group.add()
