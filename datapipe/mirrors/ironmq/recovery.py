@@ -14,14 +14,14 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
 
 import aiohttp
 
 from datapipe.errors import MirrorUnavailable
 from datapipe.events.segment import SEGMENT_OVERHEAD_BYTES
-from datapipe.mirrors import Membership, MirrorState
+from datapipe.mirrors import Membership, Mirror, MirrorPlugin, MirrorState
 from datapipe.mirrors.buffered import BufferedMirror, Found
 from datapipe.mirrors.ironmq.client import CONNECTIONS, Client, Message, Refused
 from datapipe.mirrors.ironmq.mirror import (
@@ -329,7 +329,10 @@ async def open_ironmq(
         yield BufferedMirror(store, settings.buffer_max_bytes)
 
 
-async def check_ironmq(settings: Settings) -> list[tuple[str, str]]:
-    """See `check_mirror`."""
-    async with open_store(settings, "check") as store:
-        return await store.check()
+class IronMQPlugin(MirrorPlugin):
+    def open(self, settings: Settings, process: str) -> AbstractAsyncContextManager[Mirror]:
+        return open_ironmq(settings, process)
+
+    async def check(self, settings: Settings) -> list[tuple[str, str]]:
+        async with open_store(settings, "check") as store:
+            return await store.check()

@@ -17,7 +17,12 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    suppress,
+)
 from functools import partial
 from itertools import groupby
 from typing import Any, TypeVar
@@ -30,7 +35,7 @@ from datapipe.errors import ConfigError, SinkUnavailable
 from datapipe.events.segment import Segment
 from datapipe.events.types import Column
 from datapipe.settings import Settings
-from datapipe.sinks import Check, Loaded, Selection, Table
+from datapipe.sinks import Check, Loaded, Selection, Sink, SinkPlugin, Table
 from datapipe.sinks.postgres import dead_letters
 from datapipe.sinks.postgres.copy import Copier, Guard, Refused
 from datapipe.sinks.postgres.database import PEER_MAY_VANISH, Database
@@ -403,3 +408,8 @@ async def open_postgres(settings: Settings, process: str) -> AsyncIterator[Postg
             yield sink
         finally:
             await sink.close()
+
+
+class PostgresPlugin(SinkPlugin):
+    def open(self, settings: Settings, process: str) -> AbstractAsyncContextManager[Sink]:
+        return open_postgres(settings, process)
