@@ -78,9 +78,9 @@ def test_every_source_and_choice_is_named() -> None:
         *settings.SECRETS,
     } <= words
     choices: dict[str, set[Any]] = {"mirror": {"auto"}, "database_url": set()}
-    for kind in settings_types().items():
-        if isinstance(kind[1], inspect.LiteralType):
-            choices[kind[0]] = set(kind[1].values)
+    for key, kind in settings_types().items():
+        if isinstance(kind, inspect.LiteralType):
+            choices[key] = set(kind.values)
     choices["mirror"] |= entry_points(group="datapipe.mirrors").names
     choices["database_url"] |= {f"{name}://" for name in entry_points(group="datapipe.sinks").names}
     assert all(choices.values())

@@ -114,7 +114,9 @@ def test_secrets_are_not_shown() -> None:
         DATABASE_URL="postgres://u:s3cret@h/d", IRON_MQ_PROJECT_ID="p",
     )  # fmt: skip
     assert "s3cret" not in repr(found)
-    assert "s3cret" not in repr(Settings(mirror_options={"a": "s3cret"}, sink_options={"b": "s3cret"}))
+    assert "s3cret" not in repr(
+        Settings(mirror_options={"a": "s3cret"}, sink_options={"b": "s3cret"})
+    )
     for env in (
         {"DATAPIPE_INGEST_KEYS": '{"s3cret": 1}'},
         {"DATABASE_URL": "s3cret"},
