@@ -32,7 +32,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import structlog
 
@@ -68,16 +68,8 @@ INITDB = (
 ROLE = "CREATE ROLE datapipe LOGIN;\nCREATE DATABASE datapipe OWNER datapipe;\n"
 
 
-class Embedded(NamedTuple):
-    """A running server; `psql` is a line for the shell that opens it."""
-
-    url: str
-    psql: str
-    where: Path
-
-
 @asynccontextmanager
-async def embedded_postgres(data_dir: Path) -> AsyncIterator[Embedded]:
+async def embedded_postgres(data_dir: Path) -> AsyncIterator[Place]:
     """Run PostgreSQL in `data_dir` (or join the one that runs there) until the block ends.
 
     The last of the processes that share it stops it; one that is killed leaves it to the next.
@@ -93,7 +85,7 @@ async def embedded_postgres(data_dir: Path) -> AsyncIterator[Embedded]:
             await server.start()
             watcher = asyncio.create_task(server.watch())
             try:
-                yield Embedded(server.place.url, server.place.psql, server.home)
+                yield server.place
             finally:
                 watcher.cancel()
                 await asyncio.wait([watcher])
@@ -138,7 +130,9 @@ class _Server:
 
     async def is_up(self) -> bool:
         """Whether a server accepts connections. Launches one if there is none."""
-        with self.server_lock() as lock:  # the server's copy of it outlives this block
+        with _lock_file(
+            self.home / "server.lock"
+        ) as lock:  # the server's copy of it outlives this block
             if not _flock(lock, fcntl.LOCK_EX):
                 return self.accepts()
             if self.child is not None:
@@ -147,12 +141,9 @@ class _Server:
             await self.launch(lock)
         return False
 
-    def server_lock(self) -> IO[bytes]:
-        return _lock_file(self.home / "server.lock")
-
     def lives(self) -> bool:
         """Whether any process of the server lives, or somebody starts it."""
-        with self.server_lock() as lock:
+        with _lock_file(self.home / "server.lock") as lock:
             return not _flock(lock, fcntl.LOCK_EX)
 
     def accepts(self) -> bool:

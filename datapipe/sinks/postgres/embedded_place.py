@@ -36,9 +36,10 @@ SOCKET_PATH_MAX_BYTES = 100  # Linux takes 107, macOS 103
 
 @dataclass(frozen=True)
 class Place:
-    """Where the server is.
+    """Where the server is, and how to reach it.
 
     Attributes:
+        url: for clients. psql: a line for the shell that opens it.
         wheel: the wheel's own folder: psql is called from here, by us.
         install: the same or a copy, where the server's user can read it.
         run_as: arguments of Popen: user and group ids; empty unless we are root.
