@@ -139,9 +139,8 @@ def load(
     env = os.environ if environ is None else environ
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
-    for source, given in _sources(options or {}, env, run_defaults or {}):
-        # a variable is text, whatever it stands for
-        checked = _convert(given, Settings, source, strict=not source.startswith("variable"))
+    for source, given, strict in _sources(options or {}, env, run_defaults or {}):
+        checked = _convert(given, Settings, source, strict=strict)
         values |= {key: getattr(checked, key) for key in given}
         sources |= dict.fromkeys(given, source)
     settings = Settings(**values)
@@ -161,15 +160,16 @@ def check(settings: Settings, sources: Mapping[str, str] | None = None) -> None:
     Raises: ConfigError: names the key and its source.
     """
     origins = sources or {}
-    _convert(structs.asdict(settings), Settings, "")
+    _convert(structs.asdict(settings), Settings, None)
     if settings.mirror == "ironmq" and not (settings.ironmq_project_id and settings.ironmq_token):
-        raise _wrong("mirror", "'ironmq' needs ironmq_project_id and ironmq_token", origins)
+        why = "'ironmq' needs ironmq_project_id and ironmq_token"
+        raise _wrong("mirror", why, origins.get("mirror"))
     if not settings.database_schema or "\0" in settings.database_schema:
-        raise _wrong("database_schema", "must name a schema", origins)
+        raise _wrong("database_schema", "must name a schema", origins.get("database_schema"))
     for origin in settings.cors_origins:
         if not _ORIGIN.fullmatch(origin):
             why = f"{origin!r} is neither '*' nor like 'https://example.com'"
-            raise _wrong("cors_origins", why, origins)
+            raise _wrong("cors_origins", why, origins.get("cors_origins"))
     plugin(settings, "mirror", origins)
     plugin(settings, "sink", origins)
 
@@ -185,24 +185,25 @@ def plugin(
     key, name = "mirror", settings.mirror_kind
     if room == "sink":
         key, name = "database_url", settings.sink_kind
+    source = origins.get(key)
     known = _entry_points(f"datapipe.{room}s")
     found = [each for each in known if each.name == name]
     if not found:
         names = ", ".join(f"{each.name}://" if room == "sink" else each.name for each in known)
         wanted = "must begin with one of" if room == "sink" else f"{name!r} is none of auto,"
-        raise _wrong(key, f"{wanted} {names}", origins)
+        raise _wrong(key, f"{wanted} {names}", source)
     which = " and ".join(f"{each.value}{_package(each)}" for each in found)
     if len(found) > 1:
-        raise _wrong(key, f"{name!r} is the name of {which}: uninstall one of them", origins)
+        raise _wrong(key, f"{name!r} is the name of {which}: uninstall one of them", source)
     try:
         kind = found[0].load()
     except Exception as exc:  # whatever importing it raises
         why = f"{type(exc).__name__}: {' '.join(str(exc).split())}"
-        raise _wrong(key, f"{name!r}, {which}, can't be imported: {why}", origins) from exc
+        raise _wrong(key, f"{name!r}, {which}, can't be imported: {why}", source) from exc
     if not (isinstance(kind, type) and issubclass(kind, Plugin)):
-        raise _wrong(key, f"{name!r}, {which}, is no Plugin", origins)
+        raise _wrong(key, f"{name!r}, {which}, is no Plugin", source)
     within = f"{room}_options"
-    return _convert(getattr(settings, within), kind, origins.get(within, ""), within=within)
+    return _convert(getattr(settings, within), kind, origins.get(within), within=within)
 
 
 def _entry_points(group: str) -> list[EntryPoint]:
@@ -222,13 +223,16 @@ def _package(entry: EntryPoint) -> str:
 
 def _sources(
     options: Mapping[str, Any], env: Mapping[str, str], run_defaults: Mapping[str, Any]
-) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Each source, lowest first, with the values that it gives."""
-    yield "the defaults of make run", run_defaults
+) -> Iterator[tuple[str, Mapping[str, Any], bool]]:
+    """Each source, lowest first: its name, its values, and whether they have types of their own.
+
+    A variable's have none: it is text, or, for lists and objects, JSON.
+    """
+    yield "the defaults of make run", run_defaults, True
     named = env.get("DATAPIPE_CNF")
     path = Path(named) if named else SYSTEM_FILE
     if named or path.exists():
-        yield f"file {path}", _content(path)
+        yield f"file {path}", _content(path), True
     given = [(variable, key, env.get(variable)) for variable, key in PLATFORM.items()]
     prefix = "DATAPIPE_"
     given += [
@@ -239,8 +243,9 @@ def _sources(
     for variable, key, text in given:
         if text:
             source = f"variable {variable}"
-            yield source, {key: _decoded(key, text, source)}
-    yield "the command line", {key: value for key, value in options.items() if value is not None}
+            yield source, {key: _decoded(key, text, source)}, False
+    given_options = {key: value for key, value in options.items() if value is not None}
+    yield "the command line", given_options, True
 
 
 def _content(path: Path) -> dict[str, Any]:
@@ -256,26 +261,25 @@ def _content(path: Path) -> dict[str, Any]:
 
 
 def _decoded(key: str, text: str, source: str) -> Any:
-    """A variable's text; lists and objects are JSON."""
     if not isinstance(_types(Settings).get(key), inspect.ListType | inspect.DictType):
         return text
     try:
         return msgspec.json.decode(text)
     except (msgspec.DecodeError, UnicodeError, RecursionError):
-        raise _wrong(key, "must be JSON", {key: source}) from None
+        raise _wrong(key, "must be JSON", source) from None
 
 
 def _convert(
     values: Mapping[str, Any],
     kind: type[_Struct],
-    source: str,
+    source: str | None,
     *,
     within: str = "",
     strict: bool = True,
 ) -> _Struct:
     """The values as a structure of that kind.
 
-    Args: within: the key that holds them; not shown then, since they may be secrets.
+    Args: within: the key that holds them; they are not shown then: they may be secrets.
     Raises: ConfigError: names the key, the source and what is wanted.
     """
     try:
@@ -288,16 +292,17 @@ def _convert(
     if field := re.fullmatch(r"Object (.+) field `(.+)`", what):
         key = ".".join(filter(None, (key, field[2])))
         if field[1] == "missing required":
-            raise _wrong(key, "must be given", {key: source})
+            raise _wrong(key, "must be given", source)
         near = difflib.get_close_matches(field[2], types, n=1, cutoff=0.0)
-        remedy = f"the nearest is {near[0]!r}" if near else "there are none"
-        raise ConfigError(f"{key}: no such setting ({source}); {remedy}")
+        remedy = f"; the nearest is {near[0]!r}" if near else "; there are none"
+        origin = f" ({source})" if source else ""
+        raise ConfigError(f"{key}: no such setting{origin}{'' if path else remedy}")
     why = re.sub("(Invalid enum value).*", r"\1", what)
     if wanted := _wanted(types.get(path)):
         why = f"must be {wanted}"
         if not within and path not in SECRETS:
             why += f", not {reprlib.repr(values[path])}"
-    raise _wrong(key, why, {key: source})
+    raise _wrong(key, why, source)
 
 
 def _types(kind: type[msgspec.Struct]) -> dict[str, inspect.Type]:
@@ -329,6 +334,5 @@ def _wanted(kind: inspect.Type | None) -> str | None:
     return words
 
 
-def _wrong(key: str, why: str, sources: Mapping[str, str]) -> ConfigError:
-    source = sources.get(key)
+def _wrong(key: str, why: str, source: str | None) -> ConfigError:
     return ConfigError(f"{key}{f' (from {source})' if source else ''}: {why}")

@@ -183,6 +183,7 @@ def test_what_is_wrong_is_one_clear_line(
     text = str(refused.value)
     assert "\n" not in text
     assert "S3CRET" not in text
+    assert "lock.cod" not in text or "nearest" not in text  # that one's neighbours are not known
     for word in words:
         assert word in text
 
