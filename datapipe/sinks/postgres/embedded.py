@@ -27,7 +27,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -130,9 +129,8 @@ class _Server:
 
     async def is_up(self) -> bool:
         """Whether a server accepts connections. Launches one if there is none."""
-        with _lock_file(
-            self.home / "server.lock"
-        ) as lock:  # the server's copy of it outlives this block
+        # what the server inherits of the lock outlives this block
+        with _lock_file(self.home / "server.lock") as lock:
             if not _flock(lock, fcntl.LOCK_EX):
                 return self.accepts()
             if self.child is not None:
@@ -201,23 +199,23 @@ class _Server:
         Raises: SinkUnavailable: with its last words.
         """
         deadline = time.monotonic() + START_S
-        with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as said:
-            given.write(sql.encode())
-            given.seek(0)
-            process = self.popen(name, argv, lock, stdin=given, stdout=said)
+        pipe = subprocess.PIPE  # holds all that they say
+        with self.popen(name, argv, lock, stdin=pipe, stdout=pipe) as process:
+            assert process.stdin
+            assert process.stdout
             try:
+                with suppress(BrokenPipeError), process.stdin:
+                    process.stdin.write(sql.encode())
                 while process.poll() is None:
                     if time.monotonic() > deadline:
                         raise SinkUnavailable(self.fault(f"{name} took over {START_S:.0f} s"))
                     await asyncio.sleep(POLL_S)
+                said = process.stdout.read().decode(errors="replace")
             finally:
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
-            said.seek(0)
-            words = said.read().decode(errors="replace")
         if process.returncode:
-            raise SinkUnavailable(self.fault(_last_words(words)))
+            raise SinkUnavailable(self.fault(_last_words(said)))
 
     def popen(
         self, name: str, argv: list[str], lock: IO[bytes] | None, **streams: Any
