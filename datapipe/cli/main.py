@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
+
+import uvloop
 
 from datapipe import settings
 from datapipe.cli import commands
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             {"host": args.host, "port": args.port},
             run_defaults=_RUN_DEFAULTS if args.try_out else None,
         )
-        code: int = _run(args.command(configured, args))
+        code: int = uvloop.run(args.command(configured, args))
         sys.stdout.flush()
     except BrokenPipeError:  # who read the output has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -46,14 +47,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return code
-
-
-def _run(work: Coroutine[Any, Any, int]) -> int:
-    try:
-        import uvloop
-    except ImportError:  # not on every platform; asyncio's own loop does as well, slower
-        return asyncio.run(work)
-    return uvloop.run(work)
 
 
 def _parser() -> argparse.ArgumentParser:
