@@ -286,6 +286,7 @@ async def test_cancelled_while_it_starts_it_leaves_no_server(place: Path) -> Non
     with pytest.raises(asyncio.CancelledError):
         await task
     assert silent(place / "var/postgres")
+    assert not (place / "var/postgres/data.new/global/pg_control").exists()  # nor waits for initdb
 
 
 @pytest.mark.parametrize(

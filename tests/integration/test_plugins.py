@@ -56,6 +56,7 @@ from datapipe.sinks.memory import MemorySink
 
 class Lock(Struct, forbid_unknown_fields=True):
     code: int
+    kind: Literal["padlock", "bolt"] = "bolt"
 
 
 class Shelf(MirrorPlugin):
@@ -157,6 +158,13 @@ async def test_a_service_on_somebody_elses_mirror_and_sink(packages: Path, tmp_p
         (
             {"mirror": "shelf", "mirror_options": {"folder": "a", "lock": {"code": "S3CRET"}}},
             ["mirror_options.lock.code (from file", "int"],
+        ),
+        (
+            {
+                "mirror": "shelf",
+                "mirror_options": {"folder": "a", "lock": {"code": 1, "kind": "S3CRET"}},
+            },
+            ["mirror_options.lock.kind (from file", "Invalid enum value"],
         ),
         (
             {"mirror": "shelf", "mirror_options": {"folder": "a", "lock": {"cod": "S3CRET"}}},
