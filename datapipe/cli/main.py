@@ -1,4 +1,4 @@
-"""The commands. Each fault is one clear line: exit 2 for usage and settings, 1 for the rest."""
+"""The commands. Each failure is one clear line: exit 2 for usage and settings, 1 for the rest."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ async def embedded_postgres(data_dir: Path) -> AsyncIterator[Place]:
         finally:
             if _flock(users, fcntl.LOCK_EX):  # who comes now waits in join() until we are done
                 await server.stop()
-            if server.child is not None:  # left to the others that use it: no fault to warn of
+            if server.child is not None:  # left to the others that use it: nothing to warn of
                 server.child.returncode = 0
 
 
@@ -110,7 +110,7 @@ class _Server:
         deadline = time.monotonic() + START_S
         while not _flock(users, fcntl.LOCK_SH):
             if time.monotonic() > deadline:
-                raise SinkUnavailable(self.fault("another process does not let go of it"))
+                raise self.unavailable("another process does not let go of it")
             await asyncio.sleep(POLL_S)
 
     async def start(self) -> None:
@@ -120,10 +120,10 @@ class _Server:
             while not await self.is_up():
                 if time.monotonic() - begun > START_S:
                     words = f"{self.last_words()} (after {START_S:.0f} s)"
-                    raise SinkUnavailable(self.fault(words))
+                    raise self.unavailable(words)
                 await asyncio.sleep(POLL_S)
         except (OSError, ValueError, subprocess.SubprocessError) as exc:
-            raise SinkUnavailable(self.fault(str(exc))) from exc
+            raise self.unavailable(str(exc)) from exc
         event = "embedded database started" if self.child else "embedded database joined"
         log.info(event, where=str(self.home), seconds=round(time.monotonic() - begun, 3))
 
@@ -135,7 +135,7 @@ class _Server:
                 return self.accepts()
             if self.child is not None:
                 self.reap()
-                raise SinkUnavailable(self.fault(self.last_words()))
+                raise self.unavailable(self.last_words())
             await self.launch(lock)
         return False
 
@@ -208,14 +208,14 @@ class _Server:
                     process.stdin.write(sql.encode())
                 while process.poll() is None:
                     if time.monotonic() > deadline:
-                        raise SinkUnavailable(self.fault(f"{name} took over {START_S:.0f} s"))
+                        raise self.unavailable(f"{name} took over {START_S:.0f} s")
                     await asyncio.sleep(POLL_S)
                 said = process.stdout.read().decode(errors="replace")
             finally:
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
         if process.returncode:
-            raise SinkUnavailable(self.fault(_last_words(said)))
+            raise self.unavailable(_last_words(said))
 
     def popen(
         self, name: str, argv: list[str], lock: IO[bytes] | None, **streams: Any
@@ -273,8 +273,8 @@ class _Server:
     def last_words(self) -> str:
         return _last_words(self.log_file.read_text("utf-8", "replace"))
 
-    def fault(self, words: str) -> str:
-        return f"the embedded PostgreSQL in {self.home} can't start: {words}"
+    def unavailable(self, words: str) -> SinkUnavailable:
+        return SinkUnavailable(f"the embedded PostgreSQL in {self.home} can't start: {words}")
 
 
 def _lock_file(path: Path) -> IO[bytes]:
