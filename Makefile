@@ -35,7 +35,7 @@ screenshots: $(VENV)/.test ## take the pictures of the docs anew (some 10 minute
 	@./tools/test-needs chromium
 	$(BIN)/python -m tests.browser.screenshots
 
-format: $(VENV)/.test ## let ruff format and mend what it can
+format: $(VENV)/.test ## let ruff format and fix what it can
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 

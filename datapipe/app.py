@@ -36,7 +36,7 @@ from datapipe.http.port import raise_limit
 from datapipe.http.responses import Answer
 from datapipe.http.server import Runner, request_id
 from datapipe.mirrors import Mirror, open_mirror
-from datapipe.monitor.feed import Feed, running
+from datapipe.monitor.feed import running
 from datapipe.monitor.metrics import Metrics
 from datapipe.monitor.peers import Peers
 from datapipe.monitor.status import Status
@@ -60,7 +60,8 @@ class Pipeline:
     """One running service: opened from the far end, closed from the near one.
 
     Attributes:
-        failed: ends with the exception of a background task that died.
+        failed: a background task has died.
+        on_failure: called then, once; whoever runs the service ends it.
     """
 
     def __init__(
@@ -69,62 +70,57 @@ class Pipeline:
         self.settings = settings
         self.registry = registry
         self.cors = bool(settings.cors_origins)
-        self.metrics = Metrics()
-        self.failed: asyncio.Future[None] | None = None
+        self.failed = False
+        self.on_failure: Callable[[], None] = lambda: None
         self._open_mirror = open_mirror
         self._open_sink = open_sink
         self._stopped = False
-        self.ingest: Ingest
-        self.buffer: Buffer
-        self.loader: Loader
-        self.coordinator: Coordinator
-        self.status: Status
-        self.feed: Feed
 
     async def run(self, app: web.Application) -> AsyncIterator[None]:
         """The application's one cleanup context."""
         process = new_process_id()
-        self.failed = asyncio.get_running_loop().create_future()
+        metrics = Metrics()
         async with AsyncExitStack() as stack:
             sink = await stack.enter_async_context(self._open_sink(self.settings, process))
             mirror = await stack.enter_async_context(self._open_mirror(self.settings, process))
             self.buffer = Buffer(
-                mirror, self.settings, self.metrics.append_seconds.observe, self._task_died
+                mirror, self.settings, metrics.append_seconds.observe, self._task_died
             )
             records = Records()
             self.loader = Loader(
                 self.buffer, sink, self.registry, self.settings, records,
-                self.metrics.load_seconds.observe,
+                metrics.load_seconds.observe,
             )  # fmt: skip
             tables = [table_of(kind) for kind in self.registry.types.values()]
             self.coordinator = Coordinator(self.buffer, self.loader, sink, process, tables)
             self.ingest = Ingest(self.buffer, self.registry, self.settings, records)
             dead = DeadLetters(sink, self.registry)
             peers = Peers(Path(self.settings.data_dir), process)
-            self.status = Status(self.buffer, self.loader, records, dead, self.metrics, peers)
-            self.metrics.expose(self.status.snapshot, self.status.histograms)
+            self.status = Status(self.buffer, self.loader, records, dead, metrics, peers)
+            metrics.expose(self.status.snapshot, self.status.histograms)
             access = Access(self.settings)
             self.feed = await stack.enter_async_context(running(self.status, self._task_died))
-            Pages(self.status, self.feed, self.metrics, self.registry, access, dead).add_to(app)
+            Pages(self.status, self.feed, metrics, self.registry, access, dead).add_to(app)
             admin = Admin(self.loader, dead, access, peers)
             admin.add_to(app)
             await stack.enter_async_context(self.loader.running(self._task_died))
             await stack.enter_async_context(self.coordinator.running(self._task_died))
             await stack.enter_async_context(peers.listening(self.status.for_peers, admin.load_own))
-            try:
-                yield
-            finally:
-                await self.stop()
+            stack.push_async_callback(self.stop)
+            yield
 
     def _task_died(self, exc: BaseException) -> None:
         log.critical("background task died", exc_info=exc)
-        if self.failed is not None and not self.failed.done():
-            self.failed.set_exception(exc)
+        if not (self.failed or self._stopped):
+            self.failed = True
+            log.critical("stopping", error=str(exc))
+            self.on_failure()
 
-    async def stop(self) -> None:
+    async def stop(self, _: web.Application | None = None) -> None:
         """Take nothing more, finish what was received, load what waits; bounded in time.
 
-        What is left stays in the mirror. A second call returns at once.
+        What is left stays in the mirror. Connections may be open: what comes on them meanwhile is
+        answered 503. A second call returns at once.
         """
         if self._stopped:
             return
@@ -138,10 +134,6 @@ class Pipeline:
             lanes = self.buffer.lanes.items()
             waiting = {name: lane.waiting.events for name, lane in lanes if lane.waiting.events}
             log.info("stopped", waiting=sum(waiting.values()), lanes=waiting)
-
-    async def shut_down(self, app: web.Application) -> None:
-        """Stop while connections are still open: what comes on them meanwhile is answered 503."""
-        await self.stop()
 
     async def _finish(self) -> None:
         started = time.monotonic()
@@ -196,7 +188,7 @@ def create_app(
     app[PIPELINE] = pipeline
     app.router.add_post("/", pipeline.post)
     app.cleanup_ctx.append(pipeline.run)
-    app.on_shutdown.append(pipeline.shut_down)
+    app.on_shutdown.append(pipeline.stop)
     app.on_response_prepare.append(add_headers)
     if pipeline.cors:
         cors.allow(app, settings.cors_origins)
@@ -213,6 +205,11 @@ def create_runner(app: web.Application, kind: type[Runner] = Runner) -> web.AppR
     )  # fmt: skip
 
 
+def end_process() -> None:
+    """End this process as a SIGTERM from outside would: for `Pipeline.on_failure`."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 async def gunicorn_app() -> web.AppRunner:
     """The service in a worker of gunicorn: `gunicorn -k aiohttp.GunicornWebWorker`.
 
@@ -221,22 +218,20 @@ async def gunicorn_app() -> web.AppRunner:
     """
     logs.configure("info", "json")
     raise_limit()
-    with _told():
+    with _failure_logged():
         # a `host` that says loopback would let anybody act without a key, wherever gunicorn listens
         settings = structs.replace(settings_module.load(), host="")
         logs.configure(settings.log_level, settings.log_format, queued=True)
         app = create_app(settings)
+    app[PIPELINE].on_failure = end_process
     return create_runner(app, _InWorker)
 
 
 class _InWorker(Runner):
     async def setup(self) -> None:
-        with _told():
+        with _failure_logged():
             await super().setup()
-        pipeline = self.app[PIPELINE]
-        assert pipeline.failed is not None
-        pipeline.failed.add_done_callback(_end_worker)
-        log.info("listening", pid=os.getpid(), mirror=pipeline.settings.mirror_kind)
+        log.info("listening", pid=os.getpid(), mirror=self.app[PIPELINE].settings.mirror_kind)
 
     async def cleanup(self) -> None:
         log.info("stopping")
@@ -244,15 +239,10 @@ class _InWorker(Runner):
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """What keeps it from starting is told in one line; gunicorn would print a traceback."""
+def _failure_logged() -> Iterator[None]:
+    """Log in one line what keeps the service from starting; gunicorn would print a traceback."""
     try:
         yield
     except (DatapipeError, OSError) as exc:
         log.critical("not started", error=" ".join(str(exc).split()))
         raise SystemExit(3) from None  # gunicorn's WORKER_BOOT_ERROR: it ends and does not retry
-
-
-def _end_worker(failed: asyncio.Future[None]) -> None:
-    log.critical("stopping", error=str(failed.exception()))
-    os.kill(os.getpid(), signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""The settings: one frozen structure, the default and the unit beside each field.
+"""The settings: one frozen structure, the default, the unit and the bounds beside each field.
 
 Lowest first: the defaults here; the JSON file named by `$DATAPIPE_CNF`, or `/etc/datapipe.json`;
 the platform's own variables (`PORT`, `DATABASE_URL`, `IRON_MQ_*`); `DATAPIPE_<KEY>`; the options
@@ -10,17 +10,24 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Mapping
+import reprlib
+import sys
+from collections.abc import Iterator, Mapping
+from configparser import ConfigParser
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
+from msgspec import Meta, inspect, structs
 
 from datapipe.errors import ConfigError
 
 SYSTEM_FILE = Path("/etc/datapipe.json")
 
-SECRETS = frozenset({"ingest_keys", "admin_key", "database_url", "ironmq_token"})
+SECRETS = frozenset(
+    {"ingest_keys", "admin_key", "database_url", "ironmq_token", "mirror_options", "sink_options"}
+)
 
 PLATFORM = {
     "PORT": "port",
@@ -30,84 +37,66 @@ PLATFORM = {
     "IRON_MQ_HOST": "ironmq_host",
 }
 
-CHOICES = {
-    "mirror": ("auto", "journal", "ironmq", "none"),
-    "log_level": ("debug", "info", "warning", "error", "critical"),
-    "log_format": ("json", "console"),
-}
-
-LEAST: dict[str, float] = {
-    "port": 0,
-    "input_max_len": 1,
-    "body_max_len": 1,
-    "batch_max_events": 1,
-    "inflight_max_bytes": 65536,
-    "request_timeout": 0.1,
-    "journal_max_bytes": 65536,
-    "ironmq_max_bytes": 65536,
-    "mirror_linger_ms": 0,
-    "mirror_timeout": 0.1,
-    "buffer_max_bytes": 0,
-    "load_interval": 0.05,
-    "load_min_interval": 0,
-    "load_trigger_bytes": 1,
-    "load_workers": 1,
-    "load_chunk_bytes": 1024,
-    "dedupe_window": 1,
-    "shutdown_timeout": 0,
-}
+FINITE = sys.float_info.max  # as the upper bound: without one, infinity is a number, too
 
 _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^\s/?#@A-Z]+")  # as browsers write it
 
+_Struct = TypeVar("_Struct", bound=msgspec.Struct)
 
-class Settings(msgspec.Struct, frozen=True, kw_only=True, repr_omit_defaults=True):
-    """What the service is told. `load` reads it; tests make it directly.
+
+class Settings(
+    msgspec.Struct, frozen=True, kw_only=True, repr_omit_defaults=True, forbid_unknown_fields=True
+):
+    """All settings. `load` reads them; tests make them directly.
 
     Sizes are bytes and times are seconds, unless the name ends in another unit.
     """
 
     host: str = "0.0.0.0"
-    port: int = 8080
+    port: Annotated[int, Meta(ge=0, le=65535)] = 8080
     reuse_port: bool = False  # several processes on one port
 
-    input_max_len: int = 2048  # bytes of one event's stored values
-    body_max_len: int = 8_388_608  # bytes of one body, unpacked
-    batch_max_events: int = 20_000
-    inflight_max_bytes: int = 33_554_432  # received, or rows not yet durable
-    request_timeout: float = 20.0  # for a whole head, and for a whole body
+    input_max_len: Annotated[int, Meta(ge=1)] = 2048  # bytes of one event's stored values
+    body_max_len: Annotated[int, Meta(ge=1)] = 8_388_608  # bytes of one body, unpacked
+    batch_max_events: Annotated[int, Meta(ge=1)] = 20_000
+    inflight_max_bytes: Annotated[int, Meta(ge=65536)] = 33_554_432  # received, not yet durable
+    # for a whole head, and for a whole body
+    request_timeout: Annotated[float, Meta(ge=0.1, le=FINITE)] = 20.0
 
-    ingest_keys: list[str] = []  # empty: anyone may post
+    ingest_keys: list[Annotated[str, Meta(min_length=1)]] = []  # empty: anyone may post
     admin_key: str = ""
     cors_origins: list[str] = []  # whose pages may post
 
-    event_modules: list[str] = []
+    event_modules: list[Annotated[str, Meta(min_length=1)]] = []
     events: dict[str, dict[str, str]] = {}  # types without code: name -> field -> type
 
-    database_url: str = ""  # empty: embedded PostgreSQL in data_dir
+    database_url: str = ""  # its scheme names the sink; empty: embedded PostgreSQL in data_dir
     database_schema: str = "public"
+    sink_options: dict[str, Any] = {}  # of a third party's sink, checked by it
 
     mirror: str = "auto"
-    data_dir: str = "var"
-    journal_max_bytes: int = 1_073_741_824
+    mirror_options: dict[str, Any] = {}  # of a third party's mirror, checked by it
+    data_dir: Annotated[str, Meta(min_length=1)] = "var"
+    journal_max_bytes: Annotated[int, Meta(ge=65536)] = 1_073_741_824
     ironmq_host: str = "mq-aws-us-east-1-1.iron.io"
     ironmq_project_id: str = ""
     ironmq_token: str = ""
     ironmq_queue_prefix: str = ""
-    ironmq_max_bytes: int = 1_073_741_824
-    mirror_linger_ms: int = 0
-    mirror_timeout: float = 10.0
+    ironmq_max_bytes: Annotated[int, Meta(ge=65536)] = 1_073_741_824
+    mirror_linger_ms: Annotated[int, Meta(ge=0)] = 0
+    mirror_timeout: Annotated[float, Meta(ge=0.1, le=FINITE)] = 10.0
 
-    buffer_max_bytes: int = 67_108_864  # segments held in memory, with their overhead
-    load_interval: float = 300.0
-    load_min_interval: float = 10.0
-    load_trigger_bytes: int = 16_777_216
-    load_workers: int = 3
-    load_chunk_bytes: int = 524_288  # one COPY write
-    dedupe_window: float = 604_800.0
+    buffer_max_bytes: Annotated[int, Meta(ge=0)] = 67_108_864  # held in memory, with overhead
+    load_interval: Annotated[float, Meta(ge=0.05, le=FINITE)] = 300.0
+    load_min_interval: Annotated[float, Meta(ge=0, le=FINITE)] = 10.0
+    load_trigger_bytes: Annotated[int, Meta(ge=1)] = 16_777_216
+    load_workers: Annotated[int, Meta(ge=1)] = 3
+    load_chunk_bytes: Annotated[int, Meta(ge=1024)] = 524_288  # one COPY write
+    dedupe_window: Annotated[float, Meta(ge=1, le=FINITE)] = 604_800.0
 
-    shutdown_timeout: float = 25.0
-    log_level: str = "info"
-    log_format: str = "json"
+    shutdown_timeout: Annotated[float, Meta(ge=0, le=FINITE)] = 25.0
+    log_level: Literal["debug", "info", "warning", "error", "critical"] = "info"
+    log_format: Literal["json", "console"] = "json"
 
     def __repr__(self) -> str:
         shown = (
@@ -122,6 +111,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, repr_omit_defaults=Tru
         if self.mirror != "auto":
             return self.mirror
         return "ironmq" if self.ironmq_project_id and self.ironmq_token else "journal"
+
+    @property
+    def sink_kind(self) -> str:
+        """Which sink is meant: the scheme of `database_url`."""
+        return self.database_url.partition("://")[0] if self.database_url else "postgresql"
+
+
+class Plugin(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What an entry point names: a class whose fields are the options of a mirror or a sink."""
 
 
 def load(
@@ -141,25 +139,10 @@ def load(
     env = os.environ if environ is None else environ
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
-
-    def take(key: str, value: Any, source: str) -> None:
-        values[key] = value
-        sources[key] = source
-
-    for key, value in (run_defaults or {}).items():
-        take(key, value, "the defaults of make run")
-    for key, value, source in _from_file(env):
-        take(key, _checked_type(key, value, source), source)
-    for variable, key in PLATFORM.items():
-        if env.get(variable):
-            take(key, _from_text(key, env[variable], variable), variable)
-    for variable, text in env.items():
-        if variable.startswith("DATAPIPE_") and variable != "DATAPIPE_CNF" and text:
-            key = _known(variable.removeprefix("DATAPIPE_").lower(), f"variable {variable}")
-            take(key, _from_text(key, text, variable), variable)
-    for key, value in (options or {}).items():
-        if value is not None:
-            take(key, _checked_type(key, value, "the command line"), "the command line")
+    for source, given, strict in _sources(options or {}, env, run_defaults or {}):
+        checked = _convert(given, Settings, source, strict=strict)
+        values |= {key: getattr(checked, key) for key in given}
+        sources |= dict.fromkeys(given, source)
     settings = Settings(**values)
     check(settings, sources)
     if settings.mirror == "auto" and settings.mirror_kind == "journal" and env.get("DYNO"):
@@ -171,43 +154,101 @@ def load(
 
 
 def check(settings: Settings, sources: Mapping[str, str] | None = None) -> None:
-    """Refuse values out of range. Raises: ConfigError that names the key and its source."""
+    """Refuse what is out of range, and a mirror or a sink that there is not.
 
-    def refuse(key: str, why: str) -> None:
-        source = (sources or {}).get(key)
-        raise ConfigError(f"{key}{f' (from {source})' if source else ''}: {why}")
-
-    for key, allowed in CHOICES.items():
-        if (value := getattr(settings, key)) not in allowed:
-            refuse(key, f"{value!r} is none of {', '.join(allowed)}")
-    for key, least in LEAST.items():
-        # `not >=` also refuses NaN
-        if not getattr(settings, key) >= least or getattr(settings, key) == float("inf"):
-            refuse(key, f"must be a number of at least {least:g}, not {getattr(settings, key)}")
-    if settings.port > 65535:
-        refuse("port", f"must be at most 65535, not {settings.port}")
+    Args: sources: where a key's value came from.
+    Raises: ConfigError: names the key and its source.
+    """
+    origins = sources or {}
+    _convert(structs.asdict(settings), Settings, None)
     if settings.mirror == "ironmq" and not (settings.ironmq_project_id and settings.ironmq_token):
-        refuse("mirror", "'ironmq' needs ironmq_project_id and ironmq_token")
-    url = settings.database_url
-    if url and not url.startswith(("postgres://", "postgresql://")):
-        refuse("database_url", "must begin with postgres:// or postgresql://")
+        why = "'ironmq' needs ironmq_project_id and ironmq_token"
+        raise _wrong("mirror", why, origins.get("mirror"))
     if not settings.database_schema or "\0" in settings.database_schema:
-        refuse("database_schema", "must name a schema")
-    for key in ("ingest_keys", "cors_origins", "event_modules"):
-        if not all(getattr(settings, key)):
-            refuse(key, "has an empty entry")
+        raise _wrong("database_schema", "must name a schema", origins.get("database_schema"))
     for origin in settings.cors_origins:
         if not _ORIGIN.fullmatch(origin):
-            refuse("cors_origins", f"{origin!r} is neither '*' nor like 'https://example.com'")
-    if not settings.data_dir:
-        refuse("data_dir", "must name a folder")
+            why = f"{origin!r} is neither '*' nor like 'https://example.com'"
+            raise _wrong("cors_origins", why, origins.get("cors_origins"))
+    plugin(settings, "mirror", origins)
+    plugin(settings, "sink", origins)
 
 
-def _from_file(env: Mapping[str, str]) -> list[tuple[str, Any, str]]:
+def plugin(
+    settings: Settings, room: Literal["mirror", "sink"], sources: Mapping[str, str] | None = None
+) -> Any:
+    """The mirror or the sink that the settings name: a `Plugin` with its options in its fields.
+
+    Raises: ConfigError: none has that name, it can't be imported, or an option is wrong.
+    """
+    origins = sources or {}
+    key, name = "mirror", settings.mirror_kind
+    if room == "sink":
+        key, name = "database_url", settings.sink_kind
+    source = origins.get(key)
+    known = _entry_points(f"datapipe.{room}s")
+    found = [each for each in known if each.name == name]
+    if not found:
+        names = ", ".join(f"{each.name}://" if room == "sink" else each.name for each in known)
+        wanted = "must begin with one of" if room == "sink" else f"{name!r} is none of auto,"
+        raise _wrong(key, f"{wanted} {names}", source)
+    which = " and ".join(f"{each.value}{_package(each)}" for each in found)
+    if len(found) > 1:
+        raise _wrong(key, f"{name!r} is the name of {which}: uninstall one of them", source)
+    try:
+        kind = found[0].load()
+    except Exception as exc:  # whatever importing it raises
+        why = f"{type(exc).__name__}: {' '.join(str(exc).split())}"
+        raise _wrong(key, f"{name!r}, {which}, can't be imported: {why}", source) from exc
+    if not (isinstance(kind, type) and issubclass(kind, Plugin)):
+        raise _wrong(key, f"{name!r}, {which}, is no Plugin", source)
+    within = f"{room}_options"
+    return _convert(getattr(settings, within), kind, origins.get(within), within=within)
+
+
+def _entry_points(group: str) -> list[EntryPoint]:
+    """Those of a group. Ours stand in setup.cfg: a checkout may run without being installed."""
+    config = ConfigParser(interpolation=None)
+    config.read(Path(__file__).parents[1] / "setup.cfg")
+    lines = config.get("options.entry_points", group, fallback="").split("\n")
+    pairs = [line.partition("=") for line in lines if line]
+    ours = [EntryPoint(name.strip(), value.strip(), group) for name, _, value in pairs]
+    installed = entry_points(group=group)
+    return ours + [each for each in installed if not (ours and _package(each) == " of datapipe")]
+
+
+def _package(entry: EntryPoint) -> str:
+    return f" of {entry.dist.name}" if entry.dist else ""
+
+
+def _sources(
+    options: Mapping[str, Any], env: Mapping[str, str], run_defaults: Mapping[str, Any]
+) -> Iterator[tuple[str, Mapping[str, Any], bool]]:
+    """Each source, lowest first: its name, its values, and whether they have types of their own.
+
+    A variable's have none: it is text, or, for lists and objects, JSON.
+    """
+    yield "the defaults of make run", run_defaults, True
     named = env.get("DATAPIPE_CNF")
     path = Path(named) if named else SYSTEM_FILE
-    if not named and not path.exists():
-        return []
+    if named or path.exists():
+        yield f"file {path}", _content(path), True
+    given = [(variable, key, env.get(variable)) for variable, key in PLATFORM.items()]
+    prefix = "DATAPIPE_"
+    given += [
+        (variable, variable.removeprefix(prefix).lower(), text)
+        for variable, text in env.items()
+        if variable.startswith(prefix) and variable != "DATAPIPE_CNF"
+    ]
+    for variable, key, text in given:
+        if text:
+            source = f"variable {variable}"
+            yield source, {key: _decoded(key, text, source)}, False
+    given_options = {key: value for key, value in options.items() if value is not None}
+    yield "the command line", given_options, True
+
+
+def _content(path: Path) -> dict[str, Any]:
     try:
         content = msgspec.json.decode(path.read_bytes())
     except OSError as exc:
@@ -216,37 +257,82 @@ def _from_file(env: Mapping[str, str]) -> list[tuple[str, Any, str]]:
         raise ConfigError(f"the settings file {path} is not JSON: {exc}") from exc
     if not isinstance(content, dict):
         raise ConfigError(f"the settings file {path} must hold one JSON object")
-    return [(_known(key, f"file {path}"), value, str(path)) for key, value in content.items()]
+    return content
 
 
-def _known(key: str, source: str) -> str:
-    if key in Settings.__struct_fields__:
-        return key
-    near = difflib.get_close_matches(key, Settings.__struct_fields__, n=1, cutoff=0.0)
-    raise ConfigError(f"{key}: no such setting ({source}); the nearest is {near[0]!r}")
-
-
-def _from_text(key: str, text: str, source: str) -> Any:
-    """A variable's text as the setting's type; lists and objects are JSON."""
-    wanted = get_type_hints(Settings)[key]
-    if wanted in (str, int, float, bool):
-        return _checked_type(key, text, source, strict=wanted is str)
+def _decoded(key: str, text: str, source: str) -> Any:
+    if not isinstance(_types(Settings).get(key), inspect.ListType | inspect.DictType):
+        return text
     try:
-        value = msgspec.json.decode(text)
+        return msgspec.json.decode(text)
     except (msgspec.DecodeError, UnicodeError, RecursionError):
-        raise ConfigError(f"{key} (from {source}): must be JSON") from None
-    return _checked_type(key, value, source)
+        raise _wrong(key, "must be JSON", source) from None
 
 
-def _checked_type(key: str, value: Any, source: str, *, strict: bool = True) -> Any:
-    wanted = get_type_hints(Settings)[key]
+def _convert(
+    values: Mapping[str, Any],
+    kind: type[_Struct],
+    source: str | None,
+    *,
+    within: str = "",
+    strict: bool = True,
+) -> _Struct:
+    """The values as a structure of that kind.
+
+    Args: within: the key that holds them; they are not shown then: they may be secrets.
+    Raises: ConfigError: names the key, the source and what is wanted.
+    """
     try:
-        return msgspec.convert(value, wanted, strict=strict)
+        return msgspec.convert(values, kind, strict=strict)
     except msgspec.ValidationError as exc:
-        detail = f"must be {_name(wanted)}" if key in SECRETS or not strict else str(exc)
-        raise ConfigError(f"{key} (from {source}): {detail}") from None
+        what, _, path = str(exc).partition(" - at `$")
+    path = path.rstrip("`").lstrip(".")
+    types = _types(kind)
+    key = ".".join(filter(None, (within, path)))
+    if field := re.fullmatch(r"Object (.+) field `(.+)`", what):
+        key = ".".join(filter(None, (key, field[2])))
+        if field[1] == "missing required":
+            raise _wrong(key, "must be given", source)
+        near = difflib.get_close_matches(field[2], types, n=1, cutoff=0.0)
+        remedy = f"; the nearest is {near[0]!r}" if near else "; there are none"
+        origin = f" ({source})" if source else ""
+        raise ConfigError(f"{key}: no such setting{origin}{'' if path else remedy}")
+    why = re.sub("(Invalid enum value).*", r"\1", what)
+    if wanted := _wanted(types.get(path)):
+        why = f"must be {wanted}"
+        if not within and path not in SECRETS:
+            why += f", not {reprlib.repr(values[path])}"
+    raise _wrong(key, why, source)
 
 
-def _name(wanted: Any) -> str:
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    return names.get(wanted, "a JSON list" if wanted == list[str] else "a JSON object")
+def _types(kind: type[msgspec.Struct]) -> dict[str, inspect.Type]:
+    described = inspect.type_info(kind)
+    assert isinstance(described, inspect.StructType)
+    return {field.encode_name: field.type for field in described.fields}
+
+
+_WORDS: dict[type[inspect.Type], str] = {
+    inspect.BoolType: "true or false",
+    inspect.IntType: "a whole number",
+    inspect.FloatType: "a number",
+    inspect.StrType: "text",
+    inspect.ListType: "a JSON list",
+    inspect.DictType: "a JSON object",
+}
+
+
+def _wanted(kind: inspect.Type | None) -> str | None:
+    """What a value of this type is, in words; None: msgspec's own have to do."""
+    if isinstance(kind, inspect.LiteralType):
+        return f"one of {', '.join(map(str, kind.values))}"
+    words = _WORDS.get(type(kind)) if kind else None
+    least, most = getattr(kind, "ge", None), getattr(kind, "le", None)
+    if words and least is not None:
+        words += f" of at least {least:g}"
+    if words and most not in (None, FINITE):
+        words += f" and at most {most:g}"
+    return words
+
+
+def _wrong(key: str, why: str, source: str | None) -> ConfigError:
+    return ConfigError(f"{key}{f' (from {source})' if source else ''}: {why}")

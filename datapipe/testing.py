@@ -69,7 +69,7 @@ class Service:
 
 @asynccontextmanager
 async def service(**settings: Any) -> AsyncIterator[Service]:
-    """A service on a free port of this machine, of these settings; gone, with its rows, at the end.
+    """A service of these settings on a free port of this machine; its rows go with it.
 
     All classes that are registered in this process are known to it; `event_modules` and `events`
     add more. Raises: ConfigError: a setting or an event type is wrong.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -32,29 +33,28 @@ async def check(settings: Settings, args: argparse.Namespace) -> int:
     """Read the settings, reach database and mirror, verify the journals; a line for each.
 
     Before a release what is away is no failure: the service starts without it, takes events and
-    loads them later. What answers and refuses us is one: no restart mends that.
+    loads them later. What answers and refuses us is one: no restart repairs that.
 
     Raises: ConfigError, DatapipeError.
     """
     away = "warn" if args.release else "fail"
     logs.configure("critical", settings.log_format)
     registry = load_registry(settings)
-    print(f"ok    settings: {len(registry.types)} event types: {', '.join(sorted(registry.types))}")
-    problems = 0
+    names = ", ".join(sorted(registry.types))
+    failed = _report([("ok", f"settings: {len(registry.types)} event types: {names}")], away)
     async with open_sink(settings, new_process_id()) as sink:
-        for line in await sink.check([table_of(kind) for kind in registry.types.values()]):
-            problems += _tell(line, away)
-    for line in await check_mirror(settings):
-        problems += _tell(line, away)
-    return 1 if problems else 0
+        tables = [table_of(kind) for kind in registry.types.values()]
+        failed |= _report(await sink.check(tables), away)
+    failed |= _report(await check_mirror(settings), away)
+    return int(failed)
 
 
-def _tell(line: tuple[str, str], away: str) -> int:
-    """Print one finding, of level ok, warn, fail or away; 1 if it failed."""
-    level, text = line
-    level = away if level == "away" else level
-    print(f"{level:<5} {text}")
-    return int(level == "fail")
+def _report(findings: Sequence[tuple[str, str]], away: str) -> bool:
+    """Print findings, each of level ok, warn, fail or away; whether one of them failed."""
+    levels = [away if level == "away" else level for level, _ in findings]
+    for level, (_, text) in zip(levels, findings, strict=True):
+        print(f"{level:<5} {text}")
+    return "fail" in levels
 
 
 async def load(settings: Settings, args: argparse.Namespace) -> int:

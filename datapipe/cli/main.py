@@ -1,13 +1,14 @@
-"""The commands. Each fault is one clear line: exit 2 for usage and settings, 1 for the rest."""
+"""The commands. Each failure is one clear line: exit 2 for usage and settings, 1 for the rest."""
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
+
+import uvloop
 
 from datapipe import settings
 from datapipe.cli import commands
@@ -32,36 +33,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         configured = settings.load(
-            {key: getattr(args, key, None) for key in ("host", "port")},
-            run_defaults=_RUN_DEFAULTS if getattr(args, "try_out", False) else None,
+            {"host": args.host, "port": args.port},
+            run_defaults=_RUN_DEFAULTS if args.try_out else None,
         )
-        code: int = _run(args.command(configured, args))
+        code: int = uvloop.run(args.command(configured, args))
         sys.stdout.flush()
-    except ConfigError as exc:
-        return _say(exc, 2)
-    except DatapipeError as exc:
-        return _say(exc, 1)
     except BrokenPipeError:  # who read the output has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as exc:
-        return _say(exc, 1)
+    except (DatapipeError, OSError) as exc:
+        print(f"datapipe: {' '.join(str(exc).split())}", file=sys.stderr)
+        return 2 if isinstance(exc, ConfigError) else 1
     except KeyboardInterrupt:
         return 130
     return code
-
-
-def _say(exc: Exception, code: int) -> int:
-    print(f"datapipe: {' '.join(str(exc).split())}", file=sys.stderr)
-    return code
-
-
-def _run(work: Coroutine[Any, Any, int]) -> int:
-    try:
-        import uvloop
-    except ImportError:  # not on every platform; asyncio's own loop does as well, slower
-        return asyncio.run(work)
-    return uvloop.run(work)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Takes JSON events by HTTP POST and loads them into PostgreSQL.",
     )
     parser.add_argument("--version", action="version", version=f"datapipe {__version__}")
-    parser.set_defaults(command=None)
+    parser.set_defaults(command=None, host=None, port=None, try_out=False)
     sub = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     def add(name: str, command: Command, text: str) -> argparse.ArgumentParser:
@@ -104,7 +89,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_dead(sub: Any) -> None:
     dead = sub.add_parser("dead", help="dead letters: look, put back, remove")
-    dead.set_defaults(command=None)
     actions = dead.add_subparsers(title="actions", metavar="ACTION", required=True)
     texts = {
         "list": "count them by reason and show the newest",

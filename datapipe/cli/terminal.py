@@ -59,7 +59,7 @@ def _facts(status: Mapping[str, Any]) -> list[str]:
         f"mirror: {mirror['kind']}, {formats.up(mirror['up'])}, {used}{_error(mirror)}",
         f"database: PostgreSQL {database['version'] or '(not reached yet)'}, "
         f"{formats.up(database['up'])}{_error(database)}",
-        f"refused at the door: {refused or 'nothing'}",
+        f"refused at ingest: {refused or 'nothing'}",
         f"datapipe {status['version']}, up {formats.seconds(status['uptime_seconds'])}",
     ]
 
@@ -73,12 +73,12 @@ async def progress(what: str, left: Callable[[], int]) -> AsyncIterator[None]:
     """Show on stderr how `left` falls to nothing, as long as the block lasts."""
     over, end, every_s = ("\r\x1b[K", "", 0.2) if sys.stderr.isatty() else ("", "\n", 5.0)
 
-    async def tell() -> None:
+    async def show() -> None:
         while True:
             await asyncio.sleep(every_s)
             print(f"{over}{what}: {left():,} left", end=end, file=sys.stderr, flush=True)
 
-    async with background([tell()], lambda failure: None):
+    async with background([show()], lambda failure: None):
         try:
             yield
         finally:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from datapipe.errors import MirrorUnavailable
 from datapipe.events.segment import Segment
-from datapipe.settings import Settings
+from datapipe.settings import Plugin, Settings, plugin
 
 
 @dataclass(slots=True, frozen=True)
@@ -209,39 +209,29 @@ class Mirror(Protocol):
     def state(self) -> MirrorState: ...
 
 
-@asynccontextmanager
-async def open_mirror(settings: Settings, process: str) -> AsyncIterator[Mirror]:
-    """Open the mirror that the settings name; no remote server is needed for it.
+class MirrorPlugin(Plugin):
+    """What an entry point of `datapipe.mirrors` names; its fields are those of `mirror_options`."""
 
-    Args: process: id of this process; a shared mirror keeps apart whose segments are whose.
-    """
-    kind = settings.mirror_kind
-    if kind == "journal":
-        from datapipe.mirrors.journal.mirror import open_journal
+    def open(self, settings: Settings, process: str) -> AbstractAsyncContextManager[Mirror]:
+        """Open the mirror; no remote server is needed for it.
 
-        async with open_journal(settings) as journal:
-            yield journal
-    elif kind == "ironmq":
-        from datapipe.mirrors.ironmq.recovery import open_ironmq
+        Args: process: id of this process; a shared mirror keeps apart whose segments are whose.
+        Raises: ConfigError: this process can't have it.
+        """
+        raise NotImplementedError
 
-        async with open_ironmq(settings, process) as ironmq:
-            yield ironmq
-    else:
-        from datapipe.mirrors.memory import open_memory
+    async def check(self, settings: Settings) -> list[tuple[str, str]]:
+        """Is the mirror well? Findings as (ok, warn, fail or away; text). Changes nothing."""
+        return [("ok", f"mirror: {settings.mirror_kind}")]
 
-        async with open_memory(settings) as memory:
-            yield memory
+
+def open_mirror(settings: Settings, process: str) -> AbstractAsyncContextManager[Mirror]:
+    """See `MirrorPlugin.open`: the mirror that the settings name."""
+    found: MirrorPlugin = plugin(settings, "mirror")
+    return found.open(settings, process)
 
 
 async def check_mirror(settings: Settings) -> list[tuple[str, str]]:
-    """Is the mirror well? Findings as (ok, warn, fail or away; text). Changes nothing."""
-    kind = settings.mirror_kind
-    if kind == "journal":
-        from datapipe.mirrors.journal.salvage import check_journals
-
-        return await asyncio.to_thread(check_journals, settings)
-    if kind == "ironmq":
-        from datapipe.mirrors.ironmq.recovery import check_ironmq
-
-        return await check_ironmq(settings)
-    return [("warn", "mirror: none: events live in memory alone until they are loaded")]
+    """See `MirrorPlugin.check`."""
+    found: MirrorPlugin = plugin(settings, "mirror")
+    return await found.check(settings)

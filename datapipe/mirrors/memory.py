@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from uuid import uuid4
 
 from datapipe.events.segment import SEGMENT_OVERHEAD_BYTES, Segment
-from datapipe.mirrors import Appended, Membership, MirrorState, Traits
+from datapipe.mirrors import Appended, Membership, Mirror, MirrorPlugin, MirrorState, Traits
 from datapipe.mirrors.buffered import BufferedMirror, Found, Removal, Run
 from datapipe.settings import Settings
 
@@ -58,3 +58,11 @@ class MemoryStore:
 async def open_memory(settings: Settings) -> AsyncIterator[BufferedMirror]:
     """Open the mirror that is none."""
     yield BufferedMirror(MemoryStore(settings), settings.buffer_max_bytes)
+
+
+class MemoryPlugin(MirrorPlugin):
+    def open(self, settings: Settings, process: str) -> AbstractAsyncContextManager[Mirror]:
+        return open_memory(settings)
+
+    async def check(self, settings: Settings) -> list[tuple[str, str]]:
+        return [("warn", "mirror: none: events live in memory alone until they are loaded")]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from datapipe.events.segment import Segment
 from datapipe.events.types import Column, EventType
-from datapipe.settings import Settings
+from datapipe.settings import Plugin, Settings, plugin
 
 
 @dataclass(slots=True, frozen=True)
@@ -197,13 +197,22 @@ def table_of(kind: EventType) -> Table:
     return Table(kind.name, kind.columns)
 
 
-@asynccontextmanager
-async def open_sink(settings: Settings, process: str) -> AsyncIterator[Database]:
-    """Open the sink that the settings name; the database need not be there yet.
+class SinkPlugin(Plugin):
+    """What an entry point of `datapipe.sinks` names; its fields are those of `sink_options`.
 
-    Args: process: id of this process, for the ledger.
+    The entry point's name is the scheme of `database_url`.
     """
-    from datapipe.sinks.postgres.sink import open_postgres
 
-    async with open_postgres(settings, process) as sink:
-        yield sink
+    def open(self, settings: Settings, process: str) -> AbstractAsyncContextManager[Database]:
+        """Open the sink; the database need not be there yet.
+
+        Args: process: id of this process, for the ledger.
+        Raises: ConfigError: this process can't have it.
+        """
+        raise NotImplementedError
+
+
+def open_sink(settings: Settings, process: str) -> AbstractAsyncContextManager[Database]:
+    """See `SinkPlugin.open`: the sink that the settings name."""
+    found: SinkPlugin = plugin(settings, "sink")
+    return found.open(settings, process)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
@@ -14,10 +14,7 @@ from datapipe.events.segment import Part, Segment
 from datapipe.events.types import Column
 from datapipe.mirrors import Mirror, Recovery, open_mirror
 from datapipe.settings import Settings
-from tests.contract.toys.toy_mirror import open_toy
 from tests.doubles.ironmq import IronMQ
-
-Opener = Callable[[Settings, str], AbstractAsyncContextManager[Mirror]]
 
 COLUMNS = (Column("user_id", "bigint"), Column("received_at", "timestamptz"))
 LANES = ("install", "purchase")
@@ -51,17 +48,16 @@ class Alone:
 class World:
     """One mirror service, which several processes open one after the other."""
 
-    def __init__(self, kind: str, settings: Settings, opener: Opener = open_mirror) -> None:
+    def __init__(self, kind: str, settings: Settings) -> None:
         self.kind = kind
         self.settings = settings
-        self._opener = opener
         self.ended: set[str] = set()
         self._stacks: list[tuple[str, AsyncExitStack]] = []
 
     async def open(self) -> Mirror:
         stack, process = AsyncExitStack(), f"process{len(self._stacks) + len(self.ended)}"
         self._stacks.append((process, stack))
-        return await stack.enter_async_context(self._opener(self.settings, process))
+        return await stack.enter_async_context(open_mirror(self.settings, process))
 
     async def recover(self, mirror: Mirror) -> Recovery:
         return await mirror.recover(Alone(self.ended))
@@ -77,26 +73,17 @@ class World:
             await self.end()
 
 
-# each is an opener, and what it needs of the settings
-MIRRORS: dict[str, tuple[Opener, dict[str, str]]] = {
-    "journal": (open_mirror, {"mirror": "journal"}),
-    "ironmq": (open_mirror, {"mirror": "ironmq"}),
-    "none": (open_mirror, {"mirror": "none"}),
-    "toy": (open_toy, {}),
-}
-
-
-@pytest.fixture(params=MIRRORS)
-async def world(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[World]:
-    opener, more = MIRRORS[request.param]
+# `toy` is a third party's, in a package of its own
+@pytest.fixture(params=["journal", "ironmq", "none", "toy"])
+async def world(request: pytest.FixtureRequest, tmp_path: Path, toys: Path) -> AsyncIterator[World]:
     async with IronMQ() as service:
         settings = Settings(
             data_dir=str(tmp_path), ironmq_host=service.host,
             ironmq_project_id=service.project_id, ironmq_token=service.token,
             buffer_max_bytes=80_000, journal_max_bytes=1_000_000, ironmq_max_bytes=1_000_000,
-            **more,  # type: ignore[arg-type]
+            mirror=request.param,
         )  # fmt: skip
-        made = World(request.param, settings, opener)
+        made = World(request.param, settings)
         yield made
         await made.end_all()
 

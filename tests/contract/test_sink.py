@@ -18,7 +18,6 @@ from datapipe.events.types import Column, Event, EventType
 from datapipe.settings import Settings
 from datapipe.sinks import Beat, Database, Heartbeat, Loaded, Selection, Table, open_sink
 from datapipe.sinks.memory import MemoryDatabase
-from tests.contract.toys.toy_sink import open_toy
 from tests.postgres import Postgres
 
 USER, RECEIVED = Column("user_id", "bigint"), Column("received_at", "timestamptz")
@@ -88,7 +87,7 @@ class InToy:
         self._path = path
 
     def open(self, process: str) -> AbstractAsyncContextManager[Database]:
-        return open_toy(Settings(database_url=f"toy://{self._path}"), process)
+        return open_sink(Settings(database_url=f"toy://{self._path}"), process)
 
     def _execute(self, sql: str) -> list[tuple[Any, ...]]:
         connection = sqlite3.connect(self._path, isolation_level=None)
@@ -122,8 +121,9 @@ class World:
         return self.place.users(lane)
 
 
+# `toy` is a third party's, in a package of its own
 @pytest.fixture(params=["postgres", "memory", "toy"])
-async def world(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[World]:
+async def world(request: pytest.FixtureRequest, tmp_path: Path, toys: Path) -> AsyncIterator[World]:
     places: dict[str, Callable[[], Place]] = {
         "postgres": lambda: InPostgres(request.getfixturevalue("database")),
         "memory": InMemory,

@@ -90,6 +90,8 @@ class Stage:
             "PORT": self._ports["8080"], "DATAPIPE_HOST": "127.0.0.1",
             "DATAPIPE_DATA_DIR": str(self.folder / "var"),
             "DATAPIPE_LOAD_INTERVAL": "0.2", "DATAPIPE_LOAD_MIN_INTERVAL": "0",
+            # what a page installs, it has written: no network. 0 is how pip spells "true" here
+            "PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0",
         }  # fmt: skip
         return env | ({"DATABASE_URL": self._database} if self._database else {})
 

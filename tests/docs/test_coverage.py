@@ -6,11 +6,13 @@ import ast
 import json
 import re
 from collections.abc import Iterator
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 import yaml
 from aiohttp.test_utils import TestServer
+from msgspec import inspect
 
 from datapipe import create_app, settings
 from datapipe.errors import Reason
@@ -49,15 +51,23 @@ def constants(node: ast.expr) -> list[Any]:
 # --- settings ---
 
 
+def settings_types() -> dict[str, inspect.Type]:
+    described = inspect.type_info(Settings)
+    assert isinstance(described, inspect.StructType)
+    return {field.name: field.type for field in described.fields}
+
+
 def test_every_setting_stands_in_the_table_with_its_default() -> None:
     told = {row[0].strip("`"): row[1:3] for row in rows("settings.md") if len(row) == 4}
     told = {key: cells for key, cells in told.items() if re.fullmatch(r"[a-z_]+", key)}
     told.pop("key")
     assert told.keys() == set(Settings.__struct_fields__)
+    types = settings_types()
     for key, (default, least) in told.items():
         value = getattr(Settings(), key)
         assert json.loads(default.strip("`")) == value, key
-        assert least == (f"{settings.LEAST[key]:g}" if key in settings.LEAST else ""), key
+        bound = getattr(types[key], "ge", None)
+        assert least == ("" if bound is None else f"{bound:g}"), key
 
 
 def test_every_source_and_choice_is_named() -> None:
@@ -68,10 +78,18 @@ def test_every_source_and_choice_is_named() -> None:
         *settings.PLATFORM,
         *settings.SECRETS,
     } <= words
-    for key, choices in settings.CHOICES.items():
+    choices: dict[str, set[Any]] = {"mirror": {"auto"}, "database_url": set()}
+    for key, kind in settings_types().items():
+        if isinstance(kind, inspect.LiteralType):
+            choices[key] = set(kind.values)
+    choices["mirror"] |= entry_points(group="datapipe.mirrors").names
+    choices["database_url"] |= {f"{name}://" for name in entry_points(group="datapipe.sinks").names}
+    assert all(choices.values())
+    assert len(choices) == 4
+    for key, wanted in choices.items():
         (row,) = [row for row in rows("settings.md") if row[0] == f"`{key}`"]
-        told = set(re.findall(r"`(\w+)`", row[3])) | {row[1].strip('`"')}
-        assert set(choices) <= told, key
+        told = set(re.findall(r"`([\w:/]+)`", row[3])) | {row[1].strip('`"')}
+        assert wanted <= told, key
 
 
 # --- commands ---

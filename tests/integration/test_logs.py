@@ -124,3 +124,35 @@ async def test_nobody_is_there_any_more_to_read_the_log(database: str, tmp_path:
         service.chat()
         await service.post(20)
         assert await service.stop() == 0
+
+
+INTERRUPTED = """
+import logging, signal, sys, time
+from datapipe import logs
+
+logs.configure("info", "json", queued=True)
+log = logging.getLogger("tests")
+signal.signal(signal.SIGALRM, lambda *_: log.info("in between"))
+signal.setitimer(signal.ITIMER_REAL, 0.001, 0.0002)
+end = time.monotonic() + 1
+while time.monotonic() < end:
+    log.info("line")
+signal.setitimer(signal.ITIMER_REAL, 0)
+"""
+
+
+async def test_a_line_may_come_in_the_midst_of_another() -> None:
+    """As where the collector runs, and what it ends has something to log."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", INTERRUPTED, cwd=ROOT, stdout=asyncio.subprocess.PIPE
+    )
+    try:
+        async with asyncio.timeout(20):
+            said, _ = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert process.returncode == 0
+    events = {json.loads(line)["event"] for line in said.splitlines()}
+    assert {"line", "in between"} <= events

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +56,20 @@ def test_variables_are_text_and_json() -> None:
     ("content", "env", "words"),
     [
         ({"prot": 1}, {}, ["prot", "'port'", "datapipe.json"]),
-        ({"port": "x"}, {}, ["port", "int", "datapipe.json"]),
-        ({"port": True}, {}, ["port", "int"]),
+        ({"port": "x"}, {}, ["port", "a whole number", "'x'", "datapipe.json"]),
+        ({"port": True}, {}, ["port", "a whole number"]),
+        ({"port": -1}, {}, ["port", "at least 0"]),
         ({"port": 65536}, {}, ["port", "65535", "datapipe.json"]),
         ({"load_workers": 0}, {}, ["load_workers", "at least 1"]),
-        ({"mirror": "disk"}, {}, ["mirror", "journal"]),
+        ({"mirror": "disk"}, {}, ["mirror", "'disk'", "auto", "ironmq", "journal", "none"]),
+        ({"mirror_options": {"a": 1}}, {}, ["mirror_options.a", "datapipe.json", "there are none"]),
+        ({"sink_options": []}, {}, ["sink_options", "JSON object"]),
         ({"mirror": "ironmq"}, {}, ["ironmq_project_id", "ironmq_token"]),
-        ({"database_url": "mysql://x"}, {}, ["database_url", "postgres://"]),
-        ({"ingest_keys": [""]}, {}, ["ingest_keys"]),
+        ({"database_url": "mysql://x"}, {}, ["database_url", "postgres://", "postgresql://"]),
+        ({"ingest_keys": [""]}, {}, ["ingest_keys[0]", "datapipe.json"]),
+        ({"ingest_keys": [1]}, {}, ["ingest_keys[0]", "str", "int"]),
+        ({"events": {"a": {"b": 1}}}, {}, ["events", "str", "int"]),
+        ({"data_dir": ""}, {}, ["data_dir", "text", "datapipe.json"]),
         ({"ingest_keys": "k"}, {}, ["ingest_keys", "JSON list"]),
         ({"cors_origins": ["https://x.example/"]}, {}, ["cors_origins", "'https://x.example/'"]),
         ({"cors_origins": ["x.example"]}, {}, ["cors_origins", "https://example.com"]),
@@ -75,7 +82,8 @@ def test_variables_are_text_and_json() -> None:
         (None, {"PORT": "x"}, ["port", "PORT", "whole number"]),
         (None, {"DATAPIPE_REUSE_PORT": "perhaps"}, ["reuse_port", "true or false"]),
         (None, {"DATAPIPE_EVENTS": "{"}, ["events", "JSON"]),
-        (None, {"DATAPIPE_LOAD_INTERVAL": "nan"}, ["load_interval"]),
+        (None, {"DATAPIPE_LOAD_INTERVAL": "nan"}, ["load_interval", "at least 0.05", "'nan'"]),
+        (None, {"DATAPIPE_SHUTDOWN_TIMEOUT": "inf"}, ["shutdown_timeout", "a number", "'inf'"]),
         (None, {"DATAPIPE_CNF": "/nowhere.json"}, ["/nowhere.json", "can't be read"]),
         (None, {"DYNO": "web.1"}, ["mirror", "IRON_MQ_TOKEN"]),
     ],
@@ -91,12 +99,29 @@ def test_a_wrong_setting_is_one_clear_line(
         assert word in text
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("port", "80"), ("load_workers", 0), ("mirror_timeout", math.nan), ("log_format", "xml")],
+)
+def test_settings_made_directly_are_checked_as_well(key: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"^{key}: must be "):
+        settings.check(Settings(**{key: value}))
+
+
 def test_secrets_are_not_shown() -> None:
     found = load(
         DATAPIPE_ADMIN_KEY="s3cret", DATAPIPE_INGEST_KEYS='["s3cret"]', IRON_MQ_TOKEN="s3cret",
         DATABASE_URL="postgres://u:s3cret@h/d", IRON_MQ_PROJECT_ID="p",
     )  # fmt: skip
     assert "s3cret" not in repr(found)
-    with pytest.raises(ConfigError) as refused:
-        load(DATAPIPE_INGEST_KEYS='{"s3cret": 1}')
-    assert "s3cret" not in str(refused.value)
+    assert "s3cret" not in repr(
+        Settings(mirror_options={"a": "s3cret"}, sink_options={"b": "s3cret"})
+    )
+    for env in (
+        {"DATAPIPE_INGEST_KEYS": '{"s3cret": 1}'},
+        {"DATABASE_URL": "s3cret"},
+        {"DATAPIPE_SINK_OPTIONS": '["s3cret"]'},
+    ):
+        with pytest.raises(ConfigError) as refused:
+            load(**env)
+        assert "s3cret" not in str(refused.value)

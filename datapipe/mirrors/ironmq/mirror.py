@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import aiohttp
 
 from datapipe.errors import MirrorFull, MirrorUnavailable
 from datapipe.events.segment import Segment
-from datapipe.mirrors import Appended, Membership, MirrorState, Traits
+from datapipe.mirrors import Appended, Membership, Mirror, MirrorPlugin, MirrorState, Traits
 from datapipe.mirrors.buffered import BufferedMirror, Found, Removal, Run
 from datapipe.mirrors.ironmq.books import HELD_BYTES, SOURCE, Books, Held
 from datapipe.mirrors.ironmq.client import (
@@ -264,19 +264,23 @@ async def open_ironmq(
         yield BufferedMirror(store, settings.buffer_max_bytes)
 
 
-async def check_ironmq(settings: Settings) -> list[tuple[str, str]]:
-    """See `check_mirror`."""
-    async with open_store(settings, "check") as store:
-        try:
-            queues = await store.client.queues(settings.ironmq_queue_prefix)
-            sizes = [(queue, await store.client.size(queue)) for queue in queues]
-        except Refused as exc:  # 404 may be said of a project in which no queue was made yet
-            return [("away" if exc.status == 404 else "fail", f"ironmq: {exc.detail}")]
-        except MirrorUnavailable as exc:
-            return [("away", f"ironmq: {exc.detail}")]
-    found = [("ok", f"ironmq: the credentials work, {len(queues)} queues")]
-    return found + [
-        ("ok", f"ironmq queue {queue}: {size} messages")
-        for queue, size in sizes
-        if size is not None
-    ]
+class IronMQPlugin(MirrorPlugin):
+    def open(self, settings: Settings, process: str) -> AbstractAsyncContextManager[Mirror]:
+        return open_ironmq(settings, process)
+
+    async def check(self, settings: Settings) -> list[tuple[str, str]]:
+        """See `MirrorPlugin.check`."""
+        async with open_store(settings, "check") as store:
+            try:
+                queues = await store.client.queues(settings.ironmq_queue_prefix)
+                sizes = [(queue, await store.client.size(queue)) for queue in queues]
+            except Refused as exc:  # 404 may be said of a project in which no queue was made yet
+                return [("away" if exc.status == 404 else "fail", f"ironmq: {exc.detail}")]
+            except MirrorUnavailable as exc:
+                return [("away", f"ironmq: {exc.detail}")]
+        found = [("ok", f"ironmq: the credentials work, {len(queues)} queues")]
+        return found + [
+            ("ok", f"ironmq queue {queue}: {size} messages")
+            for queue, size in sizes
+            if size is not None
+        ]

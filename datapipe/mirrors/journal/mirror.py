@@ -11,7 +11,7 @@ import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -20,10 +20,10 @@ import structlog
 
 from datapipe.errors import ConfigError, LaneBlocked, MirrorFull, MirrorUnavailable, SinkUnavailable
 from datapipe.events.segment import Segment
-from datapipe.mirrors import Appended, Membership, MirrorState, Traits
+from datapipe.mirrors import Appended, Membership, Mirror, MirrorPlugin, MirrorState, Traits
 from datapipe.mirrors.buffered import BufferedMirror, Found, Removal, Run
 from datapipe.mirrors.journal.file import ROW_BYTES, JournalFile, open_file, own_file, size_of
-from datapipe.mirrors.journal.salvage import is_damage
+from datapipe.mirrors.journal.salvage import check_journals, is_damage
 from datapipe.settings import Settings
 
 MIN_FREE_BYTES = 64 * 1024 * 1024  # on a full disk even DELETE fails, so appends stop before
@@ -302,3 +302,11 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except FileNotFoundError:
         return 0
+
+
+class JournalPlugin(MirrorPlugin):
+    def open(self, settings: Settings, process: str) -> AbstractAsyncContextManager[Mirror]:
+        return open_journal(settings)
+
+    async def check(self, settings: Settings) -> list[tuple[str, str]]:
+        return await asyncio.to_thread(check_journals, settings)

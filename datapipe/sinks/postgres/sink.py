@@ -5,15 +5,16 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any, TypeVar
 
 import psycopg2
 import psycopg2.extensions
 
+from datapipe import sinks
 from datapipe.errors import ConfigError, SinkUnavailable
 from datapipe.settings import Settings
-from datapipe.sinks import Beat, Heartbeat, Selection
+from datapipe.sinks import Beat, Heartbeat, Selection, SinkPlugin
 from datapipe.sinks.postgres.connections import PEER_MAY_VANISH, Sessions
 from datapipe.sinks.postgres.database import Database
 from datapipe.sinks.postgres.ddl import OWN_TABLES, parameterized
@@ -221,3 +222,8 @@ async def open_postgres(settings: Settings, process: str) -> AsyncIterator[Postg
             yield sink
         finally:
             await sink.close()
+
+
+class PostgresPlugin(SinkPlugin):
+    def open(self, settings: Settings, process: str) -> AbstractAsyncContextManager[sinks.Database]:
+        return open_postgres(settings, process)

@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from datapipe.errors import MirrorFull, MirrorUnavailable
 from datapipe.events.segment import Segment, decode_head, encode_head, restored
-from datapipe.mirrors import Appended, Membership, MirrorState, Traits
+from datapipe.mirrors import Appended, Membership, MirrorPlugin, MirrorState, Traits
 from datapipe.mirrors.buffered import BufferedMirror, Found, Removal, Run
 from datapipe.settings import Settings
 
@@ -162,11 +162,16 @@ def _sync(folder: Path) -> None:
         os.close(file)
 
 
-@asynccontextmanager
-async def open_toy(settings: Settings, process: str) -> AsyncIterator[BufferedMirror]:
-    """Open the mirror, in the folder `toy` of `data_dir`."""
-    store = ToyStore(Path(settings.data_dir) / "toy", process, settings.journal_max_bytes)
-    try:
-        yield BufferedMirror(store, settings.buffer_max_bytes)
-    finally:
-        store.close()
+class ToyPlugin(MirrorPlugin):
+    """What the entry point names. `mirror_options` may say where the files lie."""
+
+    folder: str = "toy"  # within `data_dir`
+
+    @asynccontextmanager
+    async def open(self, settings: Settings, process: str) -> AsyncIterator[BufferedMirror]:
+        folder = Path(settings.data_dir) / self.folder
+        store = ToyStore(folder, process, settings.journal_max_bytes)
+        try:
+            yield BufferedMirror(store, settings.buffer_max_bytes)
+        finally:
+            store.close()

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from datapipe.errors import LaneBlocked, SinkUnavailable
 from datapipe.events.types import Column
 from datapipe.settings import Settings
-from datapipe.sinks import Beat, Heartbeat, Selection, Table
+from datapipe.sinks import Beat, Heartbeat, Selection, SinkPlugin, Table
 from datapipe.sinks.transaction import (
     Entry,
     Known,
@@ -264,7 +264,9 @@ def _storable(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, dict | list) else value
 
 
-@asynccontextmanager
-async def open_toy(settings: Settings, process: str) -> AsyncIterator[ToySink]:
-    """`database_url` is `toy://` and the path of the file."""
-    yield ToySink(Path(settings.database_url.removeprefix("toy://")), process)
+class ToyPlugin(SinkPlugin):
+    """What the entry point names. `database_url` is `toy://` and the path of the file."""
+
+    @asynccontextmanager
+    async def open(self, settings: Settings, process: str) -> AsyncIterator[ToySink]:
+        yield ToySink(Path(settings.database_url.removeprefix("toy://")), process)
