@@ -36,8 +36,7 @@ def segments(bad: int, rows: int = ROWS) -> list[Segment]:
     """One row in so many is bad, spread evenly; 10 segments."""
     every = rows // bad if bad else 0
     lines = [
-        b"%d\ta text of some length\t2026-01-01 00:00:00\n"
-        % (-1 if bad and n % every == 7 else 1)
+        b"%d\ta text of some length\t2026-01-01 00:00:00\n" % (-1 if bad and n % every == 7 else 1)
         for n in range(rows)
     ]
     size = rows // 10

@@ -24,7 +24,7 @@ VERSION = 1
 _MOST_PACKED = 1032  # deflate makes no byte of more
 
 
-class Envelope(msgspec.Struct, frozen=True):
+class Envelope(msgspec.Struct, frozen=True, omit_defaults=True):
     """All of a message; see above."""
 
     datapipe: int
