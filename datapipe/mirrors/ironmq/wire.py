@@ -26,7 +26,7 @@ INLINE_BYTES = 4_096  # more is packed, and unpacked, in a thread
 _MOST_PACKED = 1032  # deflate makes no byte of more
 
 
-class Envelope(msgspec.Struct, frozen=True):
+class Envelope(msgspec.Struct, frozen=True, omit_defaults=True):
     """All of a message; see above."""
 
     datapipe: int
