@@ -20,10 +20,11 @@ from structlog.testing import capture_logs
 from datapipe.errors import MirrorFull, MirrorUnavailable, SinkUnavailable
 from datapipe.events.segment import Part, Segment
 from datapipe.events.types import Column
+from datapipe.mirrors import check_mirror
 from datapipe.mirrors.buffered import Found, Removal, Run
 from datapipe.mirrors.ironmq import mirror as ironmq
 from datapipe.mirrors.ironmq.books import ANEW_S, HELD_BYTES, LEASE_S, Books, Held
-from datapipe.mirrors.ironmq.mirror import check_ironmq, open_store
+from datapipe.mirrors.ironmq.mirror import open_store
 from datapipe.mirrors.ironmq.wire import pack
 from datapipe.settings import Settings
 from tests.doubles.faults import What
@@ -142,7 +143,6 @@ async def test_a_message_can_be_read_by_hand(world: World) -> None:
         "datapipe": 1, "segment": stored.id, "lane": "install", "sender": "me",
         "posted": world.clock.now, "created": stored.created_at, "events": 3,
         "columns": [["user_id", "bigint"], ["note", "text"]], "parts": [], "rows": "",
-        "neutral": False,
     }  # fmt: skip
     rows = subprocess.run(
         "base64 -d | gunzip", shell=True, input=message["rows"].encode(), capture_output=True
@@ -986,7 +986,7 @@ def test_a_held_message_costs_what_is_counted() -> None:
 
 async def test_check_names_the_queues_and_changes_nothing(world: World) -> None:
     await world.left_by("dead", [segment(n) for n in range(3)])
-    found = await check_ironmq(world.settings())
+    found = await check_mirror(world.settings())
     assert found == [
         ("ok", "ironmq: the credentials work, 1 queues"),
         ("ok", "ironmq queue install: 3 messages"),
@@ -996,10 +996,10 @@ async def test_check_names_the_queues_and_changes_nothing(world: World) -> None:
 async def test_check_tells_wrong_credentials_from_an_ironmq_that_is_away(world: World) -> None:
     settings = world.settings(mirror_timeout=0.3)
     world.mq.token, token = "another", world.mq.token
-    ((level, text),) = await check_ironmq(settings)
+    ((level, text),) = await check_mirror(settings)
     assert (level, "ironmq_token" in text, token in text) == ("fail", True, False)
     world.mq.token, world.mq.project_id = token, "5f00c0ffee00000000000009"
     world.mq._store._project_id = world.mq.project_id
-    assert (await check_ironmq(settings))[0][0] == "away"
+    assert (await check_mirror(settings))[0][0] == "away"
     await world.mq.leave("closed")
-    assert (await check_ironmq(settings))[0][0] == "away"
+    assert (await check_mirror(settings))[0][0] == "away"

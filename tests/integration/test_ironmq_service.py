@@ -20,9 +20,10 @@ from datapipe import logs
 from datapipe.app import PIPELINE, Pipeline, create_app, create_runner
 from datapipe.errors import ConfigError, MirrorUnavailable
 from datapipe.events.segment import Segment
+from datapipe.mirrors import check_mirror
 from datapipe.mirrors.ironmq import mirror as ironmq
 from datapipe.mirrors.ironmq.client import encode_post
-from datapipe.mirrors.ironmq.mirror import check_ironmq, open_ironmq
+from datapipe.mirrors.ironmq.mirror import open_ironmq
 from datapipe.mirrors.ironmq.wire import pack
 from datapipe.pipeline import coordinator as housekeeping
 from datapipe.pipeline.watch import Watch
@@ -519,7 +520,7 @@ async def test_the_token_is_nowhere(town: Town, capsys: pytest.CaptureFixture[st
         with suppress(MirrorUnavailable):
             await service.pipeline.coordinator._look()
         told += [await service.get(path) for path in ("/", "/status.json", "/readyz")]
-        told += [text for _, text in await check_ironmq(service.pipeline.settings)]
+        told += [text for _, text in await check_mirror(service.pipeline.settings)]
         for name, value in before.items():
             setattr(town.mq, name, value)
     assert "credentials" in "".join(told)
