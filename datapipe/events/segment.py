@@ -70,7 +70,7 @@ class Segment:
         parts: runs of rows with an idempotency key, in order; rows outside of them have none.
         created_at: when it was sealed, Unix time.
         source, position: set by the mirror that holds it: where, and how far along.
-        neutral: times are in UTC and have no offset (see `rows`); release 1.0 wrote one to each.
+        neutral: times are in UTC and have no offset (see `types`); release 1.0 wrote one to each.
         gone: the mirror has lost sight of it, so `data` is empty; whoever finds that the ledger
             knows it says false. Otherwise nothing of it that may come back is to be deleted.
     """

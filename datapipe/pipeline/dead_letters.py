@@ -10,7 +10,7 @@ from typing import Any
 from datapipe import sinks
 from datapipe.errors import EventRejected, LaneBlocked, Reason, SinkUnavailable
 from datapipe.events.registry import Registry
-from datapipe.events.rows import neutral_time
+from datapipe.events.types import neutral_time
 from datapipe.pipeline.records import BODY_SHOWN
 from datapipe.sinks import Selection, table_of
 

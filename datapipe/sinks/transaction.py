@@ -16,7 +16,7 @@ class TableMissing(LaneBlocked):
 
 
 class Entry(NamedTuple):
-    """A row of the ledger: of a segment, or of a claim or a part (see `keys`)."""
+    """A row of the ledger: of a segment, or of a claim or a part (see `transactional`)."""
 
     id: str
     events: int = 0

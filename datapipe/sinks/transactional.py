@@ -10,7 +10,7 @@ import re
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from functools import partial
 from itertools import groupby
 from typing import Any, TypeVar
@@ -20,13 +20,11 @@ import msgspec
 import structlog
 
 from datapipe.errors import EventRejected, SinkUnavailable
-from datapipe.events.rows import with_offset
-from datapipe.events.segment import Segment
-from datapipe.events.types import Column
+from datapipe.events.segment import Part, Segment
+from datapipe.events.types import Column, with_offset
 from datapipe.health import Health
 from datapipe.sinks import Check, Loaded, Selection, SinkState, Table
 from datapipe.sinks.guard import Guard
-from datapipe.sinks.keys import without_known_parts
 from datapipe.sinks.transaction import (
     Entry,
     Letter,
@@ -42,6 +40,7 @@ _ESCAPED = re.compile(rb"\\([\\tnr])")
 _PLAIN = {b"\\": b"\\", b"t": b"\t", b"n": b"\n", b"r": b"\r"}
 
 _T = TypeVar("_T")
+_Keyed = tuple[str, Part]  # a part, and the id of its segment
 log = structlog.stdlib.get_logger("datapipe.sinks")
 
 
@@ -138,7 +137,7 @@ class TransactionalSink(ABC):
         for id in once:
             self._tried.setdefault(id, set()).add(load)
         fresh = [each for id, each in once.items() if id in new]
-        rows, duplicates = without_known_parts(transaction, table.name, fresh)
+        rows, duplicates = _without_known_parts(transaction, table.name, fresh)
         columns_of = {each.id: each.columns for each in fresh}
         refused: list[RefusedRow] = []
         for columns, group in groupby(rows, key=lambda each: columns_of[each.id]):
@@ -225,6 +224,58 @@ class _Received(msgspec.Struct):
     """Of an event: when it was received."""
 
     received_at: str
+
+
+# --- idempotency keys: which rows of keyed POSTs are new ---
+#
+# A claim row per (ingest key, idempotency key) says which body stands: the one loaded first. A part
+# row per (claim, lane, part) says that this run of rows is in. Both are ledger rows, written in key
+# order, claims before parts, or two loads would deadlock.
+
+
+def _without_known_parts(
+    transaction: Transaction, lane: str, segments: Sequence[Segment]
+) -> tuple[list[Rows], Counter[str]]:
+    """The rows of new segments to copy, and by segment the number of events that are duplicates."""
+    keyed = [(segment.id, part) for segment in segments for part in segment.parts]
+    skipped = set(keyed) - _enter_parts(transaction, lane, keyed) if keyed else set()
+    duplicates: Counter[str] = Counter()
+    for id, part in skipped:
+        duplicates[id] += part.events
+    return [
+        Rows(segment.id, piece) for segment in segments for piece in _kept(segment, skipped)
+    ], duplicates
+
+
+def _enter_parts(transaction: Transaction, lane: str, keyed: Sequence[_Keyed]) -> set[_Keyed]:
+    """Write claims and parts that are not there yet; the parts that are new, of the right body."""
+    bodies: dict[str, str] = {}
+    for _, part in keyed:
+        bodies.setdefault(f"claim:{part.claim}", part.body)
+    transaction.enter("claim", [Entry(id, body=bodies[id]) for id in sorted(bodies)])
+    # a claim that is missing by now was past `dedupe_window`: nothing stands against it
+    bodies |= transaction.bodies(list(bodies))
+    standing: dict[str, _Keyed] = {}
+    for id, part in keyed:
+        if bodies[f"claim:{part.claim}"] == part.body:
+            standing.setdefault(f"part:{part.claim}:{lane}:{part.number}", (id, part))
+    if not standing:
+        return set()
+    entries = [Entry(id) for id in sorted(standing)]
+    return {standing[id] for id in transaction.enter("part", entries, lane)}
+
+
+def _kept(segment: Segment, skipped: Set[_Keyed]) -> list[bytes | memoryview]:
+    """The segment's rows without the skipped parts, in runs."""
+    parts = [part for part in segment.parts if (segment.id, part) in skipped]
+    if not parts:
+        return [segment.data]
+    view, kept, at = memoryview(segment.data), [], 0
+    for part in parts:
+        kept.append(view[at : part.start])
+        at = part.end
+    kept.append(view[at:])
+    return [piece for piece in kept if len(piece)]
 
 
 def _widened(table: Table, segments: Sequence[Segment]) -> Table:

@@ -51,7 +51,7 @@ from msgspec import Meta, Struct
 from datapipe.mirrors import MirrorPlugin
 from datapipe.mirrors.memory import MemoryPlugin
 from datapipe.sinks import SinkPlugin
-from datapipe.sinks.memory import MemorySink
+from datapipe.sinks.memory import MemoryDatabase
 
 
 class Lock(Struct, forbid_unknown_fields=True):
@@ -72,14 +72,9 @@ class Shelf(MirrorPlugin):
         return [("ok", f"shelf: {self.boards} boards in {self.folder}")]
 
 
-class Store(MemorySink):
-    async def check(self, tables):
-        return [("ok", f"rows: {len(tables)} tables")]
-
-
 class Rows(SinkPlugin):
     def open(self, settings, process):
-        return Store().open(settings, process)
+        return MemoryDatabase().open(settings, process)
 """
 
 
@@ -132,7 +127,7 @@ async def test_a_service_on_somebody_elses_mirror_and_sink(packages: Path, tmp_p
     said, _ = await check.communicate()
     assert check.returncode == 0
     assert said.decode().splitlines()[1:] == [
-        "ok    rows: 3 tables", "ok    shelf: 7 boards in a"
+        "ok    database: in memory", "ok    shelf: 7 boards in a"
     ]  # fmt: skip
 
 

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 
 from datapipe.errors import ConfigError, EventRejected
 from datapipe.events.registry import Registry
-from datapipe.events.rows import neutral_time, with_offset
-from datapipe.events.types import Event, EventType
+from datapipe.events.types import Event, EventType, neutral_time, with_offset
 from datapipe.sinks import table_of
 from datapipe.sinks.postgres.ddl import ddl
 

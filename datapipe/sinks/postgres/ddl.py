@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from datapipe.events.rows import with_offset
-from datapipe.events.types import Column
+from datapipe.events.types import Column, with_offset
 from datapipe.sinks import Table
 
 # One key for all DDL of datapipe in a database: processes that start at once make a table one
