@@ -1,12 +1,48 @@
-"""Health: whether a part works, by the outcome of its last real work; never by a probe."""
+"""Health: whether a part works, by the outcome of its last real work; never by a probe.
+
+Each part of the service keeps one, and `monitor` makes the summary of them alone: so whatever fails
+for ever, or hangs, is seen by one rule.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+SLOW_S = 10.0  # work that takes longer is a trouble
+
+
+@dataclass(slots=True, frozen=True)
+class Condition:
+    """How a part is at one moment; times are Unix times.
+
+    Attributes:
+        part: what kind of work it does, such as `heartbeat`.
+        lane: whose, if it works for one lane alone.
+        up: whether its last work succeeded; None until some has ended.
+        since: when `up` became what it is.
+        error: of the last failure, while `up` is false.
+        doing, doing_since: its oldest work under way.
+        slow: whether that takes too long.
+        waits_for: what holds that up, if it is known.
+    """
+
+    part: str
+    lane: str | None
+    up: bool | None
+    since: float
+    error: str | None
+    doing: str | None
+    doing_since: float | None
+    slow: bool
+    waits_for: str | None
 
 
 class Health:
-    """One part, such as the database or the mirror.
+    """One part, such as the database, or the loads of a lane.
 
     Work overlaps: what began before the part failed says nothing of how it is since, and neither
     does a failure of what began before it last worked. So each outcome names when its work began
@@ -14,20 +50,28 @@ class Health:
 
     Attributes:
         up: None until the first real work has ended.
+        since: Unix time at which `up` became what it is.
         error: of the last failure, while it is down.
+        waits_for: what the work under way waits for, if that is known; set by who knows it.
     """
 
-    def __init__(self, *, up: bool | None = None) -> None:
+    def __init__(self, part: str = "", lane: str | None = None, *, up: bool | None = None) -> None:
+        self.part = part
+        self.lane = lane
         self.up = up
+        self.since = time.time()
         self.error: str | None = None
+        self.waits_for: str | None = None
         self._worked_at = self._failed_at = 0.0
+        self._under_way: dict[object, tuple[str, float]] = {}  # oldest first
 
     def works(self, began: float) -> bool:
         """Work that began then has succeeded; whether the part was not up before."""
         if began < self._failed_at:
             return False
         came_up = not self.up
-        self.up, self.error, self._worked_at = True, None, time.perf_counter()
+        self._become(True, None)
+        self._worked_at = time.perf_counter()
         return came_up
 
     def fails(self, began: float, error: str) -> bool:
@@ -35,5 +79,90 @@ class Health:
         if began < self._worked_at:
             return False
         went_down = self.up is not False
-        self.up, self.error, self._failed_at = False, error, time.perf_counter()
+        self._become(False, error)
+        self._failed_at = time.perf_counter()
         return went_down
+
+    def forgive(self) -> None:
+        """It failed of something that is over; whether it works, its next work will show."""
+        self._become(None, None)
+
+    def _become(self, up: bool | None, error: str | None) -> None:
+        if up is not self.up:
+            self.since = time.time()
+        self.up, self.error = up, error
+
+    # --- work under way ---
+
+    @property
+    def busy(self) -> bool:
+        """Whether work is under way."""
+        return bool(self._under_way)
+
+    @property
+    def slow(self) -> bool:
+        """Whether work has been under way for too long."""
+        began = self._began
+        return began is not None and time.monotonic() - began >= SLOW_S
+
+    @property
+    def _began(self) -> float | None:
+        return next(iter(self._under_way.values()))[1] if self._under_way else None
+
+    def begin(self, what: str) -> Callable[[], None]:
+        """Work is under way until the result is called; that says nothing of its outcome."""
+        work = object()
+        self._under_way[work] = (what, time.monotonic())
+
+        def end() -> None:
+            del self._under_way[work]
+            if not self._under_way:
+                self.waits_for = None
+
+        return end
+
+    @contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Work is under way in the block; that says nothing of its outcome."""
+        end = self.begin(what)
+        try:
+            yield
+        finally:
+            end()
+
+    @contextmanager
+    def trying(self, what: str) -> Iterator[None]:
+        """Work is under way in the block, and an error that leaves it is the part's failure."""
+        began = time.perf_counter()
+        with self.doing(what):
+            try:
+                yield
+            except Exception as exc:
+                self.fails(began, str(exc) or repr(exc))
+                raise
+        self.works(began)
+
+    def follow(self, what: str, work: asyncio.Future[None]) -> None:
+        """The same for what runs by itself."""
+        end, began = self.begin(what), time.perf_counter()
+
+        def ended(work: asyncio.Future[None]) -> None:
+            end()
+            with suppress(asyncio.CancelledError):
+                if (exc := work.exception()) is None:
+                    self.works(began)
+                else:
+                    self.fails(time.perf_counter(), repr(exc))  # it is not tried again
+
+        work.add_done_callback(ended)
+
+    def condition(self) -> Condition:
+        """How it is now."""
+        doing = doing_since = None
+        if (began := self._began) is not None:
+            doing = next(iter(self._under_way.values()))[0]
+            doing_since = time.time() - (time.monotonic() - began)
+        return Condition(
+            self.part, self.lane, self.up, self.since, self.error, doing, doing_since, self.slow,
+            self.waits_for,
+        )  # fmt: skip

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from datapipe.health import Condition
 from datapipe.monitor.aggregate import BOOKS, together, together_series
 from datapipe.monitor.history import History, Reading, series_of
 from datapipe.monitor.metrics import Metrics
@@ -121,7 +122,7 @@ class Status:
         schedule = self.loader.schedules.get(lane.name)
         last = schedule.last_load if schedule else None
         seconds = self.loader.next_load_seconds(lane.name)
-        slow = self.loader.slow_load(lane.name)
+        condition = lane.health.condition()
         accepted, loaded = self.history.rates(lane.name)
         # while the whole database is away that is told once, at the top
         outage = self.loader.sink.state().up is False
@@ -138,9 +139,9 @@ class Status:
             "loaded_per_second": loaded,
             "state": self._state(lane, schedule),
             "blocked": lane.blocked,
-            "error": None if outage or lane.blocked else _error(schedule),
+            "error": None if outage or lane.blocked else condition.error,
             "last_load": last and {"at": last.at, "rows": last.rows, "seconds": last.seconds},
-            "slow_load": slow and {"seconds": round(slow.seconds, 1), "waits_for": slow.waits_for},
+            "slow_load": _slow_load(condition),
             "next_load_seconds": None if seconds is None else round(seconds, 3),
         }
 
@@ -185,8 +186,11 @@ class Status:
         }
 
 
-def _error(schedule: Schedule | None) -> str | None:
-    return schedule.error if schedule is not None and schedule.failures else None
+def _slow_load(condition: Condition) -> dict[str, Any] | None:
+    if condition.doing_since is None or not condition.slow:
+        return None
+    seconds = round(time.time() - condition.doing_since, 1)
+    return {"seconds": seconds, "waits_for": condition.waits_for}
 
 
 def _rounded(seconds: float | None) -> float | None:

@@ -30,6 +30,7 @@ class Buffer:
 
     Attributes:
         wake: set when there may be something to load.
+        health, removal: of appends to the mirror, and of removals from it.
         append_seconds: of the last append.
         removed: bytes of rows that leave the mirror, over the last minute.
         stopping: the service stops: no new request is taken. closed: nor anything else.
@@ -45,7 +46,8 @@ class Buffer:
         self.mirror = mirror
         self.lanes: dict[str, Lane] = {}
         self.wake = asyncio.Event()
-        self.health = Health(up=True)
+        self.health = Health("append", up=True)
+        self.removal = Health("removal")
         self.append_seconds: float | None = None
         self.removed = Rate()
         self.stopping = self.closed = False
@@ -97,7 +99,7 @@ class Buffer:
     def _group(self, queue: str) -> GroupCommit:
         if queue not in self._groups:
             self._groups[queue] = GroupCommit(
-                self.mirror, self._book, self._failed, self._linger_s, self._timeout_s
+                self.mirror, self._book, self.health, self._failed, self._linger_s, self._timeout_s
             )
         return self._groups[queue]
 

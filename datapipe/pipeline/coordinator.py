@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager, suppress
 from uuid import uuid4
 
 from datapipe.errors import DatapipeError, LaneBlocked, SinkUnavailable
+from datapipe.health import Health
 from datapipe.mirrors import Mirror, Recovery
 from datapipe.pipeline.buffer import Buffer
 from datapipe.pipeline.loader import Loader
@@ -35,6 +36,8 @@ class Coordinator:
     """Recovers at start and regularly; shows that we live, and expires ledger rows, every 5 s.
 
     It is the mirror's `Membership`: what it needs to know of other processes.
+
+    Attributes: parts: the health of all that it does for ever.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class Coordinator:
         self._sink = sink
         self._process = process
         self._tables = tables
+        self.parts = (Health("recovery"), Health("heartbeat"), Health("upkeep"))
         self._pause_s = _FIRST_PAUSE_S
         self._looked = asyncio.Event()
         self._look_now = asyncio.Event()
@@ -60,10 +64,11 @@ class Coordinator:
     @asynccontextmanager
     async def running(self, failed: Failed) -> AsyncIterator[None]:
         """All of it in the background; a task that dies is reported to `failed`."""
+        recovery, heartbeat, upkeep = self.parts
         work = [
-            repeat(self._recover, "recovery failed", 30.0, self._pause),
-            repeat(self._beat, "heartbeat failed", BEAT_S),
-            repeat(self._keep, "mirror not kept", BEAT_S),
+            repeat(self._recover, recovery, "recovery failed", 30.0, self._pause),
+            repeat(self._beat, heartbeat, "heartbeat failed", BEAT_S),
+            repeat(self._keep, upkeep, "mirror not kept", BEAT_S),
             self._prepare(),
         ]
         async with background(work, failed):

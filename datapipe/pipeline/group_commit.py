@@ -14,6 +14,7 @@ from contextlib import suppress
 
 from datapipe.errors import MirrorUnavailable
 from datapipe.events.segment import Chunk, seal
+from datapipe.health import Health
 from datapipe.mirrors import Appended, Mirror
 from datapipe.pipeline.tasks import Failed, start
 
@@ -34,6 +35,7 @@ class GroupCommit:
 
     Args:
         book: enters the outcome of an append, and when it began (`time.perf_counter`).
+        health: shows the appends under way; `book` enters how they end.
         failed: gets the error of a task that dies; requests that wait get it as well.
         linger_s: gather for at least so long.
         timeout_s: until requests are refused because the mirror does not answer; the mirror gives
@@ -44,12 +46,14 @@ class GroupCommit:
         self,
         mirror: Mirror,
         book: Callable[[Appended, float], None],
+        health: Health,
         failed: Failed,
         linger_s: float,
         timeout_s: float,
     ) -> None:
         self._mirror = mirror
         self._book = book
+        self._health = health
         self._failed = failed
         self._linger_s = linger_s
         self._timeout_s = timeout_s
@@ -127,9 +131,11 @@ class GroupCommit:
         try:
             chunks = [chunk for of_one, _ in requests for chunk in of_one]
             segments = seal(chunks, self._mirror.traits.batch_bytes)
-            appended = await self._mirror.append(segments)
+            with self._health.doing("an append"):
+                appended = await self._mirror.append(segments)
             self._book(appended, began)
         except Exception as exc:  # an internal error: each request answers 500, and logs it
+            self._health.fails(began, repr(exc))
             return exc
         finally:
             hanging.cancel()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from datapipe.health import Health
 from datapipe.mirrors import Mirror
 
 
@@ -14,12 +15,14 @@ class Lane:
     Attributes:
         blocked: why a person must act before it can be loaded, or None.
         deferred: its last load failed, while others could be loaded.
+        health: of its loads.
     """
 
     def __init__(self, name: str, mirror: Mirror) -> None:
         self.name = name
         self.blocked: str | None = None
         self.deferred = False
+        self.health = Health("load", name)
         self.accepted = 0
         self.recovered = 0
         self.loaded = 0

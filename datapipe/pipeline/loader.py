@@ -18,10 +18,11 @@ import structlog
 from datapipe.errors import DatapipeError, LaneBlocked, MirrorUnavailable, SinkUnavailable
 from datapipe.events.registry import Registry
 from datapipe.events.segment import Segment
+from datapipe.health import SLOW_S
 from datapipe.pipeline.buffer import Buffer
 from datapipe.pipeline.lane import Lane
 from datapipe.pipeline.records import Load, Records
-from datapipe.pipeline.schedule import SLOW_S, Schedule, SlowLoad, now
+from datapipe.pipeline.schedule import Schedule, now
 from datapipe.pipeline.tasks import Failed, background
 from datapipe.retry import backoff
 from datapipe.settings import Settings
@@ -76,20 +77,16 @@ class Loader:
         """For ever: what loads that have been under way for long wait for."""
         while True:
             await asyncio.sleep(SLOW_S / 5)
-            slow = [schedule for schedule in self.schedules.values() if schedule.slow_load()]
+            slow = [lane for lane in self.lanes.values() if lane.health.slow]
             waits: dict[str, str] = {}
             with suppress(SinkUnavailable, LaneBlocked):  # the sink has logged it
                 waits = await self.sink.waits() if slow else {}
-            for schedule in slow:
-                schedule.waits_for = waits.get(schedule.lane.name) if schedule.busy else None
+            for lane in slow:
+                lane.health.waits_for = waits.get(lane.name) if lane.health.busy else None
 
     def can_load(self, lane: str) -> bool:
         """Whether this process can load that lane now."""
         return lane in self.schedules and not self.lanes[lane].stuck
-
-    def slow_load(self, lane: str) -> SlowLoad | None:
-        """The lane's load, if it has been under way for long."""
-        return self.schedules[lane].slow_load() if lane in self.schedules else None
 
     def next_load_seconds(self, lane: str) -> float | None:
         """Seconds until the lane is tried next; None while nothing waits there."""
@@ -226,7 +223,8 @@ class Loader:
         lane.duplicate += result.duplicate
         lane.dead += result.dead
         self._buffer.removed.add(sum(len(segment.data) for segment in segments))
-        self._mirror.remove(segments)
+        removal = self._mirror.remove(segments)
+        self._buffer.removal.follow(f"the removal of {len(segments)} segments", removal)
 
     def _loaded(self, schedule: Schedule, result: Loaded, seconds: float, segments: int) -> None:
         """A load has committed: note and log it; nothing stands in the way of its lane."""
@@ -244,8 +242,9 @@ class Loader:
         if lane.blocked is not None:
             log.info("lane healed", lane=lane.name)
         lane.blocked, lane.deferred = None, False
+        lane.health.works(time.perf_counter())
         schedule.last_load = load
-        schedule.failures, schedule.alone, schedule.error = 0, False, None
+        schedule.failures, schedule.alone = 0, False
         schedule.succeeded(load.rows)
         for other in self.schedules.values():
             other.others_loaded()
@@ -265,6 +264,7 @@ class Loader:
             everywhere = isinstance(exc, SinkUnavailable) and exc.everywhere
             lane.deferred |= schedule.alone or not everywhere
             retry_s = backoff(schedule.failures + 1, _OUTAGE_S if everywhere else _LANE_S)
+            lane.health.fails(time.perf_counter(), error)
             log.warning("load failed", lane=lane.name, error=error, retry_seconds=round(retry_s, 2))
         self._mirror.requeue(lane.name, segments, put_off=lane.stuck)
         self._records.loaded(Load(lane.name, error=error))
@@ -275,3 +275,4 @@ class Loader:
         if lane.blocked != why:
             log.error("lane blocked", lane=lane.name, error=why)
         lane.blocked = why
+        lane.health.fails(time.perf_counter(), why)

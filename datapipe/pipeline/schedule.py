@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import NamedTuple
 
 from datapipe.pipeline.lane import Lane
 from datapipe.pipeline.records import Load
 from datapipe.settings import Settings
-
-SLOW_S = 10.0  # a load that takes longer is named
-
-
-class SlowLoad(NamedTuple):
-    """A load that has been under way for long, and what it waits for, if that is known."""
-
-    seconds: float
-    waits_for: str | None
 
 
 class Try(NamedTuple):
@@ -33,8 +25,6 @@ class Schedule:
     it as well.
 
     Attributes:
-        busy_since: a load is under way since then.
-        waits_for: what it waits for, as the database says.
         served_at: when its last transaction ended.
         failures: in a row; 0 once the database answers others again.
         alone: others could be loaded since it failed.
@@ -42,30 +32,23 @@ class Schedule:
 
     def __init__(self, lane: Lane) -> None:
         self.lane = lane
-        self.busy_since: float | None = None
-        self.waits_for: str | None = None
         self.served_at = now()
         self.failures = 0
         self.alone = False
-        self.error: str | None = None
         self.last_load: Load | None = None
         self._hurry = False
         self._retry_at = 0.0
         self._turn_ended = now()
         self._turn_until: int | None = None  # the lane's `total_out` when this turn is over
         self._turn_rows = 0
+        self._under_way: Callable[[], None]  # to be called when the load ends
         self._tries: list[Try] = []  # for which the load under way is
         self._next_tries: list[Try] = []  # asked for since it began
 
     @property
     def busy(self) -> bool:
-        return self.busy_since is not None
-
-    def slow_load(self) -> SlowLoad | None:
-        """The load under way, if that is longer than `SLOW_S`."""
-        if self.busy_since is None or now() - self.busy_since < SLOW_S:
-            return None
-        return SlowLoad(now() - self.busy_since, self.waits_for)
+        """Whether a load is under way."""
+        return self.lane.health.busy
 
     # --- when ---
 
@@ -98,12 +81,13 @@ class Schedule:
         """The database answers: what failed only because it did not may go at once."""
         if self.failures and not self.lane.stuck:
             self.failures, self.alone, self._hurry = 0, True, True
+            self.lane.health.forgive()
 
     # --- what becomes of it ---
 
     def begin(self) -> bool:
         """A transaction starts, the first of a turn perhaps; whether refused rows are accepted."""
-        self.busy_since = now()
+        self._under_way = self.lane.health.begin("a load")
         self._hurry = False
         self._tries += self._next_tries
         self._next_tries = []
@@ -128,7 +112,6 @@ class Schedule:
     def failed(self, error: str, retry_s: float) -> None:
         """A load failed; it is tried again in so many seconds, or at once if somebody asked."""
         self.failures += 1
-        self.error = error
         self._retry_at = now() + retry_s
         self._end_turn(error)
 
@@ -141,7 +124,7 @@ class Schedule:
 
     def end(self) -> None:
         """The transaction is over."""
-        self.busy_since = self.waits_for = None
+        self._under_way()
         self.served_at = now()
 
 

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 import structlog
 
 from datapipe.errors import DatapipeError
+from datapipe.health import Health
 from datapipe.retry import backoff
 
 log = structlog.stdlib.get_logger("datapipe.pipeline.tasks")
@@ -53,11 +54,12 @@ async def background(
 
 async def repeat(
     step: Callable[[], Awaitable[float]],
+    health: Health,
     failed: str,
     longest_s: float,
     pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> None:
-    """For ever: a step, then a pause of as many seconds as it returns.
+    """For ever: a step, of which `health` is, then a pause of as many seconds as it returns.
 
     A step that raises a DatapipeError is tried again by the back-off, up to `longest_s`; the first
     of several failures in a row is logged as `failed`.
@@ -65,7 +67,8 @@ async def repeat(
     failures = 0
     while True:
         try:
-            pause_s = await step()
+            with health.trying(f"the {health.part}"):
+                pause_s = await step()
             failures = 0
         except DatapipeError as exc:
             failures += 1

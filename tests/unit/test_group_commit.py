@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from datapipe.errors import MirrorUnavailable
 from datapipe.events.segment import Chunk, Segment, seal
 from datapipe.events.types import Column
+from datapipe.health import Health
 from datapipe.mirrors import Appended, Traits
 from datapipe.pipeline.group_commit import GroupCommit
 
@@ -80,8 +81,8 @@ class Group:
         self.booked: list[Appended] = []
         self.died: list[BaseException] = []
         self._commit = GroupCommit(
-            self.mirror, lambda appended, began: self.booked.append(appended), self.died.append,
-            linger_s=0.0, timeout_s=timeout_s,
+            self.mirror, lambda appended, began: self.booked.append(appended), Health(),
+            self.died.append, linger_s=0.0, timeout_s=timeout_s,
         )  # fmt: skip
 
     def add(self) -> asyncio.Future[None]:
