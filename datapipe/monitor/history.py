@@ -1,4 +1,4 @@
-"""The last 15 minutes of every lane, in bounded memory: what the page's pictures show."""
+"""The last 15 minutes of every lane, in bounded memory: what the page's charts show."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from datapipe.pipeline.records import Rate
+
 STEP_S = 5.0
 POINTS = 180  # of STEP_S each: 15 minutes
-RATE_S = 10.0  # the time over which "per second" is told
+RATE_S = 10.0  # "per second" is over the last so many seconds
 
 SERIES = ("accepted", "loaded", "waiting")
 Point = tuple[float, float, int]
@@ -22,27 +24,30 @@ class Reading(NamedTuple):
     waiting: int
 
 
-def _rates(first: Reading, last: Reading, seconds: float) -> tuple[float, float]:
-    """Events accepted and loaded per second, from one reading to another."""
-    accepted, loaded = last.accepted - first.accepted, last.loaded - first.loaded
-    return round(accepted / seconds, 1), round(loaded / seconds, 1)
-
-
 class _Lane:
     """A lane's series. A point is events accepted and loaded per second, and the most that waited
     at any reading: the depth just before each load, however the loads fall."""
 
-    def __init__(self) -> None:
+    def __init__(self, began: float) -> None:
         self.points: deque[Point] = deque(maxlen=POINTS)
-        self.opened: Reading | None = None  # where the point that is being made began
+        self.accepted, self.loaded = Rate(RATE_S), Rate(RATE_S)
+        self.opened = self.last = Reading(0, 0, 0)  # a lane comes into being with its first event
         self.peak = 0
+        self.take(began, self.last)
 
-    def close(self, reading: Reading, seconds: float) -> None:
-        first = self.opened or Reading(0, 0, 0)  # a lane comes into being with its first event
-        times = min(POINTS, max(1, round(seconds / STEP_S)))  # more than one after a pause
-        point = (*_rates(first, reading, seconds), max(self.peak, reading.waiting))
-        self.points.extend([point] * times)
-        self.opened, self.peak = reading, reading.waiting
+    def take(self, now: float, reading: Reading) -> None:
+        self.accepted.take(reading.accepted, now)
+        self.loaded.take(reading.loaded, now)
+        self.last, self.peak = reading, max(self.peak, reading.waiting)
+
+    def close(self, seconds: float) -> None:
+        """A point is complete; more than one is, after a pause."""
+        opened, last = self.opened, self.last
+        accepted = round((last.accepted - opened.accepted) / seconds, 1)
+        loaded = round((last.loaded - opened.loaded) / seconds, 1)
+        times = min(POINTS, max(1, round(seconds / STEP_S)))
+        self.points.extend([(accepted, loaded, self.peak)] * times)
+        self.opened, self.peak = last, last.waiting
 
 
 class History:
@@ -54,32 +59,30 @@ class History:
 
     def __init__(self, now: float) -> None:
         self.closed = 0
-        self._began = now
+        self._opened_at = self._taken_at = now
         self._lanes: dict[str, _Lane] = {}
-        self._latest: deque[tuple[float, dict[str, Reading]]] = deque([(now, {})])
 
     def take(self, now: float, lanes: Mapping[str, Reading]) -> None:
         """Note how the lanes are now."""
-        self._latest.append((now, dict(lanes)))
-        while len(self._latest) > 2 and self._latest[1][0] <= now - RATE_S:
-            self._latest.popleft()
-        seconds = now - self._began
+        seconds = now - self._opened_at
         due = seconds >= STEP_S - 0.01
         for name, reading in lanes.items():
-            lane = self._lanes.setdefault(name, _Lane())
-            lane.peak = max(lane.peak, reading.waiting)
+            if name not in self._lanes:
+                self._lanes[name] = _Lane(self._taken_at)
+            lane = self._lanes[name]
+            lane.take(now, reading)
             if due:
-                lane.close(reading, seconds)
+                lane.close(seconds)
+        self._taken_at = now
         if due:
-            self._began = now
+            self._opened_at = now
             self.closed += 1
 
     def rates(self, name: str) -> tuple[float, float]:
         """Events accepted and loaded per second, over the last RATE_S."""
-        (began, first), (ended, last) = self._latest[0], self._latest[-1]
-        if name not in last or ended <= began:
+        if (lane := self._lanes.get(name)) is None:
             return 0.0, 0.0
-        return _rates(first.get(name, Reading(0, 0, 0)), last[name], ended - began)
+        return round(lane.accepted.per_second(), 1), round(lane.loaded.per_second(), 1)
 
     def points(self) -> dict[str, list[Point]]:
         """All points by lane, oldest first, as they are now; a younger lane has fewer."""

@@ -13,12 +13,12 @@ from datapipe.monitor.aggregate import BOOKS, together, together_series
 from datapipe.monitor.history import History, Reading, series_of
 from datapipe.monitor.metrics import Metrics
 from datapipe.monitor.peers import Peers
-from datapipe.monitor.summary import Growth, Summary
+from datapipe.monitor.summary import Summary
 from datapipe.pipeline.buffer import Buffer
 from datapipe.pipeline.dead_letters import DeadLetters
 from datapipe.pipeline.lane import Lane
 from datapipe.pipeline.loader import Loader
-from datapipe.pipeline.records import Records, now
+from datapipe.pipeline.records import Rate, Records, now
 from datapipe.pipeline.schedule import Schedule
 from datapipe.version import __version__
 
@@ -39,7 +39,7 @@ class Status:
         self._started = time.monotonic()
         self._started_at = now()
         self._summary = Summary()
-        self._growth = Growth()
+        self._filling = Rate()  # bytes of the mirror, per second
         self.history = History(self._started)
         self._month = datetime.now(UTC).month
         self._before_month = 0  # requests to the mirror in months that are over
@@ -49,7 +49,7 @@ class Status:
         """Once a second: take the readings of which pictures and rates are made."""
         moment = time.monotonic()
         mirror = self.buffer.mirror.state()
-        self._growth.take(moment, mirror.bytes)
+        self._filling.take(mirror.bytes, moment)
         if self._month != (month := datetime.now(UTC).month):
             self._month, self._before_month = month, sum(mirror.calls.values())
         readings = {
@@ -157,7 +157,8 @@ class Status:
     def _mirror(self) -> dict[str, Any]:
         mirror = self.buffer.mirror.state()
         requests = sum(mirror.calls.values())
-        left = self._growth.seconds_left(mirror.max_bytes - mirror.bytes)
+        rate = self._filling.per_second()
+        left = max(0, mirror.max_bytes - mirror.bytes) / rate if rate > 0 else None
         return {
             "kind": mirror.kind,
             "up": mirror.up and self.buffer.health.up,

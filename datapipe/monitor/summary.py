@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
@@ -12,7 +11,6 @@ from datapipe.monitor import formats
 from datapipe.pipeline.records import iso
 
 NEARLY_FULL = 0.8  # of the mirror
-_GROWTH_S = 60.0  # the time over which growth is measured
 
 
 class Trouble(NamedTuple):
@@ -27,27 +25,6 @@ class Trouble(NamedTuple):
     def sentence(self, since: str) -> str:
         why = f": {self.why.rstrip('.')}" if self.why else ""
         return f"{self.what} {since}{why}. {self.then}"
-
-
-class Growth:
-    """How fast the mirror fills, by its size over the last minute."""
-
-    def __init__(self) -> None:
-        self._sizes: deque[tuple[float, int]] = deque()
-
-    def take(self, now: float, size: int) -> None:
-        self._sizes.append((now, size))
-        while self._sizes[0][0] < now - _GROWTH_S:
-            self._sizes.popleft()
-
-    def seconds_left(self, room: int) -> float | None:
-        """Until `room` bytes are used up; None while it does not grow."""
-        if len(self._sizes) < 2:
-            return None
-        (began, first), (ended, last) = self._sizes[0], self._sizes[-1]
-        if last <= first or ended <= began:
-            return None
-        return max(0, room) * (ended - began) / (last - first)
 
 
 class Summary:

@@ -32,7 +32,7 @@ class Buffer:
         wake: set when there may be something to load.
         health, removal: of appends to the mirror, and of removals from it.
         append_seconds: of the last append.
-        removed: bytes of rows that leave the mirror, over the last minute.
+        removed_bytes: of all rows that left the mirror; removed: how fast they do.
         stopping: the service stops: no new request is taken. closed: nor anything else.
     """
 
@@ -49,6 +49,7 @@ class Buffer:
         self.health = Health("append", up=True)
         self.removal = Health("removal")
         self.append_seconds: float | None = None
+        self.removed_bytes = 0
         self.removed = Rate()
         self.stopping = self.closed = False
         self._linger_s = settings.mirror_linger_ms / 1000
@@ -161,7 +162,7 @@ class Buffer:
         """How long until a twentieth of the mirror is free, at the rate of the last loads."""
         wanted = self.mirror.state().max_bytes / 20
         rate = self.removed.per_second()
-        return min(max(wanted / rate, 1.0), 300.0) if rate else 30.0
+        return min(max(wanted / rate, 1.0), 300.0) if rate > 0 else 30.0
 
     async def settle(self, timeout_s: float) -> None:
         """Wait for appends and removals that are under way."""

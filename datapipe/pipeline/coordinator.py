@@ -203,6 +203,7 @@ class Coordinator:
         And give memory back once a burst is over: glibc's allocator keeps what was freed (after a
         million events in batches 110 MB stay resident without this, 67 with it).
         """
+        self._buffer.removed.take(self._buffer.removed_bytes)
         if self._buffer.total_out != self._trimmed_at and not self._buffer.in_memory:
             self._trim(0)
             self._trimmed_at = self._buffer.total_out

@@ -222,7 +222,7 @@ class Loader:
         lane.loaded += result.loaded
         lane.duplicate += result.duplicate
         lane.dead += result.dead
-        self._buffer.removed.add(sum(len(segment.data) for segment in segments))
+        self._buffer.removed_bytes += sum(len(segment.data) for segment in segments)
         removal = self._mirror.remove(segments)
         self._buffer.removal.follow(f"the removal of {len(segments)} segments", removal)
 

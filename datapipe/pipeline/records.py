@@ -99,25 +99,22 @@ def shown(body: bytes) -> str:
 
 
 class Rate:
-    """Amounts as they come, and how much that is a second."""
+    """How fast a number grows, by readings that are taken every few seconds or oftener."""
 
     def __init__(self, window_s: float = 60.0) -> None:
         self._window_s = window_s
-        self._amounts: deque[tuple[float, float]] = deque()
+        self._readings: deque[tuple[float, float]] = deque()  # time, number
 
-    def add(self, amount: float) -> None:
-        now = time.monotonic()
-        self._amounts.append((now, amount))
-        self._forget(now)
+    def take(self, number: float, now: float | None = None) -> None:
+        """Note what the number is; `now` is of the monotonic clock."""
+        now = time.monotonic() if now is None else now
+        self._readings.append((now, number))
+        while len(self._readings) > 2 and self._readings[1][0] <= now - self._window_s:
+            self._readings.popleft()
 
     def per_second(self) -> float:
-        """0 when nothing came within the window."""
-        now = time.monotonic()
-        self._forget(now)
-        if not self._amounts:
+        """Over the window; negative if it fell, 0 if that is not known yet."""
+        if len(self._readings) < 2:
             return 0.0
-        return sum(amount for _, amount in self._amounts) / max(now - self._amounts[0][0], 1.0)
-
-    def _forget(self, now: float) -> None:
-        while self._amounts and self._amounts[0][0] < now - self._window_s:
-            self._amounts.popleft()
+        (began, first), (ended, last) = self._readings[0], self._readings[-1]
+        return (last - first) / (ended - began) if ended > began else 0.0

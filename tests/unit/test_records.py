@@ -1,6 +1,15 @@
 from __future__ import annotations
 
-from datapipe.pipeline.records import BODY_SHOWN, LOADS, REFUSALS, Load, Records, Refusal, shown
+from datapipe.pipeline.records import (
+    BODY_SHOWN,
+    LOADS,
+    REFUSALS,
+    Load,
+    Rate,
+    Records,
+    Refusal,
+    shown,
+)
 
 
 def test_only_the_last_ones_are_kept() -> None:
@@ -39,3 +48,18 @@ def test_a_body_is_shortened_and_text() -> None:
     assert shown(b"\xff{") == "\ufffd{"
     assert len(shown(b"x" * 1_000_000)) == BODY_SHOWN + 1
     assert shown("ä".encode() * 1000) == "ä" * BODY_SHOWN + "…"
+
+
+def test_a_rate_is_over_its_window() -> None:
+    rate = Rate(60.0)
+    assert rate.per_second() == 0
+    rate.take(0, 0.0)
+    assert rate.per_second() == 0
+    rate.take(100, 10.0)
+    assert rate.per_second() == 10
+    rate.take(50, 110.0)
+    assert rate.per_second() == -0.5
+    for second in range(111, 1000):
+        rate.take(50, float(second))
+    assert rate.per_second() == 0
+    assert len(rate._readings) < 65

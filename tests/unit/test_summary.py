@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from datapipe.monitor import formats
-from datapipe.monitor.summary import Growth, Summary
+from datapipe.monitor.summary import Summary
 
 GIB = 1024**3
 LANE = {
@@ -89,16 +89,6 @@ def test_the_worst_comes_first_and_the_rest_is_told_too() -> None:
     assert told["state"] == "refusing"
     assert len(told["also"]) == 1
     assert told["also"][0].startswith("PostgreSQL does not answer")
-
-
-def test_growth() -> None:
-    growth = Growth()
-    assert growth.seconds_left(1000) is None
-    growth.take(0.0, 0)
-    growth.take(10.0, 100)
-    assert growth.seconds_left(1000) == 100
-    growth.take(100.0, 50)
-    assert growth.seconds_left(1000) is None
 
 
 @pytest.mark.parametrize(
