@@ -96,7 +96,9 @@ class Pipeline:
             self.ingest = Ingest(self.buffer, self.registry, self.settings, records)
             dead = DeadLetters(sink, self.registry)
             peers = Peers(Path(self.settings.data_dir), process)
-            self.status = Status(self.buffer, self.loader, records, dead, metrics, peers)
+            self.status = Status(
+                self.buffer, self.loader, self.coordinator, records, dead, metrics, peers
+            )
             metrics.expose(self.status.snapshot, self.status.histograms)
             access = Access(self.settings)
             self.feed = await stack.enter_async_context(running(self.status, self._task_died))

@@ -3,112 +3,128 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from datapipe.monitor.history import POINTS, SERIES, STEP_S
 from datapipe.pipeline.records import LOADS
 
 Snapshot = Mapping[str, Any]
+Rule = Callable[[Sequence[Any]], Any]  # one value of those that the processes have
 
 BOOKS = ("accepted", "recovered", "loaded", "duplicate", "dead", "waiting")
-_TOTALS = ("waiting_bytes", "in_memory", "parked", "accepted_per_second", "loaded_per_second")
 _STATES = ("blocked", "retrying", "loading", "waiting", "empty")  # the worst first
 
 
-def together(own: Snapshot, others: Iterable[Snapshot]) -> dict[str, Any]:
-    """One snapshot of all processes, and the books and totals over all lanes.
+def _total(values: Sequence[float]) -> float:
+    return round(sum(values), 1)
 
-    What only our own process can tell (version, schema, ...) is ours.
-    """
-    everybody = [own, *map(_completed, others)]
-    lanes: dict[str, dict[str, Any]] = {}
-    for each in everybody:
-        for name, lane in each["lanes"].items():
-            lanes[name] = _lane(lanes[name], lane) if name in lanes else dict(lane)
+
+def _counts(values: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    return dict(sum(map(Counter, values), Counter()))
+
+
+def _first(values: Sequence[Any]) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+def _least(values: Sequence[Any]) -> Any:
+    return min((value for value in values if value is not None), default=None)
+
+
+def _most(key: str) -> Rule:
+    """Of some objects the one in which this key is the largest."""
+
+    def rule(values: Sequence[Any]) -> Any:
+        return max((v for v in values if v is not None), key=lambda v: v[key], default=None)
+
+    return rule
+
+
+def _worst(values: Sequence[str]) -> str:
+    return min(values, key=_STATES.index)
+
+
+_BOOKS: dict[str, Rule] = {**dict.fromkeys(BOOKS, sum), "balanced": all}
+_TOTALS: dict[str, Rule] = {
+    "waiting_bytes": sum, "in_memory": sum, "parked": sum, "accepted_per_second": _total,
+    "loaded_per_second": _total, "oldest_seconds": lambda values: max(values, default=0.0),
+}  # fmt: skip
+_LANE: dict[str, Rule] = {
+    **_BOOKS, **_TOTALS, "replayed": sum, "full": any, "state": _worst, "blocked": _first,
+    "error": _first, "last_load": _most("at"), "slow_load": _most("seconds"),
+    "next_load_seconds": _least,
+}  # fmt: skip
+# what stands in none of these is that of the process itself, or of the one that is worst off
+_MIRROR: dict[str, Rule] = {"requests": sum, "requests_this_month": sum, "calls": _counts}
+_STATUS: dict[str, Rule] = {"processes": len, "uptime_seconds": max, "rejected": _counts}
+
+
+def _merged(rules: Mapping[str, Rule], snapshots: Iterable[Snapshot]) -> dict[str, Any]:
+    """Each key by its rule; one that a process of release 1.0 lacks counts as None there."""
+    found = list(snapshots)
+    return {key: rule([each.get(key) for each in found]) for key, rule in rules.items()}
+
+
+def together(own: Snapshot, others: Iterable[Snapshot]) -> dict[str, Any]:
+    """One snapshot of all processes, and the books and totals over all lanes."""
+    everybody = [own, *others]
+    names = sorted({name for each in everybody for name in each["lanes"]})
+    lanes = {
+        name: _merged(_LANE, [each["lanes"][name] for each in everybody if name in each["lanes"]])
+        for name in names
+    }
+    mirrors, databases = ([each[key] for each in everybody] for key in ("mirror", "database"))
     loads = [load for each in everybody for load in each["recent_loads"]]
     return {
         **own,
-        "processes": len(everybody),
-        "uptime_seconds": max(each["uptime_seconds"] for each in everybody),
-        "books": _books(lanes.values()),
-        "totals": _totals(lanes.values()),
-        "lanes": dict(sorted(lanes.items())),
-        "rejected": dict(sum((Counter(each["rejected"]) for each in everybody), Counter())),
-        "mirror": _mirror([each["mirror"] for each in everybody]),
-        "database": _worst([each["database"] for each in everybody]),
+        **_merged(_STATUS, everybody),
+        "books": _merged(_BOOKS, lanes.values()),
+        "totals": _merged(_TOTALS, lanes.values()),
+        "lanes": lanes,
+        "mirror": own["mirror"] | _down(mirrors) | _merged(_MIRROR, mirrors),
+        "database": _down(databases),
+        "parts": _parts([part for each in everybody for part in each.get("parts") or _old(each)]),
         "recent_loads": sorted(loads, key=lambda load: load["at"], reverse=True)[:LOADS],
     }
 
 
-def _completed(status: Snapshot) -> Snapshot:
-    """With what a process of release 1.0 does not tell: both may run while one is replaced."""
-    lanes = {name: {"slow_load": None, **lane} for name, lane in status["lanes"].items()}
-    mirror = {"left_messages": 0, "left_seconds": None, **status["mirror"]}
-    return {**status, "lanes": lanes, "mirror": mirror}
+def _down(states: Sequence[Snapshot]) -> dict[str, Any]:
+    """The first that is down, else our own."""
+    return dict(next((state for state in states if not state["up"]), states[0]))
+
+
+def _parts(parts: Iterable[Snapshot]) -> list[Snapshot]:
+    """Of each part the process that is worst off: it fails, is slow, works, or did nothing yet."""
+    worst: dict[tuple[str, str | None], Snapshot] = {}
+    for part in parts:
+        known = worst.setdefault((part["part"], part["lane"]), part)
+        if _health(part) < _health(known):
+            worst[part["part"], part["lane"]] = part
+    return list(worst.values())
+
+
+def _health(part: Snapshot) -> tuple[bool, bool, bool]:
+    return part["up"] is not False, not part["slow"], part["up"] is None
+
+
+def _old(status: Snapshot) -> list[dict[str, Any]]:
+    """What a process of release 1.0 says of its parts; both may run while one is replaced."""
+    same = {"since": status["now"], "doing": None, "doing_since": None, "slow": False,
+            "waits_for": None}  # fmt: skip
+    errors = {name: lane["blocked"] or lane["error"] for name, lane in status["lanes"].items()}
+    return [
+        {"part": "load", "lane": name, "up": error is None, "error": error, **same}
+        for name, error in errors.items()
+    ]
 
 
 def together_series(series: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The series of the pictures, added up; `series` holds those of each process, by lane."""
+    """The series of the charts, added up; `series` holds those of each process, by lane."""
     names = sorted({name for each in series for name in each})
     lanes = {name: add_series([each[name] for each in series if name in each]) for name in names}
     total = add_series(list(lanes.values())) if lanes else {key: [] for key in SERIES}
     return {"step_seconds": STEP_S, "points": POINTS, "lanes": lanes, "total": total}
-
-
-def _lane(one: Snapshot, two: Snapshot) -> dict[str, Any]:
-    added = {
-        key: round(value + two[key], 1) if isinstance(value, float) else value + two[key]
-        for key, value in one.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
-        and isinstance(two[key], int | float)
-    }  # fmt: skip
-    return {
-        **one,
-        **added,
-        "balanced": one["balanced"] and two["balanced"],
-        "full": one["full"] or two["full"],
-        "oldest_seconds": max(one["oldest_seconds"], two["oldest_seconds"]),
-        "state": min(one["state"], two["state"], key=_STATES.index),
-        "blocked": one["blocked"] or two["blocked"],
-        "error": one["error"] or two["error"],
-        "last_load": _pick(max, (one, two), "last_load", lambda load: load["at"]),
-        "slow_load": _pick(max, (one, two), "slow_load", lambda load: load["seconds"]),
-        "next_load_seconds": _pick(min, (one, two), "next_load_seconds", lambda seconds: seconds),
-    }
-
-
-def _pick(
-    choose: Callable[..., Any], lanes: Iterable[Snapshot], name: str, key: Callable[[Any], Any]
-) -> Any:
-    return choose((e[name] for e in lanes if e[name] is not None), key=key, default=None)
-
-
-def _books(lanes: Collection[Snapshot]) -> dict[str, Any]:
-    books: dict[str, Any] = {key: sum(lane[key] for lane in lanes) for key in BOOKS}
-    return books | {"balanced": all(lane["balanced"] for lane in lanes)}
-
-
-def _totals(lanes: Collection[Snapshot]) -> dict[str, Any]:
-    """What the books do not tell."""
-    totals = {key: round(sum(lane[key] for lane in lanes), 1) for key in _TOTALS}
-    oldest = max((lane["oldest_seconds"] for lane in lanes), default=0.0)
-    return totals | {"oldest_seconds": oldest}
-
-
-def _mirror(mirrors: Sequence[Snapshot]) -> dict[str, Any]:
-    calls: Counter[str] = sum((Counter(each["calls"]) for each in mirrors), Counter())
-    return {
-        **_worst(mirrors),
-        "requests": sum(each["requests"] for each in mirrors),
-        "requests_this_month": sum(each["requests_this_month"] for each in mirrors),
-        "calls": dict(calls),
-    }
-
-
-def _worst(states: Sequence[Snapshot]) -> dict[str, Any]:
-    """The first that is down, else our own."""
-    return dict(next((state for state in states if not state["up"]), states[0]))
 
 
 def add_series(series: Sequence[Mapping[str, list[float]]]) -> dict[str, list[float]]:

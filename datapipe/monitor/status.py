@@ -1,44 +1,55 @@
-"""What the service tells of itself: reads the books, changes nothing."""
+"""What the service shows of itself: reads books and health, changes nothing."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from datapipe.health import Condition
+from datapipe.health import Condition, Health
+from datapipe.monitor import formats
 from datapipe.monitor.aggregate import BOOKS, together, together_series
 from datapipe.monitor.history import History, Reading, series_of
 from datapipe.monitor.metrics import Metrics
 from datapipe.monitor.peers import Peers
-from datapipe.monitor.summary import Summary
+from datapipe.monitor.summary import summary
 from datapipe.pipeline.buffer import Buffer
+from datapipe.pipeline.coordinator import Coordinator
 from datapipe.pipeline.dead_letters import DeadLetters
 from datapipe.pipeline.lane import Lane
 from datapipe.pipeline.loader import Loader
-from datapipe.pipeline.records import Rate, Records, now
-from datapipe.pipeline.schedule import Schedule
+from datapipe.pipeline.records import Rate, Records, iso, now
 from datapipe.version import __version__
+
+NEARLY_FULL = 0.8  # of the mirror
 
 
 @dataclass
 class Status:
-    """Puts `/status.json` together; `docs/status.md` tells its keys."""
+    """Puts `/status.json` together; `docs/status.md` explains its keys."""
 
     buffer: Buffer
     loader: Loader
+    coordinator: Coordinator
     records: Records
     dead: DeadLetters
     metrics: Metrics
     peers: Peers
 
     def __post_init__(self) -> None:
-        self._others: list[dict[str, Any]] = []  # what the other processes last told
         self._started = time.monotonic()
         self._started_at = now()
-        self._summary = Summary()
+        self._others: list[dict[str, Any]] = []  # what the other processes last answered
+        self._asking = asyncio.Lock()
+        self._asked = self._answered = 0  # how many times they were asked; the last that they were
+        # what keeps no health of its own, or behind its interface: judged each second
+        self._judged = {
+            part: Health(part)
+            for part in ("ingest", "database", "mirror", "books", "room", "leftovers")
+        }
         self._filling = Rate()  # bytes of the mirror, per second
         self.history = History(self._started)
         self._month = datetime.now(UTC).month
@@ -46,7 +57,7 @@ class Status:
         self.tick()
 
     def tick(self) -> None:
-        """Once a second: take the readings of which pictures and rates are made."""
+        """Once a second: take the readings of which charts and rates are made."""
         moment = time.monotonic()
         mirror = self.buffer.mirror.state()
         self._filling.take(mirror.bytes, moment)
@@ -57,24 +68,70 @@ class Status:
             for name, lane in self.buffer.lanes.items()
         }
         self.history.take(moment, readings)
+        self._judge()
+
+    # --- health ---
 
     def not_ready(self) -> str | None:
         """Why an event would be refused now, or None."""
         if self.buffer.stopping:
             return "shutting down"
+        if (why := self._mirror_error()) is not None:
+            return f"the mirror does not work: {why}"
+        return self.buffer.mirror.state().full
+
+    def _mirror_error(self) -> str | None:
         mirror = self.buffer.mirror.state()
-        if not mirror.up or not self.buffer.health.up:
-            return f"the mirror does not work: {mirror.error or 'no answer'}"
-        return mirror.full
+        if mirror.up and self.buffer.health.up:
+            return None
+        return mirror.error or "no answer"
+
+    def parts(self) -> Iterator[Health]:
+        """The health of all that this process consists of."""
+        self._judge()
+        yield from self._judged.values()
+        yield from (self.buffer.health, self.buffer.removal, *self.coordinator.parts)
+        yield from (lane.health for _, lane in sorted(self.buffer.lanes.items()))
+
+    def _judge(self) -> None:
+        mirror, database = self.buffer.mirror.state(), self.loader.sink.state()
+        database_error = (database.error or "no answer") if database.up is False else None
+        balanced = all(lane.balanced for lane in self.buffer.lanes.values())
+        full = mirror.bytes >= NEARLY_FULL * mirror.max_bytes
+        errors = {
+            "ingest": self.not_ready(),
+            "database": database_error,
+            "mirror": self._mirror_error(),
+            "books": None if balanced else "",
+            "room": f"{mirror.bytes / mirror.max_bytes:.0%} used" if full else None,
+            "leftovers": f"{formats.count(mirror.left)} messages, not counted below"
+            if mirror.left else None,
+        }  # fmt: skip
+        began = time.perf_counter()
+        for part, error in errors.items():
+            if error is not None:
+                self._judged[part].fails(began, error)
+            elif part != "database" or database.up:
+                self._judged[part].works(began)
+
+    # --- all processes ---
 
     async def refresh(self) -> None:
-        """Ask the other processes; what follows is told for all of them."""
-        self._others = await self.peers.ask("GET", "/status.json")
+        """Ask the other processes; what follows is for all of them.
+
+        However many ask for it, one question is under way; those who come meanwhile share the next.
+        """
+        asked = self._asked
+        async with self._asking:
+            if self._answered <= asked:
+                self._asked = question = self._asked + 1
+                self._others = await self.peers.ask("GET", "/status.json")
+                self._answered = question
 
     def snapshot(self) -> dict[str, Any]:
-        """All numbers at one moment, of all processes, without the series of the pictures."""
+        """All numbers at one moment, of all processes, without the series of the charts."""
         status = together(self._own(), self._others)
-        return status | {"summary": self._summary.of(status, self.not_ready())}
+        return status | {"summary": summary(status)}
 
     async def whole(self) -> dict[str, Any]:
         """All that the page shows, but the last refusals."""
@@ -87,7 +144,7 @@ class Status:
         return self.snapshot() | {"history": await asyncio.to_thread(history)}
 
     async def for_peers(self) -> dict[str, Any]:
-        """What this process tells the others."""
+        """What this process answers the others."""
         own = self._own() | {"histograms": self.metrics.histograms()}
         return own | {"history": await asyncio.to_thread(series_of, self.history.points())}
 
@@ -95,37 +152,37 @@ class Status:
         """Those of all processes."""
         return [self.metrics.histograms(), *(other["histograms"] for other in self._others)]
 
+    def refusals(self) -> list[dict[str, Any]]:
+        """The last events that were refused: for admins, they show what clients sent."""
+        return self.records.refusals()
+
+    # --- this process ---
+
     def _own(self) -> dict[str, Any]:
         full = self.buffer.mirror.full(self.buffer.lanes)
-        lanes = {
-            name: self._lane(lane) | {"full": name in full}
-            for name, lane in sorted(self.buffer.lanes.items())
-        }
         return {
             "version": __version__,
             "now": now(),
             "started_at": self._started_at,
             "uptime_seconds": round(time.monotonic() - self._started, 3),
             "ready": self.not_ready() is None,
-            "lanes": lanes,
+            "lanes": {
+                name: self._lane(lane) | {"full": name in full}
+                for name, lane in sorted(self.buffer.lanes.items())
+            },
             "rejected": dict(self.records.rejected),
             "mirror": self._mirror(),
             "database": self._database(),
+            "parts": [_part(health.condition()) for health in self.parts()],
             "recent_loads": self.records.loads(),
         }
-
-    def refusals(self) -> list[dict[str, Any]]:
-        """The last events that were refused: for admins, they show what clients sent."""
-        return self.records.refusals()
 
     def _lane(self, lane: Lane) -> dict[str, Any]:
         schedule = self.loader.schedules.get(lane.name)
         last = schedule.last_load if schedule else None
-        seconds = self.loader.next_load_seconds(lane.name)
-        condition = lane.health.condition()
         accepted, loaded = self.history.rates(lane.name)
-        # while the whole database is away that is told once, at the top
-        outage = self.loader.sink.state().up is False
+        # while the whole database is away that is said once, at the top
+        hushed = lane.blocked is not None or self.loader.sink.state().up is False
         return {
             **{key: getattr(lane, key) for key in BOOKS if key != "waiting"},
             "waiting": lane.waiting.events,
@@ -137,18 +194,19 @@ class Status:
             "oldest_seconds": round(lane.oldest_seconds, 3),
             "accepted_per_second": accepted,
             "loaded_per_second": loaded,
-            "state": self._state(lane, schedule),
+            "state": self._state(lane),
             "blocked": lane.blocked,
-            "error": None if outage or lane.blocked else condition.error,
+            "error": None if hushed else lane.health.error,
             "last_load": last and {"at": last.at, "rows": last.rows, "seconds": last.seconds},
-            "slow_load": _slow_load(condition),
-            "next_load_seconds": None if seconds is None else round(seconds, 3),
+            "slow_load": _slow_load(lane.health.condition()),
+            "next_load_seconds": _rounded(self.loader.next_load_seconds(lane.name), 3),
         }
 
-    def _state(self, lane: Lane, schedule: Schedule | None) -> str:
+    def _state(self, lane: Lane) -> str:
+        schedule = self.loader.schedules.get(lane.name)
         if lane.blocked is not None:
             return "blocked"
-        if schedule is not None and schedule.busy:
+        if lane.health.busy:
             return "loading"
         if schedule is not None and schedule.failures and lane.waiting.events:
             return "retrying"
@@ -156,18 +214,17 @@ class Status:
 
     def _mirror(self) -> dict[str, Any]:
         mirror = self.buffer.mirror.state()
-        requests = sum(mirror.calls.values())
-        rate = self._filling.per_second()
-        left = max(0, mirror.max_bytes - mirror.bytes) / rate if rate > 0 else None
+        requests, rate = sum(mirror.calls.values()), self._filling.per_second()
+        room = max(0, mirror.max_bytes - mirror.bytes)
         return {
             "kind": mirror.kind,
-            "up": mirror.up and self.buffer.health.up,
+            "up": self._mirror_error() is None,
             "error": mirror.error,
             "bytes": mirror.bytes,
             "max_bytes": mirror.max_bytes,
             "used": round(mirror.bytes / mirror.max_bytes, 4) if mirror.max_bytes else 0.0,
-            "seconds_left": None if left is None else round(left),
-            "append_seconds": _rounded(self.buffer.append_seconds),
+            "seconds_left": round(room / rate) if rate > 0 else None,
+            "append_seconds": _rounded(self.buffer.append_seconds, 5),
             "requests": requests,
             "calls": dict(mirror.calls),
             "requests_this_month": requests - self._before_month,
@@ -183,8 +240,14 @@ class Status:
             "error": database.error,
             "version": database.version,
             "schema": database.schema,
-            "answer_seconds": _rounded(database.answer_s),
+            "answer_seconds": _rounded(database.answer_s, 5),
         }
+
+
+def _part(condition: Condition) -> dict[str, Any]:
+    since, doing_since = condition.since, condition.doing_since
+    times = {"since": iso(since), "doing_since": None if doing_since is None else iso(doing_since)}
+    return asdict(condition) | times
 
 
 def _slow_load(condition: Condition) -> dict[str, Any] | None:
@@ -194,5 +257,5 @@ def _slow_load(condition: Condition) -> dict[str, Any] | None:
     return {"seconds": seconds, "waits_for": condition.waits_for}
 
 
-def _rounded(seconds: float | None) -> float | None:
-    return None if seconds is None else round(seconds, 5)
+def _rounded(seconds: float | None, digits: int) -> float | None:
+    return None if seconds is None else round(seconds, digits)

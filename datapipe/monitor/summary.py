@@ -1,68 +1,107 @@
-"""The sentence at the top: healthy, or what is wrong, since when, and what to do."""
+"""The sentence at the top: healthy, or what is wrong, since when, why, and what to do.
+
+It is made of the health of the parts alone. A part that fails, or whose work takes too long, is a
+trouble, whatever part it is; the table says in which words.
+"""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from datapipe.monitor import formats
-from datapipe.pipeline.records import iso
-
-NEARLY_FULL = 0.8  # of the mirror
 
 
-class Trouble(NamedTuple):
-    """One thing that is wrong: `what {since}: why. then`, the second part empty where it says
-    nothing."""
+class Words(NamedTuple):
+    """`what` SINCE: why. `then`; both may name facts, such as {lane}."""
 
     state: str
     what: str
-    why: str
     then: str
 
-    def sentence(self, since: str) -> str:
-        why = f": {self.why.rstrip('.')}" if self.why else ""
-        return f"{self.what} {since}{why}. {self.then}"
+
+_STANDBY = "Bring the standby back, or change synchronous_standby_names. "
+# By part and what is wrong with it; the worst first.
+WORDS = {
+    ("ingest", "fails"): Words("refusing", "Events are refused", "{refusing}"),
+    ("database", "fails"): Words(
+        "database_down", "PostgreSQL does not answer",
+        "{kept} Start the database, or repair what the error names; loading then goes on by "
+        "itself.",
+    ),
+    ("books", "fails"): Words(
+        "unbalanced", "The books do not balance",
+        "This is a defect of datapipe: please report it with the log and /status.json.",
+    ),
+    ("load", "is blocked"): Words(
+        "lane_blocked", "Lane {lane} is blocked",
+        "Its events are kept, {waiting} Repair the cause, then press Load now.",
+    ),
+    ("load", "fails"): Words(
+        "lane_failing", "Lane {lane} can't be loaded",
+        "It is tried again by itself. Its events are kept, {waiting}",
+    ),
+    ("load", "is slow"): Words(
+        "lane_slow", "A load of lane {lane} has been under way",
+        "{standby}Its events are kept, {waiting}",
+    ),
+    ("room", "fails"): Words(
+        "nearly_full", "The mirror is nearly full",
+        "{kept} When it is full, events are refused: see to it that lanes are loaded, or give it "
+        "more room in the settings.",
+    ),
+    ("database", "is new"): Words(
+        "starting", "The database has not been reached", "Events are kept meanwhile."
+    ),
+    ("leftovers", "fails"): Words(
+        "recovering", "A process that died has left events in the mirror",
+        "They will be taken over within about {left}; nothing need be done.",
+    ),
+}  # fmt: skip
+_RANK = {key: rank for rank, key in enumerate(WORDS)}
+# What other parts do is called, and what it means that it is not done; said before a full mirror.
+WORK = {
+    "append": ("An append to the mirror", "Its events are not accepted yet."),
+    "recovery": (
+        "The recovery of what dead processes left",
+        "It stays in the mirror, and is not counted below.",
+    ),
+    "heartbeat": (
+        "The heartbeat",
+        "Other processes may take this one for dead and load its events too; none is doubled.",
+    ),
+    "removal": ("The removal of loaded events", "They take up room in the mirror meanwhile."),
+    "upkeep": (
+        "The upkeep of the mirror",
+        "Meanwhile it gives no space back, and messages of a remote one come closer to their end.",
+    ),
+}
+_WORK_RANK = _RANK["room", "fails"] - 0.5
+# A part is not named while one of these fails: then that is why, or says the same.
+_BECAUSE = {
+    "mirror": ("ingest",), "append": ("ingest",), "room": ("ingest",), "load": ("database",),
+    "heartbeat": ("database",), "recovery": ("mirror", "database"),
+    "upkeep": ("mirror", "database"), "removal": ("mirror",),
+}  # fmt: skip
 
 
-class Summary:
-    """Puts the sentence together, and remembers since when each trouble lasts."""
-
-    def __init__(self) -> None:
-        self._since: dict[tuple[str, str], float] = {}
-
-    def of(self, status: Mapping[str, Any], refusing: str | None) -> dict[str, Any]:
-        """The key `summary` of `/status.json`.
-
-        Args:
-            status: the other keys of it.
-            refusing: why events are refused now, or None.
-        """
-        now = time.time()
-        found = list(troubles(status, refusing))
-        self._since = {key: self._since.get(key, now) for key in ((t.state, t.what) for t in found)}
-        texts = [t.sentence(self._told(t, now)) for t in found]
-        if not found:
-            return {"state": "healthy", "text": healthy(status), "since": None, "also": []}
-        first = found[0]
-        return {
-            "state": first.state,
-            "text": texts[0],
-            "since": iso(self._since[first.state, first.what]),
-            "also": texts[1:],
-        }
-
-    def _told(self, trouble: Trouble, now: float) -> str:
-        if trouble.state == "starting":
-            return "yet"
-        since = datetime.fromtimestamp(self._since[trouble.state, trouble.what], UTC)
-        today = since.date() == datetime.fromtimestamp(now, UTC).date()
-        return f"since {since:%H:%M} UTC" if today else f"since {since:%Y-%m-%d %H:%M} UTC"
+class _Trouble(NamedTuple):
+    rank: float
+    state: str
+    since: str
+    sentence: str
 
 
-def healthy(status: Mapping[str, Any]) -> str:
+def summary(status: Mapping[str, Any]) -> dict[str, Any]:
+    """The key `summary` of `/status.json`, by the other keys."""
+    found = sorted(_troubles(status), key=lambda trouble: trouble.rank)
+    if not found:
+        return {"state": "healthy", "text": _healthy(status), "since": None, "also": []}
+    texts = [trouble.sentence for trouble in found]
+    return {"state": found[0].state, "text": texts[0], "since": found[0].since, "also": texts[1:]}
+
+
+def _healthy(status: Mapping[str, Any]) -> str:
     waiting = status["books"]["waiting"]
     if not waiting:
         return "Healthy. Nothing waits, and the books balance."
@@ -72,75 +111,83 @@ def healthy(status: Mapping[str, Any]) -> str:
     return f"Healthy. {formats.events(waiting)} waiting to be loaded{when}."
 
 
-def troubles(status: Mapping[str, Any], refusing: str | None) -> Iterator[Trouble]:
-    """What is wrong now, the worst first."""
-    mirror, database = status["mirror"], status["database"]
-    if refusing is not None:
-        then = _refusing(status, refusing)
-        yield Trouble("refusing", "Events are refused", refusing, then)
-    if database["up"] is False and database["error"]:
-        then = (
-            f"{_kept(status)} Start the database, or mend what the error names; loading then goes "
-            "on by itself."
-        )
-        yield Trouble("database_down", "PostgreSQL does not answer", database["error"], then)
-    if not status["books"]["balanced"]:
-        then = "This is a fault of datapipe: please report it with the log and /status.json."
-        yield Trouble("unbalanced", "The books do not balance", "", then)
-    yield from sorted(_lanes(status), key=lambda trouble: trouble.state)
-    if refusing is None and mirror["bytes"] >= NEARLY_FULL * mirror["max_bytes"]:
-        share = f"{mirror['bytes'] / mirror['max_bytes']:.0%} used"
-        then = (
-            f"{_kept(status)} When it is full, events are refused: see to it that lanes are "
-            "loaded, or give it more room in the settings."
-        )
-        yield Trouble("nearly_full", "The mirror is nearly full", share, then)
-    if database["up"] is False and not database["error"]:
-        then = "Events are kept meanwhile."
-        yield Trouble("starting", "The database has not been reached", "", then)
-    if mirror["left_messages"]:
-        messages = f"{formats.count(mirror['left_messages'])} messages, not counted below"
-        within = formats.roughly(mirror["left_seconds"])
-        then = f"They will be taken over within about {within}; nothing need be done."
-        what = "A process that is gone has left events in the mirror"
-        yield Trouble("recovering", what, messages, then)
+def _troubles(status: Mapping[str, Any]) -> Iterator[_Trouble]:
+    """What is wrong now."""
+    failing = {part["part"] for part in status["parts"] if part["up"] is False}
+    for part in status["parts"]:
+        named = failing.isdisjoint(_BECAUSE.get(part["part"], ()))
+        lane = status["lanes"].get(part["lane"], {})
+        if lane.get("blocked") is not None:
+            yield _trouble(status, part, "is blocked")
+        elif part["up"] is False and named:
+            yield _trouble(status, part, "fails")
+        elif part["up"] is None and part["part"] == "database":
+            yield _trouble(status, part, "is new")
+        if part["slow"] and named:
+            yield _trouble(status, part, "is slow")
 
 
-def _refusing(status: Mapping[str, Any], refusing: str) -> str:
-    mirror = status["mirror"]
+def _trouble(status: Mapping[str, Any], part: Mapping[str, Any], wrong: str) -> _Trouble:
+    key, slow, facts = (part["part"], wrong), wrong == "is slow", _facts(status, part)
+    words = WORDS.get(key) or work_words(part["part"], slow)
+    since = part["doing_since"] if slow else part["since"]
+    when = "yet" if wrong == "is new" else f"since {_moment(since, status['now'])}"
+    why = _slow(part["waits_for"]) if slow else part["error"]
+    because = f": {why.rstrip('.')}" if why else ""
+    what, then = words.what.format(**facts), words.then.format(**facts)
+    sentence = f"{what} {when}{because}. {then}".rstrip()
+    return _Trouble(_RANK.get(key, _WORK_RANK), words.state, since, sentence)
+
+
+def work_words(part: str, slow: bool) -> Words:
+    """Those of a part that has none of its own; also of one that only a newer peer has."""
+    what, then = WORK.get(part, (f"The work of {part}", ""))
+    if slow:
+        return Words(f"{part}_slow", f"{what} has been under way", then)
+    return Words(f"{part}_failing", f"{what} has failed", f"It is tried again by itself. {then}")
+
+
+def _facts(status: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, str]:
+    """What the words may name."""
+    lane = status["lanes"].get(part["lane"], {"waiting": 0, "full": False})
+    waiting = f"{formats.events(lane['waiting'])} waiting."
+    if lane["full"]:
+        waiting += " It has used up its share of the mirror: new ones are refused."
+    return {
+        "lane": part["lane"],
+        "waiting": waiting,
+        "kept": _kept(status),
+        "refusing": _refusing(status, part["error"]),
+        "left": formats.roughly(status["mirror"].get("left_seconds") or 0),
+        "standby": _STANDBY if _for_standby(part["waits_for"]) else "",
+    }
+
+
+def _for_standby(waits_for: str | None) -> bool:
+    """Whether COMMIT waits for a synchronous standby. Source: PostgreSQL, "Wait Events"."""
+    return (waits_for or "").endswith("SyncRep")
+
+
+def _slow(waits_for: str | None) -> str | None:
+    """Why work is slow, by what PostgreSQL says that it waits for."""
+    if _for_standby(waits_for):
+        return f"COMMIT waits for the synchronous standby ({waits_for})"
+    return waits_for and f"PostgreSQL waits ({waits_for})"
+
+
+def _refusing(status: Mapping[str, Any], why: str | None) -> str:
     waiting = f"{formats.events(status['books']['waiting'])} waiting."
-    if not mirror["up"]:
-        return f"Clients are told to try again. {waiting} Mend what the error names."
-    if "shutting down" not in refusing:
+    if not status["mirror"]["up"]:
+        return f"Clients are asked to try again. {waiting} Repair what the error names."
+    if "shutting down" not in (why or ""):
         return f"{waiting} Room comes as lanes are loaded: see the lanes below."
-    return f"Clients are told to try again. {waiting}"
+    return f"Clients are asked to try again. {waiting}"
 
 
-def _lanes(status: Mapping[str, Any]) -> Iterator[Trouble]:
-    for name, lane in status["lanes"].items():
-        waiting = f"{formats.events(lane['waiting'])} waiting."
-        if lane["full"]:
-            waiting += " It has used up its share of the mirror: new ones are refused."
-        if lane["blocked"] is not None:
-            then = f"Its events are kept, {waiting} Mend the cause, then press Load now."
-            yield Trouble("lane_blocked", f"Lane {name} is blocked", lane["blocked"], then)
-        elif lane["error"] is not None:
-            then = f"It is tried again by itself. Its events are kept, {waiting}"
-            yield Trouble("lane_failing", f"Lane {name} can't be loaded", lane["error"], then)
-        if lane["slow_load"] is not None:
-            why, then = _slow(lane["slow_load"]["waits_for"])
-            what = f"A load of lane {name} has been under way"
-            yield Trouble("lane_slow", what, why, f"{then}Its events are kept, {waiting}")
-
-
-def _slow(waits_for: str | None) -> tuple[str, str]:
-    """Why a load is slow, and what to do, by what PostgreSQL says that it waits for."""
-    if waits_for is None:
-        return "", ""
-    if waits_for.endswith("SyncRep"):
-        why = f"COMMIT waits for the synchronous standby ({waits_for})"
-        return why, "Bring the standby back, or change synchronous_standby_names. "
-    return f"PostgreSQL waits ({waits_for})", ""
+def _moment(at: str, now: str) -> str:
+    """12:03 UTC; with its date unless that is today's."""
+    day = "" if at[:10] == now[:10] else f"{at[:10]} "
+    return f"{day}{at[11:16]} UTC"
 
 
 def _kept(status: Mapping[str, Any]) -> str:

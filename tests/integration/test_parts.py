@@ -1,0 +1,204 @@
+"""No part of the service can hang or fail while the page says that it is healthy.
+
+The service is real; database and mirror are in memory, and the clock is simulated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+
+from datapipe import health
+from datapipe.app import PIPELINE, Pipeline, create_app, create_runner
+from datapipe.errors import LaneBlocked, MirrorUnavailable, SinkUnavailable
+from datapipe.events.segment import Chunk
+from datapipe.health import Health
+from datapipe.mirrors import Appended
+from datapipe.settings import Settings
+from tests.doubles.memory_database import MemoryDatabase
+from tests.doubles.virtual_time import VirtualTime
+
+EVENT = b"1\t2\t2026-01-01T00:00:00Z\n"
+AWAY = MirrorUnavailable("away")
+
+
+@dataclass
+class Running:
+    """A service on which an event has been taken, and loaded within 5 s."""
+
+    pipeline: Pipeline
+    mirror: Any
+    store: Any
+    sink: Any
+    database: MemoryDatabase
+    made: list[Health]
+
+    async def post(self) -> None:
+        kind = self.pipeline.registry.types["install"]
+        await self.pipeline.buffer.append([Chunk("install", kind.columns, EVENT, 1)])
+
+    def state(self) -> str:
+        return str(self.pipeline.status.snapshot()["summary"]["state"])
+
+    def mirror_state(self, **changes: Any) -> None:
+        state = replace(self.mirror.state(), **changes)
+        self.mirror.state = lambda: state
+
+
+@contextlib.asynccontextmanager
+async def running(folder: Any, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Running]:
+    made: list[Health] = []
+    original = Health.__init__
+
+    def noted(self: Health, *args: Any, **options: Any) -> None:
+        original(self, *args, **options)
+        made.append(self)
+
+    monkeypatch.setattr(Health, "__init__", noted)
+    database = MemoryDatabase()
+    settings = Settings(data_dir=str(folder), mirror="none", load_interval=1, host="127.0.0.1")
+    app = create_app(settings, open_sink=database.open)
+    runner = create_runner(app)
+    await runner.setup()
+    try:
+        pipeline = app[PIPELINE]
+        mirror: Any = pipeline.buffer.mirror
+        found = Running(pipeline, mirror, mirror._store, pipeline.loader.sink, database, made)
+        await found.post()
+        await asyncio.sleep(10)
+        yield found
+    finally:
+        pipeline._stopped = True
+        await runner.cleanup()
+
+
+def simulated(
+    folder: Any, monkeypatch: pytest.MonkeyPatch, check: Callable[[Running], Any]
+) -> None:
+    class Clock:
+        time, perf_counter = staticmethod(time.time), staticmethod(time.perf_counter)
+
+        @staticmethod
+        def monotonic() -> float:
+            return asyncio.get_running_loop().time()
+
+    async def main() -> None:
+        async with running(folder, monkeypatch) as service:
+            assert service.state() == "healthy"
+            await check(service)
+
+    monkeypatch.setattr(health, "time", Clock)
+    with asyncio.Runner(loop_factory=VirtualTime) as runner:
+        runner.run(main())
+
+
+async def hang(*_: Any, **__: Any) -> Any:
+    await asyncio.Event().wait()
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    async def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return fail
+
+
+async def refused(*_: Any) -> Appended:
+    return Appended((), AWAY)
+
+
+def breaks(owner: str, method: str, how: Callable[..., Any]) -> Callable[[Running], None]:
+    return lambda service: setattr(getattr(service, owner), method, how)
+
+
+def stops(service: Running) -> None:
+    service.pipeline.buffer.stopping = True
+
+
+def loses_an_event(service: Running) -> None:
+    service.pipeline.buffer.lane("install").accepted += 1
+
+
+def goes_away(service: Running) -> None:
+    service.database.up = False
+
+
+HANGS = {
+    "append": breaks("mirror", "append", hang),
+    "load": breaks("sink", "load", hang),
+    "removal": breaks("store", "remove", hang),
+    "recovery": breaks("mirror", "recover", hang),
+    "heartbeat": breaks("sink", "heartbeat", hang),
+    "upkeep": breaks("mirror", "keep", hang),
+}
+FAILS = {
+    "ingest": (stops, "refusing"),
+    "database": (goes_away, "database_down"),
+    "mirror": (lambda service: service.mirror_state(up=False, error="x"), "refusing"),
+    "books": (loses_an_event, "unbalanced"),
+    "room": (lambda service: service.mirror_state(bytes=9, max_bytes=10), "nearly_full"),
+    "leftovers": (lambda service: service.mirror_state(left=20, left_s=60.0), "recovering"),
+    "append": (breaks("mirror", "append", refused), "refusing"),
+    "load": (breaks("sink", "load", raising(SinkUnavailable("no"))), "lane_failing"),
+    "removal": (breaks("store", "remove", raising(RuntimeError("no"))), "removal_failing"),
+    "recovery": (breaks("mirror", "recover", raising(AWAY)), "recovery_failing"),
+    "heartbeat": (breaks("sink", "heartbeat", raising(LaneBlocked("no"))), "heartbeat_failing"),
+    "upkeep": (breaks("mirror", "keep", raising(AWAY)), "upkeep_failing"),
+}
+
+
+async def after_a_post(service: Running) -> str:
+    post = asyncio.create_task(service.post())
+    service.pipeline.coordinator._look_now.set()  # it would look within the hour
+    await asyncio.sleep(30)
+    post.cancel()
+    await asyncio.gather(post, return_exceptions=True)
+    return service.state()
+
+
+@pytest.mark.parametrize("part", HANGS)
+def test_a_part_that_hangs_is_named(
+    part: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def check(service: Running) -> None:
+        HANGS[part](service)
+        state = await after_a_post(service)
+        # an append that hangs is given up, too: then events are refused
+        expected = {"load": "lane_slow", "append": "refusing"}.get(part, f"{part}_slow")
+        assert state == expected
+
+    simulated(tmp_path, monkeypatch, check)
+
+
+@pytest.mark.parametrize("part", FAILS)
+def test_a_part_that_fails_is_named(
+    part: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def check(service: Running) -> None:
+        breaking, expected = FAILS[part]
+        breaking(service)
+        assert await after_a_post(service) == expected
+        shown = [each for each in service.pipeline.status.parts() if each.part == part]
+        assert any(each.up is False for each in shown), part
+
+    simulated(tmp_path, monkeypatch, check)
+
+
+def test_no_part_is_forgotten(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever keeps a health is shown, and is broken above."""
+
+    async def check(service: Running) -> None:
+        shown = list(service.pipeline.status.parts())
+        # what a mirror or a sink keeps is shown by its `state`
+        assert {id(each) for each in service.made if each.part} == set(map(id, shown))
+        assert {each.part for each in shown} == FAILS.keys()
+        assert {each.part for each in shown if each.part not in service.pipeline.status._judged} \
+            == HANGS.keys()  # fmt: skip
+
+    simulated(tmp_path, monkeypatch, check)
