@@ -1,139 +1,143 @@
-// Keeps the page alive: the service sends what /status.json tells, once a second.
-import { FORMATS } from "./format.js";
-import { draw } from "./charts.js";
+// Keeps the page alive: the service sends each section that has changed, as HTML, once a second.
 
 const $ = (id) => document.getElementById(id);
 const SILENT_MS = 5000; // nothing for so long: the connection is dead, whatever the browser thinks
 
-let status = null; // the last one
 let stream = null;
 let heardAt = Date.now();
-let lostAt = null;
-let loading = null; // what the books said when Load now was pressed
-
-// --- fill the page ---
-
-function at(context, path) {
-  if (path[0] === "^") return at(status, path.slice(1));
-  for (const each of path.split("|")) {
-    const value = each.split(".").reduce((found, key) => found?.[key], context);
-    if (value !== null && value !== undefined) return value;
-  }
-  return null;
-}
-
-const empty = (value) => !value || value.length === 0;
-
-function setText(element, text) {
-  if (element.textContent !== text) element.textContent = text;
-}
-
-// Set every value beneath an element; `data-*` says which, see templates/macros.html.
-function fill(element, context) {
-  const d = element.dataset;
-  if (d.v) return setText(element, FORMATS[d.f ?? "text"](at(context, d.v)));
-  if (d.state) element.dataset.is = String(at(context, d.state) ?? 0);
-  if (d.if) element.hidden = empty(at(context, d.if));
-  if (d.unless) element.hidden = !empty(at(context, d.unless));
-  if (d.with) context = at(context, d.with);
-  if (d.draw || d.chart) return; // not part of each second's news: see drawPictures, showRefusals
-  if (d.each) return fillRows(element, at(context, d.each) ?? []);
-  for (const child of element.children) fill(child, context);
-}
-
-// One row for each entry, made of the template that lies beside them.
-function fillRows(box, entries) {
-  const template = box.querySelector(":scope > template");
-  const items = Array.isArray(entries)
-    ? entries.map((item) => (typeof item === "string" ? { name: item } : item))
-    : Object.entries(entries).map(([name, item]) => ({ ...item, name }));
-  const rows = [...box.querySelectorAll(":scope > [data-row]")];
-  while (rows.length > items.length) rows.pop().remove();
-  while (rows.length < items.length) {
-    box.append(template.content.cloneNode(true));
-    rows.push(box.lastElementChild);
-  }
-  items.forEach((item, i) => fill(rows[i], item));
-  return rows;
-}
-
-function drawPictures(history) {
-  draw(document.querySelector("[data-draw=total]"), "all lanes", history.total, history);
-  const rows = fillRows(document.querySelector("[data-draw=each]"), history.lanes);
-  Object.entries(history.lanes).forEach(([name, series], i) => draw(rows[i], name, series, history));
-}
+let lost = false;
+let loading = null; // how much was waiting and loaded when Load now was pressed
 
 // --- what came in ---
 
-function show(news) {
-  const before = status;
-  status = news;
-  if (news.version !== document.querySelector("header").dataset.version) return location.reload();
-  fill(document.body, news);
-  if (news.history) drawPictures(news.history);
-  setText($("link"), "live");
+function show(sections) {
+  const before = $("summary").dataset.is;
+  for (const [id, html] of Object.entries(sections)) {
+    const fresh = document.createElement("template");
+    fresh.innerHTML = html;
+    if ($(id)) morph($(id), fresh.content.firstElementChild);
+  }
+  if ($("uptime").dataset.version !== version) return location.reload();
+  $("link").textContent = "live";
   document.body.classList.remove("stale");
-  announce(before, news);
+  announce(before, $("summary").dataset.is);
   if (loading) showProgress();
-  if (sum(before?.rejected) !== sum(news.rejected)) showRefusals();
+  if (sections.chart_grid) drawCharts();
 }
 
-const sum = (counts) => Object.values(counts ?? {}).reduce((total, count) => total + count, 0);
+// Make an element like another one and touch only what differs: so focus, selection and scrolling
+// stay. Attributes that only the page has are its script's own.
+function morph(old, fresh) {
+  if (old.nodeName !== fresh.nodeName) return old.replaceWith(fresh);
+  if (old.nodeType === Node.TEXT_NODE) {
+    if (old.data !== fresh.data) old.data = fresh.data;
+    return;
+  }
+  for (const { name, value } of fresh.attributes) {
+    if (old.getAttribute(name) !== value) old.setAttribute(name, value);
+  }
+  const [is, wanted] = [[...old.childNodes], [...fresh.childNodes]];
+  wanted.forEach((child, i) => (i < is.length ? morph(is[i], child) : old.append(child)));
+  for (const child of is.slice(wanted.length)) child.remove();
+}
 
 // For ears: a word when the state changes, not one a second.
-function announce(before, news) {
-  const state = news.summary.state;
-  if (lostAt || (before && before.summary.state !== state)) setText($("announcer"), news.summary.text);
-  lostAt = null;
+function announce(before, state) {
+  if (lost || before !== state) $("announcer").textContent = $("sentence").textContent;
+  lost = false;
   document.title = `datapipe: ${state.replaceAll("_", " ")}`;
 }
 
-async function showRefusals() {
-  if (!$("refusals")) return; // not for this reader
-  const answer = await fetch("refused").catch(() => null);
-  if (!answer?.ok) return;
-  const { refused } = await answer.json();
-  fillRows($("refusals").querySelector("tbody"), refused);
-  $("refusals").hidden = refused.length === 0;
-  $("no-refusals").hidden = refused.length > 0;
+// --- charts ---
+
+let drawnAt = Date.now();
+
+function drawCharts() {
+  drawnAt = Date.now();
+  for (const plot of document.querySelectorAll(".plot")) {
+    if (!plot.hasAttribute("role")) handle(plot);
+    point(plot, plot.back ?? null);
+  }
+}
+
+// Show the values `back` steps before now; with null the latest, as the service wrote it.
+function point(plot, back) {
+  const svg = plot.querySelector("svg");
+  const { width, height } = svg.viewBox.baseVal;
+  const chart = plot.closest(".chart");
+  const readout = chart.querySelector(".readout");
+  const at = width - (back ?? 0);
+  plot.back = back;
+  chart.classList.toggle("pointed", back !== null);
+  svg.querySelector(".cursor").setAttribute("d", back === null ? "" : `M${at} 0V${height}`);
+  const seconds = $("chart_grid").dataset.step * (back ?? 0);
+  const when = new Date(drawnAt - seconds * 1000).toISOString().slice(11, 19);
+  const values = [...svg.querySelectorAll("g path")].reverse().map((path) => {
+    const value = path.getAttribute("d").match(`[L ]${at} ([\\d.e+]+)`)?.[1];
+    return value && `${Number(value).toLocaleString("en-US")} ${path.classList[0]}${plot.dataset.unit}`;
+  });
+  const text = back === null ? readout.dataset.now : values[0] ? values.join(", ") : "not known";
+  readout.textContent = back === null ? text : `${when}: ${text}`;
+  plot.setAttribute("aria-valuenow", String(-(back ?? 0)));
+  plot.setAttribute("aria-valuetext", `${when} UTC, ${text}`);
+}
+
+// Hover, touch and arrow keys move along the time; to a screen reader it is a slider over it.
+function handle(plot) {
+  const svg = plot.querySelector("svg");
+  const last = svg.viewBox.baseVal.width;
+  const label = svg.getAttribute("aria-label");
+  const attributes = { role: "slider", tabindex: 0, "aria-label": label, "aria-valuemin": -last, "aria-valuemax": 0 };
+  for (const [key, value] of Object.entries(attributes)) plot.setAttribute(key, value);
+  plot.addEventListener("pointermove", (event) => {
+    const box = plot.getBoundingClientRect();
+    const share = Math.min(1, Math.max(0, (box.right - event.clientX) / box.width));
+    point(plot, Math.round(share * last));
+  });
+  for (const away of ["pointerleave", "blur"]) plot.addEventListener(away, () => point(plot, null));
+  const steps = { ArrowLeft: 1, ArrowDown: 1, ArrowRight: -1, ArrowUp: -1, PageUp: -12, PageDown: 12, Home: last, End: -last };
+  plot.addEventListener("keydown", (event) => {
+    if (!(event.key in steps)) return;
+    event.preventDefault();
+    point(plot, Math.min(last, Math.max(0, (plot.back ?? 0) + steps[event.key])));
+  });
 }
 
 // --- Load now ---
 
 async function loadNow(event) {
   event.preventDefault();
-  const button = event.target.querySelector("button");
   if (loading) return;
-  loading = { ...(status?.books ?? { waiting: 0, loaded: 0 }) };
+  const button = event.target.querySelector("button");
+  loading = { ...$("tiles").dataset };
   button.setAttribute("aria-disabled", "true");
-  setText($("load-result"), "Loading\u2026");
+  $("load-result").textContent = "Loading\u2026";
   $("load-progress").hidden = false;
   showProgress();
   const text = await askToLoad();
   loading = null;
   $("load-progress").hidden = true;
   button.removeAttribute("aria-disabled");
-  setText($("load-result"), text);
+  $("load-result").textContent = text;
 }
 
 function showProgress() {
-  const gone = status ? status.books.loaded - loading.loaded : 0;
   $("load-progress").max = Math.max(1, loading.waiting);
-  $("load-progress").value = gone;
+  $("load-progress").value = $("tiles").dataset.loaded - loading.loaded;
 }
 
 async function askToLoad() {
   try {
     const answer = await fetch("load", { method: "POST", headers: { Accept: "application/json" } });
-    const told = await answer.json();
-    if (!answer.ok) return `Not done: ${told.status_message}`;
-    const rows = Object.entries(told.loaded).map(([lane, count]) => `${lane} ${FORMATS.count(count)}`);
-    const failed = Object.entries(told.failed).map(([lane, why]) => `${lane}: ${why}`);
+    const { status_message, loaded, failed } = await answer.json();
+    if (!answer.ok) return `Not done: ${status_message}`;
+    const rows = Object.entries(loaded).map(([lane, count]) => `${lane} ${count.toLocaleString("en-US")}`);
+    const whys = Object.entries(failed).map(([lane, why]) => `${lane}: ${why}`);
     const parts = rows.length ? [`Loaded rows: ${rows.join(", ")}.`] : [];
-    if (failed.length) parts.push(`Not loaded: ${failed.join("; ")}`);
+    if (whys.length) parts.push(`Not loaded: ${whys.join("; ")}`);
     return parts.join(" ") || "Nothing was waiting.";
   } catch {
-    return "The service went away meanwhile: see the books once it is back.";
+    return "The connection was lost meanwhile: see the books once the service is back.";
   }
 }
 
@@ -142,23 +146,23 @@ async function askToLoad() {
 function listen() {
   stream?.close();
   heardAt = Date.now();
-  stream = new EventSource("stream");
+  stream = new EventSource("live");
   stream.onmessage = (event) => {
     heardAt = Date.now();
     show(JSON.parse(event.data));
   };
-  stream.onerror = lost;
+  stream.onerror = lose;
 }
 
-function lost() {
-  lostAt ??= new Date();
-  const since = lostAt.toISOString().slice(11, 19);
-  setText($("link"), "no connection");
+function lose() {
+  if (lost) return;
+  lost = true;
+  const since = new Date().toISOString().slice(11, 19);
+  $("link").textContent = "no connection";
   document.body.classList.add("stale");
-  document.querySelector(".summary").dataset.is = "unreachable";
-  const text = `No connection to datapipe since ${since} UTC. What you see is from then; this page asks again by itself.`;
-  setText($("sentence").firstElementChild, text);
-  setText($("announcer"), "No connection to datapipe.");
+  $("summary").dataset.is = "unreachable";
+  $("sentence").textContent = `No connection to datapipe since ${since} UTC. What you see is from then; this page asks again by itself.`;
+  $("announcer").textContent = "No connection to datapipe.";
 }
 
 // The browser asks again by itself, but not after an answer other than 200, and it does not
@@ -167,7 +171,7 @@ setInterval(() => {
   if (document.hidden) return;
   if (stream?.readyState === EventSource.CLOSED) return listen();
   if (Date.now() - heardAt > SILENT_MS) {
-    lost();
+    lose();
     listen();
   }
 }, 1000);
@@ -175,5 +179,6 @@ document.addEventListener("visibilitychange", () => {
   if (document.hidden) stream?.close();
   else listen();
 });
+const { version } = $("uptime").dataset;
 $("load")?.addEventListener("submit", loadNow);
 listen();

@@ -1,13 +1,15 @@
-"""All paths but `POST /`: page, stream, status, metrics, health."""
+"""All paths that only show: page, streams, status, metrics, health."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import aiohttp_jinja2
+import msgspec
 from aiohttp import web
 from aiohttp_sse import sse_response
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -18,7 +20,7 @@ from datapipe.http import assets, openapi, responses
 from datapipe.http.auth import Access
 from datapipe.http.server import request_id
 from datapipe.monitor.feed import Feed
-from datapipe.monitor.metrics import REASONS, Metrics
+from datapipe.monitor.metrics import Metrics
 from datapipe.monitor.status import Status
 from datapipe.pipeline.dead_letters import DeadLetters
 
@@ -47,8 +49,10 @@ class Pages:
 
     def add_to(self, app: web.Application) -> None:
         """Add the routes, and the templates that they need."""
-        assets.set_up(app)
+        self._sections = assets.Sections(assets.set_up(app))
+        self._encoded: tuple[Mapping[str, Any], str] = ({}, "")
         app.router.add_get("/", self.page)
+        app.router.add_get("/live", self.live, allow_head=False)
         app.router.add_get("/stream", self.stream, allow_head=False)
         app.router.add_get("/status.json", self.status_json)
         app.router.add_get("/refused", self.refused)
@@ -62,11 +66,9 @@ class Pages:
         denied = self.access.why_not(request)
         await self.status.refresh()
         context = {
-            "status": await self.status.whole(),
+            "status": await self.status.whole() | {"refused": self.status.refusals()},
             "denied": denied.detail if denied else None,
-            "refused": None if denied else self.status.refusals(),
             "dead": None if denied else await self.dead.shown(),
-            "reasons": REASONS,
         }
         # in a thread: thousands of lanes take their time
         text = await asyncio.to_thread(
@@ -76,14 +78,45 @@ class Pages:
         return web.Response(text=text, content_type="text/html", headers=headers)
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
+        """For programs: what `/status.json` shows, encoded once for all of them."""
+
+        async def texts(news: AsyncGenerator[Mapping[str, Any]]) -> AsyncIterator[str]:
+            async for status in news:
+                if self._encoded[0] is not status:
+                    self._encoded = status, msgspec.json.encode(status).decode()
+                yield self._encoded[1]
+
+        return await self._send(request, texts)
+
+    async def live(self, request: web.Request) -> web.StreamResponse:
+        """For the page's own script: the HTML of each section that has changed."""
+        denied = self.access.why_not(request)
+
+        async def texts(news: AsyncGenerator[Mapping[str, Any]]) -> AsyncIterator[str]:
+            seen = 0
+            async for status in news:
+                refused = self.status.refusals()
+                seen, changed = await self._sections.changed(status, refused, seen)
+                if denied:
+                    changed.pop("refusals", None)
+                yield msgspec.json.encode(changed).decode()
+
+        return await self._send(request, texts)
+
+    async def _send(
+        self,
+        request: web.Request,
+        texts: Callable[[AsyncGenerator[Mapping[str, Any]]], AsyncIterator[str]],
+    ) -> web.StreamResponse:
+        """Server-sent events, one a second, until the service stops."""
         self.access.may_look(request)
         if self.feed.ended:
             return responses.answer(503, 9, "shutting down").response()
         async with sse_response(request, send_timeout=_SEND_TIMEOUT_S) as response:
-            # who listened has gone: nothing is to be done about it
+            # the listener has left: nothing is to be done about it
             with suppress(ConnectionResetError, TimeoutError):
                 async with aclosing(self.feed.listen()) as news:
-                    async for text in news:
+                    async for text in texts(news):
                         await response.send(text, retry=_RETRY_MS)
         return response
 

@@ -1,14 +1,13 @@
-"""The pictures as the server draws them; `templates/charts.js` draws the same ones anew."""
+"""The charts: paths in the units of the data, which the SVG stretches to the room there is."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-from datapipe.monitor.history import POINTS
+from datapipe.monitor.history import POINTS, STEP_S
 
-WIDTH = 360  # units of the picture, not pixels: it is stretched to the room there is
-HEIGHT = 80
+LAST, STEP = POINTS - 1, STEP_S  # the step that stands at the right edge; its length in seconds
 
 
 def top(*series: Sequence[float]) -> float:
@@ -20,17 +19,10 @@ def top(*series: Sequence[float]) -> float:
     return next(step * power for step in (1.0, 2.0, 5.0, 10.0) if step * power >= most)
 
 
-def line(values: Sequence[float], most: float) -> str:
-    """The path of one series; its last value stands at the right edge."""
-    first = WIDTH - (len(values) - 1) * WIDTH / (POINTS - 1)
-    points = (
-        f"{first + i * WIDTH / (POINTS - 1):.1f} {HEIGHT - value / most * HEIGHT:.1f}"
-        for i, value in enumerate(values)
-    )
-    return "M" + "L".join(points) if values else ""
-
-
-def area(values: Sequence[float], most: float) -> str:
-    """The same, filled down to the axis."""
-    first = WIDTH - (len(values) - 1) * WIDTH / (POINTS - 1)
-    return f"{line(values, most)}V{HEIGHT}H{first:.1f}Z" if values else ""
+def path(values: Sequence[float], most: float) -> str:
+    """`M170 -20L170 12 171 7.5...`: by step, and closed out of sight, so that it can be filled."""
+    if not values:
+        return ""
+    first = LAST - len(values) + 1
+    points = " ".join(f"{x} {value}" for x, value in enumerate(values, first))
+    return f"M{first} {-most}L{points}H{POINTS + 9}V{-most}Z"

@@ -1,13 +1,12 @@
-"""The page's news, once a second: one snapshot and one encoding, however many pages are open."""
+"""Once a second: the readings, and the status for those who follow it, however many they are."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-
-import msgspec
+from typing import Any
 
 from datapipe.monitor.status import Status
 from datapipe.pipeline.tasks import background
@@ -16,14 +15,14 @@ EVERY_S = 1.0
 
 
 class Feed:
-    """Ticks `Status`, and gives what it tells to all who listen."""
+    """Ticks `Status`, and gives one snapshot a second to all who listen."""
 
     def __init__(self, status: Status) -> None:
         self.ended = False
         self._status = status
         self._listeners = 0
         self._news = asyncio.Event()  # a new one for each second
-        self._text = ""
+        self._latest: Mapping[str, Any] = {}
 
     async def run(self) -> None:
         """For ever: once a second."""
@@ -36,43 +35,40 @@ class Feed:
             if self._listeners:
                 await self._status.refresh()
                 fresh_points = self._status.history.closed != closed
-                self._publish(await self._encode(with_history=fresh_points))
+                status = self._status
+                self._publish(await status.whole() if fresh_points else status.snapshot())
 
-    async def listen(self) -> AsyncGenerator[str]:
-        """What `/status.json` tells, at once, and each second until the service stops.
+    async def listen(self) -> AsyncGenerator[Mapping[str, Any]]:
+        """What `/status.json` shows, at once, and each second until the service stops.
 
-        The series of the pictures are in the first one and then whenever they got a new point.
+        The series of the charts are in the first one and then whenever they got a new point.
         A listener that is slow misses some seconds; nothing gathers for it.
         """
         self._listeners += 1
         try:
             if not self.ended:
-                yield await self._encode(with_history=True)
+                yield await self._status.whole()
             while not self.ended:
                 await self._news.wait()
                 if not self.ended:
-                    yield self._text
+                    yield self._latest
         finally:
             self._listeners -= 1
 
     def end(self) -> None:
         """All listeners end, at once."""
         self.ended = True
-        self._publish("")
+        self._publish({})
 
-    async def _encode(self, *, with_history: bool) -> str:
-        status = await self._status.whole() if with_history else self._status.snapshot()
-        return msgspec.json.encode(status).decode()
-
-    def _publish(self, text: str) -> None:
-        self._text = text
+    def _publish(self, status: Mapping[str, Any]) -> None:
+        self._latest = status
         news, self._news = self._news, asyncio.Event()
         news.set()
 
 
 @asynccontextmanager
 async def running(status: Status, failed: Callable[[BaseException], None]) -> AsyncIterator[Feed]:
-    """A feed that ticks in the background; should that end with an error, `failed` is told."""
+    """A feed that ticks in the background; should that end with an error, `failed` gets it."""
     feed = Feed(status)
     async with background([feed.run()], failed):
         try:

@@ -1,4 +1,4 @@
-"""Numbers as people read them. `templates/format.js` does the same; a test compares the two."""
+"""Numbers as people read them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _UNITS = ("KiB", "MiB", "GiB", "TiB")
 
 
 def _rounded(value: float, digits: int) -> float:
-    """Half upwards, as the page's script does it: `round` goes to the even one."""
+    """Half upwards, as people expect: `round` goes to the even one."""
     scale = 10.0**digits
     return math.floor(value * scale + 0.5) / scale
 

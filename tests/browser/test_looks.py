@@ -1,4 +1,4 @@
-"""What helps people to use the page: axe-core's rules, calm, phones, and the same words twice."""
+"""What helps people to use the page: axe-core's rules, calm, phones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from datapipe.monitor.formats import FORMATS
 from tests.browser.chromium import OpenPage, Tab
 from tests.postgres import Postgres
 from tests.service import Service
@@ -72,38 +71,6 @@ async def test_numbers_change_and_nothing_else_moves(
     await tab.shows('[data-v="loaded"]', "12,303")
     assert await tab.page.evaluate("shifts") == []
     assert await tab.page.evaluate("words") == 0
-
-
-async def test_script_and_server_write_numbers_alike(
-    database: str, make_service: Callable[..., Service], open_page: OpenPage
-) -> None:
-    service = await make_service(database_url=database).start()
-    tab = await open_page(service.url)
-    powers = [10.0**n for n in range(-4, 12)]
-    numbers = [0, 0.5, 1, 0.25, 59.5, 999.5, 1023, 1024, 1280, 3599.6, 86399.4, 0.9995, 9.95, 99.95]
-    numbers += [factor * power for power in powers for factor in (1, 1.25, 3.45, 9.999)]
-    times = ["2026-11-22T12:00:00.123Z", (await service.status())["now"]]
-    cases: dict[str, list[Any]] = {
-        name: [None, *numbers] for name in ("count", "size", "rate", "seconds", "percent", "zero")
-    }
-    cases |= {"clock": [None, *times], "text": [None, "a", 1], "check": [True, False]}
-    cases |= {"outcome": [None, "broken"], "up": [True, False]}
-    assert cases.keys() == FORMATS.keys()
-    by_script = await tab.page.evaluate(
-        """async (cases) => {
-          const { FORMATS } = await import("/format.js");
-          return Object.fromEntries(Object.entries(cases).map(
-            ([name, values]) => [name, values.map((value) => FORMATS[name](value))]));
-        }""",
-        cases,
-    )
-    by_server = {name: [FORMATS[name](v) for v in values] for name, values in cases.items()}
-    for name in cases:
-        differing = [
-            pair for pair in zip(cases[name], by_script[name], by_server[name], strict=True)
-            if pair[1] != pair[2]
-        ]  # fmt: skip
-        assert differing == [], name
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
