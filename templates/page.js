@@ -146,7 +146,7 @@ async function askToLoad() {
 function listen() {
   stream?.close();
   heardAt = Date.now();
-  stream = new EventSource("live");
+  stream = new EventSource("stream?sections");
   stream.onmessage = (event) => {
     heardAt = Date.now();
     show(JSON.parse(event.data));

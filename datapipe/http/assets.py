@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,11 @@ SECTIONS = (
     "uptime", "summary", "tiles", "books_table", "lanes_table", "chart_grid", "mirror_facts",
     "database_facts", "loads_table", "reasons", "refusals",
 )  # fmt: skip
+
+
+# None is rendered for so many times as long as the last took: thousands of lanes take a second, and
+# ingest must not suffer by those who look on.
+_REST = 9
 
 
 def templates_folder() -> Path:
@@ -73,22 +79,29 @@ class Sections:
     def __init__(self, environment: jinja2.Environment) -> None:
         self._macros = environment.get_template("sections.html").module
         self._rendering = asyncio.Lock()
-        self._status: Mapping[str, Any] = {}
+        self._rest_until = 0.0
+        self._status: Mapping[str, Any] = {}  # the last that was rendered
+        self._history: Mapping[str, Any] | None = None  # one that was not rendered yet
         self._number = 0  # of renderings
         self._html: dict[str, tuple[int, str]] = {}  # by section; the number since which it is so
 
     async def changed(
         self, status: Mapping[str, Any], refused: Sequence[Mapping[str, Any]], since: int
     ) -> tuple[int, dict[str, str]]:
-        """The HTML of each section that has changed after that rendering, and the last's number.
+        """The number of the last rendering, and the HTML of what has changed after that one.
 
         Args: refused: the last refusals. since: 0 gives all sections.
         """
         async with self._rendering:
+            began = time.monotonic()
             if status is not self._status:
-                # in a thread: thousands of lanes take their time
-                html = await asyncio.to_thread(self._render, {**status, "refused": refused})
-                self._status, self._number = status, self._number + 1
+                self._history = status.get("history", self._history)
+            if status is not self._status and began >= self._rest_until:
+                shown = {**status, "refused": refused, "history": self._history}
+                html = await asyncio.to_thread(self._render, shown)
+                self._rest_until = time.monotonic() + (time.monotonic() - began) * _REST
+                self._status, self._history = status, None
+                self._number += 1
                 for name, text in html.items():
                     if self._html.get(name, (0, ""))[1] != text:
                         self._html[name] = self._number, text
@@ -96,5 +109,5 @@ class Sections:
         return self._number, changed
 
     def _render(self, status: Mapping[str, Any]) -> dict[str, str]:
-        shown = [name for name in SECTIONS if name != "chart_grid" or "history" in status]
+        shown = [name for name in SECTIONS if name != "chart_grid" or status["history"]]
         return {name: str.__str__(getattr(self._macros, name)(status)) for name in shown}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +52,6 @@ class Pages:
         self._sections = assets.Sections(assets.set_up(app))
         self._encoded: tuple[Mapping[str, Any], str] = ({}, "")
         app.router.add_get("/", self.page)
-        app.router.add_get("/live", self.live, allow_head=False)
         app.router.add_get("/stream", self.stream, allow_head=False)
         app.router.add_get("/status.json", self.status_json)
         app.router.add_get("/refused", self.refused)
@@ -78,47 +77,38 @@ class Pages:
         return web.Response(text=text, content_type="text/html", headers=headers)
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
-        """For programs: what `/status.json` shows, encoded once for all of them."""
+        """What `/status.json` shows, as server-sent events, one a second, until the service stops.
 
-        async def texts(news: AsyncGenerator[Mapping[str, Any]]) -> AsyncIterator[str]:
-            async for status in news:
-                if self._encoded[0] is not status:
-                    self._encoded = status, msgspec.json.encode(status).decode()
-                yield self._encoded[1]
-
-        return await self._send(request, texts)
-
-    async def live(self, request: web.Request) -> web.StreamResponse:
-        """For the page's own script: the HTML of each section that has changed."""
-        denied = self.access.why_not(request)
-
-        async def texts(news: AsyncGenerator[Mapping[str, Any]]) -> AsyncIterator[str]:
-            seen = 0
-            async for status in news:
-                refused = self.status.refusals()
-                seen, changed = await self._sections.changed(status, refused, seen)
-                if denied:
-                    changed.pop("refusals", None)
-                yield msgspec.json.encode(changed).decode()
-
-        return await self._send(request, texts)
-
-    async def _send(
-        self,
-        request: web.Request,
-        texts: Callable[[AsyncGenerator[Mapping[str, Any]]], AsyncIterator[str]],
-    ) -> web.StreamResponse:
-        """Server-sent events, one a second, until the service stops."""
+        With `?sections`, for the page's own script: the HTML of each section that has changed.
+        """
         self.access.may_look(request)
+        admin = self.access.why_not(request) is None
         if self.feed.ended:
             return responses.answer(503, 9, "shutting down").response()
         async with sse_response(request, send_timeout=_SEND_TIMEOUT_S) as response:
+            seen = 0
             # the listener has left: nothing is to be done about it
             with suppress(ConnectionResetError, TimeoutError):
                 async with aclosing(self.feed.listen()) as news:
-                    async for text in texts(news):
+                    async for status in news:
+                        if "sections" in request.query:
+                            seen, text = await self._changed(status, seen, admin)
+                        else:
+                            text = self._json(status)
                         await response.send(text, retry=_RETRY_MS)
         return response
+
+    async def _changed(self, status: Mapping[str, Any], seen: int, admin: bool) -> tuple[int, str]:
+        seen, changed = await self._sections.changed(status, self.status.refusals(), seen)
+        if not admin:
+            changed.pop("refusals", None)
+        return seen, msgspec.json.encode(changed).decode()
+
+    def _json(self, status: Mapping[str, Any]) -> str:
+        """Encoded once for all readers."""
+        if self._encoded[0] is not status:
+            self._encoded = status, msgspec.json.encode(status).decode()
+        return self._encoded[1]
 
     async def status_json(self, request: web.Request) -> web.StreamResponse:
         self.access.may_look(request)

@@ -21,6 +21,7 @@ class Feed:
         self.ended = False
         self._status = status
         self._listeners = 0
+        self._newcomer = False  # since the last second
         self._news = asyncio.Event()  # a new one for each second
         self._latest: Mapping[str, Any] = {}
 
@@ -34,20 +35,20 @@ class Feed:
             self._status.tick()
             if self._listeners:
                 await self._status.refresh()
-                fresh_points = self._status.history.closed != closed
+                whole = self._newcomer or self._status.history.closed != closed
+                self._newcomer = False
                 status = self._status
-                self._publish(await status.whole() if fresh_points else status.snapshot())
+                self._publish(await status.whole() if whole else status.snapshot())
 
     async def listen(self) -> AsyncGenerator[Mapping[str, Any]]:
-        """What `/status.json` shows, at once, and each second until the service stops.
+        """What `/status.json` shows, the same object for all, each second until the service stops.
 
         The series of the charts are in the first one and then whenever they got a new point.
         A listener that is slow misses some seconds; nothing gathers for it.
         """
         self._listeners += 1
+        self._newcomer = True
         try:
-            if not self.ended:
-                yield await self._status.whole()
             while not self.ended:
                 await self._news.wait()
                 if not self.ended:

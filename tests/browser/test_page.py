@@ -89,6 +89,36 @@ async def test_page_lives_through_a_restart(
     tab.complaints = [text for text in refused if "ERR_INCOMPLETE_CHUNKED" not in text]
 
 
+async def test_what_the_reader_does_stays_while_numbers_change(
+    database: str, make_service: Callable[..., Service], open_page: OpenPage
+) -> None:
+    """Focus, an open explanation, how far a table is scrolled, what is selected."""
+    service = await make_service(database_url=database, load_interval=0.1).start()
+    for _ in range(12):
+        await service.post([CRASH] * 3)
+        await service.drained()
+    tab = await open_page(service.url, viewport={"width": 390, "height": 844})
+    await tab.page.click("details summary")
+    await tab.page.evaluate(
+        """() => {
+          const table = document.getElementById("loads_table");
+          table.focus();
+          table.scrollTop = 100;
+          getSelection().selectAllChildren(document.querySelector("#books_table tbody th"));
+        }"""
+    )
+    before = await tab.text("#uptime")
+    await service.post([CRASH] * 7)
+    await tab.shows('#books_table tfoot [data-v="loaded"]', "43")
+    await expect(tab.page.locator("#uptime")).not_to_have_text(before)
+    assert await tab.page.evaluate(
+        """() => [
+          document.activeElement.id, document.getElementById("loads_table").scrollTop,
+          document.querySelector("details").open, getSelection().toString().trim(),
+        ]"""
+    ) == ["loads_table", 100, True, "crash_report"]
+
+
 async def test_without_scripts(
     database: str, make_service: Callable[..., Service], open_page: OpenPage
 ) -> None:

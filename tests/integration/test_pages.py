@@ -34,7 +34,7 @@ async def event(response: aiohttp.ClientResponse) -> dict[str, Any]:
     raise EOFError
 
 
-async def test_stream_tells_at_once_and_then_each_second(
+async def test_stream_sends_all_first_and_then_each_second(
     database: str, make_service: MakeService
 ) -> None:
     service = await make_service(database_url=database, load_interval=300).start()
