@@ -99,7 +99,6 @@ class Pipeline:
             self.status = Status(
                 self.buffer, self.loader, self.coordinator, records, dead, metrics, peers
             )
-            metrics.expose(self.status.snapshot, self.status.histograms)
             access = Access(self.settings)
             self.feed = await stack.enter_async_context(running(self.status, self._task_died))
             Pages(self.status, self.feed, metrics, self.registry, access, dead).add_to(app)

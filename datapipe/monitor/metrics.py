@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
-from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client import Histogram, generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -17,32 +17,67 @@ from prometheus_client.registry import Collector
 from datapipe.errors import Reason
 
 REASONS = tuple(reason.label for reason in Reason)
-
-_LANE_COUNTERS = {
-    "accepted": "Events answered with 200, or stored without an answer.",
-    "recovered": "Events found in the mirror, or adopted from a dead process.",
-    "loaded": "Events that are rows of their table.",
-    "duplicate": "Events skipped at loading: the ledger knew them.",
-    "dead": "Events that the database refused.",
-    "replayed": "Dead letters put back into their table.",
-}
-_LANE_GAUGES = {
-    "waiting": ("datapipe_waiting_events", "Events that are not loaded yet."),
-    "parked": ("datapipe_parked_events", "Events that wait in the mirror alone."),
-    "oldest_seconds": ("datapipe_oldest_waiting_seconds", "Age of the oldest event that waits."),
-}
 _APPEND_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
 _LOAD_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
-
+Status = Mapping[str, Any]
 Samples = dict[str, dict[str, float]]
 
 
-class Metrics(Collector):
-    """The histograms, and a collector over what `/status.json` shows."""
+_C, _G = CounterMetricFamily, GaugeMetricFamily
+
+
+class Family(NamedTuple):
+    """A metric: its values by label, of `/status.json`; without a label, one value under ""."""
+
+    kind: type[CounterMetricFamily] | type[GaugeMetricFamily]
+    name: str
+    text: str
+    label: str
+    values: Callable[[Status], Mapping[str, float]]
+
+
+def _lanes(key: str) -> Callable[[Status], Mapping[str, float]]:
+    return lambda status: {name: lane.get(key) or 0 for name, lane in status["lanes"].items()}
+
+
+def _one(part: str, key: str) -> Callable[[Status], Mapping[str, float]]:
+    return lambda status: {"": status[part][key]}
+
+
+_FAMILIES = (
+    Family(_C, "events_accepted", "Events answered with 200, or stored without an answer.", "lane",
+           _lanes("accepted")),
+    Family(_C, "events_recovered", "Events found in the mirror, or adopted from a dead process.",
+           "lane", _lanes("recovered")),
+    Family(_C, "events_loaded", "Events that are rows of their table.", "lane", _lanes("loaded")),
+    Family(_C, "events_duplicate", "Events skipped at loading: the ledger knew them.", "lane",
+           _lanes("duplicate")),
+    Family(_C, "events_dead", "Events that the database refused.", "lane", _lanes("dead")),
+    Family(_C, "events_replayed", "Dead letters put back into their table.", "lane",
+           _lanes("replayed")),
+    Family(_C, "events_rejected", "Events, or whole bodies, that were refused.", "reason",
+           lambda status: dict.fromkeys(REASONS, 0) | status["rejected"]),
+    Family(_C, "mirror_requests", "Requests to the mirror.", "call",
+           lambda status: status["mirror"]["calls"]),
+    Family(_G, "waiting_events", "Events that are not loaded yet.", "lane", _lanes("waiting")),
+    Family(_G, "parked_events", "Events that wait in the mirror alone.", "lane", _lanes("parked")),
+    Family(_G, "oldest_waiting_seconds", "Age of the oldest event that waits.", "lane",
+           _lanes("oldest_seconds")),
+    Family(_G, "lane_blocked", "1 while a person must act for this lane.", "lane",
+           lambda status: {k: v["blocked"] is not None for k, v in status["lanes"].items()}),
+    Family(_G, "waiting_bytes", "Bytes of waiting rows.", "", _one("totals", "waiting_bytes")),
+    Family(_G, "database_up", "1 if the last work with the database succeeded.", "",
+           _one("database", "up")),
+    Family(_G, "mirror_up", "1 if the last work with the mirror succeeded.", "",
+           _one("mirror", "up")),
+)  # fmt: skip
+
+
+class Metrics:
+    """The histograms of this process, and the text of all metrics of all processes."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
         self.load_seconds = Histogram(
             "datapipe_load_seconds", "Time of one load, one transaction.",
             buckets=_LOAD_BUCKETS, registry=None,
@@ -51,90 +86,48 @@ class Metrics(Collector):
             "datapipe_mirror_append_seconds", "Time until the mirror had stored an append.",
             buckets=_APPEND_BUCKETS, registry=None,
         )  # fmt: skip
-        self._status: Callable[[], Mapping[str, Any]] = dict
-        self._histograms: Callable[[], Sequence[Samples]] = tuple
-        self._seen: tuple[Mapping[str, Any], Sequence[Samples]] = ({}, ())
 
-    def expose(
-        self, status: Callable[[], Mapping[str, Any]], histograms: Callable[[], Sequence[Samples]]
-    ) -> None:
-        """Serve these numbers, of all processes, from now on; called at each scrape."""
-        self._status, self._histograms = status, histograms
-        self.registry.register(self)
+    def _collected(self) -> list[Metric]:
+        both = self.load_seconds, self.append_seconds
+        return [metric for each in both for metric in each.collect()]
 
     def histograms(self) -> Samples:
-        """This process's histograms: by name, the samples by their `le`, and their sum."""
-        found: Samples = {}
-        for histogram in (self.load_seconds, self.append_seconds):
-            (metric,) = histogram.collect()
-            found[metric.name] = {
+        """By name, the samples by their `le`, and their sum."""
+        return {
+            metric.name: {
                 sample.labels.get("le", "sum"): sample.value
                 for sample in metric.samples
                 if sample.name.endswith(("_bucket", "_sum"))
             }
-        return found
+            for metric in self._collected()
+        }
 
-    def _added(self, everybody: Sequence[Samples]) -> Iterator[Metric]:
-        """The histograms of all processes, added up."""
-        for histogram in (self.load_seconds, self.append_seconds):
-            (metric,) = histogram.collect()
-            values = [each[metric.name] for each in everybody]
-            added = {le: sum(each[le] for each in values) for le in values[0]}
-            total = added.pop("sum")
-            yield HistogramMetricFamily(
-                metric.name, metric.documentation, list(added.items()), total
-            )
+    def text(self, status: Status, histograms: Sequence[Samples]) -> bytes:
+        """What `/metrics` answers; thousands of lanes take their time.
 
-    def take(self) -> None:
-        """Take the numbers as they are now, for `text`."""
-        self._seen = self._status(), self._histograms()
+        Args: status: as `/status.json` shows it. histograms: those of each process.
+        """
+        added = []
+        for metric in self._collected():
+            values = [each[metric.name] for each in histograms]
+            total = {le: sum(each[le] for each in values) for le in values[0]}
+            seconds, name, text = total.pop("sum"), metric.name, metric.documentation
+            added.append(HistogramMetricFamily(name, text, list(total.items()), seconds))
+        families = [_metric(family, status) for family in _FAMILIES]
+        return generate_latest(_Collected([*added, *families]))
 
-    def text(self) -> bytes:
-        """The numbers that were taken last. For a thread: thousands of lanes take their time."""
-        return generate_latest(self.registry)
 
-    def describe(self) -> Iterator[Metric]:
-        return iter(())
+def _metric(family: Family, status: Status) -> Metric:
+    labels = [family.label] if family.label else []
+    metric = family.kind(f"datapipe_{family.name}", family.text, labels=labels)
+    for label, value in family.values(status).items():
+        metric.add_metric([label] if labels else [], float(value))
+    return metric
+
+
+class _Collected(Collector):
+    def __init__(self, metrics: Sequence[Metric]) -> None:
+        self._metrics = metrics
 
     def collect(self) -> Iterator[Metric]:
-        status, histograms = self._seen
-        yield from self._added(histograms)
-        lanes = status["lanes"]
-        for key, text in _LANE_COUNTERS.items():
-            counter = CounterMetricFamily(f"datapipe_events_{key}", text, labels=["lane"])
-            yield _labelled(counter, {name: lane.get(key, 0) for name, lane in lanes.items()})
-        rejected = CounterMetricFamily(
-            "datapipe_events_rejected", "Events, or whole bodies, refused at the door.",
-            labels=["reason"],
-        )  # fmt: skip
-        yield _labelled(rejected, {reason: status["rejected"].get(reason, 0) for reason in REASONS})
-        for key, (name, text) in _LANE_GAUGES.items():
-            gauge = GaugeMetricFamily(name, text, labels=["lane"])
-            yield _labelled(gauge, {name: lane[key] for name, lane in lanes.items()})
-        blocked = GaugeMetricFamily(
-            "datapipe_lane_blocked", "1 while a person must act for this lane.", labels=["lane"]
-        )
-        yield _labelled(blocked, {name: bool(lane["blocked"]) for name, lane in lanes.items()})
-        waiting = sum(lane["waiting_bytes"] for lane in lanes.values())
-        yield GaugeMetricFamily("datapipe_waiting_bytes", "Bytes of waiting rows.", value=waiting)
-        calls = CounterMetricFamily(
-            "datapipe_mirror_requests", "Requests to the mirror.", labels=["call"]
-        )
-        yield _labelled(calls, status["mirror"]["calls"])
-        yield GaugeMetricFamily(
-            "datapipe_database_up", "1 if the last work with the database succeeded.",
-            value=float(status["database"]["up"]),
-        )  # fmt: skip
-        yield GaugeMetricFamily(
-            "datapipe_mirror_up", "1 if the last work with the mirror succeeded.",
-            value=float(status["mirror"]["up"]),
-        )  # fmt: skip
-
-
-_Labelled = TypeVar("_Labelled", CounterMetricFamily, GaugeMetricFamily)
-
-
-def _labelled(metric: _Labelled, values: Mapping[str, float]) -> _Labelled:
-    for label, value in values.items():
-        metric.add_metric([label], float(value))
-    return metric
+        return iter(self._metrics)

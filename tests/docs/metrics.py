@@ -21,14 +21,15 @@ def exposed() -> dict[str, set[str]]:
     metrics.append_seconds.observe(1)
     status = {
         "lanes": {"install": lane},
+        "totals": {"waiting_bytes": 0},
         "rejected": {"busy": 1},
         "mirror": {"calls": {"post": 1}, "up": True},
         "database": {"up": True},
     }
-    metrics.expose(lambda: status, lambda: [metrics.histograms()])
-    metrics.take()
     found: dict[str, set[str]] = {}
-    for family in text_string_to_metric_families(metrics.text().decode()):
+    for family in text_string_to_metric_families(
+        metrics.text(status, [metrics.histograms()]).decode()
+    ):
         for sample in family.samples:
             found.setdefault(sample.name, set()).update(sample.labels)
     return found

@@ -156,7 +156,7 @@ FAILS = {
 async def after_a_post(service: Running) -> str:
     post = asyncio.create_task(service.post())
     service.pipeline.coordinator._look_now.set()  # it would look within the hour
-    await asyncio.sleep(30)
+    await asyncio.sleep(25)
     post.cancel()
     await asyncio.gather(post, return_exceptions=True)
     return service.state()
