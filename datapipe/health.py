@@ -23,7 +23,7 @@ class Condition:
         part: what kind of work it does, such as `heartbeat`.
         lane: whose, if it works for one lane alone.
         up: whether its last work succeeded; None until some has ended.
-        since: when `up` became what it is.
+        since, at: when `up` became what it is; when its last work ended.
         error: of the last failure, while `up` is false.
         doing, doing_since: its oldest work under way.
         slow: whether that takes too long.
@@ -34,6 +34,7 @@ class Condition:
     lane: str | None
     up: bool | None
     since: float
+    at: float
     error: str | None
     doing: str | None
     doing_since: float | None
@@ -50,7 +51,7 @@ class Health:
 
     Attributes:
         up: None until the first real work has ended.
-        since: Unix time at which `up` became what it is.
+        since, at: Unix times at which `up` became what it is, and at which its last work ended.
         error: of the last failure, while it is down.
         waits_for: what the work under way waits for, if that is known; set by who knows it.
     """
@@ -59,7 +60,7 @@ class Health:
         self.part = part
         self.lane = lane
         self.up = up
-        self.since = time.time()
+        self.since = self.at = time.time()
         self.error: str | None = None
         self.waits_for: str | None = None
         self._worked_at = self._failed_at = 0.0
@@ -88,8 +89,9 @@ class Health:
         self._become(None, None)
 
     def _become(self, up: bool | None, error: str | None) -> None:
+        self.at = time.time()
         if up is not self.up:
-            self.since = time.time()
+            self.since = self.at
         self.up, self.error = up, error
 
     # --- work under way ---
@@ -163,6 +165,6 @@ class Health:
             doing = next(iter(self._under_way.values()))[0]
             doing_since = time.time() - (time.monotonic() - began)
         return Condition(
-            self.part, self.lane, self.up, self.since, self.error, doing, doing_since, self.slow,
-            self.waits_for,
+            self.part, self.lane, self.up, self.since, self.at, self.error, doing, doing_since,
+            self.slow, self.waits_for,
         )  # fmt: skip

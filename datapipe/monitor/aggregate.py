@@ -110,7 +110,8 @@ def _health(part: Snapshot) -> tuple[bool, bool, bool]:
 
 def _old(status: Snapshot) -> list[dict[str, Any]]:
     """What a process of release 1.0 says of its parts; both may run while one is replaced."""
-    same = {"since": status["now"], "doing": None, "doing_since": None, "slow": False,
+    now = status["now"]
+    same = {"since": now, "at": now, "doing": None, "doing_since": None, "slow": False,
             "waits_for": None}  # fmt: skip
     errors = {name: lane["blocked"] or lane["error"] for name, lane in status["lanes"].items()}
     return [

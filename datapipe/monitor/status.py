@@ -245,9 +245,9 @@ class Status:
 
 
 def _part(condition: Condition) -> dict[str, Any]:
-    since, doing_since = condition.since, condition.doing_since
-    times = {"since": iso(since), "doing_since": None if doing_since is None else iso(doing_since)}
-    return asdict(condition) | times
+    times = {key: getattr(condition, key) for key in ("since", "at", "doing_since")}
+    shown = {key: None if time is None else iso(time) for key, time in times.items()}
+    return asdict(condition) | shown
 
 
 def _slow_load(condition: Condition) -> dict[str, Any] | None:

@@ -77,7 +77,8 @@ WORK = {
     ),
 }
 _WORK_RANK = _RANK["room", "fails"] - 0.5
-# A part is not named while one of these fails: then that is why, or says the same.
+# A part is not named while one of these fails: then that is why, or says the same. Nor is one that
+# failed before they worked again and has not been tried since.
 _BECAUSE = {
     "mirror": ("ingest",), "append": ("ingest",), "room": ("ingest",), "load": ("database",),
     "heartbeat": ("database",), "recovery": ("mirror", "database"),
@@ -113,13 +114,15 @@ def _healthy(status: Mapping[str, Any]) -> str:
 
 def _troubles(status: Mapping[str, Any]) -> Iterator[_Trouble]:
     """What is wrong now."""
-    failing = {part["part"] for part in status["parts"] if part["up"] is False}
+    by_name = {part["part"]: part for part in status["parts"]}
     for part in status["parts"]:
-        named = failing.isdisjoint(_BECAUSE.get(part["part"], ()))
+        causes = [by_name[c] for c in _BECAUSE.get(part["part"], ()) if c in by_name]
+        named = all(cause["up"] is not False for cause in causes)
+        tried = all(part["at"] >= cause["since"] for cause in causes)
         lane = status["lanes"].get(part["lane"], {})
         if lane.get("blocked") is not None:
             yield _trouble(status, part, "is blocked")
-        elif part["up"] is False and named:
+        elif part["up"] is False and named and tried:
             yield _trouble(status, part, "fails")
         elif part["up"] is None and part["part"] == "database":
             yield _trouble(status, part, "is new")

@@ -14,8 +14,8 @@ LANE = {"waiting": 7, "full": False, "blocked": None, "next_load_seconds": 1.9}
 
 def part(name: str, lane: str | None = None, **changes: Any) -> dict[str, Any]:
     return {
-        "part": name, "lane": lane, "up": True, "since": SINCE, "error": None, "doing": None,
-        "doing_since": None, "slow": False, "waits_for": None, **changes,
+        "part": name, "lane": lane, "up": True, "since": SINCE, "at": NOW, "error": None,
+        "doing": None, "doing_since": None, "slow": False, "waits_for": None, **changes,
     }  # fmt: skip
 
 
@@ -118,6 +118,14 @@ def test_what_follows_from_something_worse_is_not_named() -> None:
     shown = summary(status(*wrong))
     assert shown["state"] == "refusing"
     assert [text.split(" since")[0] for text in shown["also"]] == ["PostgreSQL does not answer"]
+
+
+def test_what_failed_before_its_cause_was_over_is_not_named() -> None:
+    """The database is back, and the next heartbeat has not been sent yet."""
+    failed = fails("heartbeat", "x") | {"since": LONG_SINCE, "at": LONG_SINCE}
+    assert summary(status(part("database"), failed))["state"] == "healthy"
+    again = failed | {"at": NOW}
+    assert summary(status(part("database"), again))["state"] == "heartbeat_failing"
 
 
 @pytest.mark.parametrize(
