@@ -21,6 +21,7 @@ from datapipe.sinks import Database, Heartbeat, Table
 
 BEAT_S = 5.0
 SILENT_S = 30.0  # six beats missed
+_BLOCKED_S = 30.0  # the longest wait until a table that alone can't be made is tried again
 _MORE_S = 0.2  # until the next look, where there was more than one look could take
 # What a dead process had reserved comes back once its lease has run out: so looks follow each other
 # closely after a start or a death, and while there is more than can be had; then less and less.
@@ -183,17 +184,19 @@ class Coordinator:
     async def _prepare(self) -> None:
         """Make the tables before the first event comes, so that who looks finds them.
 
-        Apart from the heartbeat: a table may be locked for hours by somebody's long SELECT.
+        Apart from the heartbeat: a table may be locked for hours by somebody's long SELECT. Each
+        wait for that lock holds up all who come after us, so such a table is tried less often.
         """
         left, failures = deque(self._tables), 0
         while left:
             try:
                 await self._sink.prepare(left[0])
                 left.popleft()
-            except (SinkUnavailable, LaneBlocked):  # the sink logs it, or its lane, with its load
+            except (SinkUnavailable, LaneBlocked) as exc:  # logged by the sink, or with a load
                 left.rotate(-1)
                 failures += 1
-                await asyncio.sleep(backoff(failures, BEAT_S))
+                everywhere = isinstance(exc, SinkUnavailable) and exc.everywhere
+                await asyncio.sleep(backoff(failures, BEAT_S if everywhere else _BLOCKED_S))
 
     # --- upkeep ---
 

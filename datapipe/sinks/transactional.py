@@ -55,7 +55,7 @@ class TransactionalSink(ABC):
         self.answer_s: float | None = None
         self._schema = schema
         self._health = Health()
-        # loads that took a segment and failed, by its id: one of them may have committed all the
+        # by segment: loads that wrote it and whose COMMIT failed; one may have committed all the
         # same. Not in the segment, which may be parked and read anew before it is tried again
         self._tried: dict[str, set[str]] = {}
         self._guards: defaultdict[str, Guard] = defaultdict(Guard)  # by lane
@@ -134,8 +134,6 @@ class TransactionalSink(ABC):
         entries = [Entry(id, once[id].events, once[id].source) for id in sorted(once)]
         new = transaction.enter("segment", entries, table.name, load)
         result = self._known(transaction, [each for id, each in once.items() if id not in new])
-        for id in once:
-            self._tried.setdefault(id, set()).add(load)
         fresh = [each for id, each in once.items() if id in new]
         rows, duplicates = _without_known_parts(transaction, table.name, fresh)
         columns_of = {each.id: each.columns for each in fresh}
@@ -154,6 +152,8 @@ class TransactionalSink(ABC):
         twice = sum(each.events for each in segments) - sum(each.events for each in once.values())
         result.duplicate += duplicates.total() + twice
         result.loaded += copied - len(refused)
+        for id in new:  # only now: whatever failed before this was not committed
+            self._tried.setdefault(id, set()).add(load)
         return result
 
     def _known(self, transaction: Transaction, segments: Sequence[Segment]) -> Loaded:

@@ -84,7 +84,9 @@ class Upkeep:
 
         async def release_queue(queue: str) -> None:
             async with self._books.leases[queue]:
-                releases = [self.release(queue, held) for held in self._books.of_queue(queue)]
+                # most of what is listed is not reserved, and may be a hundred thousand messages
+                reserved = [held for held in self._books.of_queue(queue) if held.reservation]
+                releases = [self.release(queue, held) for held in reserved]
                 await asyncio.gather(*releases, return_exceptions=True)
 
         with suppress(TimeoutError):
