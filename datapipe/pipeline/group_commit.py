@@ -86,6 +86,8 @@ class GroupCommit:
             while self._waiting:
                 async with self._gathering:
                     requests = await self._gather()
+                if not requests:  # another task took them, or they were refused
+                    continue
                 error = await self._append(requests)
                 self._release(requests, error)
                 for _ in range(_TURNS):
@@ -97,7 +99,7 @@ class GroupCommit:
             self._running -= 1
 
     async def _gather(self) -> list[Request]:
-        """What waits, once it no longer pays to wait for more; all may be refused meanwhile."""
+        """What waits, once it no longer pays to wait for more; nothing, if all was refused."""
         traits, loop = self._mirror.traits, asyncio.get_running_loop()
         until = loop.time() + max(self._linger_s, traits.linger_s)
         while self._waiting and not self._enough(traits.batch_bytes) and loop.time() < until:

@@ -153,3 +153,12 @@ async def test_a_task_that_starts_as_all_is_refused_holds_up_nothing_after_it() 
     while len(group.booked) < 2:
         await asyncio.sleep(0)
     await group.add()
+
+
+async def test_a_task_whose_requests_another_has_taken_appends_nothing() -> None:
+    """The mirror would answer an empty append, and be called up by it though it is down."""
+    group = Group()
+    group.mirror.traits = Traits(1000, "", 1.0, appends_at_once=2, linger_s=0.001)
+    await asyncio.gather(group.add(), group.add())
+    await asyncio.sleep(0.01)
+    assert [len(appended.stored) for appended in group.booked] == [1]
