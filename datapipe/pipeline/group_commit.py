@@ -81,9 +81,9 @@ class GroupCommit:
         return durable
 
     async def _run(self) -> None:
-        """Gather, seal, append, book, release, until nothing waits."""
+        """Gather, seal, append, book, release, until nothing waits or too many of these run."""
         try:
-            while self._waiting:
+            while self._waiting and self._running <= self._mirror.traits.appends_at_once:
                 async with self._gathering:
                     requests = await self._gather()
                 if not requests:  # another task took them, or they were refused
