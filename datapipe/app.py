@@ -1,4 +1,4 @@
-"""The service, wired: a reader starts here.
+"""The service, wired together: start reading here.
 
     POST /  ->  ingest  ->  buffer (lanes, mirrored)  ->  loader  ->  sink
                               status, pages: read the books
@@ -57,11 +57,11 @@ log = structlog.stdlib.get_logger("datapipe.app")
 
 
 class Pipeline:
-    """One running service: opened from the far end, closed from the near one.
+    """One running service: opened from the sink to the port, closed in the reverse order.
 
     Attributes:
         failed: a background task has died.
-        on_failure: called then, once; whoever runs the service ends it.
+        on_failure: called once when that happens; it must end the service.
     """
 
     def __init__(
@@ -118,10 +118,10 @@ class Pipeline:
             self.on_failure()
 
     async def stop(self, _: web.Application | None = None) -> None:
-        """Take nothing more, finish what was received, load what waits; bounded in time.
+        """Accept nothing more, finish what was received, load what waits; bounded in time.
 
-        What is left stays in the mirror. Connections may be open: what comes on them meanwhile is
-        answered 503. A second call returns at once.
+        What is left stays in the mirror. Connections may still be open: requests on them are
+        answered 503 meanwhile. A second call returns at once.
         """
         if self._stopped:
             return
@@ -129,7 +129,7 @@ class Pipeline:
         self.feed.end()
         try:
             await self._finish()
-        finally:  # a second signal cancels the loading, not this
+        finally:  # a second signal cancels the loading, but not this
             self.buffer.closed = True
             await self.buffer.settle(2.0)
             lanes = self.buffer.lanes.items()
@@ -197,7 +197,7 @@ def create_app(
 
 
 def create_runner(app: web.Application, kind: type[Runner] = Runner) -> web.AppRunner:
-    """The runner that gives `POST /` its short way in and bounds slow heads."""
+    """The runner that gives `POST /` its fast path and closes connections with slow heads."""
     pipeline = app[PIPELINE]
     return kind(
         app, pipeline, pipeline.settings.request_timeout, access_log=None,
@@ -214,13 +214,13 @@ def end_process() -> None:
 async def gunicorn_app() -> web.AppRunner:
     """The service in a worker of gunicorn: `gunicorn -k aiohttp.GunicornWebWorker`.
 
-    gunicorn has the port, the processes and the signals; `host`, `port` and `reuse_port` say
-    nothing here. A part that dies ends its worker, and gunicorn starts another.
+    gunicorn owns the port, the processes and the signals; `host`, `port` and `reuse_port` have no
+    effect. A background task that dies ends its worker, and gunicorn starts another.
     """
     logs.configure("info", "json")
     raise_limit()
     with _failure_logged():
-        # a `host` that says loopback would let anybody act without a key, wherever gunicorn listens
+        # a loopback `host` would let anybody act as admin without a key, wherever gunicorn listens
         settings = structs.replace(settings_module.load(), host="")
         logs.configure(settings.log_level, settings.log_format, queued=True)
         app = create_app(settings)
@@ -241,9 +241,9 @@ class _InWorker(Runner):
 
 @contextmanager
 def _failure_logged() -> Iterator[None]:
-    """Log in one line what keeps the service from starting; gunicorn would print a traceback."""
+    """Log in one line why the service does not start; gunicorn would print a traceback."""
     try:
         yield
     except (DatapipeError, OSError) as exc:
         log.critical("not started", error=" ".join(str(exc).split()))
-        raise SystemExit(3) from None  # gunicorn's WORKER_BOOT_ERROR: it ends and does not retry
+        raise SystemExit(3) from None  # gunicorn's WORKER_BOOT_ERROR: it exits instead of retrying

@@ -17,7 +17,7 @@ class Reason(Enum):
     """Why a request or an event is refused.
 
     Attributes:
-        label: of `datapipe_events_rejected_total`.
+        label: the `reason` in `datapipe_events_rejected_total`.
         code: the `status_code` of the answer.
         status: its HTTP status, unless the error says otherwise.
     """
@@ -40,11 +40,11 @@ class Reason(Enum):
 
 
 class Refused(DatapipeError):
-    """Not taken: `reason` is for programs, `detail` for people.
+    """A request or an event is not accepted: `reason` is for programs, `detail` for people.
 
     Attributes:
         status: HTTP status of the answer.
-        body: what was refused, where it was read.
+        body: what was refused, if it had been read.
     """
 
     body: bytes = b""
@@ -61,7 +61,7 @@ class EventRejected(Refused):
 
 
 class Busy(Refused):
-    """Nothing can be taken now: 503, code 9 and Retry-After; nothing was promised."""
+    """Nothing can be accepted now: 503, code 9 and Retry-After; nothing was promised."""
 
     def __init__(self, detail: str, retry_after_s: float = 5.0) -> None:
         super().__init__(Reason.BUSY, detail)
@@ -73,7 +73,7 @@ class BufferFull(Busy):
 
 
 class MirrorUnavailable(Busy):
-    """The mirror did not do it in time, or says that it can't."""
+    """The mirror did not answer in time, or reported an error."""
 
 
 class MirrorFull(MirrorUnavailable, BufferFull):
@@ -83,8 +83,8 @@ class MirrorFull(MirrorUnavailable, BufferFull):
 class SinkUnavailable(DatapipeError):
     """The load did not happen, or its outcome is unknown: the same segments again, later.
 
-    `everywhere`: it is the whole database; false for a lock, a deadlock and the like, which hold up
-    one lane.
+    `everywhere`: the whole database is affected; false for a lock, a deadlock and the like, which
+    affect one lane.
     """
 
     def __init__(self, detail: str, *, everywhere: bool = True) -> None:

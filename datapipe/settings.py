@@ -37,7 +37,7 @@ PLATFORM = {
     "IRON_MQ_HOST": "ironmq_host",
 }
 
-FINITE = sys.float_info.max  # as the upper bound: without one, infinity is a number, too
+FINITE = sys.float_info.max  # an upper bound that excludes infinity
 
 _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^\s/?#@A-Z]+")  # as browsers write it
 
@@ -154,7 +154,7 @@ def load(
 
 
 def check(settings: Settings, sources: Mapping[str, str] | None = None) -> None:
-    """Refuse what is out of range, and a mirror or a sink that there is not.
+    """Refuse what is out of range, and an unknown mirror or sink.
 
     Args: sources: where a key's value came from.
     Raises: ConfigError: names the key and its source.
@@ -207,7 +207,7 @@ def plugin(
 
 
 def _entry_points(group: str) -> list[EntryPoint]:
-    """Those of a group. Ours stand in setup.cfg: a checkout may run without being installed."""
+    """Those of a group. Ours are read from setup.cfg: a checkout may run uninstalled."""
     config = ConfigParser(interpolation=None)
     config.read(Path(__file__).parents[1] / "setup.cfg")
     lines = config.get("options.entry_points", group, fallback="").split("\n")
@@ -224,9 +224,9 @@ def _package(entry: EntryPoint) -> str:
 def _sources(
     options: Mapping[str, Any], env: Mapping[str, str], run_defaults: Mapping[str, Any]
 ) -> Iterator[tuple[str, Mapping[str, Any], bool]]:
-    """Each source, lowest first: its name, its values, and whether they have types of their own.
+    """Each source, lowest first: its name, its values, and whether they are typed.
 
-    A variable's have none: it is text, or, for lists and objects, JSON.
+    Those of variables are not: they are text, or, for lists and objects, JSON.
     """
     yield "the defaults of make run", run_defaults, True
     named = env.get("DATAPIPE_CNF")
@@ -279,7 +279,7 @@ def _convert(
 ) -> _Struct:
     """The values as a structure of that kind.
 
-    Args: within: the key that holds them; they are not shown then: they may be secrets.
+    Args: within: the key that holds them, if any; then no value is shown: it may be a secret.
     Raises: ConfigError: names the key, the source and what is wanted.
     """
     try:
@@ -322,7 +322,7 @@ _WORDS: dict[type[inspect.Type], str] = {
 
 
 def _wanted(kind: inspect.Type | None) -> str | None:
-    """What a value of this type is, in words; None: msgspec's own have to do."""
+    """What a value of this type must be, in words; None: use msgspec's own message."""
     if isinstance(kind, inspect.LiteralType):
         return f"one of {', '.join(map(str, kind.values))}"
     words = _WORDS.get(type(kind)) if kind else None

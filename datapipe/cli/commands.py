@@ -32,8 +32,8 @@ from datapipe.sinks import Selection, open_sink, table_of
 async def check(settings: Settings, args: argparse.Namespace) -> int:
     """Read the settings, reach database and mirror, verify the journals; a line for each.
 
-    Before a release what is away is no failure: the service starts without it, takes events and
-    loads them later. What answers and refuses us is one: no restart repairs that.
+    With `--release`, what can't be reached is no failure: the service starts without it, accepts
+    events and loads them later. What answers and refuses us is one: no restart repairs that.
 
     Raises: ConfigError, DatapipeError.
     """
@@ -82,7 +82,7 @@ async def load(settings: Settings, args: argparse.Namespace) -> int:
                 rows, failed = await loader.load_now(accept_dead=args.accept_dead)
                 loaded.update(rows)
             await buffer.settle(10.0)
-            with suppress(DatapipeError):  # what is drained now, the ledger may forget
+            with suppress(DatapipeError):  # ledger rows of what was drained may be deleted
                 await mirror.keep(coordinator)
             await coordinator.deregister()
     for lane, count in sorted(loaded.items()):
@@ -100,7 +100,7 @@ def _waiting(buffer: Buffer) -> int:
 async def status(settings: Settings, args: argparse.Namespace) -> int:
     """Print what the page of a running service shows.
 
-    Raises: DatapipeError: it does not answer, or not to us.
+    Raises: DatapipeError: it does not answer, or refuses.
     """
     url = (args.url or f"http://127.0.0.1:{settings.port}").rstrip("/")
     headers = {"Authorization": f"Bearer {settings.admin_key}"} if settings.admin_key else {}

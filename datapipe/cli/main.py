@@ -19,13 +19,13 @@ from datapipe.version import __version__
 
 Command = Callable[[Settings, argparse.Namespace], Coroutine[Any, Any, int]]
 
-# What `make run` wants otherwise: loads soon enough to be watched, reachable from here alone.
+# Defaults of `make run`: loads soon enough to be watched, reachable from this machine alone.
 _RUN_DEFAULTS = {"host": "127.0.0.1", "load_interval": 5.0, "load_min_interval": 1.0}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
-    sys.path.append("")  # for `event_modules` of the folder one is in, as `python -m` has it
+    sys.path.append("")  # for `event_modules` in the working folder, as with `python -m`
     parser = _parser()
     args = parser.parse_args(argv)
     if args.command is None:
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         code: int = uvloop.run(args.command(configured, args))
         sys.stdout.flush()
-    except BrokenPipeError:  # who read the output has seen enough, as `head` does
+    except BrokenPipeError:  # the reader of the output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (DatapipeError, OSError) as exc:
@@ -67,11 +67,11 @@ def _parser() -> argparse.ArgumentParser:
     serving.add_argument("--host", help="address to listen on")
     serving.add_argument("--port", type=int, help="port to listen on")
     serving.add_argument("--try-out", action="store_true", help=argparse.SUPPRESS)
-    checking = add("check", commands.check, "are settings, database and mirror well?")
+    checking = add("check", commands.check, "verify the settings, the database and the mirror")
     checking.add_argument(
-        "--release", action="store_true", help="before a release: what is away is no failure"
+        "--release", action="store_true", help="before a release: to be unreachable is no failure"
     )
-    loading = add("load", commands.load, "load once all that waits and has no living owner")
+    loading = add("load", commands.load, "load once all that waits without a living owner")
     loading.add_argument(
         "--accept-dead", action="store_true", help="let refused rows through to the dead letters"
     )

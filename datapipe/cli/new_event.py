@@ -1,4 +1,4 @@
-"""`datapipe new-event`: the class of a new event type, to be pasted into a module of one's own."""
+"""`datapipe new-event`: the class of a new event type, to be pasted into your own module."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _IMPORTS = {
 def class_text(name: str, fields: Sequence[str]) -> str:
     """The module's text for `NAME field:type ...`; types as in the setting `events`.
 
-    Raises: ConfigError: names the field that can't be.
+    Raises: ConfigError: names the field that is wrong.
     """
     declared: dict[str, str] = {}
     for field in fields:
@@ -29,7 +29,7 @@ def class_text(name: str, fields: Sequence[str]) -> str:
         if not colon or not key.isidentifier():
             raise ConfigError(f"{field!r} is no field: write it as name:type, e.g. user_id:int")
         if keyword.iskeyword(key):
-            raise ConfigError(f"{key}: Python keeps this word to itself; use the setting events")
+            raise ConfigError(f"{key}: this is a keyword of Python; use the setting events")
         if key in declared:
             raise ConfigError(f"{key}: this field is given twice")
         declared[key] = text

@@ -1,4 +1,4 @@
-"""`datapipe serve`: the port, the signals, the end."""
+"""`datapipe serve`: port, signals, shutdown."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ async def serve(settings: Settings, args: argparse.Namespace) -> int:
             async with _listening(port, settings):
                 address = _address(port, settings)
                 log.info("listening", address=address, pid=os.getpid(), mirror=settings.mirror_kind)
-                # what start-up made stays for good: the collector need not look at it each time
+                # what start-up made stays for good: the garbage collector need not scan it
                 gc.collect()
                 gc.freeze()
                 gc.set_threshold(20_000, 20, 20)
@@ -75,7 +75,7 @@ async def _listening(port: Port, settings: Settings) -> AsyncIterator[None]:
 
 
 def _address(port: Port, settings: Settings) -> str:
-    """As the settings name it, or, where they leave the port open, as it was bound."""
+    """As the settings name it, or, where they say port 0, as it was bound."""
     host, number = port.addresses[0]
     if settings.port:
         host = settings.host or "0.0.0.0"
@@ -98,7 +98,7 @@ async def _stop(pipeline: Pipeline, signals: asyncio.Queue[signal.Signals]) -> N
 
 @contextlib.contextmanager
 def _signals() -> Iterator[asyncio.Queue[signal.Signals]]:
-    """SIGTERM and SIGINT, as they come; after the block they are ignored: the process ends."""
+    """SIGTERM and SIGINT, as they arrive; after the block they are ignored: the process ends."""
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[signal.Signals] = asyncio.Queue()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -112,11 +112,11 @@ def _signals() -> Iterator[asyncio.Queue[signal.Signals]]:
 
 
 async def _print_hints(pipeline: Pipeline, address: str, ended: asyncio.Future[Any]) -> None:
-    """Print what `make run` shows, three lines that work as printed, unless the end comes first.
+    """Print what `make run` shows, three lines that work as printed, unless a signal comes first.
 
     Raises: SinkUnavailable, ConfigError: there is no database, and none can be made.
     """
-    # a database that takes its time to be made must not keep a signal waiting
+    # creating the database takes time, during which a signal must not wait
     hint = asyncio.ensure_future(pipeline.loader.sink.hint())
     await asyncio.wait({hint, ended}, return_when=asyncio.FIRST_COMPLETED)
     if not hint.done():

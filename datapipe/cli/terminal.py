@@ -1,4 +1,4 @@
-"""What the commands show: plain lines, on a terminal with a little colour."""
+"""What the commands print: plain lines, with a little colour on a terminal."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _error(part: Mapping[str, Any]) -> str:
 
 @asynccontextmanager
 async def progress(what: str, left: Callable[[], int]) -> AsyncIterator[None]:
-    """Show on stderr how `left` falls to nothing, as long as the block lasts."""
+    """Show on stderr how much is `left`, as long as the block lasts."""
     over, end, every_s = ("\r\x1b[K", "", 0.2) if sys.stderr.isatty() else ("", "\n", 5.0)
 
     async def show() -> None:

@@ -1,4 +1,4 @@
-"""The event types of one service: built in, from people's modules, from the setting `events`."""
+"""The event types of one service: built in, from `event_modules`, from the setting `events`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Install(Event):
 
 
 class Registry:
-    """Knows every event type, and decodes what is one of them.
+    """All event types, and decoders of their events.
 
     Attributes:
         types: by event name.

@@ -13,11 +13,11 @@ import msgspec
 
 from datapipe.events.types import Column
 
-# What a segment costs in memory beside its rows: the object, its id, its place in two queues.
+# What a segment costs in memory besides its rows: the object, its id, its place in two queues.
 # Measured with tracemalloc, rounded up.
 SEGMENT_OVERHEAD_BYTES = 1024
 
-# In one load: so that booking them never holds up the event loop, however small they are.
+# In one load: so that booking them never blocks the event loop, however small they are.
 SEGMENTS_AT_ONCE = 4096
 
 _BEGINNING = attrgetter("start")
@@ -69,10 +69,10 @@ class Segment:
         data: the rows, one line an event.
         parts: runs of rows with an idempotency key, in order; rows outside of them have none.
         created_at: when it was sealed, Unix time.
-        source, position: set by the mirror that holds it: where, and how far along.
+        source, position: where the mirror that holds it keeps it; set by the mirror.
         neutral: times are in UTC and have no offset (see `types`); release 1.0 wrote one to each.
-        gone: the mirror has lost sight of it, so `data` is empty; whoever finds that the ledger
-            knows it says false. Otherwise nothing of it that may come back is to be deleted.
+        gone: the mirror can no longer find it, so `data` is empty. Set to false once the ledger is
+            found to know it; until then no copy of it that may turn up is to be deleted.
     """
 
     lane: str
@@ -98,7 +98,7 @@ class Segment:
         return len(self.data) + SEGMENT_OVERHEAD_BYTES
 
     def cut(self, at: int) -> tuple[Segment, Segment | None]:
-        """In two, at the last row or part that ends at byte `at` or before; None: it has but one.
+        """In two, at the last row or part that ends at byte `at` or before; None: it has only one.
 
         The pieces are new segments: only one that was never sent may be cut.
         """
@@ -108,7 +108,7 @@ class Segment:
         return self._piece(0, end), self._piece(end, len(self.data))
 
     def split(self, max_bytes: int) -> list[Segment]:
-        """In pieces of at most so many bytes; a single row or part may be larger."""
+        """In pieces of at most `max_bytes`; a single row or part may be larger."""
         if len(self.data) <= max_bytes:
             return [self]
         pieces, start = [], 0
@@ -167,7 +167,7 @@ def _joined(lane: str, columns: tuple[Column, ...], chunks: Sequence[Chunk]) -> 
 
 
 class Head(msgspec.Struct, array_like=True, frozen=True):
-    """All of a segment but its rows, as mirrors keep it; release 1.0 passes over `neutral`."""
+    """All of a segment but its rows, as mirrors keep it; release 1.0 ignores `neutral`."""
 
     version: int
     columns: tuple[Column, ...]
@@ -176,7 +176,7 @@ class Head(msgspec.Struct, array_like=True, frozen=True):
 
 
 def encode_head(segment: Segment) -> bytes:
-    """The JSON of what a mirror must keep beside the rows; of columns, name and type."""
+    """The JSON of what a mirror must keep besides the rows; of columns, name and type."""
     columns = [column[:2] for column in segment.columns]
     return msgspec.json.encode([1, columns, segment.parts, segment.neutral])
 

@@ -5,8 +5,8 @@ backslash, tab, newline and carriage return inside a value are escaped, NULL is 
 Source: PostgreSQL documentation, COPY, "Text Format".
 
 Rows are neutral: any database can be made to read them. Times are in UTC and have no offset, as
-in `2026-11-25 12:00:00.123456`; bools are `True` and `False`, since release 1.0, which may meet
-these rows during an upgrade, takes anything else in its dead letters to be false.
+in `2026-11-25 12:00:00.123456`; bools are `True` and `False`, because release 1.0, which may load
+these rows during an upgrade, reads anything else in its dead letters as false.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PG_TYPES: dict[type, str] = {
 }
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,47}")
-# Ours, and PostgreSQL's. Source: its documentation, "System Columns"
+# Reserved by us, and by PostgreSQL. Source: its documentation, "System Columns"
 _RESERVED = {"received_at", "event_name", "tableoid", "xmin", "cmin", "xmax", "cmax", "ctid"}
 
 _INT64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
@@ -90,7 +90,7 @@ def registered() -> list[tuple[str, type[Event]]]:
         cls = pending.pop(0)
         pending += cls.__subclasses__()
         if name := cls.__dict__.get("__datapipe_event_name__"):
-            found[name, cls.__module__, cls.__qualname__] = cls  # a module loaded anew: the newer
+            found[name, cls.__module__, cls.__qualname__] = cls  # a module was reloaded: the newer
     return sorted(((name, cls) for (name, *_), cls in found.items()), key=lambda item: item[0])
 
 
@@ -125,7 +125,7 @@ class EventType:
     def _struct(
         self, members: Sequence[tuple[Any, Any]], tag: str | None = None
     ) -> type[msgspec.Struct]:
-        """Members are called f0, f1, ...: the names of fields may be any."""
+        """Members are called f0, f1, ...: a field may have any name."""
         return msgspec.defstruct(
             self.name,
             [(f"f{i}", *member) for i, member in enumerate(members)],
@@ -155,7 +155,7 @@ class EventType:
         return None if "\0" in text else text.encode()
 
     def look_closer(self, raw: bytes, received_at: str) -> bytes:
-        """The row of one JSON object that did not pass at once. Raises: EventRejected: why."""
+        """The row of one JSON object that failed the fast path. Raises: EventRejected: why."""
         try:
             event = self._untagged.decode(raw)
         except msgspec.ValidationError as exc:
@@ -170,7 +170,7 @@ class EventType:
         return row.encode()
 
     def _rejected(self, raw: bytes, error: msgspec.ValidationError) -> EventRejected:
-        """The error of an object that does not decode: of its first field that is not right."""
+        """The error of an object that does not decode: that of its first wrong field."""
         values = msgspec.structs.astuple(self._raw.decode(raw))
         for field, value in zip(self.fields, values, strict=True):
             if value is msgspec.UNSET:
@@ -195,7 +195,7 @@ def _declared(name: str, cls: type[Event]) -> Iterator[tuple[Field, Column]]:
             continue
         place = f"event type {name!r}, field {key!r}"
         if key in _RESERVED or len(key.encode()) > 63:
-            raise ConfigError(f"{place}: this name can't be used for a column of one's own")
+            raise ConfigError(f"{place}: this name is reserved: it can't be a column")
         field = Field(key, *_kind(place, hint), getattr(cls, key, msgspec.NODEFAULT))
         try:
             default = field.default_text()
@@ -282,7 +282,7 @@ def compile_writer(
     An f-string takes two thirds of the time that filling a template from tuples takes. The source
     holds the numbers of the fields and nothing that anybody wrote.
 
-    Args: escaped: whether a `str` may hold what must be. JSON may in any case: white space.
+    Args: escaped: whether a `str` may hold what must be escaped. JSON always may: white space.
     Returns: a function that raises EventRejected: a value is out of range.
     """
     names: dict[str, Any] = {"NULL": NULL}
@@ -302,11 +302,11 @@ def compile_writer(
 
 
 def _writer(field: Field, max_len: int, escaped: bool) -> Callable[[Any], str] | None:
-    """What writes a value that is not null, where `str` does not do."""
+    """The function that writes a value that is not null, where `str` is not enough."""
     if field.kind in _JSON:
         return _json_writer(field, max_len)
     if field.kind is str:
-        default = field.default_text() or ""  # it does not come with the body
+        default = field.default_text() or ""  # it is not part of the body
         return escape if escaped or escape(default) != default else None
     text_of = _TEXTS.get(field.kind)
     if text_of is None:
@@ -325,7 +325,7 @@ def _json_writer(field: Field, max_len: int) -> Callable[[Any], str]:
     decoder = msgspec.json.Decoder(field.kind | None if field.nullable else field.kind)
 
     def write(raw: Any) -> str:
-        """The JSON as it was sent; only looked through, and bounded first."""
+        """The JSON as it was sent; checked, but not rewritten; its size is bounded first."""
         sent = bytes(raw)
         if len(sent) > max_len:
             raise too_long(max_len)
@@ -342,9 +342,9 @@ def _json_writer(field: Field, max_len: int) -> Callable[[Any], str]:
 
 
 def _datetime_text(value: datetime) -> str:
-    """A time in UTC, as which one without a zone counts. Raises: OverflowError.
+    """A time in UTC; one without a zone is taken to be UTC. Raises: OverflowError.
 
-    Where UTC is before the year 1 or past 9999 it keeps its offset: PostgreSQL reads that, too.
+    Where UTC would be before the year 1 or past 9999 it keeps its offset: PostgreSQL reads that.
     """
     if value.tzinfo is None:
         return str(value)
@@ -372,7 +372,7 @@ _TEXTS: dict[type, Callable[[Any], str]] = {datetime: _datetime_text, Decimal: _
 
 
 def neutral_time(text: str) -> str:
-    """A time that may have an offset as rows hold it. Raises: EventRejected: it is none."""
+    """A time, with or without an offset, as rows hold it. Raises: EventRejected: it is none."""
     try:
         return _datetime_text(msgspec.convert(text, datetime))
     except (msgspec.ValidationError, OverflowError) as exc:
@@ -380,7 +380,7 @@ def neutral_time(text: str) -> str:
 
 
 def with_offset(text: str) -> str:
-    """A time of a row, neutral or of release 1.0, with its offset: as one would send it."""
+    """A time of a row, neutral or of release 1.0, with its offset: as a client would send it."""
     return text if "+" in text or "-" in text[10:] else f"{text}+00:00"
 
 
@@ -390,5 +390,5 @@ def escape(text: str) -> str:
 
 
 def stored_bytes(text: str) -> int:
-    """How many bytes a value of a row has, once it is read."""
+    """How many bytes a value of a row has once it is unescaped."""
     return 0 if text == NULL else len(_ESCAPED.sub("_", text).encode())

@@ -19,7 +19,7 @@ from datapipe.pipeline.dead_letters import DeadLetters, selection_of, storable
 from datapipe.pipeline.loader import Loader
 from datapipe.sinks import Selection
 
-_LETTERS = 100  # answered when nobody says how many
+_LETTERS = 100  # shown unless `limit` says how many
 _LETTERS_MOST = 1000
 
 

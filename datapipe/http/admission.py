@@ -1,4 +1,4 @@
-"""What can't be taken now, and when to try again: decided before anything of a POST is stored.
+"""What can't be accepted now, and when to retry: decided before anything of a POST is stored.
 
 What only an append can find out (the mirror is full, or away) `Buffer.append` raises: `Busy` too.
 """
@@ -17,8 +17,8 @@ class Admission:
 
     Attributes:
         requests: how many there are.
-        bytes: received, and rows not yet durable, over all of them.
-        max_bytes: of these.
+        bytes: what all of them hold: bytes received, and rows not yet durable.
+        max_bytes: the limit of `bytes`.
     """
 
     def __init__(self, buffer: Buffer, max_bytes: int) -> None:
@@ -28,7 +28,7 @@ class Admission:
         self._buffer = buffer
 
     def check(self) -> None:
-        """Raises: Busy: the service stops."""
+        """Raises: Busy: the service is stopping."""
         if self._buffer.stopping:
             raise Busy("shutting down")
 
@@ -52,7 +52,7 @@ class Admission:
 
 
 class Reservation:
-    """One request under way, and the bytes that it holds, until its `end`."""
+    """One request under way, and the bytes that it holds until `end`."""
 
     __slots__ = ("_admission", "_bytes")
 

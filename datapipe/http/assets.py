@@ -39,7 +39,7 @@ def templates_folder() -> Path:
 
 
 def set_up(app: web.Application) -> jinja2.Environment:
-    """Make the templates known to an application, and serve the files that they name."""
+    """Set up the templates of an application, and serve the files that they name."""
     environment = aiohttp_jinja2.setup(
         app,
         loader=jinja2.FileSystemLoader(templates_folder()),
@@ -57,13 +57,13 @@ def set_up(app: web.Application) -> jinja2.Environment:
 
 async def _file(request: web.Request) -> web.StreamResponse:
     name = request.path[1:]
-    # asked for anew each time (and mostly answered 304): page and script must be of one release
+    # revalidated each time (mostly 304): page and script must be of the same release
     headers = {"Content-Type": f"{FILES[name]}; charset=utf-8", "Cache-Control": "no-cache"}
     return web.FileResponse(templates_folder() / name, headers=headers)
 
 
 def at(value: Any, path: str) -> Any:
-    """What lies at `a.b`, or None; of `a|b` the first that holds something."""
+    """The value at `a.b`, or None; of `a|b` the first that is not None."""
     for one in path.split("|"):
         found = value
         for key in one.split("."):

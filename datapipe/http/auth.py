@@ -28,8 +28,8 @@ class Access:
     def may_act(self, request: web.BaseRequest) -> None:
         """Without an admin key only from this machine, and from no other site's page.
 
-        The `Host` header names loopback, or a page of another site could reach us under a name
-        of its own that resolves to this machine. Raises: Refused.
+        The `Host` header must name loopback, or a page of another site could reach us under a
+        name of its own that resolves to this machine (DNS rebinding). Raises: Refused.
         """
         if (denied := self.why_not(request)) is not None:
             raise denied
@@ -37,7 +37,7 @@ class Access:
             raise Refused(Reason.UNAUTHORIZED, "this request comes from another site's page", 403)
 
     def why_not(self, request: web.BaseRequest) -> Refused | None:
-        """Why this reader may not act, whatever led them here, and how they may; or None."""
+        """Why this client may not act, from whatever page, and how it could; or None."""
         if self._admin_key:
             if hmac.compare_digest(given_key(request.headers), self._admin_key):
                 return None
@@ -51,7 +51,7 @@ class Access:
         if not _is_loopback(_host_name(request.headers.get("Host", ""))):
             return Refused(
                 Reason.UNAUTHORIZED,
-                "the address does not name this machine: come by http://127.0.0.1 (from afar "
+                "the address does not name this machine: use http://127.0.0.1 (from elsewhere "
                 "through ssh -L), or set admin_key, which is then asked for",
                 403,
             )

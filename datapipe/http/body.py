@@ -1,4 +1,4 @@
-"""A body as it comes over the wire: read within bounds, decompressed in bounded steps.
+"""A body as it comes over the wire: received within limits, decompressed in bounded steps.
 
 aiohttp's own decompression is switched off: it hands a cut-off gzip body on without an error, and
 lets `gzip, gzip` through compressed.
@@ -85,12 +85,12 @@ async def _decompress(
 ) -> bytes:
     wbits = _WBITS[encoding]
     if encoding == "deflate" and not _has_zlib_header(compressed):
-        wbits = -15  # many clients mean the bare stream
+        wbits = -15  # many clients send the bare stream
     body = bytearray()
     view, at, since_turn = memoryview(compressed), 0, 0
     while True:
         decompressor = zlib.decompressobj(wbits)
-        feed = _FIRST_FEED_BYTES  # zlib copies what it is given and leaves: little, at first
+        feed = _FIRST_FEED_BYTES  # zlib copies the input that it leaves unused: so little at first
         while not decompressor.eof:
             given = view[at : at + feed]
             try:

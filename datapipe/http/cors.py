@@ -1,8 +1,8 @@
 """CORS: the setting `cors_origins` lets scripts of other sites' pages post events.
 
 A browser asks before it sends what a form could not (the preflight, `OPTIONS /`), and shows the
-answer to the script only if a header allows it. No credentials of the browser are allowed: an
-ingest key comes from the script. `POST /` alone is open, never the page nor what an admin may do.
+answer to the script only if a header allows it. The browser's credentials are not allowed: an
+ingest key comes from the script. Only `POST /` is opened, never the page or what an admin may do.
 Source: Fetch standard, "CORS protocol".
 """
 

@@ -27,7 +27,7 @@ _KEY_FORM = re.compile(r"[\x21-\x7e]{1,255}")
 
 
 class Ingest:
-    """Takes events, and counts those that it refuses, by reason."""
+    """Accepts events, and counts those that it refuses, by reason."""
 
     def __init__(
         self, buffer: Buffer, registry: Registry, settings: Settings, records: Records
@@ -46,7 +46,7 @@ class Ingest:
         """Answer one POST. Raises nothing.
 
         Args:
-            key: the one of the query.
+            key: the one in the query.
             source: the body as it came; or the request, while some of it may be on its way.
         """
         body, reservation = b"", Reservation(self.admission)
@@ -77,7 +77,7 @@ class Ingest:
             reservation.end()
 
     def _refused(self, errors: Sequence[tuple[int, Refused]], request_id: str) -> None:
-        """Count what was refused, and keep the first of it for admins to see."""
+        """Count what was refused, and record the first of it for admins to see."""
         for _, error in errors:
             self._records.rejected[error.reason.label] += 1
         first = errors[0][1]
@@ -87,18 +87,18 @@ class Ingest:
         )
 
     def _authorize(self, headers: Headers, in_query: str | None) -> bytes:
-        """The ingest key that was given, empty when none is wanted. Raises: EventRejected."""
+        """The ingest key that was given, empty when none is required. Raises: EventRejected."""
         if not self._keys:
             return b""
         given = given_key(headers, in_query)
-        # every key is compared, whichever fits: the time says nothing
+        # every key is compared, even after a match: the time must reveal nothing
         if not sum([hmac.compare_digest(given, key) for key in self._keys]):
             raise EventRejected(Reason.UNAUTHORIZED, "no or wrong ingest key")
         return given
 
 
 class _Clock:
-    """The time as rows hold it, in UTC; all but the microseconds is made once a second."""
+    """The time as rows hold it, in UTC; all but the microseconds is formatted once a second."""
 
     def __init__(self) -> None:
         self._second = -1
@@ -113,7 +113,7 @@ class _Clock:
 
 
 def _idempotency_key(headers: Headers) -> str | None:
-    """Raises: EventRejected: out of form."""
+    """The key, or None. Raises: EventRejected: it is malformed."""
     if "Idempotency-Key" not in headers:
         return None
     values = headers.getall("Idempotency-Key")

@@ -32,8 +32,8 @@ _HEADERS = {
         " connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
     ),
 }
-_RETRY_MS = 1000  # until a page that lost its stream asks again
-_SEND_TIMEOUT_S = 30.0  # until a page that takes nothing is given up
+_RETRY_MS = 1000  # until a page that lost its stream reconnects
+_SEND_TIMEOUT_S = 30.0  # until a page that reads nothing is disconnected
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Pages:
             "denied": denied.detail if denied else None,
             "dead": None if denied else await self.dead.shown(),
         }
-        # in a thread: thousands of lanes take their time
+        # in a thread: thousands of lanes take long
         text = await asyncio.to_thread(
             aiohttp_jinja2.render_string, "status.html", request, context
         )
@@ -87,7 +87,7 @@ class Pages:
             return responses.answer(503, 9, "shutting down").response()
         async with sse_response(request, send_timeout=_SEND_TIMEOUT_S) as response:
             seen = 0
-            # the listener has left: nothing is to be done about it
+            # the client has left: nothing to do
             with suppress(ConnectionResetError, TimeoutError):
                 async with aclosing(self.feed.listen()) as news:
                     async for status in news:
@@ -149,7 +149,7 @@ async def errors_are_answers(
     except Refused as exc:
         return responses.refused(exc).response()
     except (SinkUnavailable, LaneBlocked) as exc:
-        refused = Refused(Reason.BUSY, f"the database does not do it: {exc}")
+        refused = Refused(Reason.BUSY, f"the database can't do it now: {exc}")
         return responses.refused(refused).response()
     except web.HTTPException as exc:
         response = responses.answer(exc.status, exc.status, exc.reason).response()
@@ -162,7 +162,7 @@ async def errors_are_answers(
 
 
 async def add_headers(request: web.BaseRequest, response: web.StreamResponse) -> None:
-    """What every answer bears."""
+    """Headers of every answer."""
     response.headers.setdefault("X-Request-ID", request_id(request.headers))
     for name, value in _HEADERS.items():
         response.headers.setdefault(name, value)

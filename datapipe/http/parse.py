@@ -1,7 +1,7 @@
-"""A body's bytes -> rows for each lane, and an error for each event that is no good.
+"""A body's bytes -> rows for each lane, and an error for each event that is invalid.
 
-The straight way decodes everything in one go. Only when that fails is the body taken apart, event
-by event: so good bodies pay nothing for the exact errors of bad ones.
+The fast path decodes everything in one go. Only when that fails is the body taken apart, event by
+event: so valid bodies pay nothing for the exact errors of invalid ones.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ _BROKEN = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _YIELD_EVERY = 256  # events looked at closely, or chunks, before other requests get a turn
 
 # JSON that is known to parse, taken apart at C speed and in constant memory: possessive quantifiers
-# (`++`, `*+`) remember no place to go back to.
+# (`++`, `*+`) never backtrack.
 _STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
 _STEPS_AT_ONCE = 4096  # some 2 ms
 
 
 def _up_to(these: bytes) -> re.Pattern[bytes]:
-    """Up to and with the next of these that is not in a string."""
+    """Up to and including the next of these that is not in a string."""
     pattern = rb'[^"%b]*+(?:%b[^"%b]*+)*+[%b]' % (these, _STRING, these, these)
     return re.compile(pattern, re.DOTALL)
 
@@ -52,7 +52,7 @@ _TO_COMMA_OR_BRACKET = _up_to(rb",\[\]{}")
 
 @dataclass(slots=True)
 class Parsed:
-    """What a body holds: the good events in `chunks`, an error for each other by its index."""
+    """What a body holds: the valid events in `chunks`, an error for each other, with its index."""
 
     batch: bool
     chunks: list[Chunk]
@@ -91,7 +91,7 @@ class Parser:
         Args:
             received_at: a time as rows hold it, for all of them.
             claim: hash of the idempotency key, hash of the body; with it the rows come in parts.
-        Raises: EventRejected: the body as a whole, or its only event, is no good.
+        Raises: EventRejected: the body as a whole, or its only event, is invalid.
         """
         body = body.lstrip(_BLANK)
         if not body:
@@ -121,7 +121,7 @@ class Parser:
         return await self._look_closer(body, batch, received_at, claim)
 
     def _decode_lines(self, body: bytes) -> list[Any] | None:
-        """The events of NDJSON, or None where a line (or a count of them) is odd.
+        """The events of NDJSON, or None where a line, or the number of lines, is unusual.
 
         msgspec does not insist on a line for each: a blank one could make up for one that holds
         two.
@@ -148,8 +148,8 @@ class Parser:
         """A chunk for each type and part, or None: look closer.
 
         Args:
-            structs: of each event the class that it decodes to; None: it is no good.
-            items: what `join` takes, of each event.
+            structs: of each event the class that it decodes to; None: it is invalid.
+            items: what `join` takes, one for each event.
         """
         chunks: list[Chunk] = []
         for (struct, part), indexes in _grouped(structs, parts):
@@ -191,7 +191,7 @@ class Parser:
                     raise
                 if not errors:
                     exc.body = raw  # one is enough to show
-                exc.__context__ = None  # there may be thousands: without the frames that they hold
+                exc.__context__ = None  # there may be thousands: drop the frames that they hold
                 errors.append((index, exc.with_traceback(None)))
             structs.append(struct)
             rows.append(row)
@@ -281,8 +281,8 @@ def _grouped(
 def _elements(body: bytes) -> Iterator[bytes | None]:
     """The elements of a JSON array, one at a time, without making an object of any.
 
-    So 8 MiB of `[1,1,...]` costs no memory. None now and then, for other requests to get a turn: an
-    element can hold millions of brackets. Raises: EventRejected: the array does not parse.
+    So 8 MiB of `[1,1,...]` costs no memory. Yields None now and then, to give other requests a
+    turn: an element can hold millions of brackets. Raises: EventRejected: the array does not parse.
     """
     try:
         _RAW.decode(body)

@@ -21,7 +21,7 @@ MAX_ERRORS = 100  # of a batch, reported one by one
 
 
 class Answer(NamedTuple):
-    """One answer, before it is known by which way it goes out; `close` ends the connection."""
+    """One answer, independent of how it is sent; `close` ends the connection."""
 
     status: int
     body: bytes
@@ -29,7 +29,7 @@ class Answer(NamedTuple):
     close: bool = False
 
     def response(self) -> web.Response:
-        """As aiohttp wants it."""
+        """As a response of aiohttp."""
         response = web.Response(
             status=self.status, body=self.body, content_type="application/json",
             headers=self.headers,
@@ -65,13 +65,13 @@ OK = Answer(200, b'{"status_code": 0, "status_message": "ok"}')
 def answer(
     status: int, code: int, message: str, extra: Mapping[str, Any] | None = None, **more: Any
 ) -> Answer:
-    """One answer in the form that all of them have."""
+    """One answer in the common form."""
     body = msgspec.json.encode({"status_code": code, "status_message": message, **(extra or {})})
     return Answer(status, msgspec.json.format(body, indent=0), **more)
 
 
 def plain(content: Any) -> web.Response:
-    """An answer in a form of its own."""
+    """An answer that is not in the common form."""
     return web.Response(
         body=msgspec.json.encode(content),
         content_type="application/json",
@@ -80,7 +80,7 @@ def plain(content: Any) -> web.Response:
 
 
 def internal_error(request_id: str, path: str) -> Answer:
-    """The answer to an exception that nobody expected; call it where that is caught."""
+    """The answer to an unexpected exception; call it in the `except` clause."""
     log.exception("fault", request_id=request_id, path=path)
     return answer(500, 100, f"internal server error; request id {request_id}")
 
@@ -101,7 +101,7 @@ def _retry_after(exc: Busy) -> dict[str, str]:
 
 
 def batch(accepted: int, errors: Sequence[tuple[int, Refused]], full: Sequence[str] = ()) -> Answer:
-    """The answer to a batch: what was taken, and why the rest was not.
+    """The answer to a batch: what was accepted, and why the rest was not.
 
     Args:
         errors: in the order of the events.

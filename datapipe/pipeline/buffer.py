@@ -20,7 +20,7 @@ from datapipe.pipeline.records import Rate
 from datapipe.pipeline.tasks import Failed
 from datapipe.settings import Settings
 
-_QUEUES_AT_ONCE = 64  # a POST's appends under way: to begin thousands holds up the event loop
+_QUEUES_AT_ONCE = 64  # a POST's appends under way: thousands at once would block the event loop
 
 log = structlog.stdlib.get_logger("datapipe.pipeline.buffer")
 
@@ -33,7 +33,8 @@ class Buffer:
         health, removal: of appends to the mirror, and of removals from it.
         append_seconds: of the last append.
         removed_bytes: of all rows that left the mirror; removed: how fast they do.
-        stopping: the service stops: no new request is taken. closed: nor anything else.
+        stopping: the service is stopping: no new request is accepted.
+        closed: nothing at all is accepted any more.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Buffer:
         return self.lanes[name]
 
     async def append(self, chunks: Sequence[Chunk]) -> None:
-        """Make rows durable; once this returns they are the buffer's.
+        """Make rows durable; once this returns they will be loaded.
 
         Raises: BufferFull, MirrorUnavailable: nothing is promised; what was already stored in
         another queue of the mirror may still be loaded.
@@ -105,7 +106,7 @@ class Buffer:
         return self._groups[queue]
 
     def _book(self, appended: Appended, began: float) -> None:
-        """What is stored is accepted, whatever its clients were answered."""
+        """Count what is stored as accepted, whatever its clients were answered."""
         seconds = time.perf_counter() - began
         if isinstance(appended.error, MirrorFull):
             appended.error.retry_after_s = self._until_room_s()
@@ -124,7 +125,7 @@ class Buffer:
         for name, size in sizes.items():
             now = self.lanes[name].waiting.bytes
             before = now - size
-            # nothing waited before, or now there is enough for a load; else it is due as it was
+            # nothing waited before, or now there is enough for a load; else it is due as before
             if before <= 0 or before < self._trigger_bytes <= now:
                 self.wake.set()
         if self.mirror.pressed:
@@ -135,8 +136,8 @@ class Buffer:
             log.info("mirror up", mirror=self.mirror.state().kind)
 
     def recovered(self, found: Recovery) -> None:
-        """Enter what came by a recovery."""
-        if found.lanes or not found.more:  # else nothing was asked: there was no room
+        """Count what a recovery found."""
+        if found.lanes or not found.more:  # else the mirror was not read: there was no room
             self._works()
         for name, came in found.lanes.items():
             self.lane(name).recovered += came.events
@@ -144,7 +145,7 @@ class Buffer:
 
     @property
     def total_out(self) -> int:
-        """Events that ever left their lane for good."""
+        """Events that have left their lane for good."""
         return sum([lane.total_out for lane in self.lanes.values()])
 
     @property

@@ -24,17 +24,18 @@ SILENT_S = 30.0  # six beats missed
 _BLOCKED_S = 30.0  # the longest wait until a table that alone can't be made is tried again
 _MORE_S = 0.2  # until the next look, where there was more than one look could take
 # What a dead process had reserved comes back once its lease has run out: so looks follow each other
-# closely after a start or a death, and while there is more than can be had; then less and less.
+# closely after a start or a death, and while there is more than one look can take; then they become
+# rarer.
 _FIRST_PAUSE_S = 30.0
 
 
 def new_process_id() -> str:
-    """An id for this run of the process; the ledger and the heartbeat bear it."""
+    """An id for this run of the process, stored in the ledger and with the heartbeat."""
     return uuid4().hex
 
 
 class Coordinator:
-    """Recovers at start and regularly; shows that we live, and expires ledger rows, every 5 s.
+    """Recovers at start and regularly; sends a heartbeat and expires ledger rows every 5 s.
 
     It is the mirror's `Membership`: what it needs to know of other processes.
 
@@ -92,7 +93,7 @@ class Coordinator:
     # --- recovery ---
 
     async def _recover(self) -> float:
-        """Take over what waits in the mirror and has no living owner; when to look again."""
+        """Take over what waits in the mirror without a living owner; returns the next pause."""
         self._look_now.clear()
         longest_s = self._mirror.traits.recover_interval_s
         found = await self._look()
@@ -102,7 +103,7 @@ class Coordinator:
         return min(_MORE_S if found.more else pause_s, longest_s)
 
     async def _pause(self, pause_s: float) -> None:
-        """Until the next look is due, or worth while."""
+        """Wait until the next look is due, or there is a reason for one."""
         with suppress(TimeoutError):
             async with asyncio.timeout(pause_s):
                 await self._look_now.wait()
@@ -119,10 +120,10 @@ class Coordinator:
         return found
 
     async def looks(self) -> AsyncIterator[None]:
-        """Recover until no more is to be had; gives a turn after each look, to load it.
+        """Recover until nothing more can be had; yields after each look, to load what it found.
 
-        Where messages are unconfirmed, it takes half a minute to find out whether their process is
-        dead; what that had reserved takes as long as the mirror says.
+        Where owners are unconfirmed, it takes half a minute to find out whether they are dead; what
+        a dead process had reserved takes as long as the mirror says.
         Raises: MirrorUnavailable, SinkUnavailable, LaneBlocked.
         """
         most = patience = int(SILENT_S / BEAT_S) + 2
@@ -151,30 +152,30 @@ class Coordinator:
         return BEAT_S
 
     async def heartbeat(self, *, ended: bool = False) -> None:
-        """Show that we live; expire ledger rows of what the mirror has forgotten; see who died.
+        """Send a heartbeat; expire ledger rows of what has left the mirror; notice who died.
 
         Raises: SinkUnavailable, LaneBlocked: what was to expire is kept for the next time.
         """
-        await self._looked.wait()  # what waits here bears on which keys must stay
+        await self._looked.wait()  # which keys must be kept depends on what waits here
         self._expirable += self._mirror.expirable()
         sent = len(self._expirable)
         self._ended |= ended  # no beat may follow the last one
         identity = self._mirror.traits.identity
         beat = Heartbeat(self._process, identity, self._buffer.oldest, self._ended)
         beats = await self._sink.heartbeat(beat)
-        await self._sink.expire(self._expirable)  # only now: the beat says which keys must stay
+        await self._sink.expire(self._expirable)  # after the heartbeat: it says which keys to keep
         del self._expirable[:sent]
         self._watch.note(beats, asyncio.get_running_loop().time())
         dead = self._watch.dead() - {self._process}
         stuck = {name for name, lane in self._buffer.lanes.items() if lane.stuck}
-        if dead - self._dead or self._stuck - stuck:  # somebody died, or a lane has healed
+        if dead - self._dead or self._stuck - stuck:  # a process died, or a lane has healed
             self._look_now.set()
         self._dead, self._stuck = dead, stuck
 
     async def deregister(self) -> None:
-        """Tell the others that this process beats no more, if the database listens.
+        """Tell the others that this process has ended, if the database is up.
 
-        The mirror is settled by then, so nothing that they may load is reserved by us.
+        The mirror is settled by then, so we hold no reservation on anything that they may load.
         """
         if self._sink.state().up:
             with suppress(DatapipeError, TimeoutError):
@@ -182,17 +183,17 @@ class Coordinator:
                     await self.heartbeat(ended=True)
 
     async def _prepare(self) -> None:
-        """Make the tables before the first event comes, so that who looks finds them.
+        """Make the tables before the first event comes, so that people find them.
 
-        Apart from the heartbeat: a table may be locked for hours by somebody's long SELECT. Each
-        wait for that lock holds up all who come after us, so such a table is tried less often.
+        Not part of the heartbeat: a long SELECT may lock a table for hours. Each wait for that lock
+        holds up all who come after us, so such a table is tried less often.
         """
         left, failures = deque(self._tables), 0
         while left:
             try:
                 await self._sink.prepare(left[0])
                 left.popleft()
-            except (SinkUnavailable, LaneBlocked) as exc:  # logged by the sink, or with a load
+            except (SinkUnavailable, LaneBlocked) as exc:  # logged by the sink, or at a load
                 left.rotate(-1)
                 failures += 1
                 everywhere = isinstance(exc, SinkUnavailable) and exc.everywhere
@@ -201,10 +202,10 @@ class Coordinator:
     # --- upkeep ---
 
     async def _keep(self) -> float:
-        """Have the mirror keep what waits; apart, for a beat must not wait for it.
+        """Have the mirror keep what waits. A task of its own: no heartbeat may wait for it.
 
-        And give memory back once a burst is over: glibc's allocator keeps what was freed (after a
-        million events in batches 110 MB stay resident without this, 67 with it).
+        Also give memory back once a burst is over: glibc's allocator keeps what was freed (after a
+        million events in batches 110 MB stay resident without this, 67 MB with it).
         """
         self._buffer.removed.take(self._buffer.removed_bytes)
         if self._buffer.total_out != self._trimmed_at and not self._buffer.in_memory:

@@ -1,4 +1,4 @@
-"""Dead letters: which are meant, and how they are checked again before they go back."""
+"""Dead letters: how they are selected, and checked again before they are put back."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from datapipe.events.types import neutral_time
 from datapipe.pipeline.records import BODY_SHOWN
 from datapipe.sinks import Selection, table_of
 
-_SHOWN_S = 1.0  # the page is not to wait for a database that is silent
+_SHOWN_S = 1.0  # the page must not wait for a database that does not answer
 _SHOWN_LETTERS = 200
 
 
 def selection_of(wanted: Any) -> Selection:
     """From `{"ids": [...]}`, `{"lane": L, "sqlstate": S}` or `{"all": true}`.
 
-    Raises: EventRejected: it is none of these; to mean all is to say so.
+    Raises: EventRejected: it is none of these; all must be asked for explicitly.
     """
     if isinstance(wanted, Mapping):
         keys = set(wanted)
@@ -60,7 +60,7 @@ class DeadLetters:
         return await self._database.find(selection, limit)
 
     async def shown(self) -> dict[str, Any] | None:
-        """For the page: groups, each with its newest event as a `sample`; None: no answer soon."""
+        """For the page: groups, each with its newest event as `sample`; None: no answer in time."""
         try:
             async with asyncio.timeout(_SHOWN_S):
                 found = await self.look(Selection(), _SHOWN_LETTERS)

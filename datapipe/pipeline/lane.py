@@ -9,8 +9,8 @@ from datapipe.mirrors import Mirror
 
 
 class Lane:
-    """The counts of what came into one lane and what left it; `waiting` is counted by the mirror,
-    so that the books can fail to balance.
+    """The counts of what entered one lane and what left it; `waiting` is counted by the mirror,
+    independently, so that an imbalance shows.
 
     Attributes:
         blocked: why a person must act before it can be loaded, or None.
@@ -36,18 +36,13 @@ class Lane:
         return self.blocked is not None or self.deferred
 
     @property
-    def total_in(self) -> int:
-        """Events that ever came into this lane."""
-        return self.accepted + self.recovered
-
-    @property
     def total_out(self) -> int:
         """Events that left this lane for good."""
         return self.loaded + self.duplicate + self.dead
 
     @property
     def balanced(self) -> bool:
-        return self.total_in == self.total_out + self.waiting.events
+        return self.accepted + self.recovered == self.total_out + self.waiting.events
 
     @property
     def oldest_seconds(self) -> float:

@@ -1,4 +1,4 @@
-"""Loader: loads lanes that are due into the sink, and tries again what fails.
+"""Loader: loads lanes that are due into the sink, and retries what fails.
 
 A few workers share all lanes. A worker waits for a lane that is due, loads one transaction of it,
 and looks again: so no lane waits behind a long one.
@@ -28,9 +28,9 @@ from datapipe.retry import backoff
 from datapipe.settings import Settings
 from datapipe.sinks import Database, Loaded, table_of
 
-_LONGEST_SLEEP_S = 3600.0  # event loops don't like timers without end
-# The longest wait after failures in a row, seconds. Small for a database that is away: its return
-# should not find everybody asleep.
+_LONGEST_SLEEP_S = 3600.0  # an event loop takes no infinite timer
+# The longest wait after failures in a row, seconds. Short for a database that is away: once it is
+# back, loading should go on at once.
 _OUTAGE_S = 2.0
 _LANE_S = 30.0
 
@@ -59,7 +59,7 @@ class Loader:
         self._settings = settings
         self._records = records
         self._observe_load = observe_load
-        # what all workers hold must fit the memory that is given
+        # what all workers hold must fit into `buffer_max_bytes`
         share = settings.buffer_max_bytes // (settings.load_workers + 1)
         self._take_bytes = max(1, min(settings.load_trigger_bytes, share))
 
@@ -74,7 +74,7 @@ class Loader:
                 self.sink.abort()
 
     async def _ask_for_slow_ones(self) -> None:
-        """For ever: what loads that have been under way for long wait for."""
+        """For ever: ask the database what slow loads are waiting for."""
         while True:
             await asyncio.sleep(SLOW_S / 5)
             slow = [lane for lane in self.lanes.values() if lane.health.slow]
@@ -98,7 +98,7 @@ class Loader:
     # --- on demand ---
 
     def hurry(self, lanes: Iterable[str]) -> None:
-        """Load these without waiting for the interval: they were recovered."""
+        """Load these without waiting for the interval: something of them was recovered."""
         for name in lanes:
             if name in self.schedules:
                 self.schedules[name].hurry()
@@ -110,7 +110,7 @@ class Loader:
     async def load_now(
         self, lanes: Iterable[str] | None = None, *, accept_dead: bool = False
     ) -> tuple[dict[str, int], dict[str, str]]:
-        """One try for each lane in which something waits: rows loaded, and what failed, by lane."""
+        """One try for each lane in which something waits; by lane: rows loaded, and errors."""
         wanted = self.lanes.keys() if lanes is None else set(lanes)
         names = [name for name in wanted & self.lanes.keys() if self.lanes[name].waiting.events]
         ours = [name for name in names if name in self.schedules]
@@ -129,19 +129,19 @@ class Loader:
         return loaded, failed
 
     async def drain(self) -> None:
-        """Load all that waits; ends when nothing does, or when what is left can't be loaded now."""
+        """Load all that waits; ends when nothing is left, or nothing that can be loaded now."""
         await self.load_now([name for name, lane in self.lanes.items() if lane.blocked is None])
 
     # --- one worker ---
 
     async def _work(self) -> None:
-        """For ever: wait for a lane that is due, and load the next of it."""
+        """For ever: wait for a lane that is due, and load one transaction of it."""
         while True:
             schedule = await self._next()
             accept_dead = schedule.begin()
             try:
                 await self._load(schedule, accept_dead)
-            except Exception as exc:  # it ends this worker, but not who waits for the lane
+            except Exception as exc:  # it ends this worker; who waits for the lane must be answered
                 schedule.failed(repr(exc), _LANE_S)
                 raise
             finally:
@@ -169,7 +169,7 @@ class Loader:
 
     def _hurry_fullest(self) -> None:
         able = [s for s in self.schedules.values() if not s.failures and not s.lane.stuck]
-        if able:  # the fullest may be under way: then it is
+        if able:  # the fullest may already be loading: all the better
             max(able, key=lambda s: s.lane.waiting.bytes).hurry()
 
     def _able(self) -> list[Schedule]:
@@ -179,7 +179,7 @@ class Loader:
         return [s for s in waiting if not s.busy and not (taken and s.failures)]
 
     async def _load(self, schedule: Schedule, accept_dead: bool) -> None:
-        """Take what is next of a lane, load it in one transaction, book it, have it removed."""
+        """Take a lane's next segments, load them in one transaction, book and remove them."""
         lane = schedule.lane
         segments: list[Segment] = []
         try:
@@ -202,7 +202,7 @@ class Loader:
             self._loaded(schedule, result, time.perf_counter() - began, len(segments))
 
     async def _without_missing(self, lane: Lane, segments: Sequence[Segment]) -> list[Segment]:
-        """Book what the mirror lost sight of: loaded by another process, or lost; the rest."""
+        """Book what the mirror no longer has: another process loaded it, or it is lost."""
         there = [segment for segment in segments if not segment.gone]
         missing = [segment for segment in segments if segment.gone]
         known = await self.sink.loaded([segment.id for segment in missing])
@@ -218,7 +218,7 @@ class Loader:
         return there
 
     def _book(self, lane: Lane, segments: Sequence[Segment], result: Loaded) -> None:
-        """A load has committed: into the books with it, and out of the mirror."""
+        """A load has committed: enter it into the books, remove it from the mirror."""
         lane.loaded += result.loaded
         lane.duplicate += result.duplicate
         lane.dead += result.dead
@@ -227,7 +227,7 @@ class Loader:
         self._buffer.removal.follow(f"the removal of {len(segments)} segments", removal)
 
     def _loaded(self, schedule: Schedule, result: Loaded, seconds: float, segments: int) -> None:
-        """A load has committed: note and log it; nothing stands in the way of its lane."""
+        """A load has committed: record and log it; its lane is healthy."""
         lane = schedule.lane
         self._observe_load(seconds)
         load = Load(lane.name, result.loaded, result.duplicate, result.dead, round(seconds, 4))
@@ -250,10 +250,10 @@ class Loader:
             other.others_loaded()
 
     def _put_off(self, schedule: Schedule, segments: Sequence[Segment], exc: DatapipeError) -> None:
-        """Again later; while others can be loaded, it must not hold what they need.
+        """Retry later; meanwhile the lane must not hold memory that others need.
 
-        What is said to be the whole database and yet concerns this lane alone (the disk of its
-        table is full) puts off this lane alone. A blocked lane is tried at each interval.
+        An error that is said to be of the whole database and yet hits this lane alone (the disk of
+        its table is full) puts off this lane alone. A blocked lane is retried at each interval.
         """
         lane, error = schedule.lane, str(exc)
         if isinstance(exc, LaneBlocked):

@@ -1,4 +1,4 @@
-"""What is noted of what happens, in bounded memory: loads, refusals, rates; `monitor` reads it."""
+"""Records of what happened, in bounded memory: loads, refusals, rates; `monitor` shows them."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Records:
         self._loads.appendleft(load)
 
     def refused(self, refusal: Refusal) -> None:
-        """Refusals for want of room come by the thousand and differ in nothing: one entry."""
+        """Refusals for lack of room come by the thousand, all alike: they are one entry."""
         last = self._refusals[0] if self._refusals else None
         if last is not None and refusal.reason == "busy" and last.message == refusal.message:
             refusal.events += last.events
@@ -93,13 +93,13 @@ class Records:
 
 
 def shown(body: bytes) -> str:
-    """The beginning of a body, as text: for people, so what is not UTF-8 is marked."""
+    """The beginning of a body, as text for people: what is not UTF-8 is marked."""
     text = body[: BODY_SHOWN * 4].decode(errors="replace")
     return text if len(text) <= BODY_SHOWN else f"{text[:BODY_SHOWN]}…"
 
 
 class Rate:
-    """How fast a number grows, by readings that are taken every few seconds or oftener."""
+    """How fast a number grows, by readings that are taken every few seconds or more often."""
 
     def __init__(self, window_s: float = 60.0) -> None:
         self._window_s = window_s

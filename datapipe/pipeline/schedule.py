@@ -12,21 +12,21 @@ from datapipe.settings import Settings
 
 
 class Try(NamedTuple):
-    """Somebody wants the lane to be tried now, and waits for the rows of the turn and the error."""
+    """A request to load the lane now; its outcome: the rows of the turn, and the error, if any."""
 
     outcome: asyncio.Future[tuple[int, str | None]]
     accept_dead: bool
 
 
 class Schedule:
-    """Why a lane is to be loaded, as data; all times are of the event loop's clock, in seconds.
+    """Why a lane is to be loaded, as data; all times are by the event loop's clock, in seconds.
 
-    A turn is as many transactions as it takes to load all that waited at its start. A failure ends
-    it as well.
+    A turn is as many transactions as it takes to load all that waited at its start; a failure ends
+    it, too.
 
     Attributes:
         served_at: when its last transaction ended.
-        failures: in a row; 0 once the database answers others again.
+        failures: in a row; 0 again once other lanes can be loaded.
         alone: others could be loaded since it failed.
     """
 
@@ -39,11 +39,11 @@ class Schedule:
         self._hurry = False
         self._retry_at = 0.0
         self._turn_ended = now()
-        self._turn_until: int | None = None  # the lane's `total_out` when this turn is over
+        self._turn_until: int | None = None  # the lane's `total_out` at which this turn is over
         self._turn_rows = 0
         self._under_way: Callable[[], None]  # to be called when the load ends
-        self._tries: list[Try] = []  # for which the load under way is
-        self._next_tries: list[Try] = []  # asked for since it began
+        self._tries: list[Try] = []  # served by the load under way
+        self._next_tries: list[Try] = []  # requested since it began
 
     @property
     def busy(self) -> bool:
@@ -70,7 +70,7 @@ class Schedule:
             self._hurry = True
 
     def try_now(self, accept_dead: bool) -> asyncio.Future[tuple[int, str | None]]:
-        """Due at once, with a try of its own; the rows of the turn, and the error if it failed."""
+        """Due at once, also while it backs off; see `Try`."""
         wanted = Try(asyncio.Future(), accept_dead)
         self._next_tries.append(wanted)
         if self._turn_until is not None:
@@ -78,15 +78,15 @@ class Schedule:
         return wanted.outcome
 
     def others_loaded(self) -> None:
-        """The database answers: what failed only because it did not may go at once."""
+        """The database answers: a lane that failed only because it did not is due at once."""
         if self.failures and not self.lane.stuck:
             self.failures, self.alone, self._hurry = 0, True, True
             self.lane.health.forgive()
 
-    # --- what becomes of it ---
+    # --- what happens ---
 
     def begin(self) -> bool:
-        """A transaction starts, the first of a turn perhaps; whether refused rows are accepted."""
+        """A transaction starts, perhaps the first of a turn; whether dead letters are accepted."""
         self._under_way = self.lane.health.begin("a load")
         self._hurry = False
         self._tries += self._next_tries
@@ -97,11 +97,11 @@ class Schedule:
         return any(wanted.accept_dead for wanted in self._tries)
 
     def _end_of_all(self) -> int:
-        """What will have left once all that waits now is loaded; lost events don't wait."""
+        """`total_out` once all that waits now is loaded; lost events don't wait."""
         return self.lane.total_out + self.lane.waiting.events
 
     def succeeded(self, rows: int = 0) -> None:
-        """Some of what waited is booked; perhaps the turn is over."""
+        """Some of what waited is loaded; perhaps the turn is over."""
         self._turn_rows += rows
         until = self._turn_until
         if until is None or self.lane.total_out >= until or not self.lane.waiting.events:
@@ -110,7 +110,7 @@ class Schedule:
             self._end_turn(None)
 
     def failed(self, error: str, retry_s: float) -> None:
-        """A load failed; it is tried again in so many seconds, or at once if somebody asked."""
+        """A load failed; it is retried after `retry_s`, or at once if that was requested."""
         self.failures += 1
         self._retry_at = now() + retry_s
         self._end_turn(error)

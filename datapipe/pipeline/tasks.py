@@ -1,4 +1,4 @@
-"""Background tasks: none of them dies in silence."""
+"""Background tasks: none of them dies unnoticed."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Failed = Callable[[BaseException], None]  # gets the error of a task that died
 
 
 def start(work: Coroutine[None, None, None], failed: Failed) -> asyncio.Task[None]:
-    """A task; to die is to end with an error, or by a cancellation that nobody asked for."""
+    """Start a task; it dies if it ends with an error, or is cancelled without a request."""
 
     def ended(task: asyncio.Task[None]) -> None:
         if not task.cancelled():
             if (exc := task.exception()) is not None:
                 failed(exc)
         elif not task.cancelling():
-            failed(RuntimeError(f"cancelled by nobody: {task.get_coro()}"))
+            failed(RuntimeError(f"cancelled without a request: {task.get_coro()}"))
 
     task = asyncio.create_task(work)
     task.add_done_callback(ended)
@@ -61,8 +61,8 @@ async def repeat(
 ) -> None:
     """For ever: a step, of which `health` is, then a pause of as many seconds as it returns.
 
-    A step that raises a DatapipeError is tried again by the back-off, up to `longest_s`; the first
-    of several failures in a row is logged as `failed`.
+    A step that raises a DatapipeError is retried with back-off, at most `longest_s`; the first of
+    several failures in a row is logged as `failed`.
     """
     failures = 0
     while True:

@@ -1,7 +1,8 @@
 """Watch: which other processes are dead, by their heartbeats in the database.
 
-Dead means: the count of beats stood still for some intervals as watched by us, while the database
-was up. The database's own times don't say it: after an outage all rows are old, and clocks differ.
+Dead means: the count of beats has not changed for some intervals by our own clock, while the
+database was up. The times in the database don't show it: after an outage all rows are old, and
+clocks differ.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ class Watch:
         self._now = 0.0
 
     def note(self, beats: Mapping[str, Beat], now: float) -> None:
-        """The database has just answered these beats, by process."""
-        if now - self._now > self._dead_after_s / 2:  # we were stopped ourselves, or are new
+        """The database has just returned these beats, by process."""
+        if now - self._now > self._dead_after_s / 2:  # we were suspended ourselves, or are new
             self.lost_sight()
         for process in beats.keys() | self._since.keys():
             beaten = beats.get(process) != self._beats.get(process)
@@ -32,7 +33,7 @@ class Watch:
         self._now = now
 
     def lost_sight(self) -> None:
-        """The database does not answer: nobody can be seen to live, so all start anew."""
+        """The database does not answer: no process can be seen alive, so watching starts over."""
         self._since = dict.fromkeys(self._since, math.inf)
 
     def is_dead(self, process: str) -> bool:

@@ -154,3 +154,32 @@ async def test_a_task_that_starts_as_all_is_refused_holds_up_nothing_after_it() 
     while len(group.booked) < 2:
         await asyncio.sleep(0)
     await group.add()
+
+
+async def test_a_task_whose_requests_another_has_taken_appends_nothing() -> None:
+    """The mirror would answer an empty append, and be called up by it though it is down."""
+    group = Group()
+    group.mirror.traits = Traits(1000, "", 1.0, appends_at_once=2, linger_s=0.001)
+    await asyncio.gather(group.add(), group.add())
+    await asyncio.sleep(0.01)
+    assert [len(appended.stored) for appended in group.booked] == [1]
+
+
+async def test_appends_become_fewer_at_once_when_the_mirror_wants_that() -> None:
+    """Also while requests come without a break, so that each task finds something to append."""
+    group = Group()
+    under_way: list[int] = []
+
+    async def append(segments: Sequence[Segment]) -> Appended:
+        under_way.append(len(under_way) - len(group.booked))
+        await asyncio.sleep(0.01)
+        return Appended(segments)
+
+    group.mirror.append = append
+    for at_once in (4, 1):
+        group.mirror.traits = Traits(1000, "", 1.0, appends_at_once=at_once, linger_s=0.002)
+        for _ in range(150):
+            group.add()
+            await asyncio.sleep(0.001)
+    assert max(under_way) > 1
+    assert set(under_way[-5:]) == {0}
