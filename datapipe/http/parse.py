@@ -101,8 +101,9 @@ class Parser:
         try:
             events = self._many(body) if batch else [self._one(body)]
         except _BROKEN:
-            batch = batch or _is_lines(body)
-            events = self._decode_lines(body) if batch else None
+            events = None
+            if not batch and _is_lines(body):
+                batch, events = True, self._decode_lines(body)
         if events and _is_utf8(body):  # msgspec does not check what no event type declares
             if len(events) > self._max_events:
                 raise self._too_many()

@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.postgres import Postgres, free_port
 from tests.service import Service, until
-from tests.wire import ask, crash, post, purchase, running
+from tests.wire import ask, crash, get, post, purchase, running
 
 LANES = {"crash_report", "purchase", "install"}
 BOOKS = ("accepted", "recovered", "loaded", "duplicate", "dead", "waiting")
@@ -399,6 +399,9 @@ async def test_load_now_while_the_database_is_away(
     balanced(status)
     assert "datapipe_database_up 0" in await text(service, "/metrics")
     assert service.logged("database down")[0]["error"]
+    for request in (get("/dead"), post(b'{"all": true}', target="/dead/drop")):
+        letters = await ask(service, request)
+        assert (letters.status, letters.code) == (503, 9), letters
     create()
     assert (await service.drained())["loaded"] == 2
     assert service.logged("database up")

@@ -158,7 +158,12 @@ async def test_parts_depend_on_the_body_alone(registry: Registry) -> None:
         parsed = await read(registry, body, keyed=True, most=2000)
         cuts.append([(part(rows), list(rows.indexes)) for rows in parsed.chunks])
     assert cuts[0] == cuts[1] == cuts[2]
-    assert len(cuts[0]) == -(-sum(len(json.dumps(event)) for event in events) // PART_BYTES)
+    wanted: dict[int, list[int]] = {}
+    start = 0
+    for index, event in enumerate(events):
+        wanted.setdefault(start // PART_BYTES, []).append(index)
+        start += len(json.dumps(event))
+    assert cuts[0] == list(wanted.items())
 
 
 async def test_parts_of_a_small_body_are_one(registry: Registry) -> None:
@@ -176,3 +181,9 @@ async def test_a_blank_line_does_not_make_up_for_one_that_holds_two(
     assert (parsed.batch, total(parsed)) == (True, 401)
     assert [(index, error.reason.code) for index, error in parsed.errors] == [(0, 3)]
     assert sum(chunk.events for chunk in parsed.chunks) == 400
+
+
+async def test_a_line_that_holds_two_is_no_event(registry: Registry) -> None:
+    parsed = await read(registry, GOOD + GOOD + b"\n" + GOOD)
+    assert [(index, error.reason.code) for index, error in parsed.errors] == [(0, 3)]
+    assert total(parsed) == 2
