@@ -44,12 +44,12 @@ class Message(NamedTuple):
     reservation_id: str | None = None
 
 
-class Refused(MirrorUnavailable):
-    """IronMQ answered with a status that a repeat does not change."""
+class CallRefused(MirrorUnavailable):
+    """IronMQ answered with `http_status`, which a repeat does not change."""
 
-    def __init__(self, status: int, detail: str) -> None:
+    def __init__(self, http_status: int, detail: str) -> None:
         super().__init__(detail)
-        self.status = status
+        self.http_status = http_status
 
 
 class _Again(Exception):
@@ -90,7 +90,7 @@ class Client:
     async def queues(self, prefix: str) -> list[str]:
         """Names of all queues with this prefix, sorted.
 
-        Raises: Refused: 404: no such project, or there is nothing in it yet.
+        Raises: CallRefused: 404: no such project, or there is nothing in it yet.
         """
         names: list[str] = []
         while True:
@@ -149,8 +149,8 @@ class Client:
             content = {"ids": [{"id": id, **_lease(reservation)} for id, reservation in some]}
             try:
                 await self._call("delete", "DELETE", path, _nothing, content)
-            except Refused as exc:
-                if exc.status not in (403, 404):
+            except CallRefused as exc:
+                if exc.http_status not in (403, 404):
                     raise
                 # the reference does not say what a bad entry does to the others
                 for id, reservation in some:
@@ -163,8 +163,8 @@ class Client:
         path = _message_path(queue, id)
         try:
             await self._call("delete", "DELETE", path, _nothing, _lease(reservation), absent=True)
-        except Refused as exc:
-            if exc.status != 403:
+        except CallRefused as exc:
+            if exc.http_status != 403:
                 raise
             if reservation is None:
                 return False
@@ -172,7 +172,7 @@ class Client:
         return True
 
     async def touch(self, queue: str, id: str, reservation: str, lease_s: int) -> str:
-        """Prolong a lease; its new reservation id. Raises: Refused: 403 or 404: it is lost."""
+        """Prolong a lease; its new reservation id. Raises: CallRefused: 403 or 404: it is lost."""
         path = f"{_message_path(queue, id)}/touch"
         content = {"reservation_id": reservation, "timeout": lease_s}
         return await self._call(
@@ -185,8 +185,8 @@ class Client:
         content = {"reservation_id": reservation, "delay": 0}
         try:
             await self._call("release", "POST", path, _nothing, content, absent=True)
-        except Refused as exc:
-            if exc.status != 403:
+        except CallRefused as exc:
+            if exc.http_status != 403:
                 raise
 
     async def _call(
@@ -212,7 +212,7 @@ class Client:
             answer = await self._repeated(kind, method, path, data, absent, repeat)
             picked = _picked(pick, answer)
         except MirrorUnavailable as exc:
-            refused = isinstance(exc, Refused) and exc.status != 401
+            refused = isinstance(exc, CallRefused) and exc.http_status != 401
             if kind not in _JUDGED_AS_A_WHOLE and not refused:
                 self.health.fails(began, exc.detail)
             raise
@@ -255,7 +255,7 @@ class Client:
         if response.status in (408, 429) or response.status >= 500:
             raise _Again(f"IronMQ answers {response.status}")
         if response.status >= 400:
-            raise Refused(response.status, self._refusal(response.status, text))
+            raise CallRefused(response.status, self._refusal(response.status, text))
         try:
             answer = json.loads(text)
         except ValueError:

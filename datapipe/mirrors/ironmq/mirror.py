@@ -24,9 +24,9 @@ from datapipe.mirrors.ironmq.client import (
     DELETE_MAX_IDS,
     EXPIRATION_S,
     MESSAGES_AT_ONCE,
+    CallRefused,
     Client,
     Message,
-    Refused,
     encode_post,
 )
 from datapipe.mirrors.ironmq.orphans import Orphans
@@ -274,8 +274,10 @@ class IronMQPlugin(MirrorPlugin):
             try:
                 queues = await store.client.queues(settings.ironmq_queue_prefix)
                 sizes = [(queue, await store.client.size(queue)) for queue in queues]
-            except Refused as exc:  # 404 may be said of a project in which no queue was made yet
-                return [("away" if exc.status == 404 else "fail", f"ironmq: {exc.detail}")]
+            except (
+                CallRefused
+            ) as exc:  # 404 may be said of a project in which no queue was made yet
+                return [("away" if exc.http_status == 404 else "fail", f"ironmq: {exc.detail}")]
             except MirrorUnavailable as exc:
                 return [("away", f"ironmq: {exc.detail}")]
         found = [("ok", f"ironmq: the credentials work, {len(queues)} queues")]

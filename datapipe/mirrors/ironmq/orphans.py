@@ -20,7 +20,7 @@ from datapipe.events.segment import SEGMENT_OVERHEAD_BYTES
 from datapipe.mirrors import Membership
 from datapipe.mirrors.buffered import Found
 from datapipe.mirrors.ironmq.books import ANEW_S, LEASE_MAX_S, LEASE_S, Books, Held
-from datapipe.mirrors.ironmq.client import MESSAGES_AT_ONCE, Client, Message, Refused
+from datapipe.mirrors.ironmq.client import MESSAGES_AT_ONCE, CallRefused, Client, Message
 from datapipe.mirrors.ironmq.upkeep import Upkeep
 from datapipe.mirrors.ironmq.wire import Unreadable, envelope_of, rows_bytes, unpacked
 from datapipe.mirrors.recovery import STAYS, Fate, Label, fate_of, known_to_ledger
@@ -107,8 +107,8 @@ class Orphans:
             return [queue for queue in self._unfinished if self._room(queue) > 0]
         try:
             names = await self._client.queues(self._books.prefix)
-        except Refused as exc:
-            if exc.status != 404:
+        except CallRefused as exc:
+            if exc.http_status != 404:
                 raise
             names = []  # perhaps nothing was posted yet
         self._thorough, self._books.given_up = self._books.given_up, False

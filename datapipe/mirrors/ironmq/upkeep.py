@@ -16,7 +16,7 @@ import structlog
 
 from datapipe.mirrors import Membership
 from datapipe.mirrors.ironmq.books import ANEW_S, LEASE_MAX_S, Books, Held
-from datapipe.mirrors.ironmq.client import Client, Message, Refused, encode_post
+from datapipe.mirrors.ironmq.client import CallRefused, Client, Message, encode_post
 from datapipe.mirrors.ironmq.wire import Unreadable, envelope_of, posted_anew
 from datapipe.mirrors.recovery import known_to_ledger
 
@@ -66,8 +66,8 @@ class Upkeep:
         now, lease_s = self._books.clock(), min(2 * held.lease_s, LEASE_MAX_S)
         try:
             reservation = await self._client.touch(queue, held.id, held.reservation, lease_s)
-        except Refused as exc:
-            if exc.status not in (403, 404):
+        except CallRefused as exc:
+            if exc.http_status not in (403, 404):
                 raise
             held.reservation = None  # lost: the message is anyone's again, and the ledger decides
         else:
@@ -112,8 +112,8 @@ class Upkeep:
         except Unreadable as exc:
             held.never_anew()
             log.error("message unreadable", queue=queue, error=str(exc))
-        except Refused as exc:
-            if exc.status == 401:
+        except CallRefused as exc:
+            if exc.http_status == 401:
                 raise
             held.anew_at = self._books.clock() + ANEW_AGAIN_S
             log.error("message not posted anew", queue=queue, error=exc.detail)
@@ -133,7 +133,7 @@ class Upkeep:
         try:
             await self._client.make_queue(quarantine)
             await self._client.post(quarantine, encode_post(message.body))
-        except Refused as exc:  # somebody with a larger plan sent it
+        except CallRefused as exc:  # somebody with a larger plan sent it
             log.error("message unreadable", queue=queue, error=f"{why}; left: {exc.detail}")
             return
         await self._client.delete(queue, [(message.id, message.reservation_id)])
