@@ -202,7 +202,10 @@ class Loader:
             self._loaded(schedule, result, time.perf_counter() - began, len(segments))
 
     async def _without_missing(self, lane: Lane, segments: Sequence[Segment]) -> list[Segment]:
-        """Book what the mirror no longer has: another process loaded it, or it is lost."""
+        """Book what the mirror no longer has: another process loaded it, or it is lost.
+
+        Returns the others.
+        """
         there = [segment for segment in segments if not segment.gone]
         missing = [segment for segment in segments if segment.gone]
         known = await self.sink.loaded([segment.id for segment in missing])
