@@ -11,7 +11,7 @@ import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -272,13 +272,6 @@ class Journal:
 
 
 @asynccontextmanager
-async def open_journal(settings: Settings) -> AsyncIterator[BufferedMirror]:
-    """Open the mirror. Raises: ConfigError: the folder can't be written."""
-    async with open_store(settings) as store:
-        yield BufferedMirror(store, settings.buffer_max_bytes)
-
-
-@asynccontextmanager
 async def open_store(settings: Settings) -> AsyncIterator[Journal]:
     """Open the first journal in `data_dir` that no living process owns; make it if need be.
 
@@ -305,8 +298,10 @@ def _size(path: Path) -> int:
 
 
 class JournalPlugin(MirrorPlugin):
-    def open(self, settings: Settings, process: str) -> AbstractAsyncContextManager[Mirror]:
-        return open_journal(settings)
+    @asynccontextmanager
+    async def open(self, settings: Settings, process: str) -> AsyncIterator[Mirror]:
+        async with open_store(settings) as store:
+            yield BufferedMirror(store, settings.buffer_max_bytes)
 
     async def check(self, settings: Settings) -> list[tuple[str, str]]:
         return await asyncio.to_thread(check_journals, settings)
