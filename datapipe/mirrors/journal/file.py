@@ -229,12 +229,11 @@ class JournalFile:
         """Shorten the file by a bounded number of free pages, if there are many."""
         (free,) = self._write.execute("PRAGMA freelist_count").fetchone()
         if free > _VACUUM_PAGES:
-            pages = _VACUUM_PAGES
             self._filled.discard(self._log)
             # a script, because `execute` would take one step, which frees one page; and so far
             # that stands in the log alone
             self._write.executescript(
-                f"PRAGMA incremental_vacuum({pages}); PRAGMA wal_checkpoint(TRUNCATE)"
+                f"PRAGMA incremental_vacuum({_VACUUM_PAGES}); PRAGMA wal_checkpoint(TRUNCATE)"
             )
 
     def is_drained(self) -> bool:

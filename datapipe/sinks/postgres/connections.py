@@ -256,7 +256,8 @@ class Sessions:
         return await outcome
 
     def _run(self, dsn: str, work: Callable[[psycopg2.extensions.cursor], _T]) -> _T:
-        connection = self._take_idle() or self._connect(dsn)
+        connection = self._take_idle() or psycopg2.connect(dsn)
+        connection.autocommit = True  # BEGIN and COMMIT are ours, sent with what belongs to them
         self._busy.add(connection)
         try:
             if self._stopping.is_set():
@@ -277,11 +278,6 @@ class Sessions:
                 if not connection.closed:
                     return connection
         return None
-
-    def _connect(self, dsn: str) -> psycopg2.extensions.connection:
-        connection = psycopg2.connect(dsn)
-        connection.autocommit = True  # BEGIN and COMMIT are ours, sent with what belongs to them
-        return connection
 
     def close_idle(self) -> None:
         """What the server says holds for a session, perhaps: read-only, a standby's address."""

@@ -58,8 +58,7 @@ def verdict(exc: psycopg2.Error) -> Verdict:
     """What an error means; one without a code is a lost connection."""
     code = exc.pgcode
     if code is None:
-        lost = isinstance(exc, psycopg2.OperationalError | psycopg2.InterfaceError)
-        return Verdict.DOWN if lost or not isinstance(exc, psycopg2.DataError) else Verdict.ROW
+        return Verdict.ROW if isinstance(exc, psycopg2.DataError) else Verdict.DOWN
     if code in _BY_STATE:
         return _BY_STATE[code]
     return _BY_CLASS.get(code[:2], Verdict.BLOCKED)
