@@ -14,7 +14,7 @@ from datapipe.settings import Settings
 
 
 class MemoryStore:
-    """Promises nothing beyond the life of the process; the buffer's bound is its bound."""
+    """Promises nothing beyond the life of the process; bounded by `buffer_max_bytes`."""
 
     reads_ahead = False
     forgets_for_good = True

@@ -97,7 +97,7 @@ class Coordinator:
         return min(_MORE_S if found.more else pause_s, longest_s)
 
     async def _pause(self, pause_s: float) -> None:
-        """Until the next look is due, or worth while."""
+        """Until the next look is due, or worthwhile."""
         with suppress(TimeoutError):
             async with asyncio.timeout(pause_s):
                 await self._look_now.wait()
@@ -167,7 +167,7 @@ class Coordinator:
         self._dead, self._stuck = dead, stuck
 
     async def deregister(self) -> None:
-        """Tell the others that this process beats no more, if the database listens.
+        """Let the others know that this process has ended, if the database is up.
 
         The mirror is settled by then, so nothing that they may load is reserved by us.
         """
@@ -177,7 +177,7 @@ class Coordinator:
                     await self.heartbeat(ended=True)
 
     async def _prepare(self) -> None:
-        """Make the tables before the first event comes, so that who looks finds them.
+        """Make the tables before the first event comes, so that whoever looks finds them.
 
         Apart from the heartbeat: a table may be locked for hours by somebody's long SELECT. Each
         wait for that lock holds up all who come after us, so such a table is tried less often.

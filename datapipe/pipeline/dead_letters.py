@@ -1,4 +1,4 @@
-"""Dead letters: which are meant, and how they are checked again before they go back."""
+"""Dead letters: selecting them, and checking them again before they are put back."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ class Journal:
             self._reader.submit(file.disconnect)  # after what is being read from it
 
     def _repair_places(self) -> None:
-        """In the writing thread: what was taken from its place is made anew there."""
+        """In the writing thread: make anew whatever was removed, replaced or emptied."""
         for file in list(self._files.values()):
             if not file.in_place():
                 self._remake(file, f"{file.path} was removed, replaced or emptied from outside")
@@ -158,7 +158,7 @@ class Journal:
         return Found(runs=await self._run(self._writer, self._recover))
 
     async def keep(self, membership: Membership) -> bool:
-        """Give space back that a burst has taken, bit by bit; let go of files that are drained."""
+        """Give back, bit by bit, the space that a burst took; release files that are drained."""
         await self._run(self._writer, self._repair_places)
         for file in list(self._files.values()):
             await self._run(self._writer, file.release_free_pages)
@@ -170,7 +170,7 @@ class Journal:
         return False
 
     async def _expire(self, file: JournalFile, membership: Membership) -> None:
-        """Nothing of an earlier owner waits in this file any more: nor need the ledger know it.
+        """Nothing of an earlier owner waits in this file any more: the ledger may forget it.
 
         Only then may another process have an adopted file.
         """
@@ -199,7 +199,7 @@ class Journal:
             try:
                 self._adopt(path)
             except (ConfigError, sqlite3.Error, OSError) as exc:
-                # one that can't be read must not keep us from all the others
+                # one that can't be read must not hold up the others
                 if path not in self._unreadable:
                     log.error("journal not adopted", path=str(path), error=str(exc))
                     self._unreadable.add(path)
