@@ -15,7 +15,7 @@ from datapipe.settings import Plugin, Settings, plugin
 
 @dataclass(slots=True, frozen=True)
 class Traits:
-    """What the pipeline needs to know of a mirror; some of it may change as the mirror learns.
+    """What the pipeline needs to know about a mirror; some of it may change as the mirror learns.
 
     Attributes:
         batch_bytes: rows that go into one segment, unless a single event is larger.
@@ -126,7 +126,7 @@ class Recovery:
 
 
 class Membership(Protocol):
-    """What a mirror must know of the processes that share it, and of the ledger."""
+    """What a mirror must know about the processes that share it, and about the ledger."""
 
     def is_dead(self, process: str) -> bool:
         """Whether this process is taken to be dead."""
@@ -221,7 +221,7 @@ class MirrorPlugin(Plugin):
         raise NotImplementedError
 
     async def check(self, settings: Settings) -> list[tuple[str, str]]:
-        """Is the mirror well? Findings as (ok, warn, fail or away; text). Changes nothing."""
+        """Examine the mirror; findings as (ok, warn, fail or away; text). Changes nothing."""
         return [("ok", f"mirror: {settings.mirror_kind}")]
 
 

@@ -127,7 +127,7 @@ class Store(Protocol):
         """
 
     async def remove(self, removals: Sequence[Removal]) -> None:
-        """Forget them, durably. Unknown ones are ignored. Raises: MirrorUnavailable: all again."""
+        """Forget them, durably. Unknown ones are ignored. Raises: MirrorUnavailable: repeat all."""
 
     async def recover(self, membership: Membership) -> Found:
         """See `Mirror.recover`; what was found before is not found again."""
@@ -217,7 +217,7 @@ class _Lane:
         self.bytes -= len(segment.data)
 
     def end(self, run: Run) -> None:
-        """All of it was read; of what the store has lost sight of only the bytes are left."""
+        """All of it was read; of what is missing in the store only the bytes are left."""
         del self.runs[run.source]
         self.bytes -= run.bytes
         if run.events:  # the books stay out of balance, as they should: these are nowhere
@@ -351,7 +351,7 @@ class BufferedMirror:
         return taken
 
     async def _read_ahead(self, lane: _Lane, max_bytes: int) -> None:
-        """Have in memory what the next `take` will want: so no load waits for reading."""
+        """Read what the next `take` will want, so that no load waits for reading."""
         with suppress(MirrorUnavailable):  # `take` meets it again
             for segment in await self._read_back(lane, max_bytes):
                 lane.queue.put_nowait(segment)

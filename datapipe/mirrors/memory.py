@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from uuid import uuid4
 
 from datapipe.events.segment import SEGMENT_OVERHEAD_BYTES, Segment
@@ -14,7 +14,7 @@ from datapipe.settings import Settings
 
 
 class MemoryStore:
-    """Promises nothing beyond the life of the process; the buffer's bound is its bound."""
+    """Promises nothing beyond the life of the process; bounded by `buffer_max_bytes`."""
 
     reads_ahead = False
     forgets_for_good = True
@@ -54,15 +54,10 @@ class MemoryStore:
         return MirrorState("none", True, None, self._bytes, self._max_bytes, full)
 
 
-@asynccontextmanager
-async def open_memory(settings: Settings) -> AsyncIterator[BufferedMirror]:
-    """Open the mirror that is none."""
-    yield BufferedMirror(MemoryStore(settings), settings.buffer_max_bytes)
-
-
 class MemoryPlugin(MirrorPlugin):
-    def open(self, settings: Settings, process: str) -> AbstractAsyncContextManager[Mirror]:
-        return open_memory(settings)
+    @asynccontextmanager
+    async def open(self, settings: Settings, process: str) -> AsyncIterator[Mirror]:
+        yield BufferedMirror(MemoryStore(settings), settings.buffer_max_bytes)
 
     async def check(self, settings: Settings) -> list[tuple[str, str]]:
         return [("warn", "mirror: none: events live in memory alone until they are loaded")]

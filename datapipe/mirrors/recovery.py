@@ -6,13 +6,13 @@ So a message names its segment and its sender, and this is how nothing is lost a
 - A post is repeated with the same segment id, so a copy that was stored without an answer is the
   same segment to the ledger, which skips it.
 - While its sender lives, a message is the sender's: it is loaded from the sender's memory, and
-  deleted by id after the commit. Nobody reserves it, but on the way to another, to release it.
+  deleted by id after the commit. Others reserve it only on the way to another, and release it.
 - A sender that is dead (its heartbeat in the database stands still) leaves its messages to whoever
   sees them first. If it lives after all, both load, and the ledger lets one of them through; to the
   other they are duplicates, so its books still balance.
-- A message of ours that our books don't know is recovered the same way: its append was given up
-  on, yet stored; or it is a second copy; or somebody had it reserved when we deleted it.
-- What nobody here can load waits, and must not expire meanwhile.
+- A message of ours that is not in our books is recovered the same way: its append was given up on,
+  yet stored; or it is a second copy; or somebody had it reserved when we deleted it.
+- What can't be loaded here waits, and must not expire meanwhile.
 - A message whose form is not ours is quarantined, never dropped.
 """
 
@@ -58,7 +58,7 @@ STAYS = frozenset({Fate.OURS, Fate.THEIRS, Fate.WAITS})
 
 
 class Books(Protocol):
-    """What this process knows of its own messages.
+    """What this process knows about its own messages.
 
     Attributes:
         appending: segments whose post is under way.

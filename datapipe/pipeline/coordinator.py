@@ -173,7 +173,7 @@ class Coordinator:
         self._dead, self._stuck = dead, stuck
 
     async def deregister(self) -> None:
-        """Tell the others that this process has ended, if the database is up.
+        """Let the others know that this process has ended, if the database is up.
 
         The mirror is settled by then, so we hold no reservation on anything that they may load.
         """

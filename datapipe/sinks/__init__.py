@@ -54,7 +54,7 @@ class Heartbeat:
     Attributes:
         mirror: the store that only this process appends to: a journal's id, or the process's own.
         oldest_waiting: Unix time of its oldest event that is not loaded yet.
-        ended: it stops now, and beats no more.
+        ended: it stops now, and sends no more heartbeats.
     """
 
     process: str
@@ -65,7 +65,7 @@ class Heartbeat:
 
 @dataclass(slots=True, frozen=True)
 class Beat:
-    """What the database says of a process: a count that rises while it lives."""
+    """What the database says about a process: a count that rises while it lives."""
 
     count: int
     ended: bool
@@ -77,7 +77,7 @@ Check = Callable[[str, bytes, str], bytes]
 
 @dataclass(slots=True, frozen=True)
 class Selection:
-    """Which dead letters are meant: those that fit all that is not None."""
+    """Selects dead letters: those that match every field that is not None."""
 
     ids: tuple[int, ...] | None = None
     lane: str | None = None
@@ -116,7 +116,7 @@ class Sink(Protocol):
         """End loads that are under way, at once; what they did is rolled back or unknown."""
 
     def state(self) -> SinkState:
-        """How it is, by the outcome of the last real work; asks nobody."""
+        """Its health, by the outcome of the last real work; does no I/O."""
 
     async def hint(self) -> str:
         """A line for the shell that shows rows. Raises: SinkUnavailable."""
@@ -189,7 +189,7 @@ class DeadLetters(Protocol):
 
 
 class Database(Sink, Ledger, Heartbeats, DeadLetters, Protocol):
-    """All four, for who opens it; who uses it asks for the one that it needs."""
+    """All four, for whoever opens it; a user asks for the one that it needs."""
 
 
 def table_of(kind: EventType) -> Table:

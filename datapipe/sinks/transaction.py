@@ -12,7 +12,7 @@ from datapipe.sinks import Selection, Table
 
 
 class TableMissing(LaneBlocked):
-    """A table or a column is not there: one DDL pass, then again."""
+    """A table or a column is missing: one DDL pass, then once more."""
 
 
 class Entry(NamedTuple):
@@ -45,7 +45,7 @@ class RefusedRow:
     """One row that the database refuses, and what it said.
 
     Attributes:
-        of_itself: any table of this database would refuse it, so it says nothing of this one.
+        of_itself: any table of this database would refuse it, so it says nothing about this one.
     """
 
     id: str
@@ -102,7 +102,7 @@ class Transaction(Protocol):
     def letters(
         self, selection: Selection, after: int, limit: int
     ) -> Sequence[tuple[int, str, str]]:
-        """Id, lane and event of dead letters beyond that id, by id, locked; not those of others."""
+        """Id, lane, event of letters above that id, in order; locks them, and skips locked ones."""
 
     def settle(self, back: Sequence[int], stay: Sequence[RefusedRow]) -> None:
         """Remove dead letters, and note why others stay; an empty SQLSTATE changes none."""

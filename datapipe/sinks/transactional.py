@@ -62,7 +62,7 @@ class TransactionalSink(ABC):
 
     @abstractmethod
     async def prepare(self, table: Table, *, again: bool = False) -> None:
-        """See `Sink.prepare`. Args: again: look, even if it was there when we looked last."""
+        """See `Sink.prepare`. Args: again: look, even if the table was there before."""
 
     @abstractmethod
     async def transact(self, lane: str, work: Callable[[Transaction], _T]) -> _T:
@@ -111,7 +111,7 @@ class TransactionalSink(ABC):
         began = time.perf_counter()
         try:
             loaded = await self.transact(table.name, work)
-        except TableMissing:  # somebody dropped it
+        except TableMissing:  # dropped or altered since
             await self.prepare(_widened(table, segments), again=True)
             began = time.perf_counter()
             loaded = await self.transact(table.name, work)
@@ -200,7 +200,7 @@ class TransactionalSink(ABC):
         check: Check,
         transaction: Transaction,
     ) -> tuple[int | None, dict[str, int], int]:
-        """Some of them: the last id, or None; rows that are back, by lane; how many stay dead."""
+        """A thousand of them: the last id, or None; rows put back, by lane; how many stay dead."""
         letters = transaction.letters(selection, after, REPLAY_ROWS)
         rows: dict[str, list[Rows]] = {}
         refused: list[RefusedRow] = []
@@ -221,7 +221,7 @@ class TransactionalSink(ABC):
 
 
 class _Received(msgspec.Struct):
-    """Of an event: when it was received."""
+    """When an event was received."""
 
     received_at: str
 

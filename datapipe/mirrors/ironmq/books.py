@@ -14,7 +14,7 @@ from datapipe.mirrors.ironmq.client import EXPIRATION_S
 
 SOURCE = "ironmq"  # by this the ledger knows that a segment may come back for 31 days
 LEASE_S = 30  # the shortest there is
-LEASE_MAX_S = 120  # so long, and a look later, what a dead recoverer had is anyone's
+LEASE_MAX_S = 120  # after that, and the next look, what a dead recoverer had reserved is free
 ANEW_S = EXPIRATION_S * 0.8  # the age at which a message is posted anew
 HELD_BYTES = 512  # what a message costs in memory though its rows are parked; measured, rounded up
 
@@ -47,7 +47,7 @@ class Held:
         self.reservation, self.lease_s, self.lease_until = reservation, lease_s, now + lease_s
 
     def entry(self, now: float) -> tuple[str, str | None]:
-        """As a delete wants it: a lease that has run out is none."""
+        """What a delete call takes; an expired lease counts as none."""
         return self.id, self.reservation if now < self.lease_until else None
 
     def never_anew(self) -> None:

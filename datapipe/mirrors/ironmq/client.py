@@ -45,7 +45,7 @@ class Message(NamedTuple):
 
 
 class CallRefused(MirrorUnavailable):
-    """IronMQ answered with `http_status`, which a repeat does not change."""
+    """IronMQ answered with `http_status`, which a retry does not change."""
 
     def __init__(self, http_status: int, detail: str) -> None:
         super().__init__(detail)
@@ -53,7 +53,7 @@ class CallRefused(MirrorUnavailable):
 
 
 class _Again(Exception):
-    """A repeat may help."""
+    """A retry may help."""
 
 
 class Client:
@@ -168,7 +168,7 @@ class Client:
                 raise
             if reservation is None:
                 return False
-            return await self._delete_one(queue, id, None)  # run out, unless somebody has it now
+            return await self._delete_one(queue, id, None)  # expired, unless somebody has it now
         return True
 
     async def touch(self, queue: str, id: str, reservation: str, lease_s: int) -> str:

@@ -1,4 +1,4 @@
-"""Recovery from IronMQ: what dead processes left, and what our own books don't know.
+"""Recovery from IronMQ: what dead processes left, and what is missing in our own books.
 
 Whose a message is, is decided in `mirrors/recovery.py`. A recoverer looks (peek takes no lease)
 before it reserves, and reserves no further than the last message that it wants; those of the living
@@ -46,7 +46,7 @@ class Beyond:
     def left_s(self, now: float) -> float:
         """How long until a look will have reached them, if a dead process has them reserved.
 
-        For that long a lease of ours may be; what stays longer is nobody's of us.
+        No lease of a datapipe lasts longer: what stays beyond that is reserved by somebody else.
         """
         return max(0.0, self.since + LEASE_MAX_S + LEASE_S - now)
 

@@ -1,9 +1,9 @@
 """What keeps messages in IronMQ from being lost: leases, a new post before they expire, quarantine.
 
-Leases only keep recoverers out of each other's way; one that runs out costs work, not events. So
+Leases only keep recoverers out of each other's way; one that expires costs work, not events. So
 they are short, for a recoverer that is killed must not hold up what it had reserved. Each time one
-is prolonged it is doubled, for prolonging costs requests, up to two minutes; then it runs out, and
-the message is anyone's again. A stop gives back what is reserved. Messages live 30 days at the
+is prolonged it is doubled, for prolonging costs requests, up to two minutes; then it expires, and
+the message is free again. A stop releases what is reserved. Messages live 30 days at the
 most; at 80 % of that one is posted anew, with the same segment id, and the old one deleted.
 """
 
@@ -69,12 +69,12 @@ class Upkeep:
         except CallRefused as exc:
             if exc.http_status not in (403, 404):
                 raise
-            held.reservation = None  # lost: the message is anyone's again, and the ledger decides
+            held.reservation = None  # lost: the message is free again, and the ledger decides
         else:
             held.lease(reservation, lease_s, now)
 
     async def release(self, queue: str, held: Held) -> None:
-        """End a lease of ours: the message is anyone's, and in our books still."""
+        """End a lease of ours: the message is free, and still in our books."""
         if held.reservation is not None:
             await self._client.release(queue, held.id, held.reservation)
             held.reservation = None

@@ -9,7 +9,7 @@ parked segments by another with its own connection, in short transactions: a lon
 the log from being reset.
 
 An open file can be written though its name was removed, and nobody would find again what was
-written. So each append begins by a look whether file, log and lock are where they were.
+written. So each append first checks that file, log and lock are where they were.
 """
 
 from __future__ import annotations
@@ -129,13 +129,13 @@ class JournalFile:
     def _log(self) -> str:
         return f"{self.path}-wal"
 
-    # --- what is not in its place, or damaged ---
+    # --- replaced, removed or damaged ---
 
     def in_place(self) -> bool:
         """Whether file, log and lock are where they were, and were not emptied.
 
-        May be asked in any thread, where a no can be too early: ask again in the writing one. It
-        takes no disk: the system has at hand what is open.
+        May be asked in any thread, where a no can be premature: ask again in the writing one. It
+        does not read the disk: the kernel has the inodes of open files in memory.
         """
         try:
             for place, identity in self._places:
@@ -229,12 +229,11 @@ class JournalFile:
         """Shorten the file by a bounded number of free pages, if there are many."""
         (free,) = self._write.execute("PRAGMA freelist_count").fetchone()
         if free > _VACUUM_PAGES:
-            pages = _VACUUM_PAGES
             self._filled.discard(self._log)
             # a script, because `execute` would take one step, which frees one page; and so far
             # that stands in the log alone
             self._write.executescript(
-                f"PRAGMA incremental_vacuum({pages}); PRAGMA wal_checkpoint(TRUNCATE)"
+                f"PRAGMA incremental_vacuum({_VACUUM_PAGES}); PRAGMA wal_checkpoint(TRUNCATE)"
             )
 
     def is_drained(self) -> bool:
@@ -295,7 +294,7 @@ class JournalFile:
 
 
 def own_file(folder: Path) -> JournalFile:
-    """The first journal that nobody holds; what belongs to another user is passed over.
+    """The first journal that nobody has locked; another user's is skipped.
 
     Raises: OSError, sqlite3.OperationalError: none can be had in this folder.
     """

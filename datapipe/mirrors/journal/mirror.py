@@ -11,7 +11,7 @@ import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -124,7 +124,7 @@ class Journal:
             self._reader.submit(file.disconnect)  # after what is being read from it
 
     def _repair_places(self) -> None:
-        """In the writing thread: what was taken from its place is made anew there."""
+        """In the writing thread: make anew whatever was removed, replaced or emptied."""
         for file in list(self._files.values()):
             if not file.in_place():
                 self._remake(file, f"{file.path} was removed, replaced or emptied from outside")
@@ -158,7 +158,7 @@ class Journal:
         return Found(runs=await self._run(self._writer, self._recover))
 
     async def keep(self, membership: Membership) -> bool:
-        """Give space back that a burst has taken, bit by bit; let go of files that are drained."""
+        """Give back, bit by bit, the space that a burst took; release files that are drained."""
         await self._run(self._writer, self._repair_places)
         for file in list(self._files.values()):
             await self._run(self._writer, file.release_free_pages)
@@ -170,7 +170,7 @@ class Journal:
         return False
 
     async def _expire(self, file: JournalFile, membership: Membership) -> None:
-        """Nothing of an earlier owner waits in this file any more: nor need the ledger know it.
+        """Nothing of an earlier owner waits in this file any more: the ledger may forget it.
 
         Only then may another process have an adopted file.
         """
@@ -199,7 +199,7 @@ class Journal:
             try:
                 self._adopt(path)
             except (ConfigError, sqlite3.Error, OSError) as exc:
-                # one that can't be read must not keep us from all the others
+                # one that can't be read must not hold up the others
                 if path not in self._unreadable:
                     log.error("journal not adopted", path=str(path), error=str(exc))
                     self._unreadable.add(path)
@@ -272,13 +272,6 @@ class Journal:
 
 
 @asynccontextmanager
-async def open_journal(settings: Settings) -> AsyncIterator[BufferedMirror]:
-    """Open the mirror. Raises: ConfigError: the folder can't be written."""
-    async with open_store(settings) as store:
-        yield BufferedMirror(store, settings.buffer_max_bytes)
-
-
-@asynccontextmanager
 async def open_store(settings: Settings) -> AsyncIterator[Journal]:
     """Open the first journal in `data_dir` that no living process owns; make it if need be.
 
@@ -305,8 +298,10 @@ def _size(path: Path) -> int:
 
 
 class JournalPlugin(MirrorPlugin):
-    def open(self, settings: Settings, process: str) -> AbstractAsyncContextManager[Mirror]:
-        return open_journal(settings)
+    @asynccontextmanager
+    async def open(self, settings: Settings, process: str) -> AsyncIterator[Mirror]:
+        async with open_store(settings) as store:
+            yield BufferedMirror(store, settings.buffer_max_bytes)
 
     async def check(self, settings: Settings) -> list[tuple[str, str]]:
         return await asyncio.to_thread(check_journals, settings)

@@ -25,7 +25,7 @@ _JUMP = 2**32
 
 
 def is_damage(exc: sqlite3.Error) -> bool:
-    """The file is wrong, and not the disk: a full or read-only one is an OperationalError."""
+    """The file is damaged; a full or read-only disk is an OperationalError."""
     return type(exc) is sqlite3.DatabaseError
 
 

@@ -27,7 +27,7 @@ from datapipe.errors import ConfigError
 from datapipe.sinks.postgres.errors import one_line
 
 # Source: PostgreSQL documentation, libpq "Parameter Key Words". Seconds, and milliseconds for the
-# last: a peer that vanished without a word is noticed.
+# last: a peer that vanishes silently is noticed.
 _CONNECTION = {
     "connect_timeout": "10",
     "application_name": "datapipe",
@@ -37,7 +37,7 @@ _CONNECTION = {
     "tcp_user_timeout": "30000",
 }
 
-# Each transaction of ours begins with these. A host that loses power says nothing, and the server
+# Each transaction of ours begins with these. A host that loses power sends nothing, and the server
 # waits for two hours, by the kernel's default, while the dead session holds its locks: with these
 # it gives up after 20 s, about as we do. By SQL, for a pooler refuses `options` at the start,
 # and a URL may bring its own; not SET LOCAL, so that idle sessions end, too; over a socket file
@@ -55,11 +55,11 @@ _T = TypeVar("_T")
 
 
 def connection_dsn(url: str) -> str:
-    """The libpq string of a database URL; what the URL itself says stands.
+    """The libpq string of a database URL; what the URL sets takes precedence.
 
-    On a Heroku dyno TLS is a must: what is between it and its database is anybody's network.
+    On a Heroku dyno TLS is required: the network between it and its database is public.
 
-    Raises: ConfigError: the URL can't be read; what it says is not repeated, it holds a password.
+    Raises: ConfigError: the URL can't be parsed; it is not repeated, for it holds a password.
     """
     try:
         given = psycopg2.extensions.parse_dsn(url)
@@ -73,9 +73,9 @@ def connection_dsn(url: str) -> str:
 
 
 class _Places:
-    """Descriptors that are open all the time, for sockets to be put in their places.
+    """File descriptors kept open, whose numbers are then given to duplicates of sockets.
 
-    Taken early they have small numbers: when a connection breaks, aiopg calls `select`, which
+    Reserved early they have small numbers: when a connection breaks, aiopg calls `select`, which
     refuses those from 1,024 on.
     """
 
@@ -111,8 +111,8 @@ class _Connection(psycopg2.extensions.connection):  # type: ignore[misc]
 
     libpq closes the socket itself when the connection breaks, while aiopg still has it on the loop.
     Whatever is opened next, in any thread, gets the same number, and uvloop, which keeps a handle
-    for each number, then fails who watches it. The duplicate's number is ours until the loop has
-    forgotten it. (Source: uvloop, `handles/poll.pyx`: `_fatal_error` closes a handle that
+    for each number, then fails whoever watches it. The duplicate's number is ours until the loop
+    has dropped it. (Source: uvloop, `handles/poll.pyx`: `_fatal_error` closes a handle that
     `Loop._polls` still holds.)
     """
 
@@ -256,7 +256,8 @@ class Sessions:
         return await outcome
 
     def _run(self, dsn: str, work: Callable[[psycopg2.extensions.cursor], _T]) -> _T:
-        connection = self._take_idle() or self._connect(dsn)
+        connection = self._take_idle() or psycopg2.connect(dsn)
+        connection.autocommit = True  # BEGIN and COMMIT are ours, sent with what belongs to them
         self._busy.add(connection)
         try:
             if self._stopping.is_set():
@@ -278,18 +279,13 @@ class Sessions:
                     return connection
         return None
 
-    def _connect(self, dsn: str) -> psycopg2.extensions.connection:
-        connection = psycopg2.connect(dsn)
-        connection.autocommit = True  # BEGIN and COMMIT are ours, sent with what belongs to them
-        return connection
-
     def close_idle(self) -> None:
-        """What the server says holds for a session, perhaps: read-only, a standby's address."""
+        """An error may hold for the whole session: read-only, or the address is a standby's now."""
         while (connection := self._take_idle()) is not None:
             connection.close()
 
     def abort(self) -> None:
-        """End what is under way, and all that comes."""
+        """End what is under way, and whatever is begun later."""
         self._stopping.set()
         for connection in list(self._busy):
             with suppress(psycopg2.Error, OSError):

