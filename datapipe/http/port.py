@@ -85,7 +85,7 @@ class Port:
             asyncio.get_running_loop().remove_reader(listener)
 
     def _take(self, listener: socket.socket) -> None:
-        """Some connections wait at this socket; those not taken now are told of again."""
+        """Some connections wait at this socket; those not taken now are reported again."""
         loop = asyncio.get_running_loop()
         for _ in range(_AT_ONCE):
             try:

@@ -237,7 +237,7 @@ def _is_plain_post(message: Any, payload: StreamReader) -> TypeGuard[RawRequestM
         isinstance(message, RawRequestMessage)
         and message.method == "POST"
         and (message.path == "/" or message.path.startswith("/?"))
-        and message.version >= HttpVersion11  # 1.0 wants to be told that the connection is kept
+        and message.version >= HttpVersion11  # 1.0 wants to hear that the connection is kept
         and not message.should_close
         and not message.upgrade
         and payload.is_eof()
