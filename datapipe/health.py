@@ -10,36 +10,9 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from typing import Any
 
 SLOW_S = 10.0  # work that takes longer is a trouble
-
-
-@dataclass(slots=True, frozen=True)
-class Condition:
-    """How a part is at one moment; times are Unix times.
-
-    Attributes:
-        part: what kind of work it does, such as `heartbeat`.
-        lane: whose, if it works for one lane alone.
-        up: whether its last work succeeded; None until some has ended.
-        since, at: when `up` became what it is; when its last work ended.
-        error: of the last failure, while `up` is false.
-        doing, doing_since: its oldest work under way.
-        slow: whether that takes too long.
-        waits_for: what holds that up, if it is known.
-    """
-
-    part: str
-    lane: str | None
-    up: bool | None
-    since: float
-    at: float
-    error: str | None
-    doing: str | None
-    doing_since: float | None
-    slow: bool
-    waits_for: str | None
 
 
 class Health:
@@ -50,6 +23,8 @@ class Health:
     (`time.perf_counter`), and one that is overtaken is ignored.
 
     Attributes:
+        part: what kind of work it does, such as `heartbeat`.
+        lane: whose, if it works for one lane alone.
         up: None until the first real work has ended.
         since, at: Unix times at which `up` became what it is, and at which its last work ended.
         error: of the last failure, while it is down.
@@ -158,13 +133,14 @@ class Health:
 
         work.add_done_callback(ended)
 
-    def condition(self) -> Condition:
-        """How it is now."""
+    def state(self) -> dict[str, Any]:
+        """How it is now: its attributes, and its oldest work under way; times are Unix times."""
         doing = doing_since = None
         if (began := self._began) is not None:
             doing = next(iter(self._under_way.values()))[0]
             doing_since = time.time() - (time.monotonic() - began)
-        return Condition(
-            self.part, self.lane, self.up, self.since, self.at, self.error, doing, doing_since,
-            self.slow, self.waits_for,
-        )  # fmt: skip
+        return {
+            "part": self.part, "lane": self.lane, "up": self.up, "since": self.since,
+            "at": self.at, "error": self.error, "doing": doing, "doing_since": doing_since,
+            "slow": self.slow, "waits_for": self.waits_for,
+        }  # fmt: skip

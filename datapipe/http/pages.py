@@ -65,7 +65,7 @@ class Pages:
         denied = self.access.why_not(request)
         await self.status.refresh()
         context = {
-            "status": await self.status.whole() | {"refused": self.status.refusals()},
+            "status": await self.status.whole() | {"refused": self.status.records.refusals()},
             "denied": denied.detail if denied else None,
             "dead": None if denied else await self.dead.shown(),
         }
@@ -99,7 +99,7 @@ class Pages:
         return response
 
     async def _changed(self, status: Mapping[str, Any], seen: int, admin: bool) -> tuple[int, str]:
-        seen, changed = await self._sections.changed(status, self.status.refusals(), seen)
+        seen, changed = await self._sections.changed(status, self.status.records.refusals(), seen)
         if not admin:
             changed.pop("refusals", None)
         return seen, msgspec.json.encode(changed).decode()
@@ -117,7 +117,7 @@ class Pages:
 
     async def refused(self, request: web.Request) -> web.StreamResponse:
         self.access.may_act(request)
-        return responses.plain({"refused": self.status.refusals()})
+        return responses.plain({"refused": self.status.records.refusals()})
 
     async def metrics(self, request: web.Request) -> web.StreamResponse:
         self.access.may_look(request)

@@ -43,11 +43,11 @@ class Peers:
         """Answer the others; where that can't be, they only see less.
 
         Args:
-            status: what this process tells of itself.
+            status: what this process shows of itself.
             load: load now: one lane or all; whether to accept dead letters.
         """
 
-        async def tell(request: web.Request) -> web.Response:
+        async def show(request: web.Request) -> web.Response:
             body = msgspec.json.encode(await status())
             return web.Response(body=body, content_type="application/json")
 
@@ -56,7 +56,7 @@ class Peers:
             return web.json_response(await load(query.get("lane"), query.get("accept") == "dead"))
 
         app = web.Application()
-        app.router.add_get("/status.json", tell)
+        app.router.add_get("/status.json", show)
         app.router.add_post("/load", load_now)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
         await runner.setup()
@@ -108,7 +108,7 @@ class Peers:
         except (aiohttp.ClientError, TimeoutError, OSError, msgspec.MsgspecError) as exc:
             cause = exc.os_error if isinstance(exc, aiohttp.ClientConnectorError) else exc
             if isinstance(cause, ConnectionRefusedError | FileNotFoundError):
-                _unlink(socket)  # nobody listens: its process is gone
+                _unlink(socket)  # nobody listens: its process has ended
                 return None
             log.warning("a peer does not answer", error=f"{type(exc).__name__}: {exc}")
         return None

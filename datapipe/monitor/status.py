@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from datapipe.health import Condition, Health
+from datapipe.health import Health
 from datapipe.monitor import formats
 from datapipe.monitor.aggregate import BOOKS, together, together_series
 from datapipe.monitor.history import History, Reading, series_of
@@ -97,7 +97,7 @@ class Status:
         mirror, database = self.buffer.mirror.state(), self.loader.sink.state()
         database_error = (database.error or "no answer") if database.up is False else None
         balanced = all(lane.balanced for lane in self.buffer.lanes.values())
-        full = mirror.bytes >= NEARLY_FULL * mirror.max_bytes
+        full = 0 < NEARLY_FULL * mirror.max_bytes <= mirror.bytes
         errors = {
             "ingest": self.not_ready(),
             "database": database_error,
@@ -152,10 +152,6 @@ class Status:
         """Those of all processes."""
         return [self.metrics.histograms(), *(other["histograms"] for other in self._others)]
 
-    def refusals(self) -> list[dict[str, Any]]:
-        """The last events that were refused: for admins, they show what clients sent."""
-        return self.records.refusals()
-
     # --- this process ---
 
     def _own(self) -> dict[str, Any]:
@@ -173,7 +169,7 @@ class Status:
             "rejected": dict(self.records.rejected),
             "mirror": self._mirror(),
             "database": self._database(),
-            "parts": [_part(health.condition()) for health in self.parts()],
+            "parts": [_part(health) for health in self.parts()],
             "recent_loads": self.records.loads(),
         }
 
@@ -198,7 +194,7 @@ class Status:
             "blocked": lane.blocked,
             "error": None if hushed else lane.health.error,
             "last_load": last and {"at": last.at, "rows": last.rows, "seconds": last.seconds},
-            "slow_load": _slow_load(lane.health.condition()),
+            "slow_load": _slow_load(lane.health),
             "next_load_seconds": _rounded(self.loader.next_load_seconds(lane.name), 3),
         }
 
@@ -244,17 +240,20 @@ class Status:
         }
 
 
-def _part(condition: Condition) -> dict[str, Any]:
-    times = {key: getattr(condition, key) for key in ("since", "at", "doing_since")}
-    shown = {key: None if time is None else iso(time) for key, time in times.items()}
-    return asdict(condition) | shown
+def _part(health: Health) -> dict[str, Any]:
+    state = health.state()
+    times = {key: state[key] and iso(state[key]) for key in ("since", "at", "doing_since")}
+    return state | times
 
 
-def _slow_load(condition: Condition) -> dict[str, Any] | None:
-    if condition.doing_since is None or not condition.slow:
+def _slow_load(health: Health) -> dict[str, Any] | None:
+    state = health.state()
+    if not state["slow"]:
         return None
-    seconds = round(time.time() - condition.doing_since, 1)
-    return {"seconds": seconds, "waits_for": condition.waits_for}
+    return {
+        "seconds": round(time.time() - state["doing_since"], 1),
+        "waits_for": state["waits_for"],
+    }
 
 
 def _rounded(seconds: float | None, digits: int) -> float | None:

@@ -112,7 +112,7 @@ class Loader:
     ) -> tuple[dict[str, int], dict[str, str]]:
         """One try for each lane in which something waits; by lane: rows loaded, and errors."""
         wanted = self.lanes.keys() if lanes is None else set(lanes)
-        names = [name for name in wanted & self.lanes.keys() if self.lanes[name].waiting.events]
+        names = [n for n, lane in self.lanes.items() if n in wanted and lane.waiting.events]
         ours = [name for name in names if name in self.schedules]
         tries = {name: self.schedules[name].try_now(accept_dead) for name in ours}
         loaded: dict[str, int] = {}

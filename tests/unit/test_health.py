@@ -60,12 +60,12 @@ def test_work_under_way_is_slow_by_its_oldest(clock: Clock) -> None:
         with part.doing("the second"):
             clock.now += 6
             part.waits_for = "the disk"
-            told = part.condition()
-        assert (told.doing, told.doing_since, told.slow) == ("the first", 1000.0, True)
-        assert told.waits_for == "the disk"
+            shown = part.state()
+        assert (shown["doing"], shown["doing_since"]) == ("the first", 1000.0)
+        assert (shown["slow"], shown["waits_for"]) == (True, "the disk")
         assert part.waits_for == "the disk"
     assert not part.slow
-    assert part.condition().waits_for is None
+    assert part.state()["waits_for"] is None
     assert part.up is None
 
 
