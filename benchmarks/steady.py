@@ -2,7 +2,7 @@
 
 Latency counts from the moment when an event was due, so that waiting in the generator counts too:
 it sleeps in whole milliseconds, hence the half millisecond that bare aiohttp has at any rate. The
-lag is measured by PostgreSQL: the time of the commit less `received_at`, of all rows that are visible
+lag is seen by PostgreSQL: the time of the commit less `received_at`, of all rows that are visible
 when the time is over. It is meant to be long at the default settings: datapipe loads a lane when
 16 MiB of rows wait, when half of the memory for waiting segments is in use (single events make
 many small segments), or after 300 s. `make run` sets `load_interval` to 5 and `load_min_interval`
