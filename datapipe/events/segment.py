@@ -71,8 +71,8 @@ class Segment:
         created_at: when it was sealed, Unix time.
         source, position: where the mirror that holds it keeps it; set by the mirror.
         neutral: times are in UTC and have no offset (see `types`); release 1.0 wrote one to each.
-        gone: the mirror can no longer find it, so `data` is empty. Set to false once the ledger is
-            found to know it; until then no copy of it that may turn up is to be deleted.
+        missing: the mirror can no longer find it, so `data` is empty. Set to false once the ledger
+            is found to know it; until then no copy of it that may turn up is to be deleted.
     """
 
     lane: str
@@ -86,7 +86,7 @@ class Segment:
     source: str = ""
     position: int = 0
     neutral: bool = False
-    gone: bool = False
+    missing: bool = False
 
     def __post_init__(self) -> None:
         if not self.id:

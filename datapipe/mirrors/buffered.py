@@ -73,7 +73,7 @@ class Removal(NamedTuple):
 
     Attributes:
         bytes: of its rows.
-        gone: see `Segment.gone`.
+        missing: see `Segment.missing`.
     """
 
     id: str
@@ -81,13 +81,13 @@ class Removal(NamedTuple):
     source: str
     position: int
     bytes: int
-    gone: bool = False
+    missing: bool = False
 
     @classmethod
     def of(cls, segment: Segment) -> Removal:
         return cls(
             segment.id, segment.lane, segment.source, segment.position, len(segment.data),
-            segment.gone,
+            segment.missing,
         )  # fmt: skip
 
 

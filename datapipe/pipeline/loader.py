@@ -184,7 +184,7 @@ class Loader:
         segments: list[Segment] = []
         try:
             segments = await self._mirror.take(lane.name, self._take_bytes)
-            if any(segment.gone for segment in segments):
+            if any(segment.missing for segment in segments):
                 segments = await self._without_missing(lane, segments)
             if not segments:
                 schedule.succeeded()
@@ -206,12 +206,12 @@ class Loader:
 
         Returns the others.
         """
-        there = [segment for segment in segments if not segment.gone]
-        missing = [segment for segment in segments if segment.gone]
+        there = [segment for segment in segments if not segment.missing]
+        missing = [segment for segment in segments if segment.missing]
         known = await self.sink.loaded([segment.id for segment in missing])
         theirs = [segment for segment in missing if segment.id in known]
         for segment in theirs:
-            segment.gone = False
+            segment.missing = False
         self._book(lane, theirs, Loaded(duplicate=sum(segment.events for segment in theirs)))
         if lost := [segment for segment in missing if segment.id not in known]:
             # the books stay out of balance, as they should: these events are nowhere

@@ -324,12 +324,12 @@ async def test_pieces_stored_before_a_failure_are_named(world: World) -> None:
 async def test_what_was_lost_sight_of_and_is_not_loaded_is_never_deleted(world: World) -> None:
     mirror = await world.open()
     (stored,) = await store(mirror, [segment()])
-    stored.gone = True  # as far as a read could tell; the ledger does not know it
+    stored.missing = True  # as far as a read could tell; the ledger does not know it
     await remove(mirror, [stored])
     assert world.segments() == [stored.id]
     assert mirror.books.given_up  # so the next look is soon
     (again,) = (await world.recover(mirror)).segments
-    assert (again.id, again.gone) == (stored.id, False)
+    assert (again.id, again.missing) == (stored.id, False)
 
 
 async def test_what_is_posted_anew_while_it_is_read_is_not_lost_sight_of(world: World) -> None:
@@ -346,7 +346,7 @@ async def test_what_is_posted_anew_while_it_is_read_is_not_lost_sight_of(world: 
     mirror.client.get = late  # type: ignore[method-assign]
     run = Run("install", stored[0].source, 0, stored[0].position, 1, 1, 10, 0.0)
     (read,) = await mirror.read(run, 1000)
-    assert (read.id, read.gone, read.data) == (stored[0].id, False, stored[0].data)
+    assert (read.id, read.missing, read.data) == (stored[0].id, False, stored[0].data)
 
 
 async def test_one_that_may_not_be_posted_anew_keeps_no_other_from_it(world: World) -> None:
@@ -920,7 +920,7 @@ async def test_a_parked_message_that_is_gone_is_told_to_be(world: World) -> None
     taken = await other.client.reserve("install", 2, 60)
     await other.client.delete("install", [(m.id, m.reservation_id) for m in taken])
     found = await mirror.read(run_of(stored), 1 << 20)
-    assert [(each.gone, each.id, each.events) for each in found] == [
+    assert [(each.missing, each.id, each.events) for each in found] == [
         (True, stored[0].id, 1), (True, stored[1].id, 2), (False, stored[2].id, 3),
     ]  # fmt: skip
 

@@ -46,7 +46,7 @@ class Shelf:
 
     async def remove(self, removals: Sequence[Removal]) -> None:
         for removal in removals:
-            self.kept[removal.position].gone = True
+            self.kept[removal.position].missing = True
 
     async def read(self, run: Run, max_bytes: int) -> list[Segment]:
         after, until = run.after, run.until
@@ -54,7 +54,7 @@ class Shelf:
         read: list[Segment] = []
         for segment in self.kept.values():
             of_run = (segment.lane, segment.source) == (run.lane, run.source)
-            if of_run and after < segment.position <= until and not segment.gone:
+            if of_run and after < segment.position <= until and not segment.missing:
                 if read and sum(each.bytes for each in [*read, segment]) > max_bytes:
                     break
                 read.append(segment)
@@ -133,7 +133,7 @@ class World:
         elif what == "lose":
             self.lost = True
             for segment in self.shelf.kept.values():
-                segment.gone |= segment.lane == lane
+                segment.missing |= segment.lane == lane
 
     def _requeue(self, lane: str, segments: Sequence[Segment], *, put_off: bool) -> None:
         self.mirror.requeue(lane, segments, put_off=put_off)
@@ -206,7 +206,7 @@ async def test_what_the_store_has_lost_sight_of_leaves_nothing_behind() -> None:
     await mirror.append([_segment("p", 500)])
     (kept,) = shelf.kept.values()
     lost = Segment("p", (), b"", 1, id=kept.id, source=kept.source, position=kept.position)
-    lost.gone = True
+    lost.missing = True
     shelf.kept = {kept.position: lost}
 
     async def read(run: Run, max_bytes: int) -> list[Segment]:

@@ -181,7 +181,7 @@ class IronMQ:
             run.lane, (), b"", held.events, id=held.segment, created_at=held.created,
             source=SOURCE, position=position,
         )  # fmt: skip
-        segment.gone = True  # another process may have loaded it: the ledger knows
+        segment.missing = True  # another process may have loaded it: the ledger knows
         return segment
 
     async def remove(self, removals: Sequence[Removal]) -> None:
@@ -200,14 +200,14 @@ class IronMQ:
         """Delete up to a hundred messages; one that somebody has reserved is deleted by a look."""
         held, now = self.books.held[queue], self.books.clock()
         there = [each for each in removals if each.position in held]
-        entries = [held[each.position].entry(now) for each in there if not each.gone]
+        entries = [held[each.position].entry(now) for each in there if not each.missing]
         refused = await self.client.delete(queue, entries)
         for removal in there:
             reserved = held[removal.position].id in refused
             if reserved:
                 self.books.undeleted[removal.id] = queue
             # one that was lost sight of is recovered if it comes back
-            self.books.given_up |= reserved or removal.gone
+            self.books.given_up |= reserved or removal.missing
             self.books.forget(queue, removal.position)
 
     # --- what the parts do ---
