@@ -13,10 +13,9 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import structlog
 from aiohttp import web
@@ -26,15 +25,15 @@ from datapipe import logs
 from datapipe import settings as settings_module
 from datapipe.errors import DatapipeError
 from datapipe.events.registry import Registry, load_registry
-from datapipe.http import cors
 from datapipe.http.admin import Admin
 from datapipe.http.auth import Access
-from datapipe.http.body import Headers
+from datapipe.http.body import Body
+from datapipe.http.cors import Cors
 from datapipe.http.ingest import Ingest
 from datapipe.http.pages import Pages, add_headers, errors_are_answers
 from datapipe.http.port import raise_limit
-from datapipe.http.responses import Answer
-from datapipe.http.server import Runner, request_id
+from datapipe.http.responses import request_id
+from datapipe.http.server import Runner, answered
 from datapipe.mirrors import Mirror, open_mirror
 from datapipe.monitor.feed import running
 from datapipe.monitor.metrics import Metrics
@@ -69,7 +68,6 @@ class Pipeline:
     ) -> None:
         self.settings = settings
         self.registry = registry
-        self.cors = bool(settings.cors_origins)
         self.failed = False
         self.on_failure: Callable[[], None] = lambda: None
         self._open_mirror = open_mirror
@@ -151,19 +149,13 @@ class Pipeline:
             except TimeoutError:
                 log.warning("drain not done in time", seconds=self.settings.shutdown_timeout)
 
-    async def post(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def post(self, request: web.Request) -> web.StreamResponse:
         """`POST /`, as aiohttp has it."""
         id, key = request_id(request.headers), request.query.get("key")
-        answer = await self.ingest.answer(request.headers, key, request, id)
-        response = answer.response()
+        body = Body(request.content_length, request.content.readany)
+        response = (await self.ingest.answer(request.headers, key, body, id)).response()
         response.headers["X-Request-ID"] = id
         return response
-
-    def post_whole(
-        self, headers: Headers, key: str | None, body: bytes, request_id: str
-    ) -> Coroutine[Any, Any, Answer]:
-        """`POST /` with its body here."""
-        return self.ingest.answer(headers, key, body, request_id)
 
 
 PIPELINE = web.AppKey("pipeline", Pipeline)
@@ -185,24 +177,23 @@ def create_app(
     settings = settings or settings_module.load()
     settings_module.check(settings)
     pipeline = Pipeline(settings, load_registry(settings), open_mirror, open_sink)
-    app = web.Application(middlewares=[errors_are_answers], handler_args={"auto_decompress": False})
+    middlewares = [answered, errors_are_answers]
+    app = web.Application(middlewares=middlewares, handler_args={"auto_decompress": False})
     app[PIPELINE] = pipeline
     app.router.add_post("/", pipeline.post)
     app.cleanup_ctx.append(pipeline.run)
     app.on_shutdown.append(pipeline.stop)
     app.on_response_prepare.append(add_headers)
-    if pipeline.cors:
-        cors.allow(app, settings.cors_origins)
+    Cors(settings.cors_origins).add_to(app)
     return app
 
 
-def create_runner(app: web.Application, kind: type[Runner] = Runner) -> web.AppRunner:
-    """The runner that gives `POST /` its fast path and closes connections with slow heads."""
+def create_runner(app: web.Application, kind: type[Runner] = Runner) -> Runner:
+    """The runner that serves plain `POST /` by itself and closes connections with slow heads."""
     pipeline = app[PIPELINE]
     return kind(
-        app, pipeline, pipeline.settings.request_timeout, access_log=None,
-        shutdown_timeout=1.0,
-        lingering_time=3.0, handle_signals=False,
+        app, lambda: pipeline.ingest, lambda _: None, pipeline.settings.request_timeout,
+        access_log=None, shutdown_timeout=1.0, lingering_time=3.0, handle_signals=False,
     )  # fmt: skip
 
 

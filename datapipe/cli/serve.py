@@ -38,7 +38,6 @@ async def serve(settings: Settings, args: argparse.Namespace) -> int:
     with _signals() as signals:
         try:
             await runner.setup()
-            assert runner.server is not None
             port = Port(runner.server, files)
             async with _listening(port, settings):
                 address = _address(port, settings)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import zlib
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple
 
 from aiohttp import web
 from multidict import CIMultiDict, CIMultiDictProxy
@@ -18,6 +20,19 @@ from datapipe.settings import Settings
 
 Headers = CIMultiDict[str] | CIMultiDictProxy[str]
 
+
+class Body(NamedTuple):
+    """A body that is on its way.
+
+    Attributes:
+        length: in bytes, where it was announced.
+        read: the next bytes, none at the end; raises RequestPayloadError, ConnectionError.
+    """
+
+    length: int | None
+    read: Callable[[], Awaitable[bytes]]
+
+
 _FIRST_FEED_BYTES = 256
 _STEP_BYTES = 262_144  # decompressed before other requests get a turn
 
@@ -26,11 +41,11 @@ _WBITS = {"gzip": 31, "deflate": 15}
 
 
 async def read_body(
-    source: bytes | web.BaseRequest, headers: Headers, settings: Settings, reservation: Reservation
+    source: bytes | Body, headers: Headers, settings: Settings, reservation: Reservation
 ) -> bytes:
     """The body of a request, decompressed, at most `body_max_len` bytes.
 
-    Args: source: the body as it came; or the request, while some of it may be on its way.
+    Args: source: the body, or how it is read while some of it may be on its way.
     Raises: EventRejected: too long, too slow, broken. BufferFull: too much is under way.
     """
     max_bytes, encoding = settings.body_max_len, _encoding_of(headers)
@@ -60,14 +75,14 @@ def _encoding_of(headers: Headers) -> str:
 
 
 async def _receive(
-    request: web.BaseRequest, max_bytes: int, timeout_s: float, reservation: Reservation
+    coming: Body, max_bytes: int, timeout_s: float, reservation: Reservation
 ) -> bytes:
-    if (request.content_length or 0) > max_bytes:
+    if (coming.length or 0) > max_bytes:
         raise _too_long(max_bytes)
     body = bytearray()
     try:
         async with asyncio.timeout(timeout_s):
-            while chunk := await request.content.readany():
+            while chunk := await coming.read():
                 reservation.grow(len(chunk))
                 body += chunk
                 if len(body) > max_bytes:

@@ -8,9 +8,12 @@ Source: Fetch standard, "CORS protocol".
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from aiohttp import web
+
+from datapipe.http import responses
+from datapipe.http.responses import Answer
 
 _PREFLIGHT = {
     "Access-Control-Allow-Methods": "POST",
@@ -21,27 +24,38 @@ _PREFLIGHT = {
 }
 
 
-def allow(app: web.Application, origins: Sequence[str]) -> None:
-    """Let pages of these origins post; "*" means every page."""
+class Cors:
+    """Decides by the settings alone; `"*"` among the origins means every page."""
 
-    def allowed(request: web.BaseRequest) -> str | None:
-        if "*" in origins:
-            return "*"
-        origin = request.headers.get("Origin")
-        return origin if origin in origins else None
+    def __init__(self, origins: Sequence[str]) -> None:
+        self._origins = frozenset(origins)
 
-    async def preflight(request: web.Request) -> web.StreamResponse:
-        if allowed(request) is None:
-            raise web.HTTPForbidden(reason="cors_origins does not name the origin of this page")
-        return web.Response(status=204, headers=_PREFLIGHT)
+    def headers(self, origin: str | None) -> dict[str, str]:
+        """What an answer to a page of this origin says about it; None: it is no page."""
+        allowed = "*" if "*" in self._origins else origin if origin in self._origins else None
+        if allowed is None:
+            return {"Vary": "Origin"}
+        return {
+            "Vary": "Origin",
+            "Access-Control-Allow-Origin": allowed,
+            "Access-Control-Expose-Headers": "Retry-After, X-Request-ID",
+        }
 
-    async def add_headers(request: web.BaseRequest, response: web.StreamResponse) -> None:
-        if request.path != "/" or request.method not in ("POST", "OPTIONS"):
-            return
-        response.headers["Vary"] = "Origin"
-        if (origin := allowed(request)) is not None:
-            response.headers["Access-Control-Allow-Origin"] = origin
-            response.headers["Access-Control-Expose-Headers"] = "Retry-After, X-Request-ID"
+    def apply(self, answer: Answer, headers: Mapping[str, str]) -> Answer:
+        """An answer to a request with these headers, with what it says about its origin."""
+        more = self.headers(headers.get("Origin")) if self._origins else None
+        return answer._replace(headers={**answer.headers, **more}) if more else answer
 
-    app.router.add_route("OPTIONS", "/", preflight)
-    app.on_response_prepare.append(add_headers)
+    def add_to(self, app: web.Application) -> None:
+        """Answer preflights, if any page may post at all."""
+
+        async def preflight(request: web.Request) -> web.StreamResponse:
+            headers = self.headers(request.headers.get("Origin"))
+            if "Access-Control-Allow-Origin" not in headers:
+                detail = "cors_origins does not name the origin of this page"
+                refused = responses.answer(403, 403, detail, headers=headers)
+                return refused.response()
+            return web.Response(status=204, headers=_PREFLIGHT | headers)
+
+        if self._origins:
+            app.router.add_route("OPTIONS", "/", preflight)

@@ -6,17 +6,16 @@ import hashlib
 import hmac
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-
-from aiohttp import web
 
 from datapipe.errors import EventRejected, Reason, Refused
 from datapipe.events.registry import Registry
 from datapipe.http import responses
 from datapipe.http.admission import Admission, Reservation
 from datapipe.http.auth import given_key
-from datapipe.http.body import Headers, read_body
+from datapipe.http.body import Body, Headers, read_body
+from datapipe.http.cors import Cors
 from datapipe.http.parse import Claim, Parser
 from datapipe.http.responses import Answer
 from datapipe.pipeline.buffer import Buffer
@@ -37,17 +36,18 @@ class Ingest:
         self._parser = Parser(registry, settings.batch_max_events)
         self._settings = settings
         self._records = records
+        self._cors = Cors(settings.cors_origins)
         self._clock = _Clock()
         self._keys = [key.encode() for key in settings.ingest_keys]
 
     async def answer(
-        self, headers: Headers, key: str | None, source: bytes | web.BaseRequest, request_id: str
+        self, headers: Headers, key: str | None, source: bytes | Body, request_id: str
     ) -> Answer:
         """Answer one POST. Raises nothing.
 
         Args:
             key: the one in the query.
-            source: the body as it came; or the request, while some of it may be on its way.
+            source: the body, or how it is read while some of it may be on its way.
         """
         body, reservation = b"", Reservation(self.admission)
         try:
@@ -63,18 +63,62 @@ class Ingest:
                 await self._buffer.append(parsed.chunks)
             if parsed.errors:
                 self._refused(parsed.errors, request_id)
-            if not parsed.batch:
-                return responses.OK
-            return responses.batch(sum([c.events for c in parsed.chunks]), parsed.errors, full)
-        except Refused as exc:
-            if isinstance(exc, EventRejected):
-                exc.body = exc.body or body
-            self._refused([(0, exc)], request_id)
-            return responses.refused(exc, stopping=self._buffer.stopping)
-        except Exception:
-            return responses.internal_error(request_id, "/")
+            answer = responses.OK
+            if parsed.batch:
+                accepted = sum([c.events for c in parsed.chunks])
+                answer = responses.batch(accepted, parsed.errors, full)
+        except Exception as exc:
+            answer = self._failed(exc, body, request_id)
         finally:
             reservation.end()
+        return self._cors.apply(answer, headers)
+
+    def take(
+        self,
+        headers: Headers,
+        key: str | None,
+        body: bytes,
+        request_id: str,
+        send: Callable[[Answer], None],
+    ) -> bool:
+        """Take one event at once, if nothing speaks against it; `send` gets its answer.
+
+        Whatever is not as it should be is for `answer` to judge, by the same steps.
+
+        Returns: false: nothing has happened. Raises nothing.
+        """
+        encoded = "Content-Encoding" in headers
+        if encoded or self._buffer.stopping or len(body) > self._settings.body_max_len:
+            return False
+        reservation = Reservation(self.admission)
+
+        def done(error: Exception | None) -> None:
+            reservation.end()
+            answer = responses.OK if error is None else self._failed(error, body, request_id)
+            send(self._cors.apply(answer, headers))
+
+        try:
+            ingest_key = self._authorize(headers, key)
+            idempotency_key = _idempotency_key(headers)
+            claim = _claim(ingest_key, idempotency_key, body) if idempotency_key else None
+            chunk = self._parser.single(body, self._clock.now(), claim)
+            if chunk is not None and not self._buffer.mirror.full((chunk.lane,)):
+                reservation.grow(len(body) + len(chunk.data))
+                self._buffer.add(chunk, done)
+                return True
+        except Refused:
+            pass
+        reservation.end()
+        return False
+
+    def _failed(self, error: Exception, body: bytes, request_id: str) -> Answer:
+        """The answer to a POST of which nothing is promised."""
+        if not isinstance(error, Refused):
+            return responses.internal_error(error, request_id, "/")
+        if isinstance(error, EventRejected):
+            error.body = error.body or body
+        self._refused([(0, error)], request_id)
+        return responses.refused(error, stopping=self._buffer.stopping)
 
     def _refused(self, errors: Sequence[tuple[int, Refused]], request_id: str) -> None:
         """Count what was refused, and record the first of it for admins to see."""

@@ -18,7 +18,6 @@ from datapipe.errors import LaneBlocked, Reason, Refused, SinkUnavailable
 from datapipe.events.registry import Registry
 from datapipe.http import assets, openapi, responses
 from datapipe.http.auth import Access
-from datapipe.http.server import request_id
 from datapipe.monitor.feed import Feed
 from datapipe.monitor.metrics import Metrics
 from datapipe.monitor.status import Status
@@ -157,12 +156,16 @@ async def errors_are_answers(
             if name in exc.headers:
                 response.headers[name] = exc.headers[name]
         return response
-    except Exception:
-        return responses.internal_error(request_id(request.headers), request.path).response()
+    except Exception as exc:
+        id = responses.request_id(request.headers)
+        return responses.internal_error(exc, id, request.path).response()
 
 
 async def add_headers(request: web.BaseRequest, response: web.StreamResponse) -> None:
-    """Headers of every answer."""
-    response.headers.setdefault("X-Request-ID", request_id(request.headers))
+    """Headers of every answer; what answers a POST of events has the same as elsewhere."""
+    response.headers.pop("Server", None)
+    if "X-Request-ID" in response.headers:
+        return
+    response.headers["X-Request-ID"] = responses.request_id(request.headers)
     for name, value in _HEADERS.items():
         response.headers.setdefault(name, value)

@@ -11,6 +11,7 @@ import itertools
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,13 +98,14 @@ class Parser:
         if not body:
             raise EventRejected(Reason.NO_CONTENT, "the body is empty")
         batch = body.startswith(b"[")
-        events: list[Any] | None
-        try:
-            events = self._many(body) if batch else [self._one(body)]
-        except _BROKEN:
-            events = None
-            if not batch and _is_lines(body):
-                batch, events = True, self._decode_lines(body)
+        events: list[Any] | None = None
+        if batch:
+            with suppress(*_BROKEN):
+                events = self._many(body)
+        elif chunk := self.single(body, received_at, claim):
+            return Parsed(batch, [chunk], [])
+        elif _is_lines(body):
+            batch, events = True, self._decode_lines(body)
         if events and _is_utf8(body):  # msgspec does not check what no event type declares
             if len(events) > self._max_events:
                 raise self._too_many()
@@ -120,6 +122,18 @@ class Parser:
             if chunks is not None:
                 return Parsed(batch, chunks, [])
         return await self._look_closer(body, batch, received_at, claim)
+
+    def single(self, body: bytes, received_at: str, claim: Claim | None) -> Chunk | None:
+        """The row of a body that is one valid event; None: `parse` must tell what it is."""
+        try:
+            event = self._one(body)
+            kind = self._registry.by_struct[type(event)]
+            row = kind.rows((event,), received_at, plain=b"\\" not in body)
+        except (*_BROKEN, EventRejected):
+            return None
+        if row is None or not _is_utf8(body):
+            return None
+        return Chunk(kind.name, kind.columns, row, 1, claim and (*claim, 0))
 
     def _decode_lines(self, body: bytes) -> list[Any] | None:
         """The events of NDJSON, or None where a line, or the number of lines, is unusual.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import random
+import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from http import HTTPStatus
@@ -17,6 +19,7 @@ from datapipe.errors import Busy, Reason, Refused
 
 log = structlog.stdlib.get_logger("datapipe.http.responses")
 
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 MAX_ERRORS = 100  # of a batch, reported one by one
 
 
@@ -59,6 +62,14 @@ def _start(status: int, length: int) -> str:
     )
 
 
+def request_id(headers: Mapping[str, str]) -> str:
+    """The request's own `X-Request-ID`, or a new one where it has none that can be taken over."""
+    given = headers.get("X-Request-ID")
+    if given is not None and _REQUEST_ID.fullmatch(given):
+        return given
+    return f"{random.getrandbits(64):016x}"  # to tell requests apart in logs: no secret
+
+
 OK = Answer(200, b'{"status_code": 0, "status_message": "ok"}')
 
 
@@ -79,9 +90,9 @@ def plain(content: Any) -> web.Response:
     )
 
 
-def internal_error(request_id: str, path: str) -> Answer:
-    """The answer to an unexpected exception; call it in the `except` clause."""
-    log.exception("fault", request_id=request_id, path=path)
+def internal_error(error: BaseException, request_id: str, path: str) -> Answer:
+    """The answer to an unexpected exception."""
+    log.error("fault", exc_info=error, request_id=request_id, path=path)
     return answer(500, 100, f"internal server error; request id {request_id}")
 
 

@@ -1,246 +1,403 @@
-"""The HTTP server: aiohttp's, with a short way in for `POST /` and a bound on slow heads.
+"""The HTTP server: plain POSTs of events are served here, everything else by aiohttp.
 
 `POST /` is most of the work. aiohttp makes a task, a request and a response object for each, which
-costs more than all that datapipe does with it. So a connection begins by serving plain POSTs whose
-body is here by itself: one task for the connection, the answer written in one piece. The first
-request of another kind (another path, a body still on its way, HTTP/1.0, ...) hands the connection
-over to aiohttp for the rest of its life. `make bench` measures it against aiohttp alone.
+costs more than all that datapipe does with it. Here the head of a plain one is looked up (`heads`),
+a single event goes to the group commit as it is, and the answer is written once it is durable; what
+needs a closer look gets a task. The first request of another kind (another path, chunks, HTTP/1.0,
+...) hands the connection over to aiohttp for the rest of its life (`relay`). Both ways ask the same
+`Door`. `make bench` measures this against aiohttp alone.
 
-All of it lives under `AppRunner`, so gunicorn's aiohttp worker can serve it. aiohttp itself has no
-time limit for a request's head: `Connection` adds one.
+All of it lives under `AppRunner`, so that sites and gunicorn's aiohttp worker can serve it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import random
-import re
-from collections.abc import Mapping
-from typing import Any, Protocol, TypeGuard, cast
+import socket
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from functools import partial
+from time import perf_counter
+from typing import Any, Protocol, cast
 
-from aiohttp import HttpVersion11, web, web_protocol
-from aiohttp.http_parser import RawRequestMessage
-from aiohttp.streams import StreamReader
+from aiohttp import web
 from aiohttp.web_server import Server
 
 from datapipe.errors import Reason, Refused
 from datapipe.http import responses
-from datapipe.http.body import Headers
-from datapipe.http.responses import Answer
+from datapipe.http.body import Body, Headers
+from datapipe.http.heads import END, PLAIN_HEAD_BYTES, Head, Heads, Syntax
+from datapipe.http.relay import Relay
+from datapipe.http.responses import Answer, request_id
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_KEEPALIVE_S = 3630.0  # longer than a proxy keeps a connection, or it would send into a closed one
+_LINGER_S = 3.0  # for the rest of a body whose answer is out; a reset would overtake the answer
 _SWEEP_S = 0.5
+_CLOSE_S = 1.0  # at the end, for answers that are under way
+_AHEAD_BYTES = 65_536  # of requests behind the one that is being answered
+_NEVER = float("inf")
 
 
 class Door(Protocol):
-    """What answers `POST /`; it raises nothing.
+    """What answers `POST /`; it raises nothing."""
 
-    `cors`: a request with an `Origin` wants headers that only aiohttp's way adds.
+    def take(
+        self,
+        headers: Headers,
+        key: str | None,
+        body: bytes,
+        request_id: str,
+        send: Callable[[Answer], None],
+    ) -> bool:
+        """Take one event at once; false: it needs `answer`, and nothing has happened."""
+
+    async def answer(
+        self, headers: Headers, key: str | None, source: bytes | Body, request_id: str
+    ) -> Answer:
+        """Answer any POST of events."""
+
+
+class Front:
+    """Makes a protocol for each connection: what sites take for a server.
+
+    Attributes:
+        connections: those that are open.
+        requests_count: requests so far; gunicorn ends a worker after so many.
     """
 
-    cors: bool
+    def __init__(
+        self,
+        door: Door,
+        aiohttp: Server,
+        heads: Heads,
+        head_timeout_s: float,
+        observe: Callable[[float], None],
+    ) -> None:
+        self.door = door
+        self.aiohttp = aiohttp
+        self.heads = heads
+        self.head_timeout_s = head_timeout_s
+        self.observe = observe
+        self.connections: set[Connection] = set()
+        self.plain_count = 0
+        self.closing = False
 
-    async def post(self, request: web.BaseRequest) -> web.StreamResponse:
-        """A request as aiohttp has it."""
+    def __call__(self) -> Connection:
+        return Connection(self)
 
-    async def post_whole(
-        self, headers: Headers, key: str | None, body: bytes, request_id: str
-    ) -> Answer:
-        """A request whose body is here; `key` is the one of the query."""
+    @property
+    def requests_count(self) -> int:
+        return self.plain_count + self.aiohttp.requests_count
+
+    async def end_late(self) -> None:
+        """Close connections that take too long for something, for ever."""
+        while True:
+            await asyncio.sleep(min(_SWEEP_S, self.head_timeout_s / 2))
+            now = perf_counter()
+            for connection in list(self.connections):
+                connection.end_if_late(now)
+
+    async def close(self) -> None:
+        """Close connections, each once its answer is out; bounded in time."""
+        self.closing = True
+        until = perf_counter() + _CLOSE_S
+        while left := [each for each in self.connections if not each.end()]:
+            if perf_counter() > until:
+                break
+            await asyncio.sleep(0.02)
+        for connection in left:
+            connection.abort()
 
 
-def request_id(headers: Mapping[str, str]) -> str:
-    """The request's own `X-Request-ID`, or a new one where it has none that can be taken over."""
-    given = headers.get("X-Request-ID")
-    if given is not None and _REQUEST_ID.fullmatch(given):
-        return given
-    return f"{random.getrandbits(64):016x}"  # to tell requests apart in logs: no secret
+class Connection(asyncio.Protocol):
+    """One connection: requests one after the other, or all of them passed on to aiohttp."""
+
+    __slots__ = (
+        "_answering", "_at", "_began", "_body", "_closes", "_deadline", "_front", "_id", "_missing",
+        "_received", "_task", "_transport", "_unread", "relay",
+    )  # fmt: skip
+
+    def __init__(self, front: Front) -> None:
+        self._front = front
+        self._transport: asyncio.Transport | None = None
+        self._received, self._at = b"", 0  # requests to come, from this byte on
+        self._answering = False
+        self._began = 0.0  # the request: `perf_counter` when all of it was here
+        self._id = ""  # the request's
+        self._task: asyncio.Task[None] | None = None
+        self._body: asyncio.StreamReader | None = None  # of the request, while it is on its way
+        self._missing = 0  # bytes of it that are to come
+        self._closes = False  # after the request
+        self._unread = False  # the client does not read its answers
+        self._deadline = _NEVER
+        self.relay: Relay | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.get_extra_info("socket").setsockopt(
+            socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1
+        )
+        self._front.connections.add(self)
+        self._deadline = perf_counter() + self._front.head_timeout_s  # if it never says a word, too
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._front.connections.discard(self)
+        self._transport = None
+        if self.relay is not None:
+            self.relay.handler.connection_lost(exc)
+        if self._body is not None:
+            self._body.set_exception(ConnectionResetError("the client has left"))
+
+    # --- in ---
+
+    def data_received(self, data: bytes) -> None:
+        if self.relay is not None:
+            self._pass_on(self.relay, data)
+            return
+        if self._missing:
+            data = self._take_body(data)
+        if not data:
+            return
+        self._received = self._received[self._at :] + data
+        self._at = 0
+        if not self._answering:
+            self._next()
+        elif len(self._received) > _AHEAD_BYTES and self._transport is not None:
+            self._transport.pause_reading()
+
+    def _next(self) -> None:
+        """Begin with the next request, if its head is here."""
+        data, start = self._received, self._at
+        if self._answering or self._missing or self._unread or start == len(data):
+            return
+        try:
+            end = data.find(END, start) + len(END)
+            if end < len(END):
+                self._wait_for_head(data[start:])
+                return
+            head = self._front.heads.read(data[start:end])
+        except Refused as exc:
+            self._refuse(exc)
+            return
+        if head is None:
+            self._hand_over()
+        else:
+            self._at = end
+            self._begin(head)
+
+    def _wait_for_head(self, data: bytes) -> None:
+        """Raises: Refused: it is malformed as far as it is here."""
+        if not Syntax().feed(data) or len(data) > PLAIN_HEAD_BYTES:
+            self._hand_over()
+        elif self._deadline > (late := perf_counter() + self._front.head_timeout_s):
+            self._deadline = late
+
+    def _begin(self, head: Head) -> None:
+        """Answer a plain request, whose body begins with what was received."""
+        self._began = perf_counter()
+        self._deadline = _NEVER
+        self._answering = True
+        self._front.plain_count += 1
+        self._id = request_id(head.headers)
+        body = self._received[self._at : self._at + head.length]
+        self._at += len(body)
+        self._missing = head.length - len(body)
+        source: bytes | Body = body
+        if self._missing:
+            self._body = asyncio.StreamReader(_AHEAD_BYTES)
+            self._body.set_transport(cast(asyncio.Transport, self._transport))
+            self._body.feed_data(body)
+            source = Body(head.length, partial(self._body.read, _AHEAD_BYTES))
+        elif self._front.door.take(head.headers, head.key, body, self._id, self._answer):
+            return
+        self._task = asyncio.get_running_loop().create_task(self._serve(head, source))
+
+    async def _serve(self, head: Head, source: bytes | Body) -> None:
+        self._answer(await self._front.door.answer(head.headers, head.key, source, self._id))
+
+    def _take_body(self, data: bytes) -> bytes:
+        """Take the rest of a body; returns what comes behind it."""
+        body, rest = data[: self._missing], data[self._missing :]
+        self._missing -= len(body)
+        if self._body is not None:
+            self._body.feed_data(body)
+        if not self._missing:
+            if self._body is not None:
+                self._body.feed_eof()
+                self._body = None
+                self._began = perf_counter()
+            if not self._answering:
+                self._rest()
+        return rest
+
+    # --- out ---
+
+    def _answer(self, answer: Answer) -> None:
+        """Write the answer of the request; called by the group commit, so it must not fail."""
+        self._answering, self._task = False, None
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            return
+        transport.write(answer.wire(self._id))
+        self._front.observe(perf_counter() - self._began)
+        self._closes = answer.close or self._front.closing
+        if self._missing:
+            self._body = None
+            self._deadline = perf_counter() + _LINGER_S
+            transport.resume_reading()
+        else:
+            self._rest()
+
+    def _rest(self) -> None:
+        """The request is over: wait for the next, or close."""
+        if (transport := self._transport) is None:
+            return
+        if self._closes:
+            transport.close()
+            return
+        self._deadline = perf_counter() + _KEEPALIVE_S
+        if (left := len(self._received) - self._at) > 0:
+            if left <= _AHEAD_BYTES:
+                transport.resume_reading()
+            asyncio.get_running_loop().call_soon(self._next)
+
+    def _refuse(self, refused: Refused) -> None:
+        """Answer a request whose head can't be read, and close."""
+        if self._transport is not None and not self._transport.is_closing():
+            answer = responses.refused(refused)._replace(close=True)
+            self._transport.write(answer.wire(request_id({})))
+            self._transport.close()
+        self._received, self._at = b"", 0
+
+    def pause_writing(self) -> None:
+        self._unread = True
+        if self.relay is not None:
+            self.relay.handler.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._unread = False
+        if self.relay is not None:
+            self.relay.handler.resume_writing()
+        else:
+            self._next()
+
+    # --- passed on ---
+
+    def _hand_over(self) -> None:
+        """Let aiohttp serve the connection from here on."""
+        data, self._received = self._received[self._at :], b""
+        self._at, self._deadline = 0, _NEVER
+        transport = cast(asyncio.Transport, self._transport)
+        transport.resume_reading()
+        self.relay = Relay(self._front.aiohttp(), transport)
+        self._pass_on(self.relay, data)
+
+    def _pass_on(self, relay: Relay, data: bytes) -> None:
+        relay.data_received(data)
+        self._look(relay)
+
+    def _look(self, relay: Relay) -> None:
+        """See what the connection waits for, after bytes have come or an answer has gone."""
+        if relay.refused is not None and relay.idle:
+            self._refuse(relay.refused)
+        if not relay.in_head:
+            self._deadline = _NEVER
+        elif self._deadline == _NEVER:
+            self._deadline = perf_counter() + self._front.head_timeout_s
+
+    def answered(self) -> None:
+        """aiohttp has sent the answer to a request."""
+        if self.relay is not None:
+            self.relay.answered()
+            self._look(self.relay)
+
+    # --- the end ---
+
+    def end_if_late(self, now: float) -> None:
+        """Close it, if what it waits for has not come in time."""
+        if now < self._deadline or self._transport is None:
+            return
+        at_rest = self.relay is None and self._id and self._at == len(self._received)
+        if self._missing or at_rest:
+            self._transport.close()
+        else:
+            self._refuse(Refused(Reason.TIMEOUT, "the head was not complete in time"))
+
+    def end(self) -> bool:
+        """Close it once its answer is out; whether that is done, or up to aiohttp."""
+        if self._answering:
+            return False
+        if self.relay is None and self._transport is not None:
+            self._transport.close()
+        return True
+
+    def abort(self) -> None:
+        """Close it, answered or not."""
+        if self._task is not None:
+            self._task.cancel()
+        if self._transport is not None:
+            self._transport.abort()
+
+
+@web.middleware
+async def answered(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """Send the answer, and report that it is out; must be the outermost middleware."""
+    try:
+        response = await handler(request)
+        with suppress(ConnectionError):  # the client has left: aiohttp meets it again
+            await response.prepare(request)
+            await response.write_eof()
+        return response
+    finally:
+        transport = request.transport
+        connection = None if transport is None else transport.get_protocol()
+        if isinstance(connection, Connection):
+            connection.answered()
 
 
 class Runner(web.AppRunner):
-    """Runs the application, with a short way in for `POST /`."""
+    """Runs the application behind a `Front`.
+
+    Args:
+        door: called once the application has started.
+        kwargs: of `web.AppRunner`.
+    """
 
     def __init__(
-        self, app: web.Application, door: Door, head_timeout_s: float, **kwargs: Any
+        self,
+        app: web.Application,
+        door: Callable[[], Door],
+        observe: Callable[[float], None],
+        head_timeout_s: float,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(app, **kwargs)
+        super().__init__(app, keepalive_timeout=_KEEPALIVE_S, **kwargs)
+        self.heads = Heads()
         self._door = door
+        self._observe = observe
         self._head_timeout_s = head_timeout_s
+        self._front: Front | None = None
         self._sweeper: asyncio.Task[None] | None = None
 
-    async def _make_server(self) -> Server:
-        plain = await super()._make_server()
-        server = _Server(plain, self._door)
-        self._sweeper = asyncio.create_task(server.end_slow_heads(self._head_timeout_s))
-        return server
+    @property
+    def server(self) -> Any:
+        """The protocol factory that sites, and gunicorn's worker, take."""
+        return self._front
 
-    async def shutdown(self) -> None:
-        await super().shutdown()
-        cast(_Server, self._server).end_idle()
+    async def setup(self) -> None:
+        await super().setup()
+        aiohttp = cast(Server, super().server)
+        self._front = Front(self._door(), aiohttp, self.heads, self._head_timeout_s, self._observe)
+        self._sweeper = asyncio.create_task(self._front.end_late())
 
-    async def _cleanup_server(self) -> None:
-        if self._sweeper is not None:
+    async def cleanup(self) -> None:
+        """Answer what comes on open connections while the application shuts down, then end."""
+        for site in self.sites:
+            await site.stop()
+        if self._front is not None and self._sweeper is not None:
+            await self.shutdown()
+            await self._front.close()
             self._sweeper.cancel()
-        await super()._cleanup_server()
-
-
-class _Server(Server):
-    def __init__(self, plain: Server, door: Door) -> None:
-        super().__init__(
-            plain.request_handler,
-            request_factory=plain.request_factory,
-            loop=plain._loop,
-            **plain._kwargs,
-        )
-        self.door = door
-
-    def __call__(self) -> web_protocol.RequestHandler:
-        return Connection(self, loop=self._loop, **self._kwargs)
-
-    def pre_shutdown(self) -> None:
-        """Not yet: what comes on open connections while the service stops is to be answered."""
-
-    def end_idle(self) -> None:
-        super().pre_shutdown()
-
-    async def end_slow_heads(self, timeout_s: float) -> None:
-        """Close connections that began a request and don't get its head done."""
-        while True:
-            await asyncio.sleep(min(_SWEEP_S, timeout_s / 2))
-            oldest = self._loop.time() - timeout_s
-            for connection in self.connections:
-                cast(Connection, connection).end_if_slow(oldest)
-
-
-class Connection(web_protocol.RequestHandler):
-    """One connection: serves plain POSTs itself, and knows since when it waits for a head."""
-
-    __slots__ = ("_head_since",)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._head_since: float | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        self._head_since = self._loop.time()  # a connection that never says a word is one, too
-
-    async def start(self) -> None:
-        """Serve requests, one after the other, until the connection ends."""
-        if await self._serve_plain_posts():
-            await super().start()
-
-    async def _serve_plain_posts(self) -> bool:
-        """Until the connection ends, or a request comes that only aiohttp can serve: then true."""
-        server = cast(_Server, self._manager)
-        while not self._force_close:
-            if not self._messages:
-                self._waiter = self._loop.create_future()
-                try:
-                    await self._waiter
-                finally:
-                    self._waiter = None
-            message, payload = self._messages[0]
-            if not _is_plain_post(message, payload) or (
-                server.door.cors and "Origin" in message.headers
-            ):
-                return True
-            self._take_message()
-            server.requests_count += 1
-            if not await self._answer(server.door, message, payload):
-                break
-            self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
-            if self._keepalive_handle is None:
-                self._keepalive_handle = self._loop.call_at(
-                    self._next_keepalive_close_time, self._process_keepalive
-                )
-        if not self._force_close:
-            self._task_handler = None
-            if self.transport is not None:
-                self.transport.close()
-        return False
-
-    def _take_message(self) -> None:
-        """As aiohttp's own `start` does: make room in the parser, and resume reading."""
-        self._messages.popleft()
-        if self._parser is not None:
-            self._parser.message_consumed()
-        if self._buffer_paused and len(self._messages) <= self._msg_queue_resume_size:
-            self._resume_reading_if_drained()
-
-    async def _answer(self, door: Door, message: RawRequestMessage, payload: StreamReader) -> bool:
-        """Answer one plain POST; whether the connection goes on."""
-        headers = message.headers
-        id = request_id(headers)
-        key = message.url.query.get("key") if len(message.path) > 1 else None
-        self._request_in_progress = True
-        try:
-            answer = await door.post_whole(headers, key, payload.read_nowait(), id)
-        finally:
-            self._request_in_progress = False
-            if self._handler_waiter is not None:
-                self._handler_waiter.set_result(None)
-        if self.transport is None:
-            return False
-        self.transport.write(answer.wire(id))
-        if self._paused:  # the client does not read its answers: no more of them for now
-            try:
-                await self._drain_helper()
-            except ConnectionError:
-                return False
-        return not (answer.close or self._close or self._force_close)
-
-    def data_received(self, data: bytes) -> None:
-        count = self._request_count
-        super().data_received(data)
-        if self._messages and (exc := getattr(self._messages[-1][0], "exc", None)) is not None:
-            # what can't be parsed: its frames hold it in a circle, with the data, for long
-            exc.__traceback__ = exc.__context__ = exc.__cause__ = None
-        if self._request_count != count:
-            self._head_since = None
-        elif self._head_since is None and self._waiter is not None:
-            self._head_since = self._loop.time()
-
-    def end_if_slow(self, oldest: float) -> None:
-        """Answer 408 and close, if the head began before `oldest`."""
-        if self._head_since is None or self._head_since > oldest or self.transport is None:
-            return
-        self._head_since = None
-        if self._waiter is not None and not self._messages:
-            detail = "the head was not complete in time"
-            answer = responses.refused(Refused(Reason.TIMEOUT, detail))
-            self.transport.write(answer.wire(request_id({})))
-            self.force_close()
-
-    def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
-    ) -> web.StreamResponse:
-        """What aiohttp can't parse, or what a handler let through, in the form of all answers."""
-        if status >= 500:
-            super().handle_error(request, status, exc, message)  # for its log line
-            answer = responses.answer(status, 100, "internal server error")
-        else:
-            detail = " ".join((message or "bad request").split())[:200]
-            answer = responses.refused(Refused(Reason.BAD_JSON, detail, status))
-        response = answer._replace(close=True).response()
-        response.headers["X-Request-ID"] = request_id(request.headers)
-        return response
-
-
-def _is_plain_post(message: Any, payload: StreamReader) -> TypeGuard[RawRequestMessage]:
-    """Whether the short way can serve it: a whole `POST /`, nothing out of the ordinary."""
-    return (
-        isinstance(message, RawRequestMessage)
-        and message.method == "POST"
-        and (message.path == "/" or message.path.startswith("/?"))
-        and message.version >= HttpVersion11  # 1.0 wants to hear that the connection is kept
-        and not message.should_close
-        and not message.upgrade
-        and payload.is_eof()
-        and payload.exception() is None
-        and "Expect" not in message.headers
-    )
+        await super().cleanup()

@@ -14,7 +14,7 @@ from datapipe.errors import BufferFull, MirrorFull
 from datapipe.events.segment import SEGMENT_OVERHEAD_BYTES, Chunk
 from datapipe.health import Health
 from datapipe.mirrors import Appended, Mirror, Recovery
-from datapipe.pipeline.group_commit import GroupCommit
+from datapipe.pipeline.group_commit import Done, GroupCommit
 from datapipe.pipeline.lane import Lane
 from datapipe.pipeline.records import Rate
 from datapipe.pipeline.tasks import Failed
@@ -72,25 +72,48 @@ class Buffer:
         Raises: BufferFull, MirrorUnavailable: nothing is promised; what was already stored in
         another queue of the mirror may still be loaded.
         """
-        if self.closed:
-            raise BufferFull("shutting down")
-        traits = self.mirror.traits
-        if not traits.durable:
-            self._check_room(chunks)
+        self._check(chunks)
         by_queue: dict[str, list[Chunk]] = {}
         for chunk in chunks:
-            by_queue.setdefault(chunk.lane if traits.queue_per_lane else "", []).append(chunk)
-        if len(by_queue) == 1:  # most of them
-            ((queue, of_one),) = by_queue.items()
-            await self._group(queue).add(of_one)
-            return
+            by_queue.setdefault(self._queue(chunk), []).append(chunk)
         queues = list(by_queue.items())
         for at in range(0, len(queues), _QUEUES_AT_ONCE):
-            some = [self._group(name).add(of_one) for name, of_one in queues[at:][:_QUEUES_AT_ONCE]]
+            some = [self._durable(name, of_one) for name, of_one in queues[at:][:_QUEUES_AT_ONCE]]
             # until each has ended: what is still under way must not be called refused
             for outcome in await asyncio.gather(*some, return_exceptions=True):
                 if isinstance(outcome, BaseException):
                     raise outcome
+
+    def add(self, chunk: Chunk, done: Done) -> None:
+        """The same for a single event, without a coroutine: see `GroupCommit.add`.
+
+        Raises: BufferFull: `done` is not called.
+        """
+        self._check((chunk,))
+        self._group(self._queue(chunk)).add((chunk,), done)
+
+    def _durable(self, queue: str, chunks: Sequence[Chunk]) -> asyncio.Future[None]:
+        durable: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def done(error: Exception | None) -> None:
+            if durable.done():  # nobody waits any more
+                return
+            if error is None:
+                durable.set_result(None)
+            else:
+                durable.set_exception(error)
+
+        self._group(queue).add(chunks, done)
+        return durable
+
+    def _queue(self, chunk: Chunk) -> str:
+        return chunk.lane if self.mirror.traits.queue_per_lane else ""
+
+    def _check(self, chunks: Sequence[Chunk]) -> None:
+        if self.closed:
+            raise BufferFull("shutting down")
+        if not self.mirror.traits.durable:
+            self._check_room(chunks)
 
     def _check_room(self, chunks: Sequence[Chunk]) -> None:
         state = self.mirror.state()

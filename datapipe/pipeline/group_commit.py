@@ -28,7 +28,9 @@ _SPREAD, _CROWD = 4, 32
 _TURNS = 4
 _NO_ANSWER = "the mirror does not answer (mirror_timeout)"
 
-Request = tuple[Sequence[Chunk], asyncio.Future[None]]
+# called once the rows are durable, or with why they are not; raises nothing
+Done = Callable[[Exception | None], None]
+Request = tuple[Sequence[Chunk], Done]
 
 
 class GroupCommit:
@@ -68,13 +70,12 @@ class GroupCommit:
         self._tasks: set[asyncio.Task[None]] = set()
         self._settling = False
 
-    def add(self, chunks: Sequence[Chunk]) -> asyncio.Future[None]:
-        """Take rows in. The future ends once they are durable, or with MirrorUnavailable."""
-        durable: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    def add(self, chunks: Sequence[Chunk], done: Done) -> None:
+        """Take rows in; `done` hears once they are durable, or of MirrorUnavailable."""
         if self._hangs:  # no more may pile up behind it
-            durable.set_exception(MirrorUnavailable(_NO_ANSWER))
-            return durable
-        self._waiting.append((chunks, durable))
+            done(MirrorUnavailable(_NO_ANSWER))
+            return
+        self._waiting.append((chunks, done))
         for chunk in chunks:
             self._bytes += len(chunk.data)
         self._arrived.set()
@@ -83,7 +84,6 @@ class GroupCommit:
             task = start(self._run(), self._failed)
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-        return durable
 
     async def _run(self) -> None:
         """Gather, seal, append, book, release, until nothing waits or too many of these run."""
@@ -125,12 +125,13 @@ class GroupCommit:
         requests, self._waiting, self._bytes = self._waiting, [], 0
         return requests
 
-    async def _append(self, requests: Sequence[Request]) -> Exception | None:
+    async def _append(self, requests: list[Request]) -> Exception | None:
         """Seal, append and book; why not all of it is durable."""
         began = time.perf_counter()
         loop = asyncio.get_running_loop()
         hanging = loop.call_later(self._timeout_s, self._give_up, requests)
-        self._under_way += len(requests)
+        count = len(requests)
+        self._under_way += count
         try:
             chunks = [chunk for of_one, _ in requests for chunk in of_one]
             segments = seal(chunks, self._mirror.traits.batch_bytes)
@@ -143,23 +144,23 @@ class GroupCommit:
         finally:
             hanging.cancel()
             self._hangs = False
-            self._under_way -= len(requests)
+            self._under_way -= count
         return appended.error
 
-    def _give_up(self, requests: Sequence[Request]) -> None:
+    def _give_up(self, requests: list[Request]) -> None:
         """An append hangs: refuse all until it ends. What it stores is booked then, and loaded."""
         self._hangs = True
         refused = MirrorUnavailable(_NO_ANSWER)
         self._book(Appended((), refused), time.perf_counter())
-        self._release([*requests, *self._take_waiting()], refused)
+        self._release(requests, refused)
+        self._release(self._take_waiting(), refused)
 
-    def _release(self, requests: Sequence[Request], error: Exception | None) -> None:
-        waiting = [durable for _, durable in requests if not durable.done()]
-        for durable in waiting:  # others: the client has left, or it was refused before
-            if error is None:
-                durable.set_result(None)
-            else:
-                durable.set_exception(error)
+    def _release(self, requests: list[Request], error: Exception | None) -> None:
+        """Answer each request once: those that were given up on are no longer in the list."""
+        released = requests.copy()
+        requests.clear()
+        for _, done in released:
+            done(error)
 
     def settle(self) -> set[asyncio.Task[None]]:
         """From now on append without lingering. Returns the tasks that append what still waits."""

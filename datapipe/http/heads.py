@@ -1,0 +1,200 @@
+"""Heads of requests: parsed by llhttp (`httptools`), and remembered by their bytes.
+
+A client sends the same head again and again over a connection that is kept alive, so what a head
+means is looked up rather than parsed. Only syntax is remembered: who may post is judged anew for
+each request.
+
+A head is *plain* if nothing about it is out of the ordinary: a `POST /` over HTTP/1.1 that says how
+long its body is. All others are aiohttp's to judge. So this is strict: what is called plain here,
+aiohttp must read in the same way.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from typing import NamedTuple
+
+from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
+from multidict import CIMultiDict
+from yarl import URL
+
+from datapipe.errors import Reason, Refused
+
+MAX_HEAD_BYTES = 65_536
+PLAIN_HEAD_BYTES = 8192  # at most, of a plain one
+END = b"\r\n\r\n"
+
+_MAX_LINE_BYTES, _MAX_HEADERS = 8190, 128  # as aiohttp's, which would not answer in JSON
+# Two of them contradict each other. Source: aiohttp, SINGLETON_HEADERS; RFC 9110, section 5.3
+_SINGLE = frozenset(
+    b"content-length content-location content-range content-type etag host max-forwards server"
+    b" transfer-encoding user-agent".split()
+)
+# nothing but printable ASCII, and no line that continues the one before (obs-fold)
+_PLAIN = re.compile(rb"(?:[!-~][ -~]*\r\n)+\r\n")
+_NOT_PLAIN = frozenset(b"transfer-encoding expect upgrade sec-websocket-key1".split())
+_REMEMBERED, _REMEMBERED_BYTES = 1024, 262_144
+_SEEN_ONCE = 4096
+
+
+class Head(NamedTuple):
+    """A plain head.
+
+    Attributes:
+        length: bytes of the body that follows.
+        key: the one in the query.
+    """
+
+    length: int
+    headers: CIMultiDict[str]
+    key: str | None
+
+
+class Syntax:
+    """Follows the requests of one connection, from the first byte of a head.
+
+    Attributes:
+        heads: how many are complete.
+        in_head, in_body: what has begun and is not complete.
+        method, url, headers, version: of the last head; names: those of its headers, in lower case.
+    """
+
+    def __init__(self) -> None:
+        self.heads = 0
+        self.in_head = self.in_body = False
+        self.url = self.method = b""
+        self.version = ""
+        self.headers: list[tuple[bytes, bytes]] = []
+        self.names: list[bytes] = []
+        self._head_bytes = 0
+        self._why = ""
+        self._parser = HttpRequestParser(self)
+
+    def feed(self, data: bytes) -> bool:
+        """Follow what comes next; false: another protocol is asked for, so this can't go on.
+
+        Raises: Refused: it is malformed.
+        """
+        self._head_bytes += len(data)
+        try:
+            self._parser.feed_data(data)
+        except HttpParserUpgrade:
+            self.in_head = False
+            return False
+        except HttpParserError as exc:
+            self._why = self._why or str(exc)
+        if not self.in_head:
+            self._head_bytes = 0
+        elif self._head_bytes > MAX_HEAD_BYTES:
+            self._why = f"the head is longer than {MAX_HEAD_BYTES} bytes"
+        if self._why:
+            raise Refused(Reason.BAD_JSON, " ".join(self._why.split())[:200])
+        return True
+
+    # --- called by httptools ---
+
+    def on_message_begin(self) -> None:
+        self.in_head, self.in_body = True, False
+        self.url, self.headers = b"", []
+
+    def on_url(self, url: bytes) -> None:
+        self.url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        self.in_head, self.in_body = False, True
+        self.heads += 1
+        self.method, self.version = self._parser.get_method(), self._parser.get_http_version()
+        self.names = [name.lower() for name, _ in self.headers]
+        if why := self._why_refused():
+            self._why = why
+            raise ValueError(why)  # so httptools goes no further
+
+    def _why_refused(self) -> str | None:
+        """What aiohttp would refuse, but not in JSON."""
+        if self._head_bytes > _MAX_LINE_BYTES:  # else no line can be longer
+            lines = (self.url, *itertools.chain.from_iterable(self.headers))
+            if max(map(len, lines)) > _MAX_LINE_BYTES:
+                return f"a line of the head is longer than {_MAX_LINE_BYTES} bytes"
+        if len(self.names) > _MAX_HEADERS:
+            return f"more than {_MAX_HEADERS} headers"
+        for name in _SINGLE if len(set(self.names)) < len(self.names) else ():
+            if self.names.count(name) > 1:
+                return f"{name.decode()}: this header is there twice"
+        if self.version == "1.1" and b"host" not in self.names:
+            return "host: this header is missing"
+        return None
+
+    def on_message_complete(self) -> None:
+        self.in_body = False
+
+
+class Heads:
+    """Plain heads that came more than once, by their bytes; bounded in number and bytes."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, Head] = {}
+        self._bytes = 0
+        self._seen: set[int] = set()
+
+    def read(self, head: bytes) -> Head | None:
+        """What a head says, from its first byte to its blank line; None: it is not plain.
+
+        Raises: Refused: it is malformed.
+        """
+        if (known := self._known.get(head)) is not None:
+            return known
+        parsed = _parse(head)
+        if parsed is not None:
+            self._remember(head, parsed)
+        return parsed
+
+    def _remember(self, head: bytes, parsed: Head) -> None:
+        """From the second time on: a head that is sent once, say with a key of its own, is not."""
+        if (seen := hash(head)) not in self._seen:
+            if len(self._seen) >= _SEEN_ONCE:
+                self._seen.clear()
+            self._seen.add(seen)
+            return
+        self._bytes += len(head)
+        if len(self._known) >= _REMEMBERED or self._bytes > _REMEMBERED_BYTES:
+            self.forget()
+            self._bytes = len(head)
+        self._known[head] = parsed
+
+    def forget(self) -> None:
+        """Forget all of them."""
+        self._known.clear()
+        self._seen.clear()
+        self._bytes = 0
+
+
+def _parse(head: bytes) -> Head | None:
+    syntax = Syntax()
+    if not syntax.feed(head) or not _is_plain(head, syntax):
+        return None
+    path, _, query = syntax.url.decode().partition("?")
+    if path != "/" or "#" in query:
+        return None
+    headers = CIMultiDict(
+        [(name.decode(), value.decode().rstrip()) for name, value in syntax.headers]
+    )
+    if headers.get("Connection", "keep-alive").lower() != "keep-alive":
+        return None
+    key = URL.build(path="/", query_string=query, encoded=True).query.get("key") if query else None
+    return Head(int(headers.get("Content-Length", "0")), headers, key)
+
+
+def _is_plain(head: bytes, syntax: Syntax) -> bool:
+    return (
+        syntax.heads == 1
+        and syntax.method == b"POST"
+        and syntax.version == "1.1"
+        and len(set(syntax.names)) == len(syntax.names)
+        and _NOT_PLAIN.isdisjoint(syntax.names)
+        and len(head) <= PLAIN_HEAD_BYTES
+        and _PLAIN.fullmatch(head) is not None
+    )
