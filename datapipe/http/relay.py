@@ -22,14 +22,14 @@ class Relay:
     def __init__(self, handler: asyncio.Protocol, transport: asyncio.Transport) -> None:
         self.handler = handler
         self.refused: Refused | None = None
-        self._syntax: Syntax | None = Syntax()
-        self._answered = 0
+        self._syntax: Syntax | None = Syntax()  # None: it can't be followed any more
+        self._begun = self._answered = 0  # requests
         handler.connection_made(transport)
 
     @property
     def idle(self) -> bool:
         """Whether no request is under way: what is written now does not end up in an answer."""
-        return self._syntax is not None and self._syntax.heads == self._answered
+        return self._syntax is not None and self._begun == self._answered
 
     @property
     def in_head(self) -> bool:
@@ -37,19 +37,26 @@ class Relay:
         return self.idle and self._syntax is not None and self._syntax.in_head
 
     def data_received(self, data: bytes) -> None:
-        if self.refused is not None:
-            return
-        if (syntax := self._syntax) is not None:
-            heads, in_body = syntax.heads, syntax.in_body
-            try:
-                if not syntax.feed(data):
-                    self._syntax = None
-            except Refused as exc:
-                if syntax.heads == heads and not in_body:  # nothing but this is in the data
-                    self.refused = exc
-                    return
-                self._syntax = None  # aiohttp finds it as well
-        self.handler.data_received(data)
+        """Pass on what has come, unless it is malformed."""
+        if self.refused is None and self._follow(data):
+            self.handler.data_received(data)
+
+    def _follow(self, data: bytes) -> bool:
+        """Whether it is to be passed on; what is wrong with a body is for its reader to find."""
+        if (syntax := self._syntax) is None:
+            return True
+        in_body = syntax.in_body
+        try:
+            if syntax.feed(data):
+                self._begun = syntax.heads
+            else:
+                self._syntax = None
+        except Refused as exc:
+            if not in_body:
+                self.refused = exc
+                return False
+            self._syntax = None
+        return True
 
     def answered(self) -> None:
         """A request was answered."""

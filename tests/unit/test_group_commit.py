@@ -86,7 +86,13 @@ class Group:
         )  # fmt: skip
 
     def add(self) -> asyncio.Future[None]:
-        return self._commit.add([CHUNK])
+        durable: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def done(error: Exception | None) -> None:  # InvalidStateError if it is called twice
+            durable.set_exception(error) if error else durable.set_result(None)
+
+        self._commit.add([CHUNK], done)
+        return durable
 
 
 @pytest.mark.parametrize("turns", range(16))
