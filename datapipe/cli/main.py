@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
-
-import uvloop
 
 from datapipe import settings
 from datapipe.cli import commands
@@ -36,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             {"host": args.host, "port": args.port},
             run_defaults=_RUN_DEFAULTS if args.try_out else None,
         )
-        code: int = uvloop.run(args.command(configured, args))
+        code: int = _run(args.command(configured, args))
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of the output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -46,6 +45,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2 if isinstance(exc, ConfigError) else 1
     except KeyboardInterrupt:
         return 130
+    return code
+
+
+def _run(command: Coroutine[Any, Any, int]) -> int:
+    """Run it on uvloop, or, where that is not installed, on asyncio's own, slower loop."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(command)
+    code: int = uvloop.run(command)
     return code
 
 

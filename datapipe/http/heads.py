@@ -34,6 +34,10 @@ _SINGLE = frozenset(
 # nothing but printable ASCII, and no line that continues the one before (obs-fold)
 _PLAIN = re.compile(rb"(?:[!-~][ -~]*\r\n)+\r\n")
 _NOT_PLAIN = frozenset(b"transfer-encoding expect upgrade sec-websocket-key1".split())
+# headers whose values differ from request to request
+_VARYING = re.compile(
+    rb"\r\n(?P<name>Idempotency-Key|X-Request-ID): ?(?P<value>[!-~]{1,255})(?=\r\n)", re.I
+)
 _REMEMBERED, _REMEMBERED_BYTES = 1024, 262_144
 _SEEN_ONCE = 4096
 
@@ -145,15 +149,23 @@ class Heads:
 
         Raises: Refused: it is malformed.
         """
-        if (known := self._known.get(head)) is not None:
-            return known
-        parsed = _parse(head)
-        if parsed is not None:
-            self._remember(head, parsed)
-        return parsed
+        varying = list(_VARYING.finditer(head))
+        for each in reversed(varying):  # looked up without their values, which don't touch syntax
+            head = head[: each.start("value")] + b"?" + head[each.end("value") :]
+        found = self._known.get(head)
+        if found is None:
+            if (found := _parse(head)) is None:
+                return None
+            self._remember(head, found)
+        if not varying:
+            return found
+        headers = found.headers.copy()
+        for each in varying:
+            headers[each["name"].decode()] = each["value"].decode()
+        return Head(found.length, headers, found.key)
 
     def _remember(self, head: bytes, parsed: Head) -> None:
-        """From the second time on: a head that is sent once, say with a key of its own, is not."""
+        """From the second time on: a head that differs from request to request is not."""
         if (seen := hash(head)) not in self._seen:
             if len(self._seen) >= _SEEN_ONCE:
                 self._seen.clear()

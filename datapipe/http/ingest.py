@@ -39,6 +39,7 @@ class Ingest:
         self._cors = Cors(settings.cors_origins)
         self._clock = _Clock()
         self._keys = [key.encode() for key in settings.ingest_keys]
+        self._hashes = {key: _hash(key).encode() for key in (b"", *self._keys)}
 
     async def answer(
         self, headers: Headers, key: str | None, source: bytes | Body, request_id: str
@@ -55,7 +56,7 @@ class Ingest:
             ingest_key = self._authorize(headers, key)
             idempotency_key = _idempotency_key(headers)
             body = await read_body(source, headers, self._settings, reservation)
-            claim = _claim(ingest_key, idempotency_key, body) if idempotency_key else None
+            claim = self._claim(ingest_key, idempotency_key, body)
             parsed = await self._parser.parse(body, self._clock.now(), claim)
             full = self.admission.refuse_full(parsed)
             if parsed.chunks:
@@ -100,7 +101,7 @@ class Ingest:
         try:
             ingest_key = self._authorize(headers, key)
             idempotency_key = _idempotency_key(headers)
-            claim = _claim(ingest_key, idempotency_key, body) if idempotency_key else None
+            claim = self._claim(ingest_key, idempotency_key, body)
             chunk = self._parser.single(body, self._clock.now(), claim)
             if chunk is not None and not self._buffer.mirror.full((chunk.lane,)):
                 reservation.grow(len(body) + len(chunk.data))
@@ -110,6 +111,12 @@ class Ingest:
             pass
         reservation.end()
         return False
+
+    def _claim(self, ingest_key: bytes, idempotency_key: str | None, body: bytes) -> Claim | None:
+        """The hashes that stand for the keys and for the body."""
+        if idempotency_key is None:
+            return None
+        return _hash(self._hashes[ingest_key] + idempotency_key.encode()), _hash(body)
 
     def _failed(self, error: Exception, body: bytes, request_id: str) -> Answer:
         """The answer to a POST of which nothing is promised."""
@@ -165,11 +172,6 @@ def _idempotency_key(headers: Headers) -> str | None:
         detail = "Idempotency-Key: 1 to 255 visible ASCII characters wanted, once"
         raise EventRejected(Reason.BAD_JSON, detail)
     return values[0]
-
-
-def _claim(ingest_key: bytes, idempotency_key: str, body: bytes) -> Claim:
-    """The hashes that stand for the keys and for the body."""
-    return _hash(_hash(ingest_key).encode() + idempotency_key.encode()), _hash(body)
 
 
 def _hash(data: bytes) -> str:

@@ -21,8 +21,14 @@ async def test_a_fault_of_ours_would_be_seen() -> None:
     from datapipe.http import responses as answers
 
     class Broken:
-        async def post_whole(self, *args: object) -> answers.Answer:
+        ingest: Broken
+
+        def take(self, *args: object) -> bool:
+            return False
+
+        async def answer(self, *args: object) -> answers.Answer:
             return answers.answer(500, 100, "internal server error")
 
+    Broken.ingest = Broken()
     with pytest.raises(AssertionError, match="500"):
         await Run(Broken()).send(b"{}", "alone")  # type: ignore[arg-type]
