@@ -33,7 +33,7 @@ from datapipe.http.ingest import Ingest
 from datapipe.http.pages import Pages, add_headers, errors_are_answers
 from datapipe.http.port import raise_limit
 from datapipe.http.responses import request_id
-from datapipe.http.server import Runner, answered
+from datapipe.http.runner import Runner, answered
 from datapipe.mirrors import Mirror, open_mirror
 from datapipe.monitor.feed import running
 from datapipe.monitor.metrics import Metrics

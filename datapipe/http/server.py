@@ -7,20 +7,18 @@ needs a closer look gets a task. The first request of another kind (another path
 ...) hands the connection over to aiohttp for the rest of its life (`relay`). Both ways ask the same
 `Door`. `make bench` measures this against aiohttp alone.
 
-All of it lives under `AppRunner`, so that sites and gunicorn's aiohttp worker can serve it.
+`runner` puts it under aiohttp's `AppRunner`, so that sites and gunicorn's worker can serve it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import Callable
 from functools import partial
 from time import perf_counter
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
-from aiohttp import web
 from aiohttp.web_server import Server
 
 from datapipe.errors import Reason, Refused
@@ -30,7 +28,7 @@ from datapipe.http.heads import END, PLAIN_HEAD_BYTES, Head, Heads, Syntax
 from datapipe.http.relay import Relay
 from datapipe.http.responses import Answer, request_id
 
-_KEEPALIVE_S = 3630.0  # longer than a proxy keeps a connection, or it would send into a closed one
+KEEPALIVE_S = 3630.0  # longer than a proxy keeps a connection, or it would send into a closed one
 _LINGER_S = 3.0  # for the rest of a body whose answer is out; a reset would overtake the answer
 _SWEEP_S = 0.5
 _CLOSE_S = 1.0  # at the end, for answers that are under way
@@ -168,7 +166,8 @@ class Connection(asyncio.Protocol):
     def _next(self) -> None:
         """Begin with the next request, if its head is here."""
         data, start = self._received, self._at
-        if self._answering or self._missing or self._unread or start == len(data):
+        busy = self._answering or self._missing or self._unread
+        if busy or start == len(data) or self._transport is None or self._transport.is_closing():
             return
         try:
             end = data.find(END, start) + len(END)
@@ -255,7 +254,7 @@ class Connection(asyncio.Protocol):
         if self._closes:
             transport.close()
             return
-        self._deadline = perf_counter() + _KEEPALIVE_S
+        self._deadline = perf_counter() + KEEPALIVE_S
         if (left := len(self._received) - self._at) > 0:
             if left <= _AHEAD_BYTES:
                 transport.resume_reading()
@@ -337,67 +336,3 @@ class Connection(asyncio.Protocol):
             self._task.cancel()
         if self._transport is not None:
             self._transport.abort()
-
-
-@web.middleware
-async def answered(
-    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-) -> web.StreamResponse:
-    """Send the answer, and report that it is out; must be the outermost middleware."""
-    try:
-        response = await handler(request)
-        with suppress(ConnectionError):  # the client has left: aiohttp meets it again
-            await response.prepare(request)
-            await response.write_eof()
-        return response
-    finally:
-        transport = request.transport
-        connection = None if transport is None else transport.get_protocol()
-        if isinstance(connection, Connection):
-            connection.answered()
-
-
-class Runner(web.AppRunner):
-    """Runs the application behind a `Front`.
-
-    Args:
-        door: called once the application has started.
-        kwargs: of `web.AppRunner`.
-    """
-
-    def __init__(
-        self,
-        app: web.Application,
-        door: Callable[[], Door],
-        observe: Callable[[float], None],
-        head_timeout_s: float,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(app, keepalive_timeout=_KEEPALIVE_S, **kwargs)
-        self.heads = Heads()
-        self._door = door
-        self._observe = observe
-        self._head_timeout_s = head_timeout_s
-        self._front: Front | None = None
-        self._sweeper: asyncio.Task[None] | None = None
-
-    @property
-    def server(self) -> Any:
-        """The protocol factory that sites, and gunicorn's worker, take."""
-        return self._front
-
-    async def setup(self) -> None:
-        await super().setup()
-        aiohttp = cast(Server, super().server)
-        self._front = Front(self._door(), aiohttp, self.heads, self._head_timeout_s, self._observe)
-        self._sweeper = asyncio.create_task(self._front.end_late())
-
-    async def cleanup(self) -> None:
-        """Answer what comes on open connections while the application shuts down, then end."""
-        for site in self.sites:
-            await site.stop()
-        if self._front is not None and self._sweeper is not None:
-            await self.shutdown()
-            await self._front.close()
-            self._sweeper.cancel()
-        await super().cleanup()

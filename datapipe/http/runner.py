@@ -1,0 +1,78 @@
+"""The runner: aiohttp's, with a `Front` before its server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Any, cast
+
+from aiohttp import web
+from aiohttp.web_server import Server
+
+from datapipe.http.heads import Heads
+from datapipe.http.server import KEEPALIVE_S, Connection, Door, Front
+
+
+@web.middleware
+async def answered(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """Send the answer, and report that it is out; must be the outermost middleware."""
+    try:
+        response = await handler(request)
+        with suppress(ConnectionError):  # the client has left: aiohttp meets it again
+            await response.prepare(request)
+            await response.write_eof()
+        return response
+    finally:
+        transport = request.transport
+        connection = None if transport is None else transport.get_protocol()
+        if isinstance(connection, Connection):
+            connection.answered()
+
+
+class Runner(web.AppRunner):
+    """Runs the application behind a `Front`.
+
+    Args:
+        door: called once the application has started.
+        kwargs: of `web.AppRunner`.
+    """
+
+    def __init__(
+        self,
+        app: web.Application,
+        door: Callable[[], Door],
+        observe: Callable[[float], None],
+        head_timeout_s: float,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(app, keepalive_timeout=KEEPALIVE_S, **kwargs)
+        self.heads = Heads()
+        self._door = door
+        self._observe = observe
+        self._head_timeout_s = head_timeout_s
+        self._front: Front | None = None
+        self._sweeper: asyncio.Task[None] | None = None
+
+    @property
+    def server(self) -> Any:
+        """The protocol factory that sites, and gunicorn's worker, take."""
+        return self._front
+
+    async def setup(self) -> None:
+        await super().setup()
+        aiohttp = cast(Server, super().server)
+        self._front = Front(self._door(), aiohttp, self.heads, self._head_timeout_s, self._observe)
+        self._sweeper = asyncio.create_task(self._front.end_late())
+
+    async def cleanup(self) -> None:
+        """Answer what comes on open connections while the application shuts down, then end."""
+        for site in self.sites:
+            await site.stop()
+        if self._front is not None and self._sweeper is not None:
+            await self.shutdown()
+            await self._front.close()
+            self._sweeper.cancel()
+        await super().cleanup()
