@@ -107,8 +107,8 @@ class Ingest:
                 reservation.grow(len(body) + len(chunk.data))
                 self._buffer.add(chunk, done)
                 return True
-        except Refused:
-            pass
+        except Exception:
+            chunk = None  # `answer` meets it again, and says what it was
         reservation.end()
         return False
 
