@@ -151,8 +151,14 @@ class Pipeline:
 
     async def post(self, request: web.Request) -> web.StreamResponse:
         """`POST /`, as aiohttp has it."""
+
+        async def read() -> bytes:
+            if request.transport is None:  # aiohttp would raise RuntimeError
+                raise ConnectionResetError("the client has left")
+            return await request.content.readany()
+
         id, key = request_id(request.headers), request.query.get("key")
-        body = Body(request.content_length, request.content.readany)
+        body = Body(request.content_length, read)
         response = (await self.ingest.answer(request.headers, key, body, id)).response()
         response.headers["X-Request-ID"] = id
         return response

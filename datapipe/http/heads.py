@@ -26,6 +26,8 @@ PLAIN_HEAD_BYTES = 8192  # at most, of a plain one
 END = b"\r\n\r\n"
 
 _MAX_LINE_BYTES, _MAX_HEADERS = 8190, 128  # as aiohttp's, which would not answer in JSON
+_MAX_DIGITS = 18  # of a length; aiohttp takes 2**64 - 1 for none
+_TOO_LONG = f"the head is longer than {MAX_HEAD_BYTES} bytes"
 # Two of them contradict each other. Source: aiohttp, SINGLETON_HEADERS; RFC 9110, section 5.3
 _SINGLE = frozenset(
     b"content-length content-location content-range content-type etag host max-forwards server"
@@ -33,7 +35,7 @@ _SINGLE = frozenset(
 )
 # nothing but printable ASCII, and no line that continues the one before (obs-fold)
 _PLAIN = re.compile(rb"(?:[!-~][ -~]*\r\n)+\r\n")
-_NOT_PLAIN = frozenset(b"transfer-encoding expect upgrade sec-websocket-key1".split())
+_NOT_PLAIN = frozenset(b"transfer-encoding expect upgrade proxy-connection".split())
 # headers whose values differ from request to request
 _VARYING = re.compile(
     rb"\r\n(?P<name>Idempotency-Key|X-Request-ID): ?(?P<value>[!-~]{1,255})(?=\r\n)", re.I
@@ -61,11 +63,12 @@ class Syntax:
     Attributes:
         heads: how many are complete.
         in_head, in_body: what has begun and is not complete.
+        length: of the body of the last head, in bytes; 0 where it comes in chunks.
         method, url, headers, version: of the last head; names: those of its headers, in lower case.
     """
 
     def __init__(self) -> None:
-        self.heads = 0
+        self.heads = self.length = 0
         self.in_head = self.in_body = False
         self.url = self.method = b""
         self.version = ""
@@ -91,7 +94,7 @@ class Syntax:
         if not self.in_head:
             self._head_bytes = 0
         elif self._head_bytes > MAX_HEAD_BYTES:
-            self._why = f"the head is longer than {MAX_HEAD_BYTES} bytes"
+            self._why = _TOO_LONG
         if self._why:
             raise Refused(Reason.BAD_JSON, " ".join(self._why.split())[:200])
         return True
@@ -106,6 +109,9 @@ class Syntax:
         self.url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if not self.in_head and name.lower() in _SINGLE:
+            self._why = "a trailer contradicts the head"
+            raise ValueError(self._why)
         self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
@@ -116,13 +122,21 @@ class Syntax:
         if why := self._why_refused():
             self._why = why
             raise ValueError(why)  # so httptools goes no further
+        named = dict(zip(self.names, self.headers, strict=True))
+        self.length = int(named.get(b"content-length", (b"", b"0"))[1])
 
     def _why_refused(self) -> str | None:
-        """What aiohttp would refuse, but not in JSON."""
+        """What aiohttp would refuse, but not in JSON, or what it would not refuse."""
         if self._head_bytes > _MAX_LINE_BYTES:  # else no line can be longer
+            if self._head_bytes > MAX_HEAD_BYTES:
+                return _TOO_LONG
             lines = (self.url, *itertools.chain.from_iterable(self.headers))
             if max(map(len, lines)) > _MAX_LINE_BYTES:
                 return f"a line of the head is longer than {_MAX_LINE_BYTES} bytes"
+        if self.version not in ("1.0", "1.1"):
+            return "the version of HTTP is neither 1.0 nor 1.1"
+        if not self.url.startswith(b"/") and not self._has_host():
+            return "the target is neither a path nor a URL"
         if len(self.names) > _MAX_HEADERS:
             return f"more than {_MAX_HEADERS} headers"
         for name in _SINGLE if len(set(self.names)) < len(self.names) else ():
@@ -130,7 +144,25 @@ class Syntax:
                 return f"{name.decode()}: this header is there twice"
         if self.version == "1.1" and b"host" not in self.names:
             return "host: this header is missing"
+        for name, (_, value) in zip(self.names, self.headers, strict=True):
+            if name == b"content-length" and len(value.strip()) > _MAX_DIGITS:
+                return "content-length: too long"
+            if name == b"transfer-encoding" and value.strip().lower() != b"chunked":
+                return "transfer-encoding: nothing but chunked is known"
+            if name == b"expect" and value.strip().lower() != b"100-continue":
+                return "expect: nothing but 100-continue is known"
+            if name == b"sec-websocket-key1":
+                return "sec-websocket-key1: a draft of WebSocket"
         return None
+
+    def _has_host(self) -> bool:
+        """Whether the target is the whole URL, as for a proxy, or the `*` of OPTIONS."""
+        if self.url == b"*":
+            return self.method == b"OPTIONS"
+        try:
+            return b"://" in self.url and bool(URL(self.url.decode(), encoded=True).raw_host)
+        except ValueError:
+            return False
 
     def on_message_complete(self) -> None:
         self.in_body = False

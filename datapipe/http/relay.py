@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 
 from datapipe.errors import Refused
-from datapipe.http.heads import Syntax
+from datapipe.http.heads import END, Syntax
 
 
 class Relay:
@@ -24,12 +24,16 @@ class Relay:
         self.refused: Refused | None = None
         self._syntax: Syntax | None = Syntax()  # None: it can't be followed any more
         self._begun = self._answered = 0  # requests
+        self._ends = False  # with the last answer
+        self._missing = 0  # bytes of a body whose length is known
+        self._last = b""  # the bytes that came before, as many as may begin an END
         handler.connection_made(transport)
 
     @property
     def idle(self) -> bool:
         """Whether no request is under way: what is written now does not end up in an answer."""
-        return self._syntax is not None and self._begun == self._answered
+        under_way = self._syntax is None or self._begun != self._answered
+        return not under_way and not self._ends
 
     @property
     def in_head(self) -> bool:
@@ -37,27 +41,43 @@ class Relay:
         return self.idle and self._syntax is not None and self._syntax.in_head
 
     def data_received(self, data: bytes) -> None:
-        """Pass on what has come, unless it is malformed."""
-        if self.refused is None and self._follow(data):
-            self.handler.data_received(data)
+        """Pass on what has come, up to what is malformed."""
+        if self.refused is None:
+            self.handler.data_received(data[: self._follow(data)])
 
-    def _follow(self, data: bytes) -> bool:
-        """Whether it is to be passed on; what is wrong with a body is for its reader to find."""
-        if (syntax := self._syntax) is None:
-            return True
-        in_body = syntax.in_body
-        try:
-            if syntax.feed(data):
-                self._begun = syntax.heads
-            else:
-                self._syntax = None
-        except Refused as exc:
-            if not in_body:
+    def _follow(self, data: bytes) -> int:
+        """How many bytes are to be passed on.
+
+        It goes from one end of a head or body to the next, so that what is complete before a
+        malformed head is not refused with it.
+        """
+        at = 0
+        while at < len(data) and (syntax := self._syntax) is not None:
+            end, in_body = self._end(data, at), syntax.in_body
+            try:
+                if not syntax.feed(data[at:end]):
+                    self._syntax = None
+            except Refused as exc:
                 self.refused = exc
-                return False
-            self._syntax = None
-        return True
+                self._begun -= in_body  # its answer is the refusal, unless it has one
+                return at
+            self._missing -= end - at
+            if syntax.heads > self._begun:
+                self._begun, self._missing = syntax.heads, syntax.length
+            at = end
+        self._last = (self._last + data[-3:])[-3:]
+        return len(data)
 
-    def answered(self) -> None:
-        """A request was answered."""
+    def _end(self, data: bytes, at: int) -> int:
+        """Where the head or body that goes on here ends at the latest; chunks end as heads do."""
+        if self._missing > 0:
+            return min(at + self._missing, len(data))
+        if not at and (found := (self._last + data[:3]).find(END)) >= 0:
+            return found + len(END) - len(self._last)
+        found = data.find(END, at)
+        return len(data) if found < 0 else found + len(END)
+
+    def answered(self, keep_alive: bool) -> None:
+        """A request was answered; unless the connection is kept, that was the last answer."""
         self._answered += 1
+        self._ends = not keep_alive

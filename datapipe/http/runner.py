@@ -19,17 +19,19 @@ async def answered(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
     """Send the answer, and report that it is out; must be the outermost middleware."""
+    keep_alive = False
     try:
         response = await handler(request)
         with suppress(ConnectionError):  # the client has left: aiohttp meets it again
             await response.prepare(request)
             await response.write_eof()
+            keep_alive = bool(response.keep_alive)
         return response
     finally:
         transport = request.transport
         connection = None if transport is None else transport.get_protocol()
         if isinstance(connection, Connection):
-            connection.answered()
+            connection.answered(keep_alive)
 
 
 class Runner(web.AppRunner):

@@ -203,8 +203,10 @@ class Connection(asyncio.Protocol):
         self._missing = head.length - len(body)
         source: bytes | Body = body
         if self._missing:
+            transport = cast(asyncio.Transport, self._transport)
+            transport.resume_reading()  # what is ahead may have paused it
             self._body = asyncio.StreamReader(_AHEAD_BYTES)
-            self._body.set_transport(cast(asyncio.Transport, self._transport))
+            self._body.set_transport(transport)
             self._body.feed_data(body)
             source = Body(head.length, partial(self._body.read, _AHEAD_BYTES))
         elif self._front.door.take(head.headers, head.key, body, self._id, self._answer):
@@ -255,9 +257,10 @@ class Connection(asyncio.Protocol):
             transport.close()
             return
         self._deadline = perf_counter() + KEEPALIVE_S
-        if (left := len(self._received) - self._at) > 0:
-            if left <= _AHEAD_BYTES:
-                transport.resume_reading()
+        left = len(self._received) - self._at
+        if left <= _AHEAD_BYTES:
+            transport.resume_reading()
+        if left > 0:
             asyncio.get_running_loop().call_soon(self._next)
 
     def _refuse(self, refused: Refused) -> None:
@@ -304,10 +307,10 @@ class Connection(asyncio.Protocol):
         elif self._deadline == _NEVER:
             self._deadline = perf_counter() + self._front.head_timeout_s
 
-    def answered(self) -> None:
-        """aiohttp has sent the answer to a request."""
+    def answered(self, keep_alive: bool) -> None:
+        """aiohttp has sent the answer to a request; unless the connection is kept, the last."""
         if self.relay is not None:
-            self.relay.answered()
+            self.relay.answered(keep_alive)
             self._look(self.relay)
 
     # --- the end ---
