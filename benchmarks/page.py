@@ -140,7 +140,7 @@ def _where(
 
 
 def _plain(value: float | None) -> str:
-    return format(value, ",.0f" if value and value >= 10 else ".2g")
+    return format(value, ",.0f" if value and value >= 10 else ".3g")
 
 
 def _cell(text: str) -> str:
