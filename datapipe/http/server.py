@@ -37,7 +37,12 @@ _NEVER = float("inf")
 
 
 class Door(Protocol):
-    """What answers `POST /`; it raises nothing."""
+    """What answers `POST /`; it raises nothing.
+
+    Attributes: observe: gets the seconds that each took, once its answer is written.
+    """
+
+    observe: Callable[[float], None]
 
     def take(
         self,
@@ -69,13 +74,11 @@ class Front:
         aiohttp: Server,
         heads: Heads,
         head_timeout_s: float,
-        observe: Callable[[float], None],
     ) -> None:
         self.door = door
         self.aiohttp = aiohttp
         self.heads = heads
         self.head_timeout_s = head_timeout_s
-        self.observe = observe
         self.connections: set[Connection] = set()
         self.plain_count = 0
         self.closing = False
@@ -238,7 +241,7 @@ class Connection(asyncio.Protocol):
         if transport is None or transport.is_closing():
             return
         transport.write(answer.wire(self._id))
-        self._front.observe(perf_counter() - self._began)
+        self._front.door.observe(perf_counter() - self._began)
         self._closes = answer.close or self._front.closing
         if self._missing:
             self._body = None
@@ -304,8 +307,10 @@ class Connection(asyncio.Protocol):
         elif self._deadline == _NEVER:
             self._deadline = perf_counter() + self._front.head_timeout_s
 
-    def answered(self) -> None:
-        """aiohttp has sent the answer to a request."""
+    def answered(self, seconds: float | None) -> None:
+        """aiohttp has sent the answer to a request; a POST of events took so long."""
+        if seconds is not None:
+            self._front.door.observe(seconds)
         if self.relay is not None:
             self.relay.answered()
             self._look(self.relay)
