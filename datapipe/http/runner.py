@@ -9,7 +9,6 @@ from time import perf_counter
 from typing import Any, cast
 
 from aiohttp import web
-from aiohttp.web_server import Server
 
 from datapipe.http.heads import Heads
 from datapipe.http.server import KEEPALIVE_S, Connection, Door, Front
@@ -64,7 +63,7 @@ class Runner(web.AppRunner):
 
     async def setup(self) -> None:
         await super().setup()
-        aiohttp = cast(Server, super().server)
+        aiohttp = cast(web.Server, super().server)
         self._front = Front(self._door(), aiohttp, self.heads, self._head_timeout_s)
         self._sweeper = asyncio.create_task(self._front.end_late())
 

@@ -19,7 +19,7 @@ from functools import partial
 from time import perf_counter
 from typing import Protocol, cast
 
-from aiohttp.web_server import Server
+from aiohttp import web
 
 from datapipe.errors import Reason, Refused
 from datapipe.http import responses
@@ -71,7 +71,7 @@ class Front:
     def __init__(
         self,
         door: Door,
-        aiohttp: Server,
+        aiohttp: web.Server,
         heads: Heads,
         head_timeout_s: float,
     ) -> None:
