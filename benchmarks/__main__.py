@@ -18,6 +18,7 @@ from benchmarks import (
     batch,
     growth,
     ironmq,
+    keys,
     memory,
     outage,
     page,
@@ -34,6 +35,7 @@ from tests.postgres import Postgres
 
 PARTS: dict[str, ModuleType] = {
     "single": single,
+    "keys": keys,
     "batch": batch,
     "steady": steady,
     "growth": growth,

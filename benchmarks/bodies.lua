@@ -20,4 +20,11 @@ function bodies.errors(summary)
   return e.connect + e.read + e.write + e.status + e.timeout
 end
 
+function bodies.done(summary, latency)
+  io.write(string.format(
+    '\n{"requests": %d, "seconds": %f, "errors": %d, "p50_ms": %f, "p99_ms": %f}\n',
+    summary.requests, summary.duration / 1e6, bodies.errors(summary),
+    latency:percentile(50) / 1e3, latency:percentile(99) / 1e3))
+end
+
 return bodies

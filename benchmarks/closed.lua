@@ -12,9 +12,4 @@ function request()
   return requests[at]
 end
 
-function done(summary, latency)
-  io.write(string.format(
-    '\n{"requests": %d, "seconds": %f, "errors": %d, "p50_ms": %f, "p99_ms": %f}\n',
-    summary.requests, summary.duration / 1e6, bodies.errors(summary),
-    latency:percentile(50) / 1e3, latency:percentile(99) / 1e3))
-end
+done = bodies.done

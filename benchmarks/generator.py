@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+from uuid import uuid4
 
 _FOLDER = Path(__file__).parent
 _TIMEOUT_S = 20
@@ -43,6 +44,17 @@ def wrk(
     Raises: RuntimeError: an answer was no 2xx, or a connection failed.
     """
     return _run("closed.lua", url, bodies, 1, connections, seconds, [encoding])
+
+
+def keyed(
+    url: str, bodies: Sequence[bytes], connections: int, seconds: float, *, keys: bool
+) -> Load:
+    """As `wrk`, each request with an `Idempotency-Key` of its own; without, at the same expense.
+
+    Raises: RuntimeError: as `wrk`.
+    """
+    more = ["", str(uuid4())[:24], "yes" if keys else ""]
+    return _run("keyed.lua", url, bodies, 1, connections, seconds, more)
 
 
 def paced(url: str, bodies: Sequence[bytes], connections: int, rate: float, seconds: float) -> Load:

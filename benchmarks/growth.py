@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -101,7 +102,7 @@ class _Waiting:
         return sample | {"peak_mb": max(peak_mb, sample["peak_mb"])}
 
     def _service(self) -> AbstractContextManager[Server]:
-        more = {"journal_max_bytes": JOURNAL_BYTES, "shutdown_timeout": 0}
+        more: dict[str, Any] = {"journal_max_bytes": JOURNAL_BYTES, "shutdown_timeout": 0}
         return servers.datapipe_in(self._folder, self._url, **more)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-_HTTP = (
-    "Node's HTTP server takes a request for 17 us of CPU where bare aiohttp takes 25: an aiohttp "
-    "application that stores nothing is behind it, too. A second process does not double the rate "
-    "on two cores, which the generator, the journals' writers and the kernel's flushes share."
+from benchmarks.peers import PEERS
+
+_CORES = (
+    "Two cores serve the generator, PostgreSQL, the journals' writers and the kernel's flushes as "
+    "well: see what an event costs in each under [Several processes](#several-processes)."
 )
 _BATCH = (
     "datapipe writes each row twice, into the journal before the answer and into PostgreSQL; the "
@@ -14,31 +15,27 @@ _BATCH = (
     "everything, and an answer that is lost doubles what is sent again."
 )
 
+_GATHERED, _CLUSTERED, _INSERTS = (peer.name for peer in PEERS[:3])
+
 LIMITS: dict[str, str] = {
-    "single, one process a core / Fastify + postgres, gathered": _HTTP,
-    "single, one process a core / Fastify + postgres, gathered, 2 processes": _HTTP,
+    f"single, 64 connections, one process a core / {_CLUSTERED}": _CORES,
+    f"single, 256 connections, one process a core / {_CLUSTERED}": _CORES,
     "batches of 1,000, events/s": (
         "Both cores: the service uses 0.8 of one (a third of that is decoding JSON and writing "
         "rows), PostgreSQL 0.7, the generator and the kernel's flushes the rest. A run holds the "
         "start, in which PostgreSQL waits for the first 32 MiB."
     ),
-    "batches of 1,000 / Fastify + postgres, gathered": _BATCH,
-    "batches of 1,000 / Fastify + postgres, gathered, 2 processes": _BATCH,
-    "batches of 1,000 / Fastify + postgres, an INSERT each": _BATCH,
+    f"batches of 1,000 / {_GATHERED}": _BATCH,
+    f"batches of 1,000 / {_CLUSTERED}": _BATCH,
+    f"batches of 1,000 / {_INSERTS}": _BATCH,
     "idle after the start, MB": (
-        "52 MB are imported code: the interpreter 11, asyncio 10, aiohttp 16. The environment of "
-        "the tests adds 5: structlog imports rich where it is installed, and datapipe does not ask "
-        "for it. Installed without the tests' packages an idle service took 56.5 MB (one run)."
+        "Imported code: the interpreter takes 11 MB, asyncio 10, aiohttp 16."
     ),
     "idle after a million events, MB": (
-        "As after the start (63.5 MB without the tests' packages, one run), and what the "
-        "interpreter's own allocator keeps in pieces."
+        "As after the start, and what the interpreter's own allocator keeps in pieces."
     ),
-    "p99 ms of the answer at half of the top rate": (
-        "At a fixed rate few events share an append, so an event takes 49 us of CPU, not 25, and "
-        "0.9 core is in use before a load begins; while it runs answers queue up. Without a load "
-        "in it p99 is 5 to 7 ms. Which weighs most, the interpreter lock or the flushes of the "
-        "journal and PostgreSQL on one disk, is not found out; smaller loads and a shorter switch "
-        "interval changed nothing."
+    "p99 ms inside the service at half of the top rate, while loads run": (
+        "At a fixed rate few events share an append, so an event takes twice the CPU that it takes "
+        "at the top rate, and most of a core is in use before a load begins."
     ),
 }

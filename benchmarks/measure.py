@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -63,6 +64,24 @@ class Goal:
             return (spread.least if self.every else spread.median) / self.least
         assert self.most is not None
         return self.most / max(spread.most if self.every else spread.median, 1e-9)
+
+
+def percentile(buckets: Mapping[float, float], share: float) -> float | None:
+    """Below which value such a share of observations lies; None without any.
+
+    Args: buckets: how many were at most so large, by that bound; in between they are taken to be
+        spread evenly, and those beyond the last finite bound to lie there.
+    """
+    wanted = share * max(buckets.values(), default=0)
+    if not wanted:
+        return None
+    below, beneath = 0.0, 0.0
+    for bound, count in sorted(buckets.items()):
+        if count >= wanted and math.isfinite(bound):
+            return below + (bound - below) * (wanted - beneath) / (count - beneath)
+        if math.isfinite(bound):
+            below, beneath = bound, count
+    return below
 
 
 def memory_goals(what: str, *rivals: str) -> list[Goal]:

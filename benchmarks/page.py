@@ -17,9 +17,14 @@ from benchmarks.results import Result
 
 FIGURES = {  # the title of its column, and its format
     "rate": ("events/s", ",.0f"),
+    "committed_rate": ("events/s until committed", ",.0f"),
     "top_rate": ("top rate", ",.0f"),
     "p50_ms": ("p50 ms", ".2f"),
     "p99_ms": ("p99 ms", ".2f"),
+    "inside_p50_ms": ("inside p50 ms", ".2f"),
+    "inside_p99_ms": ("inside p99 ms", ".2f"),
+    "loads": ("loads", ",.0f"),
+    "loaded": ("rows loaded", ",.0f"),
     "lag_p50_s": ("lag p50 s", ".1f"),
     "lag_p99_s": ("lag p99 s", ".1f"),
     "lag_max_s": ("longest lag s", ".1f"),
@@ -31,11 +36,14 @@ FIGURES = {  # the title of its column, and its format
     "requests": ("requests", ",.0f"),
     "requests_per_million": ("requests/M events", ",.0f"),
     "cpu_s_per_million": ("CPU s/M events", ".2f"),
+    "generator_s_per_million": ("generator's CPU s/M events", ".2f"),
+    "postgres_s_per_million": ("PostgreSQL's CPU s/M events", ".2f"),
     "started_mb": ("MB after the start", ".0f"),
     "warm_mb": ("MB after a million events", ".0f"),
     "peak_mb": ("peak MB", ".0f"),
     "server_cores": ("cores", ".2f"),
     "generator_cores": ("generator's cores", ".2f"),
+    "machine_cores": ("machine's busy cores", ".2f"),
 }
 _INTRO = """\
 # Benchmarks
@@ -44,9 +52,10 @@ Measured and written by `make bench` (`python -m benchmarks --help` tells its pa
 beside what one could take instead, on one machine, in one run. Rivals take turns (A B A B). A
 figure is the median of its runs, the small ones are the least and the most. A ratio is made of
 the runs that followed each other. CPU, cores and memory are those of the server with all its
-processes, not of PostgreSQL; MB are 10^6 bytes, *peak* is the highest mark of resident memory. The
-generator is not the bottleneck where its cores are below 1 (wrk has one thread) and its limit is
-well above the figure; on so few cores it takes its share of the machine from every rival alike.
+processes, not of PostgreSQL, unless said otherwise; MB are 10^6 bytes, *peak* is the highest mark
+of resident memory. The generator is not the bottleneck where its cores are below 1 (wrk has one
+thread) and its limit is well above the figure; on so few cores it takes its share of the machine
+from every rival alike.
 """
 _TABLE = "| part | goal | wanted | measured | |\n| --- | --- | --- | --- | --- |"
 
@@ -131,7 +140,7 @@ def _where(
 
 
 def _plain(value: float | None) -> str:
-    return format(value, ",.0f" if value and value >= 10 else ".2g")
+    return format(value, ",.0f" if value and value >= 10 else ".3g")
 
 
 def _cell(text: str) -> str:

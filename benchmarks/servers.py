@@ -18,16 +18,21 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.postgres import Postgres
+
 ROOT = Path(__file__).parent.parent
 WORK = ROOT / "var" / "bench"  # a real disk: /tmp may be memory
+AS_RUN = ROOT / ".cache" / "run" / "bin" / "python"  # with what `make run` installs, no more
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Server:
     """A running server; `url` is its address. Its figures take in the processes it has started."""
 
-    def __init__(self, process: subprocess.Popen[bytes], url: str) -> None:
-        self.pid = process.pid
+    def __init__(self, pid: int, url: str) -> None:
+        self.pid = pid
         self.url = url
 
     def cpu_s(self) -> float:
@@ -66,11 +71,23 @@ class Server:
             raise RuntimeError(f"POST /load: {answer['failed']}")
         return answer
 
+    def status(self) -> dict[str, Any]:
+        """`/status.json` of a datapipe."""
+        with urllib.request.urlopen(f"{self.url}/status.json", timeout=120) as response:
+            status: dict[str, Any] = json.load(response)
+        return status
+
     def books(self) -> dict[str, int]:
         """The books of a datapipe, over all lanes."""
-        with urllib.request.urlopen(f"{self.url}/status.json", timeout=120) as response:
-            books: dict[str, int] = json.load(response)["books"]
+        books: dict[str, int] = self.status()["books"]
         return books
+
+    def buckets(self, name: str) -> dict[float, float]:
+        """A histogram of a datapipe's `/metrics`: how many took at most so many seconds."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=120) as response:
+            families = text_string_to_metric_families(response.read().decode())
+        samples = next(family.samples for family in families if family.name == name)
+        return {float(s.labels["le"]): s.value for s in samples if s.name == f"{name}_bucket"}
 
     def is_ready(self) -> bool:
         """Whether a datapipe would take an event now."""
@@ -90,6 +107,14 @@ class Servers(Server):
 
     def _pids(self) -> list[int]:
         return [pid for server in self._servers for pid in server._pids()]
+
+
+def busy_s() -> float:
+    """CPU seconds of the whole machine so far, those of the kernel as well."""
+    user, nice, system, _idle, _iowait, irq, softirq = map(
+        int, Path("/proc/stat").read_text().split(maxsplit=8)[1:8]
+    )
+    return (user + nice + system + irq + softirq) / _TICKS
 
 
 def _read(pid: int, name: str) -> str:
@@ -121,6 +146,12 @@ def work_folder() -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
+def postgres(of: Postgres) -> Server:
+    """PostgreSQL with its backends, to look at its CPU."""
+    pid = (of.data / "postmaster.pid").read_text().split()[0]
+    return Server(int(pid), of.url("postgres"))
+
+
 @contextmanager
 def datapipe(database_url: str, processes: int = 1, **settings: Any) -> Iterator[Server]:
     """`datapipe serve` at its default settings, with a `data_dir` of its own."""
@@ -137,12 +168,14 @@ def datapipe(database_url: str, processes: int = 1, **settings: Any) -> Iterator
 
 
 @contextmanager
-def datapipe_in(folder: Path, database_url: str, **settings: Any) -> Iterator[Server]:
+def datapipe_in(
+    folder: Path, database_url: str, *, python: str = sys.executable, **settings: Any
+) -> Iterator[Server]:
     """The same with a `data_dir` that stays: what waits there is taken over."""
     file = folder / "datapipe.json"
     values = {"host": "127.0.0.1", "port": 0, "data_dir": str(folder), **settings}
     file.write_text(json.dumps({**values, "database_url": database_url}))
-    command = [sys.executable, "-m", "datapipe", "serve"]
+    command = [python, "-m", "datapipe", "serve"]
     with running(command, {"DATAPIPE_CNF": str(file)}) as server:
         yield server
 
@@ -161,7 +194,7 @@ def running(command: Sequence[str], environ: dict[str, str]) -> Iterator[Server]
             start_new_session=True,
         )  # fmt: skip
         try:
-            yield Server(process, _address(process, log.fileno()))
+            yield Server(process.pid, _address(process, log.fileno()))
         finally:
             process.send_signal(signal.SIGTERM)
             try:

@@ -27,20 +27,30 @@ _OURS = "datapipe"
 _ALL_CORES = f"datapipe, {CORES} processes"
 
 
-def goals() -> list[Goal]:
-    made = [Goal("single, one process / bare aiohttp", _OURS, BARE, least=0.9)]
-    for peer, ours, least in zip(
-        PEERS, (_ALL_CORES, _ALL_CORES, _OURS, _OURS, _OURS), (1.5, 1, 1.7, 3, 5), strict=False
-    ):
-        who = "one process a core" if ours == _ALL_CORES else "one process"
-        made.append(Goal(f"single, {who} / {peer.name}", ours, peer.name, least=least))
-    return made + memory_goals("single", _OURS)
+def goals(connections: int) -> list[Goal]:
+    def goal(ours: str, rival: str, least: float, which: str = "one process") -> Goal:
+        return Goal(
+            f"single, {connections} connections, {which} / {rival}", ours, rival, least=least
+        )
+
+    gathered, all_cores, each, tornado, fastapi = (peer.name for peer in PEERS[:5])
+    at_64 = connections == 64
+    return [
+        goal(_OURS, BARE, 1.6 if at_64 else 2.2),
+        goal(_OURS, gathered, 1.15 if at_64 else 1.35),
+        Goal(f"CPU of a single event / {BARE}", _OURS, BARE, "cpu_s_per_million", most=0.6),
+        goal(_ALL_CORES, all_cores, 1, "one process a core"),
+        goal(_OURS, each, 1.7),
+        goal(_OURS, tornado, 3),
+        goal(_OURS, fastapi, 5),
+        *memory_goals("single", _OURS),
+    ]
 
 
 def measure(bench: Bench) -> Iterator[Contest]:
     for connections in CONNECTIONS:
         name, rivals = f"{connections} connections", _rivals(bench, connections)
-        yield in_turn(name, rivals, bench, goals(), undrawn=[LIMIT])
+        yield in_turn(name, rivals, bench, goals(connections), undrawn=[LIMIT])
 
 
 def _rivals(bench: Bench, connections: int) -> dict[str, Callable[[], Sample]]:

@@ -91,7 +91,9 @@ class Pipeline:
             )  # fmt: skip
             tables = [table_of(kind) for kind in self.registry.types.values()]
             self.coordinator = Coordinator(self.buffer, self.loader, sink, process, tables)
-            self.ingest = Ingest(self.buffer, self.registry, self.settings, records)
+            self.ingest = Ingest(
+                self.buffer, self.registry, self.settings, records, metrics.request_seconds.observe
+            )
             dead = DeadLetters(sink, self.registry)
             peers = Peers(Path(self.settings.data_dir), process)
             self.status = Status(
@@ -198,7 +200,7 @@ def create_runner(app: web.Application, kind: type[Runner] = Runner) -> Runner:
     """The runner that serves plain `POST /` by itself and closes connections with slow heads."""
     pipeline = app[PIPELINE]
     return kind(
-        app, lambda: pipeline.ingest, lambda _: None, pipeline.settings.request_timeout,
+        app, lambda: pipeline.ingest, pipeline.settings.request_timeout,
         access_log=None, shutdown_timeout=1.0, lingering_time=3.0, handle_signals=False,
     )  # fmt: skip
 

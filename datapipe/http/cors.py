@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 
 from aiohttp import web
 
-from datapipe.http import responses
 from datapipe.http.responses import Answer
 
 _PREFLIGHT = {
@@ -52,9 +51,8 @@ class Cors:
         async def preflight(request: web.Request) -> web.StreamResponse:
             headers = self.headers(request.headers.get("Origin"))
             if "Access-Control-Allow-Origin" not in headers:
-                detail = "cors_origins does not name the origin of this page"
-                refused = responses.answer(403, 403, detail, headers=headers)
-                return refused.response()
+                reason = "cors_origins does not name the origin of this page"
+                raise web.HTTPForbidden(reason=reason, headers=headers)
             return web.Response(status=204, headers=_PREFLIGHT | headers)
 
         if self._origins:

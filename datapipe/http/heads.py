@@ -38,7 +38,7 @@ _PLAIN = re.compile(rb"(?:[!-~][ -~]*\r\n)+\r\n")
 _NOT_PLAIN = frozenset(b"transfer-encoding expect upgrade proxy-connection".split())
 # headers whose values differ from request to request
 _VARYING = re.compile(
-    rb"\r\n(?P<name>Idempotency-Key|X-Request-ID): ?(?P<value>[!-~]{1,255})(?=\r\n)", re.I
+    rb"\r\n([Ii]dempotency-[Kk]ey|[Xx]-[Rr]equest-I[Dd]): ?([!-~]{1,255})(?=\r\n)"
 )
 _REMEMBERED, _REMEMBERED_BYTES = 1024, 262_144
 _SEEN_ONCE = 4096
@@ -181,9 +181,12 @@ class Heads:
 
         Raises: Refused: it is malformed.
         """
-        varying = list(_VARYING.finditer(head))
-        for each in reversed(varying):  # looked up without their values, which don't touch syntax
-            head = head[: each.start("value")] + b"?" + head[each.end("value") :]
+        varying, match = {}, _VARYING.search(head)
+        while match:  # looked up without such a value, which doesn't touch syntax
+            varying[match[1]] = match[2]
+            at = match.start(2) + 1
+            head = head[: at - 1] + b"?" + head[match.end(2) :]
+            match = _VARYING.search(head, at)
         found = self._known.get(head)
         if found is None:
             if (found := _parse(head)) is None:
@@ -192,8 +195,8 @@ class Heads:
         if not varying:
             return found
         headers = found.headers.copy()
-        for each in varying:
-            headers[each["name"].decode()] = each["value"].decode()
+        for name, value in varying.items():
+            headers[name.decode()] = value.decode()
         return Head(found.length, headers, found.key)
 
     def _remember(self, head: bytes, parsed: Head) -> None:

@@ -26,11 +26,20 @@ _KEY_FORM = re.compile(r"[\x21-\x7e]{1,255}")
 
 
 class Ingest:
-    """Accepts events, and counts those that it refuses, by reason."""
+    """Accepts events, and counts those that it refuses, by reason.
+
+    Attributes: observe: gets the seconds that each POST took, once its answer is written.
+    """
 
     def __init__(
-        self, buffer: Buffer, registry: Registry, settings: Settings, records: Records
+        self,
+        buffer: Buffer,
+        registry: Registry,
+        settings: Settings,
+        records: Records,
+        observe: Callable[[float], None],
     ) -> None:
+        self.observe = observe
         self.admission = Admission(buffer, settings.inflight_max_bytes)
         self._buffer = buffer
         self._parser = Parser(registry, settings.batch_max_events)

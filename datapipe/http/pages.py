@@ -152,7 +152,7 @@ async def errors_are_answers(
         return responses.refused(refused).response()
     except web.HTTPException as exc:
         response = responses.answer(exc.status, exc.status, exc.reason).response()
-        for name in ("Allow", "Location"):
+        for name in ("Allow", "Location", "Vary"):
             if name in exc.headers:
                 response.headers[name] = exc.headers[name]
         return response

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import random
 import re
+import time
 from collections.abc import Mapping, Sequence
+from email.utils import formatdate
 from functools import lru_cache
 from http import HTTPStatus
 from typing import Any, NamedTuple
@@ -13,7 +15,6 @@ from typing import Any, NamedTuple
 import msgspec
 import structlog
 from aiohttp import web
-from aiohttp.helpers import rfc822_formatted_time
 
 from datapipe.errors import Busy, Reason, Refused
 
@@ -49,7 +50,7 @@ class Answer(NamedTuple):
             more += "Connection: close\r\n" if self.close else ""
         head = (
             f"{_start(self.status, len(self.body))}"
-            f"X-Request-ID: {request_id}\r\nDate: {rfc822_formatted_time()}\r\n{more}\r\n"
+            f"X-Request-ID: {request_id}\r\nDate: {_date(int(time.time()))}\r\n{more}\r\n"
         )
         return head.encode() + self.body
 
@@ -60,6 +61,11 @@ def _start(status: int, length: int) -> str:
         f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
         f"Content-Type: application/json\r\nContent-Length: {length}\r\n"
     )
+
+
+@lru_cache(1)
+def _date(second: int) -> str:
+    return formatdate(second, usegmt=True)
 
 
 def request_id(headers: Mapping[str, str]) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from time import perf_counter
 from typing import Any, cast
 
 from aiohttp import web
-from aiohttp.web_server import Server
 
 from datapipe.http.heads import Heads
 from datapipe.http.server import KEEPALIVE_S, Connection, Door, Front
@@ -19,7 +19,7 @@ async def answered(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
     """Send the answer, and report that it is out; must be the outermost middleware."""
-    keep_alive = False
+    began, keep_alive = perf_counter(), False
     try:
         response = await handler(request)
         with suppress(ConnectionError):  # the client has left: aiohttp meets it again
@@ -31,7 +31,8 @@ async def answered(
         transport = request.transport
         connection = None if transport is None else transport.get_protocol()
         if isinstance(connection, Connection):
-            connection.answered(keep_alive)
+            is_post = request.method == "POST" and request.path == "/"
+            connection.answered(keep_alive, perf_counter() - began if is_post else None)
 
 
 class Runner(web.AppRunner):
@@ -46,14 +47,12 @@ class Runner(web.AppRunner):
         self,
         app: web.Application,
         door: Callable[[], Door],
-        observe: Callable[[float], None],
         head_timeout_s: float,
         **kwargs: Any,
     ) -> None:
         super().__init__(app, keepalive_timeout=KEEPALIVE_S, **kwargs)
         self.heads = Heads()
         self._door = door
-        self._observe = observe
         self._head_timeout_s = head_timeout_s
         self._front: Front | None = None
         self._sweeper: asyncio.Task[None] | None = None
@@ -65,8 +64,8 @@ class Runner(web.AppRunner):
 
     async def setup(self) -> None:
         await super().setup()
-        aiohttp = cast(Server, super().server)
-        self._front = Front(self._door(), aiohttp, self.heads, self._head_timeout_s, self._observe)
+        aiohttp = cast(web.Server, super().server)
+        self._front = Front(self._door(), aiohttp, self.heads, self._head_timeout_s)
         self._sweeper = asyncio.create_task(self._front.end_late())
 
     async def cleanup(self) -> None:

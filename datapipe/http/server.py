@@ -19,7 +19,7 @@ from functools import partial
 from time import perf_counter
 from typing import Protocol, cast
 
-from aiohttp.web_server import Server
+from aiohttp import web
 
 from datapipe.errors import Reason, Refused
 from datapipe.http import responses
@@ -37,7 +37,12 @@ _NEVER = float("inf")
 
 
 class Door(Protocol):
-    """What answers `POST /`; it raises nothing."""
+    """What answers `POST /`; it raises nothing.
+
+    Attributes: observe: gets the seconds that each took, once its answer is written.
+    """
+
+    observe: Callable[[float], None]
 
     def take(
         self,
@@ -66,16 +71,14 @@ class Front:
     def __init__(
         self,
         door: Door,
-        aiohttp: Server,
+        aiohttp: web.Server,
         heads: Heads,
         head_timeout_s: float,
-        observe: Callable[[float], None],
     ) -> None:
         self.door = door
         self.aiohttp = aiohttp
         self.heads = heads
         self.head_timeout_s = head_timeout_s
-        self.observe = observe
         self.connections: set[Connection] = set()
         self.plain_count = 0
         self.closing = False
@@ -240,7 +243,7 @@ class Connection(asyncio.Protocol):
         if transport is None or transport.is_closing():
             return
         transport.write(answer.wire(self._id))
-        self._front.observe(perf_counter() - self._began)
+        self._front.door.observe(perf_counter() - self._began)
         self._closes = answer.close or self._front.closing
         if self._missing:
             self._body = None
@@ -307,8 +310,15 @@ class Connection(asyncio.Protocol):
         elif self._deadline == _NEVER:
             self._deadline = perf_counter() + self._front.head_timeout_s
 
-    def answered(self, keep_alive: bool) -> None:
-        """aiohttp has sent the answer to a request; unless the connection is kept, the last."""
+    def answered(self, keep_alive: bool, seconds: float | None) -> None:
+        """aiohttp has sent the answer to a request.
+
+        Args:
+            keep_alive: false: it was the last of the connection.
+            seconds: that a POST of events took.
+        """
+        if seconds is not None:
+            self._front.door.observe(seconds)
         if self.relay is not None:
             self.relay.answered(keep_alive)
             self._look(self.relay)

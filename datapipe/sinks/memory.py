@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -95,7 +95,7 @@ class MemoryTransaction:
             row.known = Known(row.known.load, dead, duplicates)
 
     def copy(
-        self, table: Table, columns: Sequence[Column], rows: Sequence[Rows]
+        self, table: Table, columns: Sequence[Column], rows: Iterable[Rows]
     ) -> list[RefusedRow]:
         lines = self._database.lines[table.name]
         self._undo.callback(lines.__delitem__, slice(len(lines), None))

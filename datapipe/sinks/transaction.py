@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -32,8 +32,7 @@ class Known(NamedTuple):
     duplicates: int
 
 
-@dataclass(slots=True, frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """Rows to copy, and the id of the segment, or of the dead letter, that they are of."""
 
     id: str
@@ -92,9 +91,12 @@ class Transaction(Protocol):
         """Note in the ledger how many events of a segment are dead, and how many duplicates."""
 
     def copy(
-        self, table: Table, columns: Sequence[Column], rows: Sequence[Rows]
+        self, table: Table, columns: Sequence[Column], rows: Iterable[Rows]
     ) -> list[RefusedRow]:
-        """Insert rows that consist of these columns; those that the table refuses."""
+        """Insert rows that consist of these columns; those that the table refuses.
+
+        Args: rows: made while they are read, once.
+        """
 
     def bury(self, letters: Sequence[Letter]) -> None:
         """Insert dead letters."""

@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from functools import partial
 from itertools import groupby
+from operator import attrgetter
 from typing import Any, TypeVar
 from uuid import uuid4
 
@@ -39,6 +40,7 @@ REPLAY_ROWS = 1000  # in one transaction
 _ESCAPED = re.compile(rb"\\([\\tnr])")
 _PLAIN = {b"\\": b"\\", b"t": b"\t", b"n": b"\n", b"r": b"\r"}
 
+_COLUMNS = attrgetter("columns")
 _T = TypeVar("_T")
 _Keyed = tuple[str, Part]  # a part, and the id of its segment
 log = structlog.stdlib.get_logger("datapipe.sinks")
@@ -106,19 +108,32 @@ class TransactionalSink(ABC):
         self, table: Table, segments: Sequence[Segment], *, accept_dead: bool = False
     ) -> Loaded:
         """See `Sink.load`."""
-        work = partial(self._load, table, segments, accept_dead)
         await self.prepare(table)
-        began = time.perf_counter()
         try:
-            loaded = await self.transact(table.name, work)
+            loaded = await self._try(table, segments, accept_dead)
         except TableMissing:  # dropped or altered since
             await self.prepare(_widened(table, segments), again=True)
-            began = time.perf_counter()
-            loaded = await self.transact(table.name, work)
-        self.works(began)
+            loaded = await self._try(table, segments, accept_dead)
         self._guards[table.name].committed()
-        for segment in segments:
-            self._tried.pop(segment.id, None)
+        if self._tried:
+            for segment in segments:
+                self._tried.pop(segment.id, None)
+        return loaded
+
+    async def _try(self, table: Table, segments: Sequence[Segment], accept_dead: bool) -> Loaded:
+        """One transaction. Raises: as `transact`."""
+        load = uuid4().hex
+        written: list[str] = []
+        began = time.perf_counter()
+        try:
+            loaded = await self.transact(
+                table.name, partial(self._load, table, segments, accept_dead, load, written)
+            )
+        except BaseException:
+            for id in written:  # by now: whatever failed before COMMIT left it empty
+                self._tried.setdefault(id, set()).add(load)
+            raise
+        self.works(began)
         return loaded
 
     def _load(
@@ -126,24 +141,29 @@ class TransactionalSink(ABC):
         table: Table,
         segments: Sequence[Segment],
         accept_dead: bool,
+        load: str,
+        written: list[str],
         transaction: Transaction,
     ) -> Loaded:
-        load = uuid4().hex
+        """All but its COMMIT; last of all, `written` gets the ids of the segments that it wrote."""
         once = {each.id: each for each in segments}
         # in key order, or two loads would wait for each other
         entries = [Entry(id, once[id].events, once[id].source) for id in sorted(once)]
         new = transaction.enter("segment", entries, table.name, load)
         result = self._known(transaction, [each for id, each in once.items() if id not in new])
         fresh = [each for id, each in once.items() if id in new]
-        rows, duplicates = _without_known_parts(transaction, table.name, fresh)
-        columns_of = {each.id: each.columns for each in fresh}
+        skipped = _known_parts(transaction, table.name, fresh)
+        duplicates: Counter[str] = Counter()
+        for id, part in skipped:
+            duplicates[id] += part.events
         refused: list[RefusedRow] = []
-        for columns, group in groupby(rows, key=lambda each: columns_of[each.id]):
-            refused += transaction.copy(table, columns, list(group))
+        for columns, group in groupby(fresh, key=_COLUMNS):
+            rows = (Rows(each.id, piece) for each in group for piece in _kept(each, skipped))
+            refused += transaction.copy(table, columns, rows)
         copied = sum(each.events for each in fresh) - duplicates.total()
         self._guards[table.name].look(refused, copied, accept_dead)
         if refused:
-            transaction.bury([_letter(table.name, columns_of[each.id], each) for each in refused])
+            transaction.bury([_letter(table.name, once[each.id].columns, each) for each in refused])
             result.refused = tuple(f"{each.sqlstate}: {each.message}" for each in refused[:3])
         dead = Counter(each.id for each in refused)
         if counts := [(id, dead[id], duplicates[id]) for id in dead.keys() | duplicates.keys()]:
@@ -152,8 +172,7 @@ class TransactionalSink(ABC):
         twice = sum(each.events for each in segments) - sum(each.events for each in once.values())
         result.duplicate += duplicates.total() + twice
         result.loaded += copied - len(refused)
-        for id in new:  # only now: whatever failed before this was not committed
-            self._tried.setdefault(id, set()).add(load)
+        written += new
         return result
 
     def _known(self, transaction: Transaction, segments: Sequence[Segment]) -> Loaded:
@@ -233,18 +252,10 @@ class _Received(msgspec.Struct):
 # order, claims before parts, or two loads would deadlock.
 
 
-def _without_known_parts(
-    transaction: Transaction, lane: str, segments: Sequence[Segment]
-) -> tuple[list[Rows], Counter[str]]:
-    """The rows of new segments to copy, and by segment the number of events that are duplicates."""
+def _known_parts(transaction: Transaction, lane: str, segments: Sequence[Segment]) -> set[_Keyed]:
+    """Those parts of new segments that are in already; the others are, from now on."""
     keyed = [(segment.id, part) for segment in segments for part in segment.parts]
-    skipped = set(keyed) - _enter_parts(transaction, lane, keyed) if keyed else set()
-    duplicates: Counter[str] = Counter()
-    for id, part in skipped:
-        duplicates[id] += part.events
-    return [
-        Rows(segment.id, piece) for segment in segments for piece in _kept(segment, skipped)
-    ], duplicates
+    return set(keyed) - _enter_parts(transaction, lane, keyed) if keyed else set()
 
 
 def _enter_parts(transaction: Transaction, lane: str, keyed: Sequence[_Keyed]) -> set[_Keyed]:
@@ -267,6 +278,8 @@ def _enter_parts(transaction: Transaction, lane: str, keyed: Sequence[_Keyed]) -
 
 def _kept(segment: Segment, skipped: Set[_Keyed]) -> list[bytes | memoryview]:
     """The segment's rows without the skipped parts, in runs."""
+    if not skipped:
+        return [segment.data]
     parts = [part for part in segment.parts if (segment.id, part) in skipped]
     if not parts:
         return [segment.data]

@@ -16,7 +16,7 @@ import pytest_asyncio
 
 from tests.postgres import Postgres
 from tests.service import Service, until
-from tests.wire import Wire, ask, crash, lines, post, purchase, running, wire
+from tests.wire import Wire, ask, crash, get, lines, post, purchase, running, wire
 
 BODY_MAX, BATCH_MAX, INPUT_MAX, TIMEOUT_S = 200_000, 500, 2048, 1.5
 OK = {"status_code": 0, "status_message": "ok"}
@@ -877,6 +877,20 @@ async def test_malformed_http(service: Service, name: str) -> None:
     assert answer.code == 3
     assert len(answer.body) < 1000
     assert (await service.post(crash()))[0] == 200
+
+
+@shared
+async def test_each_post_is_timed_once_its_answer_is_out(service: Service) -> None:
+    async def timed() -> float:
+        text = (await ask(service, get("/metrics"), method="GET")).body.decode()
+        name = "datapipe_request_seconds_count "
+        return float(next(line for line in text.splitlines() if line.startswith(name)).split()[1])
+
+    before = await timed()
+    chunked = post(b"%x\r\n%b\r\n0\r\n\r\n" % (len(J1), J1), "Transfer-Encoding: chunked")
+    for request in (post(J1), post(b"{"), post(b"[%b]" % J1), post(J1, version="1.0"), chunked):
+        await ask(service, request)
+    assert await timed() == before + 5
 
 
 # --- shutting down ---

@@ -141,6 +141,7 @@ METRICS = {
     "datapipe_waiting_bytes": ("gauge", ""), "datapipe_oldest_waiting_seconds": ("gauge", "lane"),
     "datapipe_lane_blocked": ("gauge", "lane"), "datapipe_load_seconds": ("histogram", ""),
     "datapipe_mirror_append_seconds": ("histogram", ""),
+    "datapipe_request_seconds": ("histogram", ""),
     "datapipe_mirror_requests": ("counter", "call"), "datapipe_database_up": ("gauge", ""),
     "datapipe_mirror_up": ("gauge", ""),
 }  # fmt: skip

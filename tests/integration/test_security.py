@@ -83,7 +83,7 @@ async def test_keys_are_compared_in_constant_time(
     settings = Settings(ingest_keys=["one", "two"], admin_key="one", mirror="none")
     mirror = BufferedMirror(MemoryStore(settings), 1000)
     buffer = Buffer(mirror, settings, lambda seconds: None, lambda failure: None)
-    ingest = Ingest(buffer, load_registry(settings), settings, Records())
+    ingest = Ingest(buffer, load_registry(settings), settings, Records(), [].append)
     headers: Any = CIMultiDict({"Authorization": f"Bearer {given}"})
     try:
         ingest._authorize(headers, None)

@@ -45,7 +45,7 @@ def admission(max_bytes: int) -> Admission:
 
 def ingest(buffer: FakeBuffer) -> Ingest:
     settings = Settings(mirror="none")
-    return Ingest(buffer, load_registry(settings), settings, Records())  # type: ignore[arg-type]
+    return Ingest(buffer, load_registry(settings), settings, Records(), [].append)  # type: ignore[arg-type]
 
 
 def test_a_quarter_is_kept_for_small_bodies() -> None:

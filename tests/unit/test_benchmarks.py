@@ -8,9 +8,19 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks import page
+from benchmarks import batch, keys, memory, page, single, steady
 from benchmarks.chart import Bar, Group, svg
-from benchmarks.measure import Bench, Contest, Goal, Sample, Spread, in_turn, memory_goals
+from benchmarks.limits import LIMITS
+from benchmarks.measure import (
+    Bench,
+    Contest,
+    Goal,
+    Sample,
+    Spread,
+    in_turn,
+    memory_goals,
+    percentile,
+)
 from benchmarks.page import Part
 from benchmarks.results import Result, read, save
 
@@ -79,6 +89,16 @@ def test_a_goal_is_met_by_the_median_or_by_every_run(goal: Goal, met: bool) -> N
     assert goal.met(Spread(5, 1, 9)) is met
 
 
+@pytest.mark.parametrize(
+    ("share", "value"),
+    [(0.05, 0.005), (0.1, 0.01), (0.5, 0.02), (0.8, 0.02875), (0.9, 0.03), (0.95, 0.03)],
+)
+def test_a_percentile_lies_within_its_bucket(share: float, value: float) -> None:
+    buckets = {0.01: 10, 0.02: 50, 0.025: 50, 0.03: 90, float("inf"): 100}
+    assert percentile(buckets, share) == pytest.approx(value)
+    assert percentile(dict.fromkeys(buckets, 0), share) is None
+
+
 def test_what_is_kept_comes_back(tmp_path: Path) -> None:
     assert read(tmp_path, "single") is None
     result = Result("a machine", "5 runs", [_contest(_goal(1))])
@@ -116,6 +136,12 @@ def test_a_missed_goal_says_what_holds_it_back(
     monkeypatch.setitem(page.LIMITS, "datapipe / b", "the disk")
     assert "| 2.00 | **MISSED**: the disk |" in _write(tmp_path, single=_contest(_goal(9)))
     assert "the disk" not in _write(tmp_path, single=_contest(_goal(1)))
+
+
+def test_limits_are_those_of_goals_that_there_are() -> None:
+    goals = [goal for part in (batch, keys, memory, steady) for goal in part.goals()]
+    goals += [goal for connections in single.CONNECTIONS for goal in single.goals(connections)]
+    assert LIMITS.keys() <= {goal.what for goal in goals}
 
 
 def test_a_goal_whose_rival_is_missing_is_not_measured(tmp_path: Path) -> None:

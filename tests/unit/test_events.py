@@ -101,6 +101,33 @@ def test_limits_and_wrong_values(values: dict[str, Any], code: int | None) -> No
     assert refused.value.reason.code == code
 
 
+class Tick(Event):
+    """It has no field."""
+
+
+def test_an_event_without_fields_is_a_row() -> None:
+    kind = EventType("tick", Tick)
+    events = [Registry([kind]).one.decode(b'{"event_name": "tick"}')] * 2
+    assert kind.look_closer(b"{}", AT) == f"{AT}\n".encode()
+    assert kind.rows(events, AT) == f"{AT}\n{AT}\n".encode()
+
+
+class Word(Event):
+    text: str
+
+
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=30))
+def test_one_that_is_too_long_is_found_among_many(lengths: list[int]) -> None:
+    kind = EventType("word", Word, input_max_len=10)
+    decode = Registry([kind]).one.decode
+    events = [decode(b'{"event_name": "word", "text": "%b"}' % (b"x" * each)) for each in lengths]
+    together = kind.rows(events, AT)
+    if max(lengths) > 10:
+        assert together is None
+    else:
+        assert together == b"".join(b"%b\t%b\n" % (b"x" * each, AT.encode()) for each in lengths)
+
+
 def test_numbers_in_json_columns_lose_nothing() -> None:
     row = EventType("note", Note).look_closer(
         b'{"text":"","tags":[1.10, 12345678901234567890]}', AT

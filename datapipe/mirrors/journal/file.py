@@ -214,12 +214,15 @@ class JournalFile:
         segment.source, segment.position = self.source, cursor.lastrowid or 0
 
     def remove(self, removals: Sequence[Removal]) -> None:
-        """One transaction, on disk when this returns. Raises: sqlite3.Error."""
-        with self._write:
-            self._write.execute("BEGIN IMMEDIATE")
-            removed = self._write.executemany(
-                "DELETE FROM segments WHERE position = ?", [(each.position,) for each in removals]
-            ).rowcount
+        """On disk when this returns. Raises: sqlite3.Error.
+
+        Args: removals: at most 256, as the oldest SQLite takes 999 values in a statement.
+        """
+        marks = ", ".join("?" * len(removals))
+        removed = self._write.execute(
+            f"DELETE FROM segments WHERE position IN ({marks})",
+            [each.position for each in removals],
+        ).rowcount
         if removed == len(removals):
             self.used_bytes -= sum([each.bytes + ROW_BYTES for each in removals])
         else:

@@ -12,7 +12,7 @@ pieces are small.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 import psycopg2
@@ -105,7 +105,7 @@ class Copier:
         self._chosen: dict[tuple[str | None, str | None], bool] = {}
         self._refused: list[RefusedRow] = []
 
-    def copy(self, rows: Sequence[Rows]) -> list[RefusedRow]:
+    def copy(self, rows: Iterable[Rows]) -> list[RefusedRow]:
         """Copy them all, but those that are refused.
 
         Raises: psycopg2.Error: what is not about a single row.
@@ -217,7 +217,7 @@ class Copier:
         )
 
 
-def _pieces(rows: Sequence[Rows]) -> Iterator[list[Rows]]:
+def _pieces(rows: Iterable[Rows]) -> Iterator[list[Rows]]:
     piece: list[Rows] = []
     size = 0
     for each in rows:

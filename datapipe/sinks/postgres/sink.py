@@ -12,11 +12,12 @@ import importlib.util
 import json
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import Any, TypeVar
 
+import msgspec
 import psycopg2
 import psycopg2.extensions
 import psycopg2.extras
@@ -51,6 +52,10 @@ _IRONMQ_DAYS = 31
 
 # What others wait for is known by their last heartbeat, which may be some seconds old.
 _BEAT_SLACK_S = 15.0
+
+# Thousands of values go as one, in JSON: psycopg2 quotes those of a list one by one, and holds the
+# interpreter lock until it has done all of them.
+_ONE_OF = "ANY(ARRAY(SELECT json_array_elements_text(%s)))"
 
 _BEYOND_ASCII = re.compile(r"[^\x00-\x7f]+")
 
@@ -119,13 +124,13 @@ class PostgresSink(Database):
 
     async def loaded(self, segments: Sequence[str]) -> set[str]:
         """See `Ledger.loaded`."""
-        sql = f"SELECT segment FROM {self._ledger} WHERE segment = ANY(%s)"
-        return {segment for (segment,) in await self.query(sql, list(segments))}
+        sql = f"SELECT segment FROM {self._ledger} WHERE segment = {_ONE_OF}"
+        return {segment for (segment,) in await self.query(sql, _as_json(segments))}
 
     async def expire(self, removed: Sequence[str]) -> None:
         """See `Ledger.expire`."""
         await self.transaction(
-            (f"DELETE FROM {self._ledger} WHERE segment = ANY(%s)", (list(removed),)),
+            (f"DELETE FROM {self._ledger} WHERE segment = {_ONE_OF}", (_as_json(removed),)),
             # also what waits in the mirror of a process that is dead: it could hold the same event
             (
                 f"DELETE FROM {self._ledger} WHERE kind IN ('claim', 'part') AND loaded_at <"
@@ -223,16 +228,17 @@ class PostgresTransaction:
         self, kind: str, entries: Sequence[Entry], lane: str | None = None, load: str | None = None
     ) -> set[str]:
         """See `Transaction.enter`. In the order of the collation: both releases write the same."""
-        rows = self._query(
+        self._cursor.execute(
             f"INSERT INTO {self._ledger}"
             " (segment, kind, lane, events, source, body, process, load)"
-            " SELECT id, %s, %s, events, source, body, %s, %s"
-            " FROM unnest(%s::text[], %s::bigint[], %s::text[], %s::text[])"
-            " AS new (id, events, source, body) ORDER BY id ON CONFLICT DO NOTHING"
+            " SELECT e ->> 0, %s, %s, (e ->> 1)::bigint, e ->> 2, e ->> 3, %s, %s"
+            " FROM json_array_elements(%s) AS e ORDER BY e ->> 0 ON CONFLICT DO NOTHING"
             " RETURNING segment",
-            kind, lane, self._process, load, *map(list, zip(*entries, strict=True)),
-        )  # fmt: skip
-        return {id for (id,) in rows}
+            (kind, lane, self._process, load, _as_json(entries)),
+        )
+        if self._cursor.rowcount == len(entries):  # most of the time
+            return {entry.id for entry in entries}
+        return {id for (id,) in self._cursor.fetchall()}
 
     def lock(self, segments: Sequence[str]) -> dict[str, Known]:
         """See `Transaction.lock`.
@@ -242,15 +248,15 @@ class PostgresTransaction:
         """
         rows = self._query(
             f"SELECT segment, load, dead, duplicates FROM {self._ledger}"
-            " WHERE segment = ANY(%s) ORDER BY segment FOR UPDATE",
-            list(segments),
+            f" WHERE segment = {_ONE_OF} ORDER BY segment FOR UPDATE",
+            _as_json(segments),
         )
         return {id: Known(*rest) for id, *rest in rows}
 
     def bodies(self, claims: Sequence[str]) -> dict[str, str]:
         """See `Transaction.bodies`."""
-        sql = f"SELECT segment, body FROM {self._ledger} WHERE segment = ANY(%s)"
-        return dict(self._query(sql, list(claims)))
+        sql = f"SELECT segment, body FROM {self._ledger} WHERE segment = {_ONE_OF}"
+        return dict(self._query(sql, _as_json(claims)))
 
     def book(self, counts: Sequence[tuple[str, int, int]]) -> None:
         """See `Transaction.book`."""
@@ -262,7 +268,7 @@ class PostgresTransaction:
         )
 
     def copy(
-        self, table: Table, columns: Sequence[Column], rows: Sequence[Rows]
+        self, table: Table, columns: Sequence[Column], rows: Iterable[Rows]
     ) -> list[RefusedRow]:
         """See `Transaction.copy`."""
         copier = Copier(self._cursor, self._schema, table.name, columns, self._chunk_bytes)
@@ -323,6 +329,10 @@ def where(selection: Selection) -> tuple[str, list[Any]]:
     given = {test: value for test, value in tests.items() if value is not None}
     values = [list(value) if isinstance(value, tuple) else value for value in given.values()]
     return " AND ".join(["true", *given]), values
+
+
+def _as_json(values: Sequence[Any]) -> str:
+    return msgspec.json.encode(values).decode()
 
 
 def _in_ascii(letter: Letter) -> Letter:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -76,7 +76,7 @@ class ToyTransaction:
             self._execute(sql, (*numbers, id))
 
     def copy(
-        self, table: Table, columns: Sequence[Column], rows: Sequence[Rows]
+        self, table: Table, columns: Sequence[Column], rows: Iterable[Rows]
     ) -> list[RefusedRow]:
         names = ", ".join(f'"{column.name}"' for column in columns)
         values = ", ".join(f":{column.name}" for column in columns)
