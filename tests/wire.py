@@ -12,6 +12,12 @@ from typing import Any, NamedTuple
 
 from tests.service import Service
 
+# settings for each way in: plain heads are served by datapipe itself, or all by aiohttp
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "aiohttp": {"event_modules": ["tests.fault.modules.nothing_plain"]},
+}
+
 
 class Answer(NamedTuple):
     """One HTTP answer; names of headers are in lower case."""

@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 
 from tests.service import Service
-from tests.wire import Answer, ask, crash, post, running, wire
+from tests.wire import WAYS, Answer, ask, crash, post, running, wire
 
 shared = pytest.mark.asyncio(loop_scope="module")
 
@@ -20,11 +20,14 @@ BODY = json.dumps(crash()).encode()
 HEADERS = "Content-Type, Content-Encoding, Idempotency-Key, Authorization, X-Request-ID"
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Service]:
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=WAYS)
+async def service(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Service]:
     async with running(
         tmp_path_factory.mktemp("cors"), mirror="none", database_url="postgresql://127.0.0.1:1/x",
         cors_origins=[SHOP, "http://localhost:3000"], ingest_keys=["k"], admin_key="a",
+        **WAYS[request.param],
     ) as service:  # fmt: skip
         yield service
         assert not service.logged("fault")
@@ -109,7 +112,6 @@ async def test_the_page_and_what_an_admin_may_do_stay_closed(service: Service) -
 
 @shared
 async def test_one_connection_with_and_without_an_origin(service: Service) -> None:
-    """The short way in hands the connection over at the first request that has an Origin."""
     async with wire(service) as line:
         for origin in (None, SHOP, None, SHOP):
             headers = ["Authorization: Bearer k", *([f"Origin: {origin}"] if origin else [])]
@@ -119,12 +121,13 @@ async def test_one_connection_with_and_without_an_origin(service: Service) -> No
             assert answer.headers.get("access-control-allow-origin") == origin
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("origins", "named"), [([], None), (["*"], "*"), ([SHOP, "*"], "*")])
 async def test_off_by_default_and_open_to_all_only_if_told(
-    tmp_path: Path, origins: list[str], named: str | None
+    tmp_path: Path, origins: list[str], named: str | None, way: str
 ) -> None:
     settings: dict[str, Any] = {"cors_origins": origins} if origins else {}
-    settings |= {"mirror": "none", "database_url": "postgresql://127.0.0.1:1/x"}
+    settings |= {"mirror": "none", "database_url": "postgresql://127.0.0.1:1/x", **WAYS[way]}
     async with running(tmp_path, **settings) as service:
         answer = await ask(service, preflight(SHOP), method="OPTIONS")
         assert answer.status == (204 if named else 405)
@@ -135,10 +138,11 @@ async def test_off_by_default_and_open_to_all_only_if_told(
             assert named or not allowed(each)
 
 
-async def test_a_503_says_when_to_try_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", WAYS)
+async def test_a_503_says_when_to_try_again(tmp_path: Path, way: str) -> None:
     async with running(
         tmp_path, mirror="none", buffer_max_bytes=0, cors_origins=[SHOP],
-        database_url="postgresql://127.0.0.1:1/x",
+        database_url="postgresql://127.0.0.1:1/x", **WAYS[way],
     ) as service:  # fmt: skip
         answer = await ask(service, post(BODY, f"Origin: {SHOP}"))
         assert (answer.status, answer.headers["access-control-allow-origin"]) == (503, SHOP)

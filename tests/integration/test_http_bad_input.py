@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from tests.postgres import Postgres
 from tests.service import Service
-from tests.wire import ask, crash, lines, post, running
+from tests.wire import WAYS, ask, crash, lines, post, running
 
 # one type with a column of every kind, each of them nullable
 KINDS = ("int", "float", "str", "bool", "datetime", "date", "Decimal", "UUID", "dict", "list")
@@ -31,13 +31,14 @@ EVERYTHING = {"n": "int", **{f"a_{kind.lower()}": f"{kind}?" for kind in KINDS}}
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=WAYS)
 async def service(
-    tmp_path_factory: pytest.TempPathFactory, database_url: str
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, database_url: str
 ) -> AsyncIterator[Service]:
     async with running(
-        tmp_path_factory.mktemp("bad"), database_url=database_url, events={"everything": EVERYTHING}
-    ) as service:
+        tmp_path_factory.mktemp("bad"), database_url=database_url,
+        events={"everything": EVERYTHING}, **WAYS[request.param],
+    ) as service:  # fmt: skip
         yield service
         assert not service.logged("fault"), service.logged("fault")[0]["exception"]
         assert (await service.status())["books"]["dead"] == 0

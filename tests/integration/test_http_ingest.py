@@ -16,7 +16,7 @@ import pytest_asyncio
 
 from tests.postgres import Postgres
 from tests.service import Service, until
-from tests.wire import Wire, ask, crash, get, lines, post, purchase, running, wire
+from tests.wire import WAYS, Wire, ask, crash, get, lines, post, purchase, running, wire
 
 BODY_MAX, BATCH_MAX, INPUT_MAX, TIMEOUT_S = 200_000, 500, 2048, 1.5
 OK = {"status_code": 0, "status_message": "ok"}
@@ -25,14 +25,26 @@ KEYS = ["first key+/", "second-key"]
 shared = pytest.mark.asyncio(loop_scope="module")
 
 
+@pytest.fixture(scope="module", params=WAYS)
+def way(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return WAYS[request.param]
+
+
+@pytest.fixture(scope="module")
+def database_url(postgres: Postgres, way: dict[str, Any]) -> str:
+    """A database for each way: one would know the keys of the other."""
+    return postgres.create_database()
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def service(
-    tmp_path_factory: pytest.TempPathFactory, database_url: str
+    tmp_path_factory: pytest.TempPathFactory, database_url: str, way: dict[str, Any]
 ) -> AsyncIterator[Service]:
     """One service for all tests that leave it as it was."""
     async with running(
         tmp_path_factory.mktemp("ingest"), database_url=database_url, body_max_len=BODY_MAX,
         batch_max_events=BATCH_MAX, input_max_len=INPUT_MAX, request_timeout=TIMEOUT_S,
+        **way,
     ) as service:  # fmt: skip
         yield service
         assert not service.logged("fault"), service.logged("fault")[0]["exception"]
@@ -40,12 +52,12 @@ async def service(
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def locked(
-    tmp_path_factory: pytest.TempPathFactory, postgres: Postgres
+    tmp_path_factory: pytest.TempPathFactory, postgres: Postgres, way: dict[str, Any]
 ) -> AsyncIterator[Service]:
     """A service with ingest keys."""
     async with running(
         tmp_path_factory.mktemp("locked"), database_url=postgres.create_database(),
-        ingest_keys=KEYS,
+        ingest_keys=KEYS, **way,
     ) as service:  # fmt: skip
         yield service
 
@@ -897,9 +909,10 @@ async def test_each_post_is_timed_once_its_answer_is_out(service: Service) -> No
 
 
 async def test_a_post_on_an_open_connection_while_stopping(
-    make_service: Callable[..., Service], database: str
+    make_service: Callable[..., Service], database: str, way: dict[str, Any]
 ) -> None:
-    service = await make_service(database_url=database, load_interval=3600).start()
+    settings = {"database_url": database, "load_interval": 3600, **way}
+    service = await make_service(**settings).start()
     async with wire(service) as open_one, wire(service) as received:
         await open_one.send(post(J1))
         assert (await open_one.answer()).status == 200
