@@ -38,7 +38,7 @@ _PLAIN = re.compile(rb"(?:[!-~][ -~]*\r\n)+\r\n")
 _NOT_PLAIN = frozenset(b"transfer-encoding expect upgrade proxy-connection".split())
 # headers whose values differ from request to request
 _VARYING = re.compile(
-    rb"\r\n([Ii]dempotency-[Kk]ey|[Xx]-[Rr]equest-I[Dd]): ?([!-~]{1,255})(?=\r\n)"
+    rb"\r\n([Ii]dempotency-[Kk]ey|[Xx]-[Rr]equest-[Ii][Dd]): ?([!-~]{1,255})(?=\r\n)"
 )
 _REMEMBERED, _REMEMBERED_BYTES = 1024, 262_144
 _SEEN_ONCE = 4096

@@ -25,6 +25,7 @@ class Relay:
         self._syntax: Syntax | None = Syntax()  # None: it can't be followed any more
         self._begun = self._answered = 0  # requests
         self._ends = False  # with the last answer
+        self._head = b""  # as far as it has come
         self._missing = 0  # bytes of a body whose length is known
         self._last = b""  # the bytes that came before, as many as may begin an END
         handler.connection_made(transport)
@@ -41,35 +42,48 @@ class Relay:
         return self.idle and self._syntax is not None and self._syntax.in_head
 
     def data_received(self, data: bytes) -> None:
-        """Pass on what has come, up to what is malformed."""
-        if self.refused is None:
-            self.handler.data_received(data[: self._follow(data)])
+        """Pass on what has come: heads once they are complete, and nothing malformed."""
+        if self.refused is None and (passed := self._follow(data)):
+            self.handler.data_received(passed)
 
-    def _follow(self, data: bytes) -> int:
-        """How many bytes are to be passed on.
+    def _follow(self, data: bytes) -> bytes:
+        """What is to be passed on.
 
         It goes from one end of a head or body to the next, so that what is complete before a
         malformed head is not refused with it.
         """
-        at = 0
-        while at < len(data) and (syntax := self._syntax) is not None:
-            end, in_body = self._end(data, at), syntax.in_body
-            try:
-                if not syntax.feed(data[at:end]):
-                    self._syntax = None
-            except Refused as exc:
-                self.refused = exc
-                self._begun -= in_body  # its answer is the refusal, unless it has one
-                return at
-            self._missing -= end - at
-            if syntax.heads > self._begun:
-                self._begun, self._missing = syntax.heads, syntax.length
-            at = end
+        pieces, at = [], 0
+        while at < len(data) and self.refused is None:
+            piece = data[at : self._end(data, at)]
+            at += len(piece)
+            self._head += piece
+            if self._feed(piece):
+                pieces.append(self._head)
+                self._head = b""
         self._last = (self._last + data[-3:])[-3:]
-        return len(data)
+        return b"".join(pieces)
+
+    def _feed(self, piece: bytes) -> bool:
+        """Whether it is to be passed on now."""
+        if (syntax := self._syntax) is None:
+            return True
+        in_body = syntax.in_body
+        try:
+            if not syntax.feed(piece):
+                self._syntax = None
+        except Refused as exc:
+            self.refused = exc
+            self._begun -= in_body  # its answer is the refusal, unless it has one
+            return False
+        self._missing -= len(piece)
+        if syntax.heads > self._begun:
+            self._begun, self._missing = syntax.heads, syntax.length
+        return not syntax.in_head
 
     def _end(self, data: bytes, at: int) -> int:
         """Where the head or body that goes on here ends at the latest; chunks end as heads do."""
+        if self._syntax is None:
+            return len(data)
         if self._missing > 0:
             return min(at + self._missing, len(data))
         if not at and (found := (self._last + data[:3]).find(END)) >= 0:

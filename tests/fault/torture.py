@@ -1,6 +1,6 @@
 """`make torture`: the long fault run; prints the table of docs/torture.md.
 
-    python -m tests.fault.torture [kills] [outage] [bodies]
+    python -m tests.fault.torture [kills] [outage] [bodies] [heads]
 
 Everything happens in a temporary folder. A part that fails ends the run with exit code 1.
 """
@@ -20,13 +20,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tests.fault import hostile
+from tests.fault import hostile, pipelines
 from tests.fault.kills import kill_many
 from tests.fault.outage import LIMIT_BYTES, outage
 from tests.postgres import Postgres
 from tests.service import Service
 
-PARTS = ("kills", "outage", "bodies")
+PARTS = ("kills", "outage", "bodies", "heads")
 _ROUND = 50  # kills to a database; then all is compared
 
 
@@ -106,6 +106,21 @@ async def run_bodies(make: Callable[..., Service], args: argparse.Namespace) -> 
     ]
 
 
+async def run_heads(make: Callable[..., Service], args: argparse.Namespace) -> list[str]:
+    """Pipelines over both ways in, in services of this process."""
+    started = time.monotonic()
+    found = await asyncio.to_thread(pipelines.run, args.seconds, args.seed)
+    _say(f"heads: {asdict(found)}")
+    answered = ", ".join(f"{status}: {n:,}" for status, n in sorted(found.answers.items()))
+    return [
+        f"| pipelines, over both ways in | {found.pipelines:,} |",
+        f"| answers, the same by both | {answered} |",
+        f"| events answered 200 or 207, all in the books | {found.accepted:,} |",
+        "| answers of 5xx, errors logged | 0 |",
+        f"| minutes, seed | {(time.monotonic() - started) / 60:.0f}, {args.seed} |",
+    ]
+
+
 async def run(args: argparse.Namespace) -> int:
     folder = Path(tempfile.mkdtemp(prefix="datapipe-torture-", dir="/var/tmp"))
     made: list[Service] = []
@@ -116,7 +131,7 @@ async def run(args: argparse.Namespace) -> int:
         made.append(Service(home, **settings))
         return made[-1]
 
-    runs = {"kills": run_kills, "outage": run_outage, "bodies": run_bodies}
+    runs = {"kills": run_kills, "outage": run_outage, "bodies": run_bodies, "heads": run_heads}
     try:
         for part in args.parts or PARTS:
             lines = await runs[part](make, args)
@@ -137,6 +152,7 @@ def main() -> int:
     parser.add_argument("--rate", type=int, default=2000, help="events a second in the outage")
     parser.add_argument("--batch", type=int, default=100, help="events of every second POST there")
     parser.add_argument("--bodies", type=int, default=100_000)
+    parser.add_argument("--seconds", type=float, default=60, help="of the heads, at least")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(32))
     args = parser.parse_args()
     if unknown := set(args.parts) - set(PARTS):
