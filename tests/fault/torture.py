@@ -110,7 +110,7 @@ async def run_heads(make: Callable[..., Service], args: argparse.Namespace) -> l
     """Pipelines over both ways in, in services of this process."""
     started = time.monotonic()
     found = await asyncio.to_thread(pipelines.run, args.seconds, args.seed)
-    _say(f"heads: {asdict(found)}")
+    _say(f"heads: {found}")
     answered = ", ".join(f"{status}: {n:,}" for status, n in sorted(found.answers.items()))
     return [
         f"| pipelines, over both ways in | {found.pipelines:,} |",

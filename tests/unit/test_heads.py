@@ -61,7 +61,8 @@ def test_what_is_not_plain_is_left_to_aiohttp(data: bytes) -> None:
      head("X-A: b\r\n c"), head("X-A: \0"), head("X A: b"), head("X-A : b"), head("X-A"),
      head(first="POST / HTTP/2.0"), head(first="POST * HTTP/1.1"),
      head(first="CONNECT a:1 HTTP/1.1"), head(first="POST http:/// HTTP/1.1"),
-     head(first="post / HTTP/1.1"), head("Sec-WebSocket-Key1: x"), head(*["X: y"] * 128), head("X-A: " + "a" * 8191),
+     head(first="post / HTTP/1.1"), head("Sec-WebSocket-Key1: x"), head(*["X: y"] * 128),
+     head("X-A: " + "a" * 8191),
      head(*[f"X-{i}: {'a' * 1000}" for i in range(66)]), b"POST / HTTP/1.1\r\n\r\n",
      PLAIN.replace(b"\r\n", b"\n")],
 )  # fmt: skip
