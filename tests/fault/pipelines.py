@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from datapipe.http import server
-from tests.ways import LINGER_S, STATUS, Step, Way, both_ways
+from tests.ways import LINGER_S, STATUS, Step, Talk, Way, both_ways
 from tests.wire import crash, purchase
 
 ROUND = 150  # pipelines, to two new services
@@ -34,6 +34,7 @@ _LOOPS = (uvloop.new_event_loop, asyncio.new_event_loop)
 _SETTINGS = {
     "request_timeout": 1, "body_max_len": 3000, "batch_max_events": 5, "mirror_linger_ms": 1,
 }  # fmt: skip
+_LANES = ("crash_report", "purchase")
 # whatever is not complete ends with this, as malformed
 _END = (b"x" * 4000 + b"\r\n\r\n\r\n",) * 3
 _ACCEPTED = re.compile(rb'{"status_code": 0, "status_message": "ok"}|"accepted": (\d+)')
@@ -126,16 +127,32 @@ class Found:
         return self
 
 
+def _alike(plain: Talk, other: Talk) -> bool:
+    """Whether they are the same.
+
+    One request may differ, the last, whose body is malformed: its reader may be quicker, and find
+    something else that is wrong with it; if it is not, the request is not counted.
+    """
+    if plain.answers != other.answers:
+        (before, _, last), (before_other, _, last_other) = [
+            talk.answers.rpartition(b"HTTP/1.1 ") for talk in (plain, other)
+        ]
+        refused = last[:1] == last_other[:1] == b"4" and b"Connection: close" in last + last_other
+        if before != before_other or not refused or plain.open or other.open:
+            return False
+    one, two = Counter(plain.counted), Counter(other.counted)
+    accepted = all(one[lane] == two[lane] for lane in (*_LANES, "install"))
+    return accepted and plain.open == other.open and ((one - two) + (two - one)).total() <= 1
+
+
 async def send(ways: dict[str, Way], steps: list[Step], whole: bool) -> Found:
     """One pipeline, over both ways. AssertionError: they differ, or a 200 is not in the books."""
     sent = steps if whole else [*steps, *_END]
     talks = await asyncio.gather(*[way.talk(sent, probe=whole) for way in ways.values()])
-    for talk in talks:  # of a body that is malformed only if its reader had begun
-        talk.counted.pop("bad_json", None)
     plain, other = talks
-    assert plain == other, (steps, plain, other)
+    assert _alike(plain, other), (steps, plain, other)
     assert b"text/plain" not in plain.answers, (steps, plain)
-    lanes = sum(plain.counted.get(lane, 0) for lane in ("crash_report", "purchase"))
+    lanes = sum(plain.counted.get(lane, 0) for lane in _LANES)
     answered = sum(int(found[1] or 1) for found in _ACCEPTED.finditer(plain.answers))
     assert answered == lanes, (steps, plain)
     statuses = Counter(status.decode() for status in STATUS.findall(plain.answers))
