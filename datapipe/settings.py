@@ -7,21 +7,23 @@ of the command. Nothing reads the environment at import.
 
 from __future__ import annotations
 
-import difflib
+import importlib
 import os
 import re
 import reprlib
 import sys
-from collections.abc import Iterator, Mapping
-from configparser import ConfigParser
-from importlib.metadata import EntryPoint, entry_points
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, inspect, structs
 
 from datapipe.errors import ConfigError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 SYSTEM_FILE = Path("/etc/datapipe.json")
 
@@ -35,6 +37,20 @@ PLATFORM = {
     "IRON_MQ_PROJECT_ID": "ironmq_project_id",
     "IRON_MQ_TOKEN": "ironmq_token",
     "IRON_MQ_HOST": "ironmq_host",
+}
+
+# The mirrors and sinks that come with datapipe. Others are found by their entry points, which take
+# 1 MB to look for; a name of ours can't be theirs.
+OURS = {
+    "mirror": {
+        "ironmq": "datapipe.mirrors.ironmq.mirror:IronMQPlugin",
+        "journal": "datapipe.mirrors.journal.mirror:JournalPlugin",
+        "none": "datapipe.mirrors.memory:MemoryPlugin",
+    },
+    "sink": {
+        "postgres": "datapipe.sinks.postgres.sink:PostgresPlugin",
+        "postgresql": "datapipe.sinks.postgres.sink:PostgresPlugin",
+    },
 }
 
 FINITE = sys.float_info.max  # an upper bound that excludes infinity
@@ -186,17 +202,14 @@ def plugin(
     if room == "sink":
         key, name = "database_url", settings.sink_kind
     source = origins.get(key)
-    known = _entry_points(f"datapipe.{room}s")
-    found = [each for each in known if each.name == name]
-    if not found:
-        names = ", ".join(f"{each.name}://" if room == "sink" else each.name for each in known)
-        wanted = "must begin with one of" if room == "sink" else f"{name!r} is none of auto,"
-        raise _wrong(key, f"{wanted} {names}", source)
-    which = " and ".join(f"{each.value}{_package(each)}" for each in found)
-    if len(found) > 1:
-        raise _wrong(key, f"{name!r} is the name of {which}: uninstall one of them", source)
+    load: Callable[[], Any]
+    if which := OURS[room].get(name):
+        load = partial(_imported, which)
+    else:
+        found = _others(room, key, name, source)
+        which, load = f"{found.value}{_package(found)}", found.load
     try:
-        kind = found[0].load()
+        kind = load()
     except Exception as exc:  # whatever importing it raises
         why = f"{type(exc).__name__}: {' '.join(str(exc).split())}"
         raise _wrong(key, f"{name!r}, {which}, can't be imported: {why}", source) from exc
@@ -206,15 +219,26 @@ def plugin(
     return _convert(getattr(settings, within), kind, origins.get(within), within=within)
 
 
-def _entry_points(group: str) -> list[EntryPoint]:
-    """Those of a group. Ours are read from setup.cfg: a checkout may run uninstalled."""
-    config = ConfigParser(interpolation=None)
-    config.read(Path(__file__).parents[1] / "setup.cfg")
-    lines = config.get("options.entry_points", group, fallback="").split("\n")
-    pairs = [line.partition("=") for line in lines if line]
-    ours = [EntryPoint(name.strip(), value.strip(), group) for name, _, value in pairs]
-    installed = entry_points(group=group)
-    return ours + [each for each in installed if not (ours and _package(each) == " of datapipe")]
+def _imported(value: str) -> Any:
+    module, _, name = value.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _others(room: str, key: str, name: str, source: str | None) -> EntryPoint:
+    """The one that a package of somebody else's gives that name. Raises: ConfigError."""
+    from importlib.metadata import entry_points
+
+    known = entry_points(group=f"datapipe.{room}s")
+    found = [each for each in known if each.name == name]
+    if not found:
+        names = [*OURS[room], *(each.name for each in known)]
+        shown = ", ".join(f"{each}://" if room == "sink" else each for each in names)
+        wanted = "must begin with one of" if room == "sink" else f"{name!r} is none of auto,"
+        raise _wrong(key, f"{wanted} {shown}", source)
+    if len(found) > 1:
+        which = " and ".join(f"{each.value}{_package(each)}" for each in found)
+        raise _wrong(key, f"{name!r} is the name of {which}: uninstall one of them", source)
+    return found[0]
 
 
 def _package(entry: EntryPoint) -> str:
@@ -293,6 +317,8 @@ def _convert(
         key = ".".join(filter(None, (key, field[2])))
         if field[1] == "missing required":
             raise _wrong(key, "must be given", source)
+        import difflib
+
         near = difflib.get_close_matches(field[2], types, n=1, cutoff=0.0)
         remedy = f"; the nearest is {near[0]!r}" if near else "; there are none"
         origin = f" ({source})" if source else ""

@@ -6,9 +6,10 @@ import asyncio
 import json
 import os
 import sys
+from importlib import metadata
 from importlib.metadata import EntryPoint
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -208,23 +209,25 @@ async def test_options_are_values_of_the_types_that_were_declared() -> None:
 
 def test_two_packages_of_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which of them is meant can't be known."""
-    twice = [EntryPoint("none", f"{each}:Plugin", "datapipe.mirrors") for each in ("a", "b")]
-    monkeypatch.setattr(settings, "_entry_points", lambda group: twice)
-    with pytest.raises(ConfigError, match="'none' is the name of a:Plugin and b:Plugin"):
-        settings.plugin(Settings(mirror="none"), "mirror")
+    twice = [EntryPoint("shelf", f"{each}:Plugin", "datapipe.mirrors") for each in ("a", "b")]
+    monkeypatch.setattr(metadata, "entry_points", lambda group: twice)
+    with pytest.raises(ConfigError, match="'shelf' is the name of a:Plugin and b:Plugin"):
+        settings.plugin(Settings(mirror="shelf"), "mirror")
 
 
-def test_ours_are_found_where_datapipe_is_installed_and_where_it_is_not(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_ours_are_found_though_datapipe_is_not_installed_and_nobody_takes_their_names(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A deployment runs the checkout, and installs nothing but what it needs."""
-    named = {"mirror": MemoryPlugin, "sink": PostgresPlugin}
-    for room, kind in named.items():
-        assert type(settings.plugin(Settings(mirror="none"), room)) is kind  # type: ignore[arg-type]
-    monkeypatch.setattr(settings, "entry_points", lambda group: ())
-    for room, kind in named.items():
-        assert type(settings.plugin(Settings(mirror="none"), room)) is kind  # type: ignore[arg-type]
-    monkeypatch.undo()
-    monkeypatch.setattr(settings, "__file__", str(tmp_path / "datapipe/settings.py"))
-    for room, kind in named.items():
-        assert type(settings.plugin(Settings(mirror="none"), room)) is kind  # type: ignore[arg-type]
+    theirs = [EntryPoint(name, "a:Plugin", "") for name in ("none", "postgresql")]
+    for installed in ([], theirs):
+        monkeypatch.setattr(metadata, "entry_points", lambda group, found=installed: found)
+        assert type(settings.plugin(Settings(mirror="none"), "mirror")) is MemoryPlugin
+        assert type(settings.plugin(Settings(), "sink")) is PostgresPlugin
+
+
+@pytest.mark.parametrize("room", ["mirror", "sink"])
+def test_all_of_ours_can_be_imported(room: Literal["mirror", "sink"]) -> None:
+    for name in settings.OURS[room]:
+        chosen = {"mirror": name} if room == "mirror" else {"database_url": f"{name}://host/db"}
+        assert isinstance(settings.plugin(Settings(**chosen), room), settings.Plugin)
