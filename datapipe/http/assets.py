@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import aiohttp_jinja2
-import jinja2
 from aiohttp import web
 
-from datapipe.monitor import charts
-from datapipe.monitor.formats import FORMATS
+if TYPE_CHECKING:
+    import jinja2
 
 FILES = {
     "style.css": "text/css",
@@ -38,21 +37,10 @@ def templates_folder() -> Path:
     return inside if inside.is_dir() else package.parent / "templates"
 
 
-def set_up(app: web.Application) -> jinja2.Environment:
-    """Set up the templates of an application, and serve the files that they name."""
-    environment = aiohttp_jinja2.setup(
-        app,
-        loader=jinja2.FileSystemLoader(templates_folder()),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["at"] = at
-    environment.filters["show"] = lambda value, name: FORMATS[name](value)
-    environment.globals["charts"] = charts
+def serve_files(app: web.Application) -> None:
+    """Serve the files that the page names."""
     for name in FILES:
         app.router.add_get(f"/{name}", _file)
-    return environment
 
 
 async def _file(request: web.Request) -> web.StreamResponse:
@@ -73,11 +61,43 @@ def at(value: Any, path: str) -> Any:
     return None
 
 
+class Templates:
+    """The page as HTML. Used in threads: thousands of lanes take long, as does the first use."""
+
+    @cached_property
+    def _environment(self) -> jinja2.Environment:
+        # with the templates 4 MB, and most services are looked at by programs alone
+        import jinja2
+
+        from datapipe.monitor import charts
+        from datapipe.monitor.formats import FORMATS
+
+        environment = jinja2.Environment(
+            loader=jinja2.FileSystemLoader(templates_folder()),
+            autoescape=True,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        environment.filters["at"] = at
+        environment.filters["show"] = lambda value, name: FORMATS[name](value)
+        environment.globals["charts"] = charts
+        return environment
+
+    def page(self, context: Mapping[str, Any]) -> str:
+        return self._environment.get_template("status.html").render(context)
+
+    def sections(self, status: Mapping[str, Any]) -> dict[str, str]:
+        """The HTML of each; without new readings the charts stay as they are."""
+        macros = self._environment.get_template("sections.html").module
+        shown = [name for name in SECTIONS if name != "chart_grid" or status["history"]]
+        return {name: str.__str__(getattr(macros, name)(status)) for name in shown}
+
+
 class Sections:
     """The sections of the page that live: rendered once for all readers of one status."""
 
-    def __init__(self, environment: jinja2.Environment) -> None:
-        self._macros = environment.get_template("sections.html").module
+    def __init__(self, templates: Templates) -> None:
+        self._templates = templates
         self._rendering = asyncio.Lock()
         self._rest_until = 0.0
         self._status: Mapping[str, Any] = {}  # the last that was rendered
@@ -98,7 +118,7 @@ class Sections:
                 self._history = status.get("history", self._history)
             if status is not self._status and began >= self._rest_until:
                 shown = {**status, "refused": refused, "history": self._history}
-                html = await asyncio.to_thread(self._render, shown)
+                html = await asyncio.to_thread(self._templates.sections, shown)
                 self._rest_until = time.monotonic() + (time.monotonic() - began) * _REST
                 self._status, self._history = status, None
                 self._number += 1
@@ -107,7 +127,3 @@ class Sections:
                         self._html[name] = self._number, text
         changed = {name: text for name, (at, text) in self._html.items() if at > since}
         return self._number, changed
-
-    def _render(self, status: Mapping[str, Any]) -> dict[str, str]:
-        shown = [name for name in SECTIONS if name != "chart_grid" or status["history"]]
-        return {name: str.__str__(getattr(self._macros, name)(status)) for name in shown}

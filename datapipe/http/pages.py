@@ -8,11 +8,9 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any
 
-import aiohttp_jinja2
 import msgspec
 from aiohttp import web
 from aiohttp_sse import sse_response
-from prometheus_client import CONTENT_TYPE_LATEST
 
 from datapipe.errors import LaneBlocked, Reason, Refused, SinkUnavailable
 from datapipe.events.registry import Registry
@@ -47,8 +45,10 @@ class Pages:
     dead: DeadLetters
 
     def add_to(self, app: web.Application) -> None:
-        """Add the routes, and the templates that they need."""
-        self._sections = assets.Sections(assets.set_up(app))
+        """Add the routes."""
+        assets.serve_files(app)
+        self._templates = assets.Templates()
+        self._sections = assets.Sections(self._templates)
         self._encoded: tuple[Mapping[str, Any], str] = ({}, "")
         app.router.add_get("/", self.page)
         app.router.add_get("/stream", self.stream, allow_head=False)
@@ -68,10 +68,7 @@ class Pages:
             "denied": denied.detail if denied else None,
             "dead": None if denied else await self.dead.shown(),
         }
-        # in a thread: thousands of lanes take long
-        text = await asyncio.to_thread(
-            aiohttp_jinja2.render_string, "status.html", request, context
-        )
+        text = await asyncio.to_thread(self._templates.page, context)
         headers = {"Cache-Control": "no-store"}
         return web.Response(text=text, content_type="text/html", headers=headers)
 
@@ -124,6 +121,8 @@ class Pages:
         status, histograms = self.status.snapshot(), self.status.histograms()
         # in a thread: thousands of lanes take their time
         text = await asyncio.to_thread(self.numbers.text, status, histograms)
+        from prometheus_client import CONTENT_TYPE_LATEST  # which that has imported
+
         return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def healthz(self, request: web.Request) -> web.StreamResponse:
