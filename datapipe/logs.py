@@ -12,7 +12,6 @@ import select
 import sys
 import threading
 from contextlib import suppress
-from logging.handlers import QueueHandler
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any
@@ -24,7 +23,7 @@ _LINES = 2000  # that wait to be written, at most
 _FLUSH_S = 2.0  # how long they may hold up the end of the process
 
 
-class _QueuedHandler(QueueHandler):
+class _QueuedHandler(logging.Handler):
     """Writes lines in a thread of its own: who reads them may stop reading, and nobody waits.
 
     What comes while `_LINES` wait is dropped; how many is logged once lines flow again.
@@ -34,19 +33,24 @@ class _QueuedHandler(QueueHandler):
         # a SimpleQueue, which can take a line in the midst of taking another: the collector may
         # run anywhere, and objects log when they go
         self._lines: SimpleQueue[bytes | threading.Event] = SimpleQueue()
-        super().__init__(self._lines)
+        super().__init__()
         self._descriptor = descriptor
         self._dropped = 0
         threading.Thread(target=self._write_on, name="log-writer", daemon=True).start()
 
-    def prepare(self, record: logging.LogRecord) -> bytes:
-        return f"{self.format(record)}\n".encode(errors="backslashreplace")
-
-    def enqueue(self, line: Any) -> None:
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = self._line(record)
+        except Exception:
+            self.handleError(record)
+            return
         if self._lines.qsize() < _LINES:
             self._lines.put(line)
         else:
             self._dropped += 1
+
+    def _line(self, record: logging.LogRecord) -> bytes:
+        return f"{self.format(record)}\n".encode(errors="backslashreplace")
 
     def flush(self) -> None:
         """Wait until all is written, at the end of the process."""
@@ -66,7 +70,7 @@ class _QueuedHandler(QueueHandler):
             if (dropped := self._dropped) > reported and self._lines.qsize() < _LINES // 2:
                 facts = {"name": __name__, "levelname": "WARNING", "msg": "log lines dropped"}
                 record = logging.makeLogRecord({**facts, "count": dropped - reported})
-                self._write(self.prepare(record))
+                self._write(self._line(record))
                 reported = dropped
 
     def _write(self, line: bytes) -> None:
