@@ -39,6 +39,7 @@ from datapipe.monitor.feed import running
 from datapipe.monitor.metrics import Metrics
 from datapipe.monitor.peers import Peers
 from datapipe.monitor.status import Status
+from datapipe.pipeline.allocator import share_one_arena
 from datapipe.pipeline.buffer import Buffer
 from datapipe.pipeline.coordinator import Coordinator, new_process_id
 from datapipe.pipeline.dead_letters import DeadLetters
@@ -216,6 +217,7 @@ async def gunicorn_app() -> web.AppRunner:
     gunicorn owns the port, the processes and the signals; `host`, `port` and `reuse_port` have no
     effect. A background task that dies ends its worker, and gunicorn starts another.
     """
+    share_one_arena()
     logs.configure("info", "json")
     raise_limit()
     with _failure_logged():

@@ -19,6 +19,7 @@ from datapipe import logs
 from datapipe.app import PIPELINE, Pipeline, create_app, create_runner, end_process
 from datapipe.errors import DatapipeError
 from datapipe.http.port import Port, raise_limit
+from datapipe.pipeline.allocator import share_one_arena
 from datapipe.settings import Settings
 
 log = structlog.stdlib.get_logger("datapipe.cli.serve")
@@ -29,6 +30,7 @@ async def serve(settings: Settings, args: argparse.Namespace) -> int:
 
     Raises: ConfigError, DatapipeError: it can't start.
     """
+    share_one_arena()
     logs.configure(settings.log_level, settings.log_format, queued=True)
     files = raise_limit()
     app = create_app(settings)

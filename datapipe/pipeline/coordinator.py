@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -12,6 +11,7 @@ from uuid import uuid4
 from datapipe.errors import DatapipeError, LaneBlocked, SinkUnavailable
 from datapipe.health import Health
 from datapipe.mirrors import Mirror, Recovery
+from datapipe.pipeline.allocator import release_memory
 from datapipe.pipeline.buffer import Buffer
 from datapipe.pipeline.loader import Loader
 from datapipe.pipeline.tasks import Failed, background, repeat
@@ -22,6 +22,9 @@ from datapipe.sinks import Database, Heartbeat, Table
 BEAT_S = 5.0
 SILENT_S = 30.0  # six beats missed
 _BLOCKED_S = 30.0  # the longest wait until a table that alone can't be made is tried again
+_RELEASE_S = 2.0  # without a load, until memory is given back
+_RELEASES = 4  # the journal shortens its file meanwhile
+_FEW = 10_000  # events; where more wait in memory it is soon needed again
 _MORE_S = 0.2  # until the next look, where there was more than one look could take
 # What a dead process had reserved comes back once its lease has run out: so looks follow each other
 # closely after a start or a death, and while there is more than one look can take; then they become
@@ -60,8 +63,6 @@ class Coordinator:
         self._stuck: set[str] = set()  # lanes that could not be loaded at the last beat
         self._ended = False
         self._expirable: list[str] = []
-        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)
-        self._trimmed_at = 0
 
     @asynccontextmanager
     async def running(self, failed: Failed) -> AsyncIterator[None]:
@@ -72,6 +73,7 @@ class Coordinator:
             repeat(self._beat, heartbeat, "heartbeat failed", BEAT_S),
             repeat(self._keep, upkeep, "mirror not kept", BEAT_S),
             self._prepare(),
+            self._release_memory(),
         ]
         async with background(work, failed):
             yield
@@ -202,15 +204,18 @@ class Coordinator:
     # --- upkeep ---
 
     async def _keep(self) -> float:
-        """Have the mirror keep what waits. A task of its own: no heartbeat may wait for it.
-
-        Also give memory back once a burst is over: glibc's allocator keeps what was freed (after a
-        million events in batches 110 MB stay resident without this, 67 MB with it).
-        """
+        """Have the mirror keep what waits. A task of its own: no heartbeat may wait for it."""
         self._buffer.removed.take(self._buffer.removed_bytes)
-        if self._buffer.total_out != self._trimmed_at and not self._buffer.in_memory:
-            self._trim(0)
-            self._trimmed_at = self._buffer.total_out
         if await self._mirror.keep(self):
             self._look_now.set()
         return BEAT_S
+
+    async def _release_memory(self) -> None:
+        """Give memory back while loads pause, some times: what follows a load frees some more."""
+        seen = looks = 0
+        while True:
+            await asyncio.sleep(_RELEASE_S)
+            before, seen = seen, self._buffer.total_out
+            looks = 0 if seen != before else looks + 1
+            if 0 < looks <= _RELEASES and self._buffer.in_memory < _FEW:
+                release_memory()
