@@ -67,12 +67,14 @@ class Templates:
     @cached_property
     def _environment(self) -> jinja2.Environment:
         # with the templates 4 MB, and most services are looked at by programs alone
+        import aiohttp_jinja2
         import jinja2
 
         from datapipe.monitor import charts
         from datapipe.monitor.formats import FORMATS
 
-        environment = jinja2.Environment(
+        environment = aiohttp_jinja2.setup(
+            web.Application(),  # of its own: the one that runs takes no more settings
             loader=jinja2.FileSystemLoader(templates_folder()),
             autoescape=True,
             trim_blocks=True,
