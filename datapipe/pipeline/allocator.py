@@ -18,9 +18,9 @@ def share_one_arena() -> None:
 
 
 def release_memory() -> None:
-    """Give back whole pages that are free, wherever they lie. It takes 1 to 2 ms.
+    """Give back whole pages that are free, wherever they lie: 4 ms after a burst, else below 1 ms.
 
-    After a million events in batches 110 MB stay resident without this.
+    After a million events in batches some 95 MB stay resident without this.
     """
     if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)

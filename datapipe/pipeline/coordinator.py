@@ -22,9 +22,8 @@ from datapipe.sinks import Database, Heartbeat, Table
 BEAT_S = 5.0
 SILENT_S = 30.0  # six beats missed
 _BLOCKED_S = 30.0  # the longest wait until a table that alone can't be made is tried again
-_RELEASE_S = 2.0  # without a load, until memory is given back
-_RELEASES = 4  # the journal shortens its file meanwhile
-_FEW = 10_000  # events; where more wait in memory it is soon needed again
+_RELEASE_S = 2.0
+_FEW = 10_000  # events in memory
 _MORE_S = 0.2  # until the next look, where there was more than one look could take
 # What a dead process had reserved comes back once its lease has run out: so looks follow each other
 # closely after a start or a death, and while there is more than one look can take; then they become
@@ -211,11 +210,8 @@ class Coordinator:
         return BEAT_S
 
     async def _release_memory(self) -> None:
-        """Give memory back while loads pause, some times: what follows a load frees some more."""
-        seen = looks = 0
+        """Give back what is free, again and again; where much waits it is soon needed again."""
         while True:
             await asyncio.sleep(_RELEASE_S)
-            before, seen = seen, self._buffer.total_out
-            looks = 0 if seen != before else looks + 1
-            if 0 < looks <= _RELEASES and self._buffer.in_memory < _FEW:
+            if self._buffer.in_memory < _FEW:
                 release_memory()
