@@ -43,8 +43,7 @@ class Part(msgspec.Struct, array_like=True, frozen=True, gc=False):
     events: int
 
 
-@dataclass(slots=True, eq=False)
-class Chunk:
+class Chunk(msgspec.Struct, eq=False, gc=False):
     """Rows of one lane from one POST, on their way into a segment.
 
     Attributes:
@@ -145,17 +144,18 @@ class Segment:
 
 def seal(chunks: Sequence[Chunk], max_bytes: int) -> list[Segment]:
     """Segments of one lane and at most `max_bytes` rows; a single event or part may be larger."""
-    by_lane: dict[tuple[str, tuple[Column, ...]], list[Chunk]] = {}
+    by_lane: dict[tuple[str, int], list[Chunk]] = {}
     for chunk in chunks:
-        by_lane.setdefault((chunk.lane, chunk.columns), []).append(chunk)
+        # all of a type share their columns, whose hash would cost more than all else here
+        by_lane.setdefault((chunk.lane, id(chunk.columns)), []).append(chunk)
     return [
-        segment
-        for (lane, columns), of_lane in by_lane.items()
-        for segment in _joined(lane, columns, of_lane).split(max_bytes)
+        segment for of_lane in by_lane.values() for segment in _joined(of_lane).split(max_bytes)
     ]
 
 
-def _joined(lane: str, columns: tuple[Column, ...], chunks: Sequence[Chunk]) -> Segment:
+def _joined(chunks: Sequence[Chunk]) -> Segment:
+    """Args: chunks: of one lane, with the same columns."""
+    lane, columns = chunks[0].lane, chunks[0].columns
     parts, at = [], 0
     for chunk in chunks:
         end = at + len(chunk.data)

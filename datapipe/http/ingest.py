@@ -161,14 +161,15 @@ class _Clock:
     """The time as rows hold it, in UTC; all but the microseconds is formatted once a second."""
 
     def __init__(self) -> None:
-        self._second = -1
+        self._since_us = -1_000_000  # where the second began that `_text` says
         self._text = ""
 
     def now(self) -> str:
-        second, micros = divmod(time.time_ns() // 1000, 1_000_000)
-        if second != self._second:
+        micros = time.time_ns() // 1000 - self._since_us
+        if not 0 <= micros < 1_000_000:
+            second, micros = divmod(self._since_us + micros, 1_000_000)
             self._text = datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%d %H:%M:%S")
-            self._second = second
+            self._since_us = second * 1_000_000
         return f"{self._text}.{micros:06d}"
 
 

@@ -48,24 +48,18 @@ class Answer(NamedTuple):
         if self.headers or self.close:
             more = "".join([f"{name}: {value}\r\n" for name, value in self.headers.items()])
             more += "Connection: close\r\n" if self.close else ""
-        head = (
-            f"{_start(self.status, len(self.body))}"
-            f"X-Request-ID: {request_id}\r\nDate: {_date(int(time.time()))}\r\n{more}\r\n"
-        )
-        return head.encode() + self.body
+        start = _start(self.status, len(self.body), int(time.time()))
+        return f"{start}X-Request-ID: {request_id}\r\n{more}\r\n".encode() + self.body
 
 
 @lru_cache(64)
-def _start(status: int, length: int) -> str:
+def _start(status: int, length: int, second: int) -> str:
+    """What all answers of a second have in common."""
     return (
         f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
         f"Content-Type: application/json\r\nContent-Length: {length}\r\n"
+        f"Date: {formatdate(second, usegmt=True)}\r\n"
     )
-
-
-@lru_cache(1)
-def _date(second: int) -> str:
-    return formatdate(second, usegmt=True)
 
 
 def request_id(headers: Mapping[str, str]) -> str:

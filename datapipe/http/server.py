@@ -231,7 +231,7 @@ class Connection(asyncio.Protocol):
                 self._body = None
                 self._began = perf_counter()
             if not self._answering:
-                self._rest()
+                self._rest(perf_counter())
         return rest
 
     # --- out ---
@@ -243,23 +243,24 @@ class Connection(asyncio.Protocol):
         if transport is None or transport.is_closing():
             return
         transport.write(answer.wire(self._id))
-        self._front.door.observe(perf_counter() - self._began)
+        now = perf_counter()
+        self._front.door.observe(now - self._began)
         self._closes = answer.close or self._front.closing
         if self._missing:
             self._body = None
-            self._deadline = perf_counter() + _LINGER_S
+            self._deadline = now + _LINGER_S
             transport.resume_reading()
         else:
-            self._rest()
+            self._rest(now)
 
-    def _rest(self) -> None:
+    def _rest(self, now: float) -> None:
         """The request is over: wait for the next, or close."""
         if (transport := self._transport) is None:
             return
         if self._closes:
             transport.close()
             return
-        self._deadline = perf_counter() + KEEPALIVE_S
+        self._deadline = now + KEEPALIVE_S
         left = len(self._received) - self._at
         if left <= _AHEAD_BYTES:
             transport.resume_reading()

@@ -160,7 +160,6 @@ class _Lane:
         self.held: dict[str, Segment] = {}  # by id, taken ones too
         self.ahead: asyncio.Task[None] | None = None
         self.reading = False
-        self.put_off = False
         self.in_memory = self.bytes = 0
         self._ages: list[tuple[float, str]] = []  # a heap; of segments that have left, too
 
@@ -235,6 +234,7 @@ class BufferedMirror:
         self._parks = store.traits.durable
         self._max_bytes = buffer_max_bytes
         self._lanes: dict[str, _Lane] = {}
+        self._put_off: set[str] = set()  # lanes
         self.memory_bytes = 0
         self._reading_bytes = 0
         self._removals: set[asyncio.Task[None]] = set()
@@ -248,7 +248,7 @@ class BufferedMirror:
     @property
     def pressed(self) -> bool:
         """See `Mirror.pressed`."""
-        able = sum([lane.bytes for lane in self._lanes.values() if not lane.put_off])
+        able = sum([lane.bytes for lane in self._lanes.values() if lane.name not in self._put_off])
         return max(able, self.memory_bytes) * 2 >= self._max_bytes
 
     def state(self) -> MirrorState:
@@ -263,10 +263,10 @@ class BufferedMirror:
 
         The other half is for those that can.
         """
-        off = {name for name in lanes if name in self._lanes and self._lanes[name].put_off}
+        off = self._put_off.intersection(lanes)
         if not off:
             return off
-        waiting = sum([lane.bytes for lane in self._lanes.values() if lane.put_off])
+        waiting = sum([self._lanes[name].bytes for name in self._put_off])
         return off if waiting * 2 >= self._store.state().max_bytes else set()
 
     def _lane(self, name: str) -> _Lane:
@@ -291,7 +291,7 @@ class BufferedMirror:
             lane = self._lane(segment.lane)
             full = self.memory_bytes + segment.bytes > self._max_bytes
             # in memory, if there is room, and nothing is parked behind which it belongs
-            if self._parks and (lane.runs or lane.put_off or full):
+            if self._parks and (lane.runs or lane.name in self._put_off or full):
                 lane.park(Run.of(segment))
             else:
                 self._enter(lane, segment)
@@ -345,7 +345,7 @@ class BufferedMirror:
                 taken = await self._read_back(found, max(1, min(max_bytes, self._room())))
         finally:
             self._park_put_off(found)
-        more = found.runs and not found.put_off and found.peek() is None
+        more = found.runs and lane not in self._put_off and found.peek() is None
         if self._store.reads_ahead and more and self._room() >= max_bytes:
             found.ahead = asyncio.create_task(self._read_ahead(found, max_bytes))
         return taken
@@ -396,7 +396,7 @@ class BufferedMirror:
         """See `Mirror.requeue`."""
         found = self._lane(lane)
         found.returned.extendleft(reversed(segments))
-        found.put_off = put_off
+        (self._put_off.add if put_off else self._put_off.discard)(lane)
         self._park_put_off(found)
 
     def _park_put_off(self, lane: _Lane) -> None:
@@ -404,7 +404,7 @@ class BufferedMirror:
 
         Not while a run of it is being read: its position is about to move past what is parked.
         """
-        if not lane.put_off or not self._parks or lane.reading:
+        if lane.name not in self._put_off or not self._parks or lane.reading:
             return
         while lane.peek() is not None:
             segment = lane.returned.popleft()
@@ -416,7 +416,7 @@ class BufferedMirror:
         removals = []
         for segment in segments:
             lane = self._lane(segment.lane)
-            lane.put_off = False
+            self._put_off.discard(lane.name)
             if segment.id in lane.held:
                 self._release(lane, segment)
                 self._removing.add(segment.id)

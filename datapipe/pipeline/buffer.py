@@ -89,8 +89,10 @@ class Buffer:
 
         Raises: BufferFull: `done` is not called.
         """
-        self._check((chunk,))
-        self._group(self._queue(chunk)).add((chunk,), done)
+        traits = self.mirror.traits
+        if self.closed or not traits.durable:
+            self._check((chunk,))
+        self._group(chunk.lane if traits.queue_per_lane else "").add((chunk,), done)
 
     def _durable(self, queue: str, chunks: Sequence[Chunk]) -> asyncio.Future[None]:
         durable: asyncio.Future[None] = asyncio.get_running_loop().create_future()
