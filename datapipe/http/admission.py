@@ -32,6 +32,19 @@ class Admission:
         if self._buffer.stopping:
             raise Busy("shutting down")
 
+    def enter(self, count: int) -> bool:
+        """Count a request that holds so many bytes, unless all of them would hold too many."""
+        if self.bytes + count > self.max_bytes * _share(count):
+            return False
+        self.requests += 1
+        self.bytes += count
+        return True
+
+    def leave(self, count: int) -> None:
+        """A request that entered is over."""
+        self.requests -= 1
+        self.bytes -= count
+
     def refuse_full(self, parsed: Parsed) -> list[str]:
         """Turn the events of full lanes into errors; returns these lanes.
 
@@ -62,17 +75,19 @@ class Reservation:
         self._bytes = 0
 
     def grow(self, count: int) -> None:
-        """Hold so many more bytes.
-
-        A quarter is kept for small bodies, so that a few large ones can't shut out the rest.
-        Raises: BufferFull: too many are held by all requests.
-        """
+        """Hold so many more bytes. Raises: BufferFull: too many are held by all requests."""
         self._bytes += count
         self._admission.bytes += count
-        share = 0.75 if self._bytes > SMALL_BODY_BYTES else 1.0
-        if self._admission.bytes > self._admission.max_bytes * share:
+        if self._admission.bytes > self._admission.max_bytes * _share(self._bytes):
             raise BufferFull("too much is under way (inflight_max_bytes)", retry_after_s=1.0)
 
     def end(self) -> None:
-        self._admission.requests -= 1
-        self._admission.bytes -= self._bytes
+        self._admission.leave(self._bytes)
+
+
+def _share(count: int) -> float:
+    """Of all bytes, those that a request that holds so many may get at.
+
+    A quarter is kept for small bodies, so that a few large ones can't shut out the rest.
+    """
+    return 0.75 if count > SMALL_BODY_BYTES else 1.0

@@ -181,6 +181,8 @@ class Heads:
 
         Raises: Refused: it is malformed.
         """
+        if (found := self._known.get(head)) is not None:
+            return found
         varying, match = {}, _VARYING.search(head)
         while match:  # looked up without such a value, which doesn't touch syntax
             varying[match[1]] = match[2]

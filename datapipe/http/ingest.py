@@ -100,26 +100,32 @@ class Ingest:
         encoded = "Content-Encoding" in headers
         if encoded or self._buffer.stopping or len(body) > self._settings.body_max_len:
             return False
-        reservation = Reservation(self.admission)
+        held = len(body)
 
         def done(error: Exception | None) -> None:
-            reservation.end()
+            self.admission.leave(held)
             answer = responses.OK if error is None else self._failed(error, body, request_id)
             send(self._cors.apply(answer, headers))
 
         try:
-            ingest_key = self._authorize(headers, key)
-            idempotency_key = _idempotency_key(headers)
-            claim = self._claim(ingest_key, idempotency_key, body)
+            ingest_key = self._authorize(headers, key) if self._keys else b""
+            claim = None
+            if "Idempotency-Key" in headers:
+                claim = self._claim(ingest_key, _idempotency_key(headers), body)
             chunk = self._parser.single(body, self._clock.now(), claim)
-            if chunk is not None and not self._buffer.mirror.full((chunk.lane,)):
-                reservation.grow(len(body) + len(chunk.data))
-                self._buffer.add(chunk, done)
-                return True
+            if chunk is None or self._buffer.mirror.full((chunk.lane,)):
+                return False
         except Exception:
-            chunk = None  # `answer` meets it again, and says what it was
-        reservation.end()
-        return False
+            return False  # `answer` meets it again, and says what it was
+        held += len(chunk.data)
+        if not self.admission.enter(held):
+            return False
+        try:
+            self._buffer.add(chunk, done)
+        except Exception:
+            self.admission.leave(held)
+            return False
+        return True
 
     def _claim(self, ingest_key: bytes, idempotency_key: str | None, body: bytes) -> Claim | None:
         """The hashes that stand for the keys and for the body."""

@@ -64,8 +64,7 @@ def _start(status: int, length: int, second: int) -> str:
 
 def request_id(headers: Mapping[str, str]) -> str:
     """The request's own `X-Request-ID`, or a new one where it has none that can be taken over."""
-    given = headers.get("X-Request-ID")
-    if given is not None and _REQUEST_ID.fullmatch(given):
+    if "X-Request-ID" in headers and _REQUEST_ID.fullmatch(given := headers["X-Request-ID"]):
         return given
     return f"{random.getrandbits(64):016x}"  # to tell requests apart in logs: no secret
 
