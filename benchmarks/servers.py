@@ -31,9 +31,10 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 class Server:
     """A running server; `url` is its address. Its figures take in the processes it has started."""
 
-    def __init__(self, pid: int, url: str) -> None:
+    def __init__(self, pid: int, url: str, log: int = -1) -> None:
         self.pid = pid
         self.url = url
+        self._log = log  # a file's number; -1: it has none
 
     def cpu_s(self) -> float:
         """CPU seconds of all its threads so far, those of children that have ended as well."""
@@ -88,6 +89,13 @@ class Server:
             families = text_string_to_metric_families(response.read().decode())
         samples = next(family.samples for family in families if family.name == name)
         return {float(s.labels["le"]): s.value for s in samples if s.name == f"{name}_bucket"}
+
+    def logged(self, event: str) -> list[dict[str, Any]]:
+        """The log lines of this event so far."""
+        size = os.fstat(self._log).st_size
+        lines = os.pread(self._log, size, 0).decode(errors="replace").splitlines()
+        found = [json.loads(line) for line in lines if f'"{event}"' in line]
+        return [line for line in found if line["event"] == event]
 
     def is_ready(self) -> bool:
         """Whether a datapipe would take an event now."""
@@ -186,7 +194,8 @@ def running(command: Sequence[str], environ: dict[str, str]) -> Iterator[Server]
 
     Raises: RuntimeError: it does not listen within half a minute.
     """
-    ours = ("DATAPIPE_", "IRON_", "PORT", "DATABASE_URL", "DYNO")
+    # the last would have each start compile what it imports anew, which takes memory as well
+    ours = ("DATAPIPE_", "IRON_", "PORT", "DATABASE_URL", "DYNO", "PYTHONDONTWRITEBYTECODE")
     env = {key: value for key, value in os.environ.items() if not key.startswith(ours)} | environ
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
@@ -194,7 +203,7 @@ def running(command: Sequence[str], environ: dict[str, str]) -> Iterator[Server]
             start_new_session=True,
         )  # fmt: skip
         try:
-            yield Server(process.pid, _address(process, log.fileno()))
+            yield Server(process.pid, _address(process, log.fileno()), log.fileno())
         finally:
             process.send_signal(signal.SIGTERM)
             try:

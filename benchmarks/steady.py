@@ -133,10 +133,10 @@ class _Half:
 
 
 def _loads(server: Server, since: float) -> list[Burst]:
-    """When each load began, in seconds since then (Unix time), and its rows; the last 12."""
+    """When each load began, in seconds since then (Unix time), and its rows."""
     found = []
-    for load in server.status()["recent_loads"]:
-        began = datetime.fromisoformat(load["at"]).timestamp() - load["seconds"] - since
+    for load in server.logged("segments loaded"):
+        began = datetime.fromisoformat(load["timestamp"]).timestamp() - load["seconds"] - since
         if began >= 0:
             found.append((began, load["rows"]))
     return sorted(found)
