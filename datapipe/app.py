@@ -33,7 +33,7 @@ from datapipe.http.ingest import Ingest
 from datapipe.http.pages import Pages, add_headers, errors_are_answers
 from datapipe.http.port import raise_limit
 from datapipe.http.responses import request_id
-from datapipe.http.runner import Runner, answered
+from datapipe.http.runner import Runner, report_answered
 from datapipe.mirrors import Mirror, open_mirror
 from datapipe.monitor.feed import running
 from datapipe.monitor.metrics import Metrics
@@ -186,7 +186,7 @@ def create_app(
     settings = settings or settings_module.load()
     settings_module.check(settings)
     pipeline = Pipeline(settings, load_registry(settings), open_mirror, open_sink)
-    middlewares = [answered, errors_are_answers]
+    middlewares = [report_answered, errors_are_answers]
     app = web.Application(middlewares=middlewares, handler_args={"auto_decompress": False})
     app[PIPELINE] = pipeline
     app.router.add_post("/", pipeline.post)

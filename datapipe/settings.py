@@ -40,7 +40,7 @@ PLATFORM = {
 }
 
 # The mirrors and sinks that come with datapipe. Others are found by their entry points, which take
-# 1 MB to look for; a name of ours can't be theirs.
+# 1 MB to look for; a name of ours is never looked up.
 OURS = {
     "mirror": {
         "ironmq": "datapipe.mirrors.ironmq.mirror:IronMQPlugin",

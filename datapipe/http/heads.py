@@ -202,7 +202,7 @@ class Heads:
         return Head(found.length, headers, found.key)
 
     def _remember(self, head: bytes, parsed: Head) -> None:
-        """From the second time on: a head that differs from request to request is not."""
+        """At its second sight, so that heads that never come again don't fill the table."""
         if (seen := hash(head)) not in self._seen:
             if len(self._seen) >= _SEEN_ONCE:
                 self._seen.clear()

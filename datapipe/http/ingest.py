@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
-from datapipe.errors import EventRejected, Reason, Refused
+from datapipe.errors import BufferFull, EventRejected, Reason, Refused
 from datapipe.events.registry import Registry
 from datapipe.http import responses
 from datapipe.http.admission import Admission, Reservation
@@ -122,7 +122,7 @@ class Ingest:
             return False
         try:
             self._buffer.add(chunk, done)
-        except Exception:
+        except BufferFull:
             self.admission.leave(held)
             return False
         return True

@@ -17,7 +17,7 @@ from contextlib import ExitStack, asynccontextmanager, suppress
 
 import structlog
 
-from datapipe.http.server import Front
+from datapipe.http.server import Server
 from datapipe.settings import Settings
 
 _BACKLOG = 1024
@@ -41,7 +41,7 @@ def raise_limit() -> int:
 class Port:
     """Listens; attributes: `addresses`, as the sockets name them."""
 
-    def __init__(self, server: Front, files: int) -> None:
+    def __init__(self, server: Server, files: int) -> None:
         self._server = server
         self._most = files - min(_OWN_FILES, files // 2)
         self._open = 0  # connections at most, by the last count and what came since

@@ -38,8 +38,10 @@ class Relay:
 
     @property
     def in_head(self) -> bool:
-        """Whether it waits for the rest of a head."""
-        return self.idle and self._syntax is not None and self._syntax.in_head
+        """Whether it waits for the rest of a head, or for the first."""
+        if self._syntax is None or not self.idle:
+            return False
+        return self._syntax.in_head or not self._syntax.heads
 
     def data_received(self, data: bytes) -> None:
         """Pass on what has come: heads once they are complete, and nothing malformed."""

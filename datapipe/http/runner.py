@@ -1,4 +1,4 @@
-"""The runner: aiohttp's, with a `Front` before its server."""
+"""The runner: aiohttp's, with a `Server` of our own before its server."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any, cast
 from aiohttp import web
 
 from datapipe.http.heads import Heads
-from datapipe.http.server import KEEPALIVE_S, Connection, Door, Front
+from datapipe.http.server import KEEPALIVE_S, Connection, Handler, Server
 
 
 @web.middleware
-async def answered(
+async def report_answered(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
     """Send the answer, and report that it is out; must be the outermost middleware."""
@@ -36,44 +36,46 @@ async def answered(
 
 
 class Runner(web.AppRunner):
-    """Runs the application behind a `Front`.
+    """Runs the application behind a `Server`.
 
     Args:
-        door: called once the application has started.
+        handler: called once the application has started.
         kwargs: of `web.AppRunner`.
     """
 
     def __init__(
         self,
         app: web.Application,
-        door: Callable[[], Door],
+        handler: Callable[[], Handler],
         head_timeout_s: float,
         **kwargs: Any,
     ) -> None:
         super().__init__(app, keepalive_timeout=KEEPALIVE_S, **kwargs)
         self.heads = Heads()
-        self._door = door
+        self._handler = handler
         self._head_timeout_s = head_timeout_s
-        self._front: Front | None = None
+        self._own: Server | None = None
         self._sweeper: asyncio.Task[None] | None = None
 
     @property
     def server(self) -> Any:
         """The protocol factory that sites, and gunicorn's worker, take."""
-        return self._front
+        return self._own
 
     async def setup(self) -> None:
         await super().setup()
-        aiohttp = cast(web.Server, super().server)
-        self._front = Front(self._door(), aiohttp, self.heads, self._head_timeout_s)
-        self._sweeper = asyncio.create_task(self._front.end_late())
+        fallback = cast(web.Server, super().server)
+        self._own = Server(self._handler(), fallback, self.heads, self._head_timeout_s)
+        self._sweeper = asyncio.create_task(self._own.end_late())
 
     async def cleanup(self) -> None:
         """Answer what comes on open connections while the application shuts down, then end."""
-        for site in self.sites:
-            await site.stop()
-        if self._front is not None and self._sweeper is not None:
-            await self.shutdown()
-            await self._front.close()
-            self._sweeper.cancel()
-        await super().cleanup()
+        try:
+            for site in self.sites:
+                await site.stop()
+            if self._own is not None and self._sweeper is not None:
+                await self.shutdown()  # `super` calls it once more
+                await self._own.close()
+                self._sweeper.cancel()
+        finally:
+            await super().cleanup()

@@ -5,7 +5,7 @@ costs more than all that datapipe does with it. Here the head of a plain one is 
 a single event goes to the group commit as it is, and the answer is written once it is durable; what
 needs a closer look gets a task. The first request of another kind (another path, chunks, HTTP/1.0,
 ...) hands the connection over to aiohttp for the rest of its life (`relay`). Both ways ask the same
-`Door`. `make bench` measures this against aiohttp alone.
+`Handler`. `make bench` measures this against aiohttp alone.
 
 `runner` puts it under aiohttp's `AppRunner`, so that sites and gunicorn's worker can serve it.
 """
@@ -36,7 +36,7 @@ _AHEAD_BYTES = 65_536  # of requests behind the one that is being answered
 _NEVER = float("inf")
 
 
-class Door(Protocol):
+class Handler(Protocol):
     """What answers `POST /`; it raises nothing.
 
     Attributes: observe: gets the seconds that each took, once its answer is written.
@@ -60,7 +60,7 @@ class Door(Protocol):
         """Answer any POST of events."""
 
 
-class Front:
+class Server:
     """Makes a protocol for each connection: what sites take for a server.
 
     Attributes:
@@ -70,13 +70,13 @@ class Front:
 
     def __init__(
         self,
-        door: Door,
-        aiohttp: web.Server,
+        handler: Handler,
+        fallback: web.Server,
         heads: Heads,
         head_timeout_s: float,
     ) -> None:
-        self.door = door
-        self.aiohttp = aiohttp
+        self.handler = handler
+        self.fallback = fallback
         self.heads = heads
         self.head_timeout_s = head_timeout_s
         self.connections: set[Connection] = set()
@@ -88,10 +88,10 @@ class Front:
 
     @property
     def requests_count(self) -> int:
-        return self.plain_count + self.aiohttp.requests_count
+        return self.plain_count + self.fallback.requests_count
 
     async def end_late(self) -> None:
-        """Close connections that take too long for something, for ever."""
+        """Until cancelled, close connections whose deadline has passed."""
         while True:
             await asyncio.sleep(min(_SWEEP_S, self.head_timeout_s / 2))
             now = perf_counter()
@@ -114,12 +114,24 @@ class Connection(asyncio.Protocol):
     """One connection: requests one after the other, or all of them passed on to aiohttp."""
 
     __slots__ = (
-        "_answering", "_at", "_began", "_body", "_closes", "_deadline", "_front", "_id", "_missing",
-        "_received", "_task", "_transport", "_unread", "relay",
+        "_answering",
+        "_at",
+        "_began",
+        "_body",
+        "_closes",
+        "_deadline",
+        "_id",
+        "_missing",
+        "_received",
+        "_server",
+        "_task",
+        "_transport",
+        "_unread",
+        "relay",
     )  # fmt: skip
 
-    def __init__(self, front: Front) -> None:
-        self._front = front
+    def __init__(self, server: Server) -> None:
+        self._server = server
         self._transport: asyncio.Transport | None = None
         self._received, self._at = b"", 0  # requests to come, from this byte on
         self._answering = False
@@ -138,11 +150,13 @@ class Connection(asyncio.Protocol):
         self._transport.get_extra_info("socket").setsockopt(
             socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1
         )
-        self._front.connections.add(self)
-        self._deadline = perf_counter() + self._front.head_timeout_s  # if it never says a word, too
+        self._server.connections.add(self)
+        self._deadline = (
+            perf_counter() + self._server.head_timeout_s
+        )  # if it never says a word, too
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._front.connections.discard(self)
+        self._server.connections.discard(self)
         self._transport = None
         if self.relay is not None:
             self.relay.handler.connection_lost(exc)
@@ -161,23 +175,22 @@ class Connection(asyncio.Protocol):
             return
         self._received = self._received[self._at :] + data
         self._at = 0
-        if not self._answering:
-            self._next()
-        elif len(self._received) > _AHEAD_BYTES and self._transport is not None:
-            self._transport.pause_reading()
+        self._next()
+        if len(self._received) > _AHEAD_BYTES and (self._answering or self._unread):
+            cast(asyncio.Transport, self._transport).pause_reading()
 
     def _next(self) -> None:
         """Begin with the next request, if its head is here."""
         data, start = self._received, self._at
         busy = self._answering or self._missing or self._unread
-        if busy or start == len(data) or self._transport is None or self._transport.is_closing():
+        if busy or not data or self._transport is None or self._transport.is_closing():
             return
         try:
             end = data.find(END, start) + len(END)
             if end < len(END):
                 self._wait_for_head(data[start:])
                 return
-            head = self._front.heads.read(data[start:end])
+            head = self._server.heads.read(data[start:end])
         except Refused as exc:
             self._refuse(exc)
             return
@@ -191,7 +204,7 @@ class Connection(asyncio.Protocol):
         """Raises: Refused: it is malformed as far as it is here."""
         if not Syntax().feed(data) or len(data) > PLAIN_HEAD_BYTES:
             self._hand_over()
-        elif self._deadline > (late := perf_counter() + self._front.head_timeout_s):
+        elif self._deadline > (late := perf_counter() + self._server.head_timeout_s):
             self._deadline = late
 
     def _begin(self, head: Head) -> None:
@@ -199,10 +212,12 @@ class Connection(asyncio.Protocol):
         self._began = perf_counter()
         self._deadline = _NEVER
         self._answering = True
-        self._front.plain_count += 1
+        self._server.plain_count += 1
         self._id = request_id(head.headers)
         body = self._received[self._at : self._at + head.length]
         self._at += len(body)
+        if self._at == len(self._received):
+            self._received, self._at = b"", 0  # or a connection at rest would hold its last body
         self._missing = head.length - len(body)
         source: bytes | Body = body
         if self._missing:
@@ -212,12 +227,16 @@ class Connection(asyncio.Protocol):
             self._body.set_transport(transport)
             self._body.feed_data(body)
             source = Body(head.length, partial(self._body.read, _AHEAD_BYTES))
-        elif self._front.door.take(head.headers, head.key, body, self._id, self._answer):
+        elif self._server.handler.take(head.headers, head.key, body, self._id, self._write):
             return
         self._task = asyncio.get_running_loop().create_task(self._serve(head, source))
 
     async def _serve(self, head: Head, source: bytes | Body) -> None:
-        self._answer(await self._front.door.answer(head.headers, head.key, source, self._id))
+        try:
+            answer = await self._server.handler.answer(head.headers, head.key, source, self._id)
+        except Exception as exc:
+            answer = responses.internal_error(exc, self._id, "/")
+        self._write(answer)
 
     def _take_body(self, data: bytes) -> bytes:
         """Take the rest of a body; returns what comes behind it."""
@@ -231,12 +250,12 @@ class Connection(asyncio.Protocol):
                 self._body = None
                 self._began = perf_counter()
             if not self._answering:
-                self._rest(perf_counter())
+                self._finish(perf_counter())
         return rest
 
     # --- out ---
 
-    def _answer(self, answer: Answer) -> None:
+    def _write(self, answer: Answer) -> None:
         """Write the answer of the request; called by the group commit, so it must not fail."""
         self._answering, self._task = False, None
         transport = self._transport
@@ -244,16 +263,16 @@ class Connection(asyncio.Protocol):
             return
         transport.write(answer.wire(self._id))
         now = perf_counter()
-        self._front.door.observe(now - self._began)
-        self._closes = answer.close or self._front.closing
+        self._server.handler.observe(now - self._began)
+        self._closes = answer.close or self._server.closing
         if self._missing:
             self._body = None
             self._deadline = now + _LINGER_S
             transport.resume_reading()
         else:
-            self._rest(now)
+            self._finish(now)
 
-    def _rest(self, now: float) -> None:
+    def _finish(self, now: float) -> None:
         """The request is over: wait for the next, or close."""
         if (transport := self._transport) is None:
             return
@@ -261,10 +280,9 @@ class Connection(asyncio.Protocol):
             transport.close()
             return
         self._deadline = now + KEEPALIVE_S
-        left = len(self._received) - self._at
-        if left <= _AHEAD_BYTES:
+        if len(self._received) - self._at <= _AHEAD_BYTES:
             transport.resume_reading()
-        if left > 0:
+        if self._received:
             asyncio.get_running_loop().call_soon(self._next)
 
     def _refuse(self, refused: Refused) -> None:
@@ -292,24 +310,22 @@ class Connection(asyncio.Protocol):
     def _hand_over(self) -> None:
         """Let aiohttp serve the connection from here on."""
         data, self._received = self._received[self._at :], b""
-        self._at, self._deadline = 0, _NEVER
+        self._at = 0
         transport = cast(asyncio.Transport, self._transport)
         transport.resume_reading()
-        self.relay = Relay(self._front.aiohttp(), transport)
+        self.relay = Relay(self._server.fallback(), transport)
         self._pass_on(self.relay, data)
 
     def _pass_on(self, relay: Relay, data: bytes) -> None:
         relay.data_received(data)
-        self._look(relay)
+        self._watch(relay)
 
-    def _look(self, relay: Relay) -> None:
-        """See what the connection waits for, after bytes have come or an answer has gone."""
+    def _watch(self, relay: Relay) -> None:
+        """Bytes have come, or an answer has gone: refuse what is malformed, bound a head's time."""
         if relay.refused is not None and relay.idle:
             self._refuse(relay.refused)
-        if not relay.in_head:
-            self._deadline = _NEVER
-        elif self._deadline == _NEVER:
-            self._deadline = perf_counter() + self._front.head_timeout_s
+        late = perf_counter() + self._server.head_timeout_s
+        self._deadline = min(self._deadline, late) if relay.in_head else _NEVER
 
     def answered(self, keep_alive: bool, seconds: float | None) -> None:
         """aiohttp has sent the answer to a request.
@@ -319,25 +335,30 @@ class Connection(asyncio.Protocol):
             seconds: that a POST of events took.
         """
         if seconds is not None:
-            self._front.door.observe(seconds)
+            self._server.handler.observe(seconds)
         if self.relay is not None:
             self.relay.answered(keep_alive)
-            self._look(self.relay)
+            self._watch(self.relay)
 
     # --- the end ---
 
     def end_if_late(self, now: float) -> None:
         """Close it, if what it waits for has not come in time."""
-        if now < self._deadline or self._transport is None:
+        if (transport := self._transport) is None:
             return
-        at_rest = self.relay is None and self._id and self._at == len(self._received)
-        if self._missing or at_rest:
-            self._transport.close()
-        else:
-            self._refuse(Refused(Reason.TIMEOUT, "the head was not complete in time"))
+        if transport.is_closing():  # for ever, if the client does not read what is to be sent first
+            self._deadline = min(self._deadline, now + _LINGER_S)
+            if now >= self._deadline:
+                transport.abort()
+        elif now >= self._deadline:
+            self._deadline = _NEVER
+            if self._missing or (self.relay is None and self._id and not self._received):
+                transport.close()
+            else:
+                self._refuse(Refused(Reason.TIMEOUT, "the head was not complete in time"))
 
     def end(self) -> bool:
-        """Close it once its answer is out; whether that is done, or up to aiohttp."""
+        """Close it, unless its answer is under way: then false. aiohttp closes its own."""
         if self._answering:
             return False
         if self.relay is None and self._transport is not None:

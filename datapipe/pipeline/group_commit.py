@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
+import structlog
+
 from datapipe.errors import MirrorUnavailable
 from datapipe.events.segment import Chunk, seal
 from datapipe.health import Health
@@ -27,6 +29,8 @@ _SPREAD, _CROWD = 4, 32
 # second instead of 20,800, with 64 33,700 instead of 35,500.
 _TURNS = 4
 _NO_ANSWER = "the mirror does not answer (mirror_timeout)"
+
+log = structlog.stdlib.get_logger("datapipe.pipeline.group_commit")
 
 # called once the rows are durable, or with why they are not; raises nothing
 Done = Callable[[Exception | None], None]
@@ -160,7 +164,10 @@ class GroupCommit:
         released = requests.copy()
         requests.clear()
         for _, done in released:
-            done(error)
+            try:
+                done(error)
+            except Exception:  # the others must hear of it all the same
+                log.exception("fault")
 
     def settle(self) -> set[asyncio.Task[None]]:
         """From now on append without lingering. Returns the tasks that append what still waits."""

@@ -144,14 +144,14 @@ async def test_what_hangs_refuses_all_until_it_ends() -> None:
 
 async def test_a_task_that_starts_as_all_is_refused_holds_up_nothing_after_it() -> None:
     """An append that hangs is given up between a request and the start of its task."""
-    group = Group(timeout_s=0.02)
+    group = Group(timeout_s=0.2)
     group.mirror.traits = Traits(4, "", 1.0, appends_at_once=2)
     group.mirror.hangs.clear()
     first = group.add()
-    await asyncio.sleep(0.005)
+    await asyncio.sleep(0.05)
     late: list[asyncio.Future[None]] = []
-    asyncio.get_running_loop().call_later(0.01, lambda: late.append(group.add()))
-    time.sleep(0.05)  # both timers are due in one turn of the loop
+    asyncio.get_running_loop().call_later(0.1, lambda: late.append(group.add()))
+    time.sleep(0.5)  # both timers are due in one turn of the loop
     with pytest.raises(MirrorUnavailable):
         await first
     with pytest.raises(MirrorUnavailable):
@@ -189,3 +189,14 @@ async def test_appends_become_fewer_at_once_when_the_mirror_wants_that() -> None
             await asyncio.sleep(0.001)
     assert max(under_way) > 1
     assert set(under_way[-5:]) == {0}
+
+
+async def test_one_whose_answer_fails_leaves_no_other_without_one() -> None:
+    group = Group()
+
+    def fails(error: Exception | None) -> None:
+        raise RuntimeError("no answer could be made")
+
+    group._commit.add([CHUNK], fails)
+    await group.add()
+    assert not group.died
