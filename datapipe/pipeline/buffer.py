@@ -73,9 +73,10 @@ class Buffer:
         another queue of the mirror may still be loaded.
         """
         self._check(chunks)
+        per_lane = self.mirror.traits.queue_per_lane
         by_queue: dict[str, list[Chunk]] = {}
         for chunk in chunks:
-            by_queue.setdefault(self._queue(chunk), []).append(chunk)
+            by_queue.setdefault(chunk.lane if per_lane else "", []).append(chunk)
         queues = list(by_queue.items())
         for at in range(0, len(queues), _QUEUES_AT_ONCE):
             some = [self._durable(name, of_one) for name, of_one in queues[at:][:_QUEUES_AT_ONCE]]
@@ -89,9 +90,8 @@ class Buffer:
 
         Raises: BufferFull: `done` is not called.
         """
+        self._check((chunk,))
         traits = self.mirror.traits
-        if self.closed or not traits.durable:
-            self._check((chunk,))
         self._group(chunk.lane if traits.queue_per_lane else "").add((chunk,), done)
 
     def _durable(self, queue: str, chunks: Sequence[Chunk]) -> asyncio.Future[None]:
@@ -107,9 +107,6 @@ class Buffer:
 
         self._group(queue).add(chunks, done)
         return durable
-
-    def _queue(self, chunk: Chunk) -> str:
-        return chunk.lane if self.mirror.traits.queue_per_lane else ""
 
     def _check(self, chunks: Sequence[Chunk]) -> None:
         if self.closed:

@@ -214,4 +214,4 @@ class Coordinator:
         while True:
             await asyncio.sleep(_RELEASE_S)
             if self._buffer.in_memory < _FEW:
-                release_memory()
+                await asyncio.to_thread(release_memory)
