@@ -74,7 +74,7 @@ class Relay:
             if not syntax.feed(piece):
                 self._syntax = None
         except Refused as exc:
-            self.refused = exc
+            self.refused = exc.with_traceback(None)  # its frames hold this, in a circle, and data
             self._begun -= in_body  # its answer is the refusal, unless it has one
             return False
         self._missing -= len(piece)

@@ -23,9 +23,10 @@ async def report_answered(
     try:
         response = await handler(request)
         with suppress(ConnectionError):  # the client has left: aiohttp meets it again
-            await response.prepare(request)
-            await response.write_eof()
-            keep_alive = bool(response.keep_alive)
+            if not isinstance(response, web.FileResponse):  # which can be sent but once, by aiohttp
+                await response.prepare(request)
+                await response.write_eof()
+            keep_alive = response.keep_alive is not False
         return response
     finally:
         transport = request.transport

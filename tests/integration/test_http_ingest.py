@@ -861,6 +861,18 @@ async def test_head_of_the_page(service: Service) -> None:
         assert (await line.answer()).json == OK
 
 
+@shared
+@pytest.mark.parametrize("path", ["/", "/style.css", "/status.json", "/metrics", "/nope"])
+async def test_a_connection_goes_on_after_any_answer(service: Service, path: str) -> None:
+    async with wire(service) as line:
+        for _ in range(3):
+            await line.send(get(path))
+            assert (await line.answer(method="GET")).status in (200, 404)
+            await line.send(post(J1))
+            assert (await line.answer()).json == OK
+    assert not [line for line in service.lines if line["level"] in ("error", "critical")]
+
+
 MALFORMED = {
     "no HTTP at all": b"hello\r\n\r\n",
     "binary": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
