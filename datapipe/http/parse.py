@@ -30,7 +30,7 @@ PART_BYTES = 16_384
 _BLANK = b" \t\r\n"
 _COMMA = ord(",")
 _DEPTH = {_COMMA: 0, ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
-_BLANK_LINES = (b"\n\n", b"\n\r", b"\n ", b"\n\t")  # lines that are blank, or may be
+_BLANK_LINE = re.compile(rb"\n[ \t\r\n]")  # a line that is blank, or may be
 _LINE = re.compile(rb"[^ \t\r\n][^\n]*")
 _BROKEN = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _YIELD_EVERY = 256  # events looked at closely, or chunks, before other requests get a turn
@@ -141,7 +141,7 @@ class Parser:
         msgspec does not insist on a line for each: a blank one could make up for one that holds
         two.
         """
-        if any(blank in body for blank in _BLANK_LINES):
+        if _BLANK_LINE.search(body):
             return None
         lines = body.count(b"\n") + (not body.endswith(b"\n"))
         if lines > self._max_events:
