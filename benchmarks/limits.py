@@ -37,10 +37,6 @@ LIMITS: dict[str, str] = {
         "The hashes of waiting keys are held in memory beside the rows, and `buffer_max_bytes` "
         "does not count them yet."
     ),
-    "IronMQ, 64 connections, share": (
-        "One run: what is missing is the stand-in's, the generator's and the service's own time "
-        "on two cores, on top of the 50 ms of the call."
-    ),
     "batches of 1,000, events/s": (
         "Both cores: the service uses 0.8 of one (a third of that is decoding JSON and writing "
         "rows), PostgreSQL 0.7, the generator and the kernel's flushes the rest. A run holds the "
