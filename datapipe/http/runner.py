@@ -11,7 +11,8 @@ from typing import Any, cast
 from aiohttp import web
 
 from datapipe.http.heads import Heads
-from datapipe.http.server import KEEPALIVE_S, Connection, Handler, Server
+from datapipe.http.ingest import Ingest
+from datapipe.http.server import KEEPALIVE_S, Connection, Server
 
 
 @web.middleware
@@ -47,7 +48,7 @@ class Runner(web.AppRunner):
     def __init__(
         self,
         app: web.Application,
-        handler: Callable[[], Handler],
+        handler: Callable[[], Ingest],
         head_timeout_s: float,
         **kwargs: Any,
     ) -> None:

@@ -5,7 +5,7 @@ costs more than all that datapipe does with it. Here the head of a plain one is 
 a single event goes to the group commit as it is, and the answer is written once it is durable; what
 needs a closer look gets a task. The first request of another kind (another path, chunks, HTTP/1.0,
 ...) hands the connection over to aiohttp for the rest of its life (`relay`). Both ways ask the same
-`Handler`. `make bench` measures this against aiohttp alone.
+`Ingest`. `make bench` measures this against aiohttp alone.
 
 `runner` puts it under aiohttp's `AppRunner`, so that sites and gunicorn's worker can serve it.
 """
@@ -14,17 +14,17 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable
 from functools import partial
 from time import perf_counter
-from typing import Protocol, cast
+from typing import cast
 
 from aiohttp import web
 
 from datapipe.errors import Reason, Refused
 from datapipe.http import responses
-from datapipe.http.body import Body, Headers
+from datapipe.http.body import Body
 from datapipe.http.heads import END, PLAIN_HEAD_BYTES, Head, Heads, Syntax
+from datapipe.http.ingest import Ingest
 from datapipe.http.relay import Relay
 from datapipe.http.responses import Answer, request_id
 
@@ -34,30 +34,6 @@ _SWEEP_S = 0.5
 _CLOSE_S = 1.0  # at the end, for answers that are under way
 _AHEAD_BYTES = 65_536  # of requests behind the one that is being answered
 _NEVER = float("inf")
-
-
-class Handler(Protocol):
-    """What answers `POST /`; it raises nothing.
-
-    Attributes: observe: gets the seconds that each took, once its answer is written.
-    """
-
-    observe: Callable[[float], None]
-
-    def take(
-        self,
-        headers: Headers,
-        key: str | None,
-        body: bytes,
-        request_id: str,
-        send: Callable[[Answer], None],
-    ) -> bool:
-        """Take one event at once; false: it needs `answer`, and nothing has happened."""
-
-    async def answer(
-        self, headers: Headers, key: str | None, source: bytes | Body, request_id: str
-    ) -> Answer:
-        """Answer any POST of events."""
 
 
 class Server:
@@ -70,7 +46,7 @@ class Server:
 
     def __init__(
         self,
-        handler: Handler,
+        handler: Ingest,
         fallback: web.Server,
         heads: Heads,
         head_timeout_s: float,

@@ -378,13 +378,8 @@ class BufferedMirror:
         if run.after == after:  # else what was parked before it is read first
             run.after = read[-1].position if read else until
         # between two parked ones there may lie one that was not, or that is on its way out
-        segments = [
-            segment
-            for segment in read
-            if segment.id not in lane.held
-            and segment.id not in removing
-            and segment.id not in self._removing
-        ]
+        passed = (lane.held, removing, self._removing)
+        segments = [each for each in read if not any(each.id in some for some in passed)]
         for segment in segments:
             lane.unpark(run, segment)
             self._hold(lane, segment)
