@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 SYSTEM_FILE = Path("/etc/datapipe.json")
 
 SECRETS = frozenset(
-    {"ingest_keys", "admin_key", "database_url", "ironmq_token", "mirror_options", "sink_options"}
-)
+    {"ingest_keys", "admin_key", "database_url", "ironmq_token", "nats_url", "nats_password",
+     "mirror_options", "sink_options"}
+)  # fmt: skip
 
 PLATFORM = {
     "PORT": "port",
@@ -37,6 +38,8 @@ PLATFORM = {
     "IRON_MQ_PROJECT_ID": "ironmq_project_id",
     "IRON_MQ_TOKEN": "ironmq_token",
     "IRON_MQ_HOST": "ironmq_host",
+    "NATS_URL": "nats_url",
+    "NATS_CREDS": "nats_creds",
 }
 
 # The mirrors and sinks that come with datapipe. Others are found by their entry points, which take
@@ -45,6 +48,7 @@ OURS = {
     "mirror": {
         "ironmq": "datapipe.mirrors.ironmq.mirror:IronMQPlugin",
         "journal": "datapipe.mirrors.journal.mirror:JournalPlugin",
+        "nats": "datapipe.mirrors.nats.mirror:NatsPlugin",
         "none": "datapipe.mirrors.memory:MemoryPlugin",
     },
     "sink": {
@@ -99,6 +103,17 @@ class Settings(
     ironmq_token: str = ""
     ironmq_queue_prefix: str = ""
     ironmq_max_bytes: Annotated[int, Meta(ge=65536)] = 1_073_741_824
+    nats_url: str = ""  # several by comma
+    nats_creds: str = ""  # this and the other files: paths
+    nats_nkey_file: str = ""
+    nats_user: str = ""
+    nats_password: str = ""
+    nats_ca_file: str = ""
+    nats_cert_file: str = ""
+    nats_key_file: str = ""
+    nats_prefix: Annotated[str, Meta(pattern="^[A-Za-z0-9_-]+$")] = "datapipe"
+    nats_replicas: Annotated[int, Meta(ge=0, le=5)] = 0  # 0: the cluster's nodes, at most 3
+    nats_lane_max_bytes: Annotated[int, Meta(ge=1_048_576)] = 268_435_456  # reserved there
     mirror_linger_ms: Annotated[int, Meta(ge=0)] = 0
     mirror_timeout: Annotated[float, Meta(ge=0.1, le=FINITE)] = 10.0
 
@@ -123,10 +138,12 @@ class Settings(
 
     @property
     def mirror_kind(self) -> str:
-        """Which mirror is meant: `auto` takes IronMQ when its credentials are set."""
+        """Which mirror is meant: `auto` takes a remote one whose settings are there."""
         if self.mirror != "auto":
             return self.mirror
-        return "ironmq" if self.ironmq_project_id and self.ironmq_token else "journal"
+        if self.ironmq_project_id and self.ironmq_token:
+            return "ironmq"
+        return "nats" if self.nats_url else "journal"
 
     @property
     def sink_kind(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -26,6 +26,9 @@ class Traits:
             request is judged by the room that is left.
         identity: the store that only this process appends to.
         recover_interval_s: seconds between two recoveries, while nothing asks for one sooner.
+        keep_interval_s: seconds between two calls of `keep`.
+        shared: any process may load what any of them stored. Then `waiting` is the count of all of
+            them, whatever is taken may be redelivered to another process, and there is a `channel`.
     """
 
     batch_bytes: int
@@ -35,6 +38,8 @@ class Traits:
     linger_s: float = 0.0
     queue_per_lane: bool = False
     durable: bool = True
+    keep_interval_s: float = 5.0
+    shared: bool = False
 
 
 class Appended(NamedTuple):
@@ -51,6 +56,9 @@ class Appended(NamedTuple):
 
 class Waiting(Protocol):
     """What waits of one lane, as totals: they follow what happens, and a look costs nothing.
+
+    Of a shared mirror: what waits for all processes, of which `in_memory` is what this one has
+    taken and neither removed nor requeued.
 
     Attributes:
         in_memory, parked: events whose rows are held in memory, and those that are durable alone.
@@ -125,6 +133,32 @@ class Recovery:
     left: bool = False
 
 
+class Answers(NamedTuple):
+    """What the others answered.
+
+    Attributes:
+        by_process: an answer for each process that gave one.
+        silent: processes that live, and were not heard in time.
+    """
+
+    by_process: Mapping[str, bytes]
+    silent: Set[str] = frozenset()
+
+
+class Channel(Protocol):
+    """Questions between the processes that share a mirror, on whatever machine they run."""
+
+    async def answer(self, how: Callable[[bytes], Awaitable[bytes]]) -> None:
+        """From now on, answer the questions of others; an answer may take as long as it needs."""
+
+    async def ask(self, question: bytes, living: Set[str]) -> Answers:
+        """Ask all others, and wait for each that is heard of.
+
+        Args: living: ids of the processes that are expected to answer, without our own.
+        Raises: MirrorUnavailable: nobody can be asked.
+        """
+
+
 class Membership(Protocol):
     """What a mirror must know about the processes that share it, and about the ledger."""
 
@@ -143,12 +177,31 @@ class Membership(Protocol):
         Raises: SinkUnavailable, LaneBlocked.
         """
 
+    async def expire_lane(self, lane: str, before: float) -> None:
+        """Drop the ledger rows of a shared mirror's segments of this lane, loaded before then.
+
+        Args: before: Unix time by the database's clock. Raises: SinkUnavailable, LaneBlocked.
+        """
+
+    async def database_time(self) -> float:
+        """Unix time by the database's clock. Raises: SinkUnavailable, LaneBlocked."""
+
+    async def database_mark(self, prefix: str) -> str:
+        """The random id that this database has for the streams of that prefix, for ever.
+
+        Raises: SinkUnavailable, LaneBlocked.
+        """
+
 
 class Mirror(Protocol):
     """Keeps segments until their load has committed."""
 
     @property
     def traits(self) -> Traits: ...
+
+    @property
+    def channel(self) -> Channel | None:
+        """Reaches the other processes; None, unless the mirror is shared."""
 
     @property
     def pressed(self) -> bool:

@@ -229,6 +229,8 @@ class BufferedMirror:
     Attributes: memory_bytes: segments held in memory, with their overhead.
     """
 
+    channel = None  # no other process takes what is ours
+
     def __init__(self, store: Store, buffer_max_bytes: int) -> None:
         self._store = store
         self._parks = store.traits.durable

@@ -91,6 +91,15 @@ class Coordinator:
     async def expire_source(self, source: str) -> None:
         await self._sink.expire_source(source, self._process)
 
+    async def expire_lane(self, lane: str, before: float) -> None:
+        await self._sink.expire_lane(lane, before)
+
+    async def database_time(self) -> float:
+        return await self._sink.now()
+
+    async def database_mark(self, prefix: str) -> str:
+        return await self._sink.mark(prefix)
+
     # --- recovery ---
 
     async def _recover(self) -> float:

@@ -13,6 +13,10 @@ class Lane:
     independently, so that an imbalance shows.
 
     Attributes:
+        accepted, recovered: events that came in. Of a shared mirror `recovered` stays 0.
+        taken, returned: events that this process took from a shared mirror, and those of them that
+            it requeued; else 0.
+        loaded, duplicate, dead: events that left it for good.
         blocked: why a person must act before it can be loaded, or None.
         deferred: its last load failed, while others could be loaded.
         health: of its loads.
@@ -25,10 +29,12 @@ class Lane:
         self.health = Health("load", name)
         self.accepted = 0
         self.recovered = 0
+        self.taken = self.returned = 0
         self.loaded = 0
         self.duplicate = 0
         self.dead = 0
         self.waiting = mirror.waiting(name)
+        self._shared = mirror.traits.shared
 
     @property
     def stuck(self) -> bool:
@@ -41,7 +47,14 @@ class Lane:
         return self.loaded + self.duplicate + self.dead
 
     @property
+    def in_hand(self) -> int:
+        """Events that are taken from a shared mirror, and neither loaded nor returned."""
+        return self.waiting.in_memory if self._shared else 0
+
+    @property
     def balanced(self) -> bool:
+        if self._shared:  # any process loads what any has accepted
+            return self.taken == self.total_out + self.returned + self.in_hand
         return self.accepted + self.recovered == self.total_out + self.waiting.events
 
     @property

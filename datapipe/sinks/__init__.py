@@ -53,14 +53,19 @@ class Heartbeat:
 
     Attributes:
         mirror: the store that only this process appends to: a journal's id, or the process's own.
-        oldest_waiting: Unix time of its oldest event that is not loaded yet.
+        oldest_s: age of its oldest event that is not loaded yet, in seconds; of a shared mirror, of
+            the oldest of all. Infinite: unknown.
         ended: it stops now, and sends no more heartbeats.
+        host: its machine and number there, for people.
+        shared: its mirror is: once it is dead, what waits there is shown by the others.
     """
 
     process: str
     mirror: str
-    oldest_waiting: float | None
+    oldest_s: float | None
     ended: bool = False
+    host: str = ""
+    shared: bool = False
 
 
 @dataclass(slots=True, frozen=True)
@@ -69,6 +74,7 @@ class Beat:
 
     count: int
     ended: bool
+    host: str = ""
 
 
 # the row of an event: lane, its JSON, received_at; raises EventRejected
@@ -94,7 +100,12 @@ class Sink(Protocol):
         """
 
     async def load(
-        self, table: Table, segments: Sequence[Segment], *, accept_dead: bool = False
+        self,
+        table: Table,
+        segments: Sequence[Segment],
+        *,
+        accept_dead: bool = False,
+        not_after: float | None = None,
     ) -> Loaded:
         """Write all rows of the segments that the ledger does not know, in one transaction.
 
@@ -102,6 +113,8 @@ class Sink(Protocol):
         repeat, whatever it raised. Refused rows are dead letters, counted and not raised, unless
         they are so many that the table is taken to be wrong; `accept_dead` lets those through, too.
 
+        Args: not_after: Unix time by the database's clock. What is to be entered into the ledger
+            later than that is not: others may have loaded it since, and the ledger forgotten it.
         Raises: SinkUnavailable: again later, nothing or all is committed; LaneBlocked: nothing is,
         and a person must act.
         """
@@ -148,6 +161,22 @@ class Ledger(Protocol):
         """Once this returns, what others than this process left of a drained journal is forgotten.
 
         That is ledger rows and heartbeats. Raises: SinkUnavailable, LaneBlocked.
+        """
+
+    async def expire_lane(self, lane: str, before: float) -> None:
+        """Once this returns, the segments of that lane that a shared mirror held, and that were
+        loaded before then, are forgotten.
+
+        Args: before: Unix time by the database's clock. Raises: SinkUnavailable, LaneBlocked.
+        """
+
+    async def now(self) -> float:
+        """Unix time by the database's clock. Raises: SinkUnavailable, LaneBlocked."""
+
+    async def mark(self, prefix: str) -> str:
+        """The random id that this database has for the streams of that prefix; made if missing.
+
+        It stays for ever. Raises: SinkUnavailable, LaneBlocked.
         """
 
 

@@ -1,0 +1,1 @@
+"""NATS JetStream as the mirror, shared by processes on several machines."""
