@@ -382,6 +382,88 @@ async def test_who_had_the_mirror_before_is_no_longer_shown(world: World) -> Non
     assert (await two.heartbeat(Heartbeat("two", "journal1", None))).keys() == {"two"}
 
 
+# --- which keys are forgotten: by PostgreSQL, the others forget none ---
+
+
+class Keys:
+    """A database that remembers keys for a minute, and one loaded an hour ago."""
+
+    KNOWN, FORGOTTEN = (0, 1, 0), (1, 0, 0)
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def open(self, process: str) -> AbstractAsyncContextManager[Database]:
+        return open_sink(Settings(database_url=self._url, dedupe_window=60), process)
+
+    def age(self, table: str, column: str, hours: float, where: str = "true") -> None:
+        """Make that so old."""
+        at = f"{column} = now() - make_interval(secs => {hours * 3600})"
+        Postgres.execute(self._url, f"UPDATE {table} SET {at} WHERE {where}")
+
+    async def after(self, sink: Database, beat: Heartbeat) -> tuple[int, int, int]:
+        """What becomes of an event whose key was loaded an hour ago, after that heartbeat."""
+        await load(sink, segment(1, key="k"))
+        self.age("datapipe_ledger", "loaded_at", 1.0)
+        await sink.heartbeat(beat)
+        await sink.expire([])
+        return await load(sink, segment(1, key="k"))
+
+
+@pytest.mark.parametrize(
+    ("oldest_s", "expected"),
+    [
+        (None, Keys.FORGOTTEN),
+        (0.0, Keys.FORGOTTEN),
+        (1800.0, Keys.FORGOTTEN),  # when that came, the key had been known for half an hour
+        (3590.0, Keys.KNOWN),
+        (1e6, Keys.KNOWN),
+        (math.inf, Keys.KNOWN),
+    ],
+)
+@pytest.mark.parametrize("shared", [False, True])
+async def test_keys_are_kept_for_what_waits(
+    database: str, oldest_s: float | None, expected: tuple[int, int, int], shared: bool
+) -> None:
+    keys = Keys(database)
+    async with keys.open("one") as one:
+        assert await keys.after(one, Heartbeat("one", "one", oldest_s, shared=shared)) == expected
+
+
+@pytest.mark.parametrize(
+    ("dead_shares", "living_shares", "silent_h", "expected"),
+    [
+        (True, True, 0.05, Keys.FORGOTTEN),
+        (True, True, 0.01, Keys.KNOWN),  # it may live
+        (True, False, 0.05, Keys.KNOWN),  # nobody else knows what waits in that mirror
+        (False, True, 0.05, Keys.KNOWN),
+        (False, False, 0.05, Keys.KNOWN),
+    ],
+)
+async def test_what_a_dead_process_had_waiting_keeps_keys_unless_others_show_it(
+    database: str, dead_shares: bool, living_shares: bool, silent_h: float, expected: Any
+) -> None:
+    keys = Keys(database)
+    async with keys.open("dead") as dead, keys.open("living") as living:
+        await dead.heartbeat(Heartbeat("dead", "dead", math.inf, shared=dead_shares))
+        keys.age("datapipe_processes", "seen_at", silent_h)
+        beat = Heartbeat("living", "living", None, shared=living_shares)
+        assert await keys.after(living, beat) == expected
+
+
+async def test_a_dead_process_is_shown_for_an_hour_if_its_mirror_is_shared(database: str) -> None:
+    keys = Keys(database)
+    async with keys.open("living") as living:
+        for name, shared in (("shares", True), ("journals", False)):
+            await living.heartbeat(Heartbeat(name, name, 1.0, shared=shared))
+        mine = Heartbeat("living", "living", None, shared=True)
+        for hours, left in ((0.9, {"shares", "journals"}), (1.1, {"journals"})):
+            keys.age("datapipe_processes", "seen_at", hours, "process <> 'living'")
+            await living.heartbeat(mine)
+            await living.expire([])
+            assert (await living.heartbeat(mine)).keys() == {*left, "living"}
+
+
 # --- dead letters ---
 
 

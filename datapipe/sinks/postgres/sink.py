@@ -49,6 +49,20 @@ _BEGIN = (
     " SET CONSTRAINTS ALL IMMEDIATE; SELECT pg_backend_pid()"
 )
 
+# A load that others may have under way, too, begins with it. One of them whose process is frozen in
+# the middle of COPY would hold its segments up for ever: its kernel still answers, and while the
+# server reads from a client, neither `statement_timeout` nor a cancel ends it (measured; source:
+# PostgreSQL, `ProcessClientReadInterrupt` in `tcop/postgres.c`). So whoever comes next ends such a
+# session, once its client has owed the rest of one piece for a minute; between two statements
+# `idle_in_transaction_session_timeout` does. The time-out here bounds how long what the fence has
+# let through may wait for others.
+_FENCED = (
+    "SET LOCAL statement_timeout = '120s'; SET LOCAL application_name = 'datapipe nats';"
+    " SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database()"
+    " AND usename = current_user AND application_name = 'datapipe nats' AND state = 'active'"
+    " AND wait_event = 'ClientRead' AND query_start < now() - interval '1 minute';"
+)
+
 # An IronMQ message lives 30 days at the most, so its segment's ledger row must live longer.
 _IRONMQ_DAYS = 31
 
@@ -279,7 +293,7 @@ class PostgresTransaction:
     ) -> set[str]:
         """See `Transaction.enter`. In the order of the collation: both releases write the same."""
         self._cursor.execute(
-            f"INSERT INTO {self._ledger}"
+            f"{_FENCED if not_after < math.inf else ''} INSERT INTO {self._ledger}"
             " (segment, kind, lane, events, source, body, process, load)"
             " SELECT e ->> 0, %s, %s, (e ->> 1)::bigint, e ->> 2, e ->> 3, %s, %s"
             " FROM json_array_elements(%s) AS e WHERE clock_timestamp() < to_timestamp(%s)"
