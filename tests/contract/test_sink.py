@@ -12,6 +12,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
+import psycopg2
 import pytest
 
 from datapipe.errors import LaneBlocked, SinkUnavailable
@@ -380,6 +381,26 @@ async def test_who_had_the_mirror_before_is_no_longer_shown(world: World) -> Non
     one, two = await world.open("one"), await world.open("two")
     await one.heartbeat(Heartbeat("one", "journal1", None))
     assert (await two.heartbeat(Heartbeat("two", "journal1", None))).keys() == {"two"}
+
+
+async def test_the_fence_is_judged_when_the_ledger_is_written(database: str) -> None:
+    """In a transaction that began before it and had to wait, where `now()` stands still."""
+    async with InPostgres(database).open("one") as sink:
+        await load(sink, segment(1))
+        connection = psycopg2.connect(database)
+        try:
+            connection.cursor().execute("LOCK TABLE datapipe_ledger IN EXCLUSIVE MODE")
+            not_after = await sink.now() + 1.0
+            late = asyncio.create_task(load(sink, segment(2, source=SHARED), not_after=not_after))
+            while not await sink.waits():
+                await asyncio.sleep(0.05)
+            assert await sink.now() < not_after  # so it began before
+            while await sink.now() < not_after:
+                await asyncio.sleep(0.05)
+        finally:
+            connection.close()
+        with pytest.raises(SinkUnavailable, match="held for too long"):
+            await late
 
 
 # --- which keys are forgotten: by PostgreSQL, the others forget none ---
