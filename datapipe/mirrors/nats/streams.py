@@ -205,7 +205,7 @@ class Streams:
         await self._look(list(self.by_lane.values()))
 
     async def names(self) -> list[str]:
-        """Raises: MirrorUnavailable."""
+        """The names of all streams of the prefix. Raises: MirrorUnavailable."""
         names: list[str] = []
         while True:
             page = await self._client.api(
@@ -213,8 +213,8 @@ class Streams:
             )
             found = page.get("streams") or []
             names += found
-            if not found or len(names) >= page["total"]:
-                return names
+            if not found or len(names) >= page["total"]:  # others may take our subjects, too
+                return [name for name in names if name.startswith(f"{self._prefix}_")]
 
     async def look(self) -> None:
         """Look at those in which something waits or happens, and now and then at the others.

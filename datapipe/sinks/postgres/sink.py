@@ -195,6 +195,7 @@ class PostgresSink(Database):
 
     async def now(self) -> float:
         """See `Ledger.now`."""
+        await self.prepare(OWN_TABLES[0])
         ((now,),) = await self.query("SELECT extract(epoch FROM clock_timestamp())::float8")
         return float(now)
 
