@@ -182,8 +182,8 @@ class Membership(Protocol):
         Raises: SinkUnavailable, LaneBlocked.
         """
 
-    async def expire_lane(self, lane: str, before: float) -> None:
-        """Drop the ledger rows of a shared mirror's segments of this lane, loaded before then.
+    async def expire_lane(self, source: str, lane: str, before: float) -> None:
+        """Drop the ledger rows of the segments of this source and lane, loaded before then.
 
         Args: before: Unix time by the database's clock. Raises: SinkUnavailable, LaneBlocked.
         """

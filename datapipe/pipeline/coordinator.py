@@ -94,8 +94,8 @@ class Coordinator:
     async def expire_source(self, source: str) -> None:
         await self._sink.expire_source(source, self._process)
 
-    async def expire_lane(self, lane: str, before: float) -> None:
-        await self._sink.expire_lane(lane, before)
+    async def expire_lane(self, source: str, lane: str, before: float) -> None:
+        await self._sink.expire_lane(source, lane, before)
 
     async def database_time(self) -> float:
         return await self._sink.now()

@@ -11,9 +11,6 @@ from datapipe.events.segment import Segment
 from datapipe.events.types import Column, EventType
 from datapipe.settings import Plugin, Settings, plugin
 
-# `Segment.source` of what a shared mirror holds: its ledger rows go by `Ledger.expire_lane` alone
-SHARED = "nats"
-
 
 @dataclass(slots=True, frozen=True)
 class Table:
@@ -167,9 +164,9 @@ class Ledger(Protocol):
         That is ledger rows and heartbeats. Raises: SinkUnavailable, LaneBlocked.
         """
 
-    async def expire_lane(self, lane: str, before: float) -> None:
-        """Once this returns, the segments of that lane that a shared mirror held, and that were
-        loaded before then, are forgotten.
+    async def expire_lane(self, source: str, lane: str, before: float) -> None:
+        """Once this returns, the segments of that lane that a shared mirror held under that source,
+        and that were loaded before then, are forgotten.
 
         Args: before: Unix time by the database's clock. Raises: SinkUnavailable, LaneBlocked.
         """

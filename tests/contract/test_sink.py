@@ -19,7 +19,7 @@ from datapipe.errors import LaneBlocked, SinkUnavailable
 from datapipe.events.segment import Part, Segment
 from datapipe.events.types import Column, Event, EventType
 from datapipe.settings import Settings
-from datapipe.sinks import SHARED, Beat, Database, Heartbeat, Loaded, Selection, Table, open_sink
+from datapipe.sinks import Beat, Database, Heartbeat, Loaded, Selection, Table, open_sink
 from datapipe.sinks.memory import MemoryDatabase
 from tests.postgres import Postgres
 
@@ -27,6 +27,7 @@ USER, RECEIVED = Column("user_id", "bigint"), Column("received_at", "timestamptz
 INSTALL = Table("install", (USER, RECEIVED))
 PURCHASE = Table("purchase", (USER, RECEIVED))
 TABLES = {table.name: table for table in (INSTALL, PURCHASE)}
+SHARED = "nats:datapipe"  # the source of what a shared mirror held
 AT = "2026-01-02 03:04:05+00:00"
 
 
@@ -312,20 +313,20 @@ async def test_what_was_held_for_too_long_and_is_known_is_a_duplicate(world: Wor
     assert world.users() == [1]
 
 
-async def test_what_a_shared_mirror_held_is_forgotten_by_lane_and_time(world: World) -> None:
+async def test_what_a_shared_mirror_held_is_forgotten_by_source_lane_and_time(world: World) -> None:
     sink = await world.open()
     old, new = segment(1, source=SHARED), segment(2, source=SHARED)
     other = segment(3, lane="purchase", source=SHARED)
-    journals, ironmqs = segment(4, source="journal1"), segment(5, source="ironmq")
-    for each in (old, other, journals, ironmqs):
+    others = [segment(4, source=source) for source in ("journal1", "ironmq", "nats:another")]
+    for each in (old, other, *others):
         await load(sink, each)
     await load(sink, segment(6, key="k", source=SHARED))
     mark = await sink.mark("datapipe")
     between = await sink.now()
     await load(sink, new)
-    everything = [each.id for each in (old, new, other, journals, ironmqs)]
-    await sink.expire_lane("install", between)
-    await sink.expire_lane("install", between)  # a repeat is harmless
+    everything = [each.id for each in (old, new, other, *others)]
+    await sink.expire_lane(SHARED, "install", between)
+    await sink.expire_lane(SHARED, "install", between)  # a repeat is harmless
     assert await sink.loaded(everything) == set(everything) - {old.id}
     assert await load(sink, segment(6, key="k")) == (0, 1, 0)
     assert await sink.mark("datapipe") == mark
@@ -338,7 +339,7 @@ async def test_a_mark_is_one_for_all_processes_and_for_ever(world: World) -> Non
     assert await sinks[0].mark("another") not in marks
     await sinks[0].expire([])
     await sinks[0].expire_source("", "two")
-    await sinks[0].expire_lane("install", await sinks[0].now() + 3600)
+    await sinks[0].expire_lane(SHARED, "install", await sinks[0].now() + 3600)
     assert await sinks[1].mark("datapipe") == marks[0]
 
 

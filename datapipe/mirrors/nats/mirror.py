@@ -357,7 +357,7 @@ class Nats:
                 before = self._pruning.look(lane, now, stream.first_seq, stream.last_seq)
                 if before is not None:
                     with suppress(SinkUnavailable, LaneBlocked):  # the next note covers them
-                        await membership.expire_lane(lane, before)
+                        await membership.expire_lane(wire.source_of(self._prefix), lane, before)
 
     def expirable(self) -> list[str]:
         """See `Mirror.expirable`: none, one by one; `keep` has them forgotten lane by lane."""

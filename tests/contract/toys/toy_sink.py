@@ -17,7 +17,7 @@ from uuid import uuid4
 from datapipe.errors import LaneBlocked, SinkUnavailable
 from datapipe.events.types import Column
 from datapipe.settings import Settings
-from datapipe.sinks import SHARED, Beat, Heartbeat, Selection, SinkPlugin, Table
+from datapipe.sinks import Beat, Heartbeat, Selection, SinkPlugin, Table
 from datapipe.sinks.transaction import (
     Entry,
     Known,
@@ -208,12 +208,12 @@ class ToySink(TransactionalSink):
 
         await self._run(forget)
 
-    async def expire_lane(self, lane: str, before: float) -> None:
+    async def expire_lane(self, source: str, lane: str, before: float) -> None:
         sql = (
             "DELETE FROM datapipe_ledger"
             " WHERE kind = 'segment' AND source = ? AND lane = ? AND loaded_at < ?"
         )
-        await self._run(lambda connection: connection.execute(sql, (SHARED, lane, before)))
+        await self._run(lambda connection: connection.execute(sql, (source, lane, before)))
 
     async def now(self) -> float:
         return time.time()
