@@ -201,7 +201,7 @@ class MemorySink(TransactionalSink):
     async def heartbeat(self, beat: Heartbeat) -> dict[str, Beat]:
         database = self._database
         last = database.beats.get(beat.process, Beat(0, ended=False))
-        database.beats[beat.process] = Beat(last.count + 1, beat.ended, beat.host, beat.shared)
+        database.beats[beat.process] = Beat(last.count + 1, beat.ended, beat.host, beat.group)
         database.mirrors[beat.process] = beat.mirror
         self._forget_others(beat.mirror, beat.process)
         self.works(time.perf_counter())

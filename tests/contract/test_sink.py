@@ -354,11 +354,11 @@ async def test_its_clock_is_near_ours_and_goes_on(world: World) -> None:
 
 async def test_a_heartbeat_says_where_its_process_runs(world: World) -> None:
     one, two = await world.open("one"), await world.open("two")
-    await one.heartbeat(Heartbeat("one", "one", None, host="a:1", shared=True))
-    beats = await two.heartbeat(Heartbeat("two", "two", math.inf, host="b:2", shared=True))
-    assert beats == {"one": Beat(1, False, "a:1", True), "two": Beat(1, False, "b:2", True)}
-    beats = await two.heartbeat(Heartbeat("two", "two", 3.5, ended=True, host="b:2", shared=True))
-    assert beats["two"] == Beat(2, True, "b:2", True)
+    await one.heartbeat(Heartbeat("one", "one", None, host="a:1", group=SHARED))
+    beats = await two.heartbeat(Heartbeat("two", "two", math.inf, host="b:2", group=SHARED))
+    assert beats == {"one": Beat(1, False, "a:1", SHARED), "two": Beat(1, False, "b:2", SHARED)}
+    beats = await two.heartbeat(Heartbeat("two", "two", 3.5, ended=True, host="b:2", group=SHARED))
+    assert beats["two"] == Beat(2, True, "b:2", SHARED)
 
 
 async def test_counts_rise_while_a_process_lives(world: World) -> None:
@@ -449,27 +449,31 @@ async def test_keys_are_kept_for_what_waits(
 ) -> None:
     keys = Keys(database)
     async with keys.open("one") as one:
-        assert await keys.after(one, Heartbeat("one", "one", oldest_s, shared=shared)) == expected
+        assert (
+            await keys.after(one, Heartbeat("one", "one", oldest_s, group=SHARED if shared else ""))
+            == expected
+        )
 
 
 @pytest.mark.parametrize(
-    ("dead_shares", "living_shares", "silent_h", "expected"),
+    ("dead_group", "living_group", "silent_h", "expected"),
     [
-        (True, True, 0.05, Keys.FORGOTTEN),
-        (True, True, 0.01, Keys.KNOWN),  # it may live
-        (True, False, 0.05, Keys.KNOWN),  # nobody else knows what waits in that mirror
-        (False, True, 0.05, Keys.KNOWN),
-        (False, False, 0.05, Keys.KNOWN),
+        (SHARED, SHARED, 0.05, Keys.FORGOTTEN),
+        (SHARED, SHARED, 0.01, Keys.KNOWN),  # it may live
+        (SHARED, "", 0.05, Keys.KNOWN),  # nobody else knows what waits in that mirror
+        (SHARED, "nats:another", 0.05, Keys.KNOWN),
+        ("", SHARED, 0.05, Keys.KNOWN),
+        ("", "", 0.05, Keys.KNOWN),
     ],
 )
 async def test_what_a_dead_process_had_waiting_keeps_keys_unless_others_show_it(
-    database: str, dead_shares: bool, living_shares: bool, silent_h: float, expected: Any
+    database: str, dead_group: str, living_group: str, silent_h: float, expected: Any
 ) -> None:
     keys = Keys(database)
     async with keys.open("dead") as dead, keys.open("living") as living:
-        await dead.heartbeat(Heartbeat("dead", "dead", math.inf, shared=dead_shares))
+        await dead.heartbeat(Heartbeat("dead", "dead", math.inf, group=dead_group))
         keys.age("datapipe_processes", "seen_at", silent_h)
-        beat = Heartbeat("living", "living", None, shared=living_shares)
+        beat = Heartbeat("living", "living", None, group=living_group)
         assert await keys.after(living, beat) == expected
 
 
@@ -477,8 +481,8 @@ async def test_a_dead_process_is_shown_for_an_hour_if_its_mirror_is_shared(datab
     keys = Keys(database)
     async with keys.open("living") as living:
         for name, shared in (("shares", True), ("journals", False)):
-            await living.heartbeat(Heartbeat(name, name, 1.0, shared=shared))
-        mine = Heartbeat("living", "living", None, shared=True)
+            await living.heartbeat(Heartbeat(name, name, 1.0, group=SHARED if shared else ""))
+        mine = Heartbeat("living", "living", None, group=SHARED)
         for hours, left in ((0.9, {"shares", "journals"}), (1.1, {"journals"})):
             keys.age("datapipe_processes", "seen_at", hours, "process <> 'living'")
             await living.heartbeat(mine)

@@ -90,7 +90,8 @@ class Nats:
             # what turns out to be larger than `max_payload` is cut
             batch_bytes=max(1, min(SEGMENT_BYTES, settings.load_trigger_bytes)),
             identity=process, recover_interval_s=EVERY_S, appends_at_once=_APPENDS,
-            queue_per_lane=True, keep_interval_s=1.0, shared=True, fence_s=FENCE_S,
+            queue_per_lane=True, keep_interval_s=1.0, shared=True,
+            group=wire.source_of(self._prefix), fence_s=FENCE_S,
         )  # fmt: skip
 
     @property
@@ -357,7 +358,7 @@ class Nats:
                 before = self._pruning.look(lane, now, stream.first_seq, stream.last_seq)
                 if before is not None:
                     with suppress(SinkUnavailable, LaneBlocked):  # the next note covers them
-                        await membership.expire_lane(wire.source_of(self._prefix), lane, before)
+                        await membership.expire_lane(self.traits.group, lane, before)
 
     def expirable(self) -> list[str]:
         """See `Mirror.expirable`: none, one by one; `keep` has them forgotten lane by lane."""

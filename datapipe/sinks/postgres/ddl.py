@@ -45,7 +45,9 @@ OWN_TABLES = (
         "datapipe_processes",
         (
             Column("process", "text PRIMARY KEY"),
-            Column("mirror", "text"),  # a journal's id, or the process's; `nats:` before: shared
+            Column(
+                "mirror", "text"
+            ),  # a journal's id, or the process's; before it, with a colon: its group
             Column("oldest_waiting", "timestamptz"),
             Column("started_at", "timestamptz NOT NULL DEFAULT now()"),
             Column("seen_at", "timestamptz NOT NULL DEFAULT now()"),

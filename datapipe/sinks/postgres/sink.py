@@ -72,9 +72,12 @@ _BEAT_SLACK_S = 15.0
 # In `datapipe_processes`: those that share a mirror. Each shows the oldest that waits for them all,
 # so one that others have outlived by a minute says nothing any more; the last ones seen do, for
 # what their mirror holds may come back with them.
-_SHARED = "nats"  # before the mirror, with a colon
-_SHARES = f"split_part(mirror, ':', 1) = '{_SHARED}'"
-_OUTLIVED = f"{_SHARES} AND seen_at < (SELECT max(seen_at) FROM {{processes}} WHERE {_SHARES})"
+_GROUP = "substring({}.mirror FROM '^(.*):')"  # it stands before the mirror, with a colon
+_OURS = _GROUP.format("datapipe_processes")
+_OUTLIVED = (
+    "seen_at < (SELECT max(other.seen_at) FROM {processes} AS other"
+    f" WHERE {_GROUP.format('other')} = {_OURS})"
+)
 
 # Thousands of values go as one, in JSON: psycopg2 quotes those of a list one by one, and holds the
 # interpreter lock until it has done all of them.
@@ -214,7 +217,7 @@ class PostgresSink(Database):
 
     async def heartbeat(self, beat: Heartbeat) -> dict[str, Beat]:
         """See `Heartbeats.heartbeat`."""
-        mirror = f"{_SHARED}:{beat.mirror}" if beat.shared else beat.mirror
+        mirror = f"{beat.group}:{beat.mirror}" if beat.group else beat.mirror
         began = time.perf_counter()
         rows = await self.transaction(
             (
@@ -231,7 +234,7 @@ class PostgresSink(Database):
                 (mirror, beat.process),
             ),
             (
-                f"SELECT process, beats, ended, coalesce(host, ''), coalesce({_SHARES}, false)"
+                f"SELECT process, beats, ended, coalesce(host, ''), coalesce({_OURS}, '')"
                 f" FROM {self._processes}",
                 (),
             ),
