@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ from datapipe.errors import MirrorUnavailable
 from datapipe.mirrors import Channel
 
 _ANSWER_S = 2.0  # a peer that takes longer is left out
+_LATELY_S = 30.0
 _LONGEST_PATH = 100  # bytes; sun_path holds 108 on Linux, 104 elsewhere
 _OBJECT = msgspec.json.Decoder(dict[str, Any])
 
@@ -85,11 +88,14 @@ class Peers(Protocol):
 class Others:
     """What the others last said of themselves.
 
-    Attributes: answers, silent: see `Heard`.
+    Attributes:
+        answers, silent: see `Heard`.
+        at: when that was, by the monotonic clock.
     """
 
     def __init__(self, peers: Peers) -> None:
         self.answers, self.silent = Heard()
+        self.at = -math.inf
         self._peers = peers
         self._asking = asyncio.Lock()
         self._asked = self._answered = 0  # how many times they were asked; the last that they were
@@ -104,7 +110,13 @@ class Others:
             if self._answered <= asked:
                 self._asked = question = self._asked + 1
                 self.answers, self.silent = await self._peers.ask("GET", "/status.json", {})
+                self.at = time.monotonic()
                 self._answered = question
+
+    @property
+    def silent_lately(self) -> bool:
+        """Whether any is; not for ever, so that "since" begins anew where nobody has asked."""
+        return bool(self.silent) and time.monotonic() - self.at < _LATELY_S
 
 
 class LocalPeers:

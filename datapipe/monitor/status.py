@@ -27,10 +27,8 @@ from datapipe.pipeline.loader import Loader
 from datapipe.pipeline.records import Rate, Records, iso, now
 from datapipe.version import __version__
 
+_JUDGED = ("ingest", "database", "mirror", "books", "room", "leftovers", "peers")
 NEARLY_FULL = 0.8  # of the mirror
-_FORGET_S = (
-    30.0  # nobody was asked for so long: how it was then says nothing of since when it is so
-)
 
 
 @dataclass
@@ -58,12 +56,8 @@ class Status:
         self._host = f"{socket.gethostname()}:{os.getpid()}"
         self._others = Others(self.peers)
         self._local = self._others if self.local is self.peers else Others(self.local)
-        self._heard = Health("peers")
         # what keeps no health of its own, or behind its interface: judged each second
-        self._judged = {
-            part: Health(part)
-            for part in ("ingest", "database", "mirror", "books", "room", "leftovers")
-        }
+        self._judged = {part: Health(part) for part in _JUDGED}
         self._filling = Rate()  # bytes of the mirror, per second
         self.history = History(self._started)
         self._month = datetime.now(UTC).month
@@ -120,6 +114,7 @@ class Status:
             "room": f"{used:.0%} used" if used >= NEARLY_FULL else None,
             "leftovers": f"{formats.count(mirror.left)} messages, not counted below"
             if mirror.left else None,
+            "peers": "" if self._others.silent_lately else None,
         }  # fmt: skip
         began = time.perf_counter()
         for part, error in errors.items():
@@ -133,18 +128,10 @@ class Status:
     async def refresh(self) -> None:
         """Ask the other processes; what follows is for all of them."""
         await self._others.refresh()
-        if time.time() - self._heard.at > _FORGET_S:
-            self._heard = Health("peers")
-        if self._others.silent:
-            self._heard.fails(time.perf_counter(), "")
-        else:
-            self._heard.works(time.perf_counter())
 
     def snapshot(self) -> dict[str, Any]:
         """All numbers at one moment, of all processes, without the series of the charts."""
-        status = together(self._own(), self._others.answers)
-        status["silent"] = list(self._others.silent)
-        status["parts"].append(_part(self._heard))
+        status = together(self._own(), self._others.answers) | {"silent": self._others.silent}
         return status | {"summary": summary(status)}
 
     async def whole(self) -> dict[str, Any]:
@@ -161,6 +148,8 @@ class Status:
     async def for_peers(self) -> dict[str, Any]:
         """What this process answers the others."""
         own = self._own() | {"histograms": self.metrics.histograms()}
+        # whom it does not hear is not told: it may have asked long ago
+        own["parts"] = [part for part in own["parts"] if part["part"] != "peers"]
         return own | {"history": await asyncio.to_thread(series_of, self.history.points())}
 
     async def of_data_dir(self) -> tuple[dict[str, Any], list[Samples]]:

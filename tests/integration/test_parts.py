@@ -129,6 +129,11 @@ def goes_away(service: Running) -> None:
     service.database.up = False
 
 
+def hears_nothing(service: Running) -> None:
+    others = service.pipeline.status._others
+    others.silent, others.at = ["web2:4711"], time.monotonic()
+
+
 HANGS = {
     "append": breaks("mirror", "append", hang),
     "load": breaks("sink", "load", hang),
@@ -144,6 +149,7 @@ FAILS = {
     "books": (loses_an_event, "unbalanced"),
     "room": (lambda service: service.mirror_state(bytes=9, max_bytes=10), "nearly_full"),
     "leftovers": (lambda service: service.mirror_state(left=20, left_s=60.0), "recovering"),
+    "peers": (hears_nothing, "process_silent"),
     "append": (breaks("mirror", "append", refused), "refusing"),
     "load": (breaks("sink", "load", raising(SinkUnavailable("no"))), "lane_failing"),
     "removal": (breaks("store", "remove", raising(RuntimeError("no"))), "removal_failing"),
