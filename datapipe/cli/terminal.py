@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from datapipe.monitor import formats
-from datapipe.monitor.aggregate import equation
+from datapipe.monitor.aggregate import columns
 from datapipe.pipeline.tasks import background
 
 _BOLD, _RED, _GREEN = "1", "1;31", "32"  # Source: ECMA-48, "Select Graphic Rendition"
@@ -23,7 +23,7 @@ def show_status(status: Mapping[str, Any]) -> None:
     for text in (summary["text"], *summary["also"]):
         _print(text, colour)
     balance = "balanced" if books["balanced"] else "NOT balanced"
-    keys = [key for _, key in equation(status["mirror"].get("shared", False))]
+    keys = [key for _, key in columns(status["mirror"].get("shared", False)) if key != "balanced"]
     head = ("lane", *(key.replace("_", " ") for key in keys), "oldest", "next load", "state")
     rows = [head, *(_lane(name, lane, keys) for name, lane in status["lanes"].items())]
     rows.append(_lane("all lanes", books | {"state": balance}, keys))

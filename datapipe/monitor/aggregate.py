@@ -14,23 +14,24 @@ Rule = Callable[[Sequence[Any]], Any]  # one value of those that the processes h
 
 BOOKS = ("accepted", "recovered", "loaded", "duplicate", "dead", "waiting")
 IN_HAND = ("taken", "returned", "in_hand")  # of what processes take from a mirror that they share
-# The equation that holds for a lane, as people read it; of a shared mirror, where any process loads
-# what any has accepted, with what stands apart from it.
-_EQUATION = (
+# The equation that holds for a lane, as people read it, and what stands beside it where any process
+# loads what any has accepted.
+_COLUMNS = (
     ("accepted", "accepted"), ("+ recovered", "recovered"), ("= loaded", "loaded"),
     ("+ duplicate", "duplicate"), ("+ dead", "dead"), ("+ waiting", "waiting"),
+    ("balanced", "balanced"),
 )  # fmt: skip
-_SHARED_EQUATION = (
+_SHARED_COLUMNS = (
     ("taken", "taken"), ("= loaded", "loaded"), ("+ duplicate", "duplicate"), ("+ dead", "dead"),
-    ("+ returned", "returned"), ("+ in hand", "in_hand"), ("accepted", "accepted"),
-    ("waiting", "waiting"),
+    ("+ returned", "returned"), ("+ in hand", "in_hand"), ("balanced", "balanced"),
+    ("accepted", "accepted"), ("waiting", "waiting"),
 )  # fmt: skip
 _STATES = ("blocked", "retrying", "loading", "waiting", "empty")  # the worst first
 
 
-def equation(shared: bool) -> Sequence[tuple[str, str]]:
+def columns(shared: bool) -> Sequence[tuple[str, str]]:
     """The columns of the books: their headings and keys. Args: shared: so is the mirror."""
-    return _SHARED_EQUATION if shared else _EQUATION
+    return _SHARED_COLUMNS if shared else _COLUMNS
 
 
 def _total(values: Sequence[float]) -> float:

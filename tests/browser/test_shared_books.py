@@ -15,7 +15,7 @@ from tests.doubles.shared_books import share
 
 INSTALL = {"event_name": "install", "user_id": 1, "timestamp": 2}
 HEADS = ["lane", "taken", "= loaded", "+ duplicate", "+ dead", "+ returned", "+ in hand",
-         "accepted", "waiting", "balanced"]  # fmt: skip
+         "balanced", "accepted", "waiting"]  # fmt: skip
 
 
 async def one_is_silent(*_: Any) -> Heard:
@@ -42,7 +42,7 @@ async def test_what_was_taken_is_accounted_for(
             assert heads == HEADS
             row = await tab.page.locator("#books_table tr", has_text="install").inner_text()
             numbers = re.findall(r"[\d,]+|\N{CHECK MARK}", row)
-            assert numbers == ["10", "5", "0", "0", "2", "3", "8", "1,003", "\N{CHECK MARK}"]
+            assert numbers == ["10", "5", "0", "0", "2", "3", "\N{CHECK MARK}", "8", "1,003"]
             assert "Taken = loaded + duplicate + dead + returned + in hand" in await tab.text(
                 "#books-text"
             )
