@@ -58,17 +58,17 @@ class Own:
     """What this process answers the others.
 
     Attributes:
-        status: what it shows of itself.
+        status: what it shows of itself; whether with the series of the charts.
         load: load now: one lane or all; whether to accept dead letters.
     """
 
-    status: Callable[[], Awaitable[Mapping[str, Any]]]
+    status: Callable[[bool], Awaitable[Mapping[str, Any]]]
     load: Callable[[str | None, bool], Awaitable[Mapping[str, Any]]]
 
     async def answer(self, method: str, path: str, query: Mapping[str, str]) -> bytes | None:
         """JSON, or None: nobody of this version asks that."""
         if (method, path) == ("GET", "/status.json"):
-            return msgspec.json.encode(await self.status())
+            return msgspec.json.encode(await self.status(query.get("history") != "no"))
         if (method, path) == ("POST", "/load"):
             accept_dead = query.get("accept") == "dead"
             return msgspec.json.encode(await self.load(query.get("lane"), accept_dead))
@@ -90,28 +90,35 @@ class Others:
 
     Attributes:
         answers, silent: see `Heard`.
+        histories: the series of their charts, when they were last asked for.
         at: when that was, by the monotonic clock.
     """
 
     def __init__(self, peers: Peers) -> None:
         self.answers, self.silent = Heard()
+        self.histories: Sequence[Mapping[str, Any]] = ()
         self.at = -math.inf
         self._peers = peers
         self._asking = asyncio.Lock()
-        self._asked = self._answered = 0  # how many times they were asked; the last that they were
+        self._asked = 0  # how many times
+        self._answered = {True: 0, False: 0}  # the last that they were, with histories and without
 
-    async def refresh(self) -> None:
-        """Ask them anew.
+    async def refresh(self, *, history: bool) -> None:
+        """Ask them anew; the series of the charts are most of an answer.
 
         However many want it, one question is under way; those who come meanwhile share the next.
         """
         asked = self._asked
         async with self._asking:
-            if self._answered <= asked:
+            answered = self._answered[True] if history else max(self._answered.values())
+            if answered <= asked:
                 self._asked = question = self._asked + 1
-                self.answers, self.silent = await self._peers.ask("GET", "/status.json", {})
+                query = {} if history else {"history": "no"}
+                self.answers, self.silent = await self._peers.ask("GET", "/status.json", query)
+                if history:
+                    self.histories = [each["history"] for each in self.answers]
                 self.at = time.monotonic()
-                self._answered = question
+                self._answered[history] = question
 
     @property
     def silent_lately(self) -> bool:

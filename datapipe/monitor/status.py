@@ -125,9 +125,9 @@ class Status:
 
     # --- all processes ---
 
-    async def refresh(self) -> None:
-        """Ask the other processes; what follows is for all of them."""
-        await self._others.refresh()
+    async def refresh(self, *, history: bool = True) -> None:
+        """Ask the other processes; what follows is for all of them. `whole` needs the history."""
+        await self._others.refresh(history=history)
 
     def snapshot(self) -> dict[str, Any]:
         """All numbers at one moment, of all processes, without the series of the charts."""
@@ -136,7 +136,7 @@ class Status:
 
     async def whole(self) -> dict[str, Any]:
         """All that the page shows, but the last refusals."""
-        points, others = self.history.points(), [each["history"] for each in self._others.answers]
+        points, others = self.history.points(), self._others.histories
         shared = self.buffer.mirror.traits.shared
 
         def history() -> dict[str, Any]:
@@ -145,16 +145,18 @@ class Status:
         # in a thread: it can be a million numbers
         return self.snapshot() | {"history": await asyncio.to_thread(history)}
 
-    async def for_peers(self) -> dict[str, Any]:
-        """What this process answers the others."""
+    async def for_peers(self, history: bool = True) -> dict[str, Any]:
+        """What this process answers the others. Args: history: also the series of the charts."""
         own = self._own() | {"histograms": self.metrics.histograms()}
         # whom it does not hear is not told: it may have asked long ago
         own["parts"] = [part for part in own["parts"] if part["part"] != "peers"]
+        if not history:
+            return own
         return own | {"history": await asyncio.to_thread(series_of, self.history.points())}
 
     async def of_data_dir(self) -> tuple[dict[str, Any], list[Samples]]:
         """All numbers, and the histograms, of the processes that share our `data_dir`, now."""
-        await self._local.refresh()
+        await self._local.refresh(history=False)
         others = self._local.answers
         histograms = [self.metrics.histograms(), *(each["histograms"] for each in others)]
         return together(self._own(), others), histograms

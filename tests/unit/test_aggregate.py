@@ -68,6 +68,39 @@ async def test_readers_share_what_the_other_processes_are_asked() -> None:
         assert asked == 3
 
 
+async def test_who_wants_the_charts_shares_no_question_without_them() -> None:
+    async with testing.service() as service:
+        status, answer, asked = service.pipeline.status, asyncio.Event(), []
+        other = await status.for_peers()
+
+        async def ask(method: str, path: str, query: Mapping[str, str]) -> Heard:
+            asked.append(dict(query))
+            await answer.wait()
+            return Heard([{key: other[key] for key in other if not query or key != "history"}])
+
+        status.peers.ask = ask  # type: ignore[method-assign]
+        bare = {"history": "no"}
+        for wanted, questions in (
+            ([False, False, True, False], [bare, bare, {}]),
+            ([False, True, False], [bare, {}]),
+            ([True, False, True], [{}, bare, {}]),
+        ):
+            readers = []
+            for history in wanted:
+                readers.append(asyncio.create_task(status.refresh(history=history)))
+                await asyncio.sleep(0)
+            answer.set()
+            await asyncio.gather(*readers)
+            assert asked == questions
+            answer.clear()
+            asked.clear()
+        answer.set()
+        await status.refresh(history=False)
+        assert (await status.whole())["history"]["total"] == together_series(
+            [other["history"]] * 2, shared=False
+        )["total"]
+
+
 def shared(own: Mapping[str, Any], **lane: Any) -> dict[str, Any]:
     """The snapshot of a process whose mirror is shared, with these numbers in its one lane."""
     of: dict[str, Any] = copy.deepcopy(dict(own))

@@ -16,8 +16,8 @@ LIVING = {"a": "web1:10", "b": "web2:11", "c": "web3:12"}
 
 
 def own(name: str) -> Own:
-    async def status() -> dict[str, Any]:
-        return {"process": name}
+    async def status(history: bool) -> dict[str, Any]:
+        return {"process": name} | ({"history": {}} if history else {})
 
     async def load(lane: str | None, accept_dead: bool) -> dict[str, Any]:
         return {"process": name, "lane": lane, "accept_dead": accept_dead}
@@ -42,11 +42,13 @@ async def test_each_answers_for_itself_and_who_is_silent_is_named_by_its_host(
         for name in ("a", "c"):
             await stack.enter_async_context(peers(cluster, name).listening(own(name)))
         heard = await peers(cluster, "a").ask("GET", "/status.json", {})
+        assert heard == Heard([{"process": "c", "history": {}}], ["web2:11"])
+        heard = await peers(cluster, "a").ask("GET", "/status.json", {"history": "no"})
         assert heard == Heard([{"process": "c"}], ["web2:11"])
         heard = await peers(cluster, "b").ask("POST", "/load", {"lane": "x", "accept": "dead"})
         loads = [{"process": name, "lane": "x", "accept_dead": True} for name in ("a", "c")]
         assert heard == Heard(loads, [])
-    assert len(cluster.asked) == 2, "who is asked asks nobody"
+    assert len(cluster.asked) == 3, "who is asked asks nobody"
 
 
 async def test_all_are_silent_while_the_cluster_is_away(cluster: Cluster) -> None:
