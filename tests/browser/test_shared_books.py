@@ -49,6 +49,9 @@ async def test_what_was_taken_is_accounted_for(
             assert "No answer from web2.internal" in await tab.text("#sentence")
             assert "1 process, 1 silent" in await tab.text("#uptime")
             assert "NATS, shared by all processes" in await tab.text("#mirror_facts")
+            names = await tab.page.locator("#books_table tbody th").all()
+            heights = [(await name.bounding_box() or {})["height"] for name in names]
+            assert max(heights) < 40, "a name wraps"
             across = await tab.page.evaluate("document.documentElement.scrollWidth")
             assert across == width, "something sticks out"
             if script:
