@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -91,8 +94,8 @@ class Coordinator:
     async def expire_source(self, source: str) -> None:
         await self._sink.expire_source(source, self._process)
 
-    async def expire_lane(self, lane: str, before: float) -> None:
-        await self._sink.expire_lane(lane, before)
+    async def expire_lane(self, source: str, lane: str, before: float) -> None:
+        await self._sink.expire_lane(source, lane, before)
 
     async def database_time(self) -> float:
         return await self._sink.now()
@@ -126,7 +129,7 @@ class Coordinator:
         finally:
             self._looked.set()
         self._buffer.recovered(found)
-        self._loader.hurry({*found.lanes, *found.unregistered})
+        self._loader.hurry({*found.lanes, *found.unregistered, *found.due})
         return found
 
     async def looks(self) -> AsyncIterator[None]:
@@ -142,9 +145,10 @@ class Coordinator:
             yield
             await self._mirror.keep(self)
             reserved = self._mirror.state().left
+            held = self._mirror.traits.shared and self._buffer.waiting  # by others, or they were
             if found.more and self._buffer.total_out > before:
                 patience = most
-            elif reserved or (patience > 0 and (found.more or found.unconfirmed)):
+            elif reserved or (patience > 0 and (found.more or found.unconfirmed or held)):
                 patience -= 1
                 await self.heartbeat()
                 await asyncio.sleep(BEAT_S)
@@ -170,8 +174,10 @@ class Coordinator:
         self._expirable += self._mirror.expirable()
         sent = len(self._expirable)
         self._ended |= ended  # no beat may follow the last one
-        identity = self._mirror.traits.identity
-        beat = Heartbeat(self._process, identity, self._buffer.oldest, self._ended)
+        traits, oldest = self._mirror.traits, self._buffer.oldest
+        oldest_s = None if oldest is None else max(time.time() - oldest, 0.0)
+        host = f"{socket.gethostname()}:{os.getpid()}"
+        beat = Heartbeat(self._process, traits.identity, oldest_s, self._ended, host, traits.group)
         beats = await self._sink.heartbeat(beat)
         await self._sink.expire(self._expirable)  # after the heartbeat: it says which keys to keep
         del self._expirable[:sent]
@@ -184,8 +190,14 @@ class Coordinator:
 
     @property
     def living(self) -> dict[str, str]:
-        """The host of each other process that lives and has a shared mirror, by its id."""
-        return {}
+        """The host of each other process that lives and shares our mirror, by its id."""
+        group = self._mirror.traits.group
+        living = self._watch.living().items()
+        return {
+            id: beat.host
+            for id, beat in living
+            if group and beat.group == group and id != self._process
+        }
 
     async def deregister(self) -> None:
         """Let the others know that this process has ended, if the database is up.
@@ -221,7 +233,10 @@ class Coordinator:
         self._buffer.removed.take(self._buffer.removed_bytes)
         if await self._mirror.keep(self):
             self._look_now.set()
-        return BEAT_S
+        traits = self._mirror.traits
+        if traits.shared:  # other processes' events may be due
+            self._buffer.wake.set()
+        return traits.keep_interval_s
 
     async def _release_memory(self) -> None:
         """Give back what is free, again and again; where much waits it is soon needed again."""
