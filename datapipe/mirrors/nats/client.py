@@ -199,9 +199,7 @@ class Client:
         self.health.fails(began, why)
         return MirrorUnavailable(why)
 
-    async def api(
-        self, call: str, *, timeout_s: float = ANSWER_S, **body: Any
-    ) -> dict[str, Any]:
+    async def api(self, call: str, *, timeout_s: float = ANSWER_S, **body: Any) -> dict[str, Any]:
         """A call of JetStream's API, such as STREAM.INFO.name. Raises: MirrorUnavailable, ApiError.
 
         Source: docs.nats.io, "NATS API Reference".
@@ -211,9 +209,7 @@ class Client:
         answer = await self.request(kind, f"$JS.API.{call}", payload, timeout_s=timeout_s)
         return decoded(answer.data)
 
-    async def publish(
-        self, call: str, subject: str, payload: bytes = b"", reply: str = ""
-    ) -> None:
+    async def publish(self, call: str, subject: str, payload: bytes = b"", reply: str = "") -> None:
         """Send; nobody says whether it arrived. Raises: MirrorUnavailable: not connected."""
         self.calls[call] += 1
         if not self._connected.is_set():
