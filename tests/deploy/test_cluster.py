@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import re
+import signal
 import ssl
 from collections.abc import Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import nats
 import nkeys
@@ -15,9 +20,12 @@ import trustme
 from nats.aio.client import Client
 from nats.errors import TimeoutError as NatsTimeout
 
+from tests.deploy.nginx import nginx
 from tests.deploy.shipped import moved
-from tests.jetstream import NatsNode, request
-from tests.service import ROOT
+from tests.deploy.supervisor import Supervisor
+from tests.fault.driver import Driver
+from tests.jetstream import NatsNode, leader_of, request
+from tests.service import ROOT, until
 
 HOSTS = [f"nats-{number}.example.internal" for number in (1, 2, 3)]
 
@@ -60,6 +68,19 @@ class Machines:
     def urls(self) -> str:
         return ",".join(node.url for node in self.nodes)
 
+    def settings(self, database: str) -> dict[str, Any]:
+        """Of datapipe: the file that is shipped, with what it says to change."""
+        changed = {
+            "database_url": database, "nats_url": self.urls, "nats_nkey_file": str(self.seed_file),
+            "nats_ca_file": str(self.ca_file),
+        }  # fmt: skip
+        shipped = json.loads((ROOT / "deploy/cluster/datapipe.json").read_text())
+        assert shipped.keys() - changed.keys() == {"mirror"}
+        return {**shipped, **changed}
+
+    def leader_of(self, stream: str) -> NatsNode | None:
+        return leader_of(self.nodes, stream)
+
     async def client(self) -> Client:
         trusting = ssl.create_default_context()
         self.authority.configure_trust(trusting)
@@ -81,6 +102,52 @@ def machines(tmp_path: Path) -> Iterator[Machines]:
     finally:
         for node in made.nodes:
             node.kill()
+
+
+async def test_a_process_a_node_and_a_machine_are_lost(
+    machines: Machines, database: str, tmp_path: Path, seed: int
+) -> None:
+    """Events come by nginx; what was answered is in its table once."""
+    settings = machines.settings(database) | {"load_interval": 0.5, "load_min_interval": 0.1}
+    async with AsyncExitStack() as stack:
+        supervisors = []
+        for name in ("one", "two"):
+            (tmp_path / name).mkdir()
+            made = Supervisor(tmp_path / name, "cluster/supervisord.conf", 2, **settings)
+            supervisors.append(await stack.enter_async_context(made.running()))
+        one, two = supervisors
+        for each in supervisors:
+            await until(each.up, what="a machine that runs")
+        places = {
+            f"10.0.0.2{number}:8080": each.url.removeprefix("http://")
+            for number, each in enumerate(supervisors, 1)
+        }
+        front = nginx(tmp_path, "cluster/nginx.conf", places)
+        base, trusting = await stack.enter_async_context(front)
+        driver = Driver(lambda: base, seed, tls=trusting)
+
+        async with driver.running():
+            await driver.answered(200)
+            os.kill((await one.pids())["datapipe:1"], signal.SIGKILL)
+            await driver.answered(100)
+            leader = machines.leader_of("datapipe_install")
+            assert leader is not None
+            await asyncio.to_thread(leader.kill)
+            await driver.answered(200, 60)
+            assert await two.stop() == 0
+            await driver.answered(100, 60)
+            await asyncio.to_thread(leader.start)
+            await driver.answered(100, 60)
+        await driver.settle(60)
+
+        async def empty() -> bool:
+            return bool((await one.status())["books"]["waiting"] == 0)
+
+        # what the killed process had in hand comes back after 30 s
+        await until(empty, 90, "an empty cluster")
+        assert await one.stop() == 0
+    verdict = await driver.check(database)
+    print(f"{verdict.answered} events answered, {len(verdict.lost)} lost, {driver.torn} torn")
 
 
 async def test_three_servers_flush_and_let_in_who_has_the_key(machines: Machines) -> None:
