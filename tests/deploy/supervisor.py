@@ -85,14 +85,18 @@ class Supervisor:
         return {w[0]: int(w[3].rstrip(",")) for w in words if w[1] == "RUNNING"}
 
     async def up(self) -> bool:
-        """Whether all run, and listen."""
+        """Whether all run, and listen, and are on the page, with nobody else."""
         try:
             found = await self.status()
         except aiohttp.ClientError:
             return False
-        listening = [line["pid"] for line in self.lines() if line["event"] == "listening"]
+        return found["processes"] == self.processes and await self.listening()
+
+    async def listening(self) -> bool:
+        """Whether all run, and listen."""
+        listening = {line["pid"] for line in self.lines() if line["event"] == "listening"}
         running = set((await self.pids()).values())
-        return found["processes"] >= self.processes and running <= set(listening)
+        return len(running) == self.processes and running <= listening
 
     async def status(self) -> dict[str, Any]:
         return await status_of(self.url)

@@ -117,7 +117,7 @@ async def test_a_process_a_node_and_a_machine_are_lost(
             supervisors.append(await stack.enter_async_context(made.running()))
         one, two = supervisors
         for each in supervisors:
-            await until(each.up, what="a machine that runs")
+            await until(each.listening, what="a machine that runs")
         places = {
             f"10.0.0.2{number}:8080": each.url.removeprefix("http://")
             for number, each in enumerate(supervisors, 1)
