@@ -13,11 +13,13 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import nats
 import nkeys
 import pytest
 import trustme
 from nats.aio.client import Client
+from nats.aio.msg import Msg
 from nats.errors import TimeoutError as NatsTimeout
 
 from tests.deploy.nginx import nginx
@@ -135,6 +137,11 @@ async def test_a_process_a_node_and_a_machine_are_lost(
             await asyncio.to_thread(leader.kill)
             await driver.answered(200, 60)
             assert await two.stop() == 0
+            connector = aiohttp.TCPConnector(ssl=trusting)
+            async with aiohttp.ClientSession(base, connector=connector) as session:
+                for _ in range(30):
+                    async with session.get("/healthz") as response:
+                        assert response.status == 200, "the other machine is asked instead"
             await driver.answered(100, 60)
             await asyncio.to_thread(leader.start)
             await driver.answered(100, 60)
@@ -163,6 +170,20 @@ async def test_three_servers_flush_and_let_in_who_has_the_key(machines: Machines
         await nats.connect(url, tls=trusting, allow_reconnect=False)
 
 
+async def asked(client: Client, subject: str) -> list[bytes]:
+    """Three messages that answer one, as a process does that takes its time."""
+
+    async def answer(message: Msg) -> None:
+        for body in (b"1", b"2", b"3"):
+            await client.publish(message.reply, body)
+
+    await client.subscribe(subject, cb=answer)
+    inbox = client.new_inbox()
+    answers = await client.subscribe(inbox)
+    await client.publish(subject, b"?", reply=inbox)
+    return [(await answers.next_msg(timeout=5)).data for _ in range(3)]
+
+
 async def test_the_rights_are_for_datapipe_alone(machines: Machines) -> None:
     client = await machines.client()
     stream = {"name": "datapipe_x", "subjects": ["datapipe.x.*"], "num_replicas": 3}
@@ -170,6 +191,7 @@ async def test_the_rights_are_for_datapipe_alone(machines: Machines) -> None:
         made = await request(client, "STREAM.CREATE.datapipe_x", stream)
         assert made["config"]["num_replicas"] == 3
         assert (await request(client, "STREAM.NAMES", {}))["streams"] == ["datapipe_x"]
+        assert await asked(client, "datapipe.peers") == [b"1", b"2", b"3"]
         for denied in ("STREAM.DELETE.datapipe_x", "STREAM.PURGE.datapipe_x"):
             with pytest.raises(NatsTimeout):  # it says no more than that
                 await client.request(f"$JS.API.{denied}", b"{}", timeout=1)
