@@ -87,6 +87,9 @@ class Run:
     async def ctrl_c(self) -> int:
         """As the terminal sends it: to make and what it runs, not to what has its own session."""
         os.killpg(self._process.pid, signal.SIGINT)
+        return await self.ended()
+
+    async def ended(self) -> int:
         return await asyncio.wait_for(self._process.wait(), 60)
 
 
@@ -165,9 +168,9 @@ async def test_what_a_killed_one_left_is_not_run_twice(place: Path) -> None:
         await run.printed("logs")
         (program,) = [pid for pid in living(place) if is_program(pid)]
         os.kill(program, signal.SIGKILL)
-        await run._process.wait()
+        await run.ended()
     async with Run.started(place, port) as run:
-        await run._process.wait()
+        assert await run.ended() != 0
     found = re.search(r"var/cluster is in use; .*: kill ((\d+ ?){5})$", run.text, re.MULTILINE)
     assert found, run.text
     for pid in found[1].split():
