@@ -265,16 +265,13 @@ class NatsCluster:
 
     def leader_of(self, stream: str) -> NatsNode | None:
         """The node that says it leads the stream, if there is one now."""
-        for node in self._alive:
-            if self._seen_by(node, stream).get("leader", "") == node.name:
-                return node
-        return None
+        return leader_of(self.nodes, stream)
 
     def replicas_of(self, stream: str) -> list[NatsNode]:
         """The nodes that store the stream, as its leader tells, itself first; [] without one."""
         if (leader := self.leader_of(stream)) is None:
             return []
-        others = self._seen_by(leader, stream).get("replicas", [])
+        others = seen_by(leader, stream).get("replicas", [])
         return [leader, *(self.node(other["name"]) for other in others)]
 
     def caught_up(self, stream: str) -> bool:
@@ -282,17 +279,8 @@ class NatsCluster:
         leader = self.leader_of(stream)
         if leader is None:
             return False
-        others = self._seen_by(leader, stream).get("replicas", [])
+        others = seen_by(leader, stream).get("replicas", [])
         return all(other["current"] and not other.get("offline") for other in others)
-
-    def _seen_by(self, node: NatsNode, stream: str) -> dict[str, Any]:
-        """What a node knows of who stores a stream: `leader` and `replicas`."""
-        for account in node.ask("/jsz?accounts=true&streams=true").get("account_details", []):
-            for detail in account.get("stream_detail") or []:
-                if detail["name"] == stream:
-                    # alone, a server says nothing of a leader
-                    return {"leader": node.name} | detail.get("cluster", {})
-        return {}
 
     @asynccontextmanager
     async def client(self, **options: Any) -> AsyncIterator[Client]:
@@ -312,6 +300,24 @@ class NatsCluster:
             answer = await request(client, "STREAM.NAMES", {"subject": f"{prefix}.>"})
             for name in answer.get("streams") or []:
                 await request(client, f"STREAM.DELETE.{name}", {})
+
+
+def leader_of(nodes: Sequence[NatsNode], stream: str) -> NatsNode | None:
+    """See `NatsCluster.leader_of`. Who was cut off may think for a while that it leads."""
+    for node in nodes:
+        if seen_by(node, stream).get("leader", "") == node.name:
+            return node
+    return None
+
+
+def seen_by(node: NatsNode, stream: str) -> dict[str, Any]:
+    """What a node knows of who stores a stream: `leader` and `replicas`; {} if it is silent."""
+    for account in node.ask("/jsz?accounts=true&streams=true").get("account_details", []):
+        for detail in account.get("stream_detail") or []:
+            if detail["name"] == stream:
+                # alone, a server says nothing of a leader
+                return {"leader": node.name} | detail.get("cluster", {})
+    return {}
 
 
 async def request(client: Client, api: str, body: object) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import asyncio
 import itertools
 import json
 import random
+import ssl
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
@@ -82,6 +83,7 @@ class Driver:
         connections: int = 16,
         batch: int = 60,
         pause_s: float = 0.01,
+        tls: ssl.SSLContext | bool = True,
     ) -> None:
         self.posts: list[Post] = []
         self.faults: list[str] = []
@@ -92,6 +94,7 @@ class Driver:
         self._connections = connections
         self._batch = batch
         self._pause_s = pause_s
+        self._tls = tls
         self._ids = itertools.count(1)
         self._again: deque[Post] = deque()
         self._stopping = False
@@ -159,7 +162,9 @@ class Driver:
         headers = {"Idempotency-Key": post.key} if post.key else {}
         answer: dict[str, Any] = {}
         try:
-            async with session.post(f"{self._url()}/", data=post.body, headers=headers) as response:
+            async with session.post(
+                f"{self._url()}/", data=post.body, headers=headers, ssl=self._tls
+            ) as response:
                 answer = await response.json()
         except (aiohttp.ClientConnectorError, aiohttp.InvalidURL):
             self._again.append(post)  # nothing was sent
