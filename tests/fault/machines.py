@@ -127,6 +127,9 @@ class Machines:
                 await asyncio.gather(*(machines.driver.one(lane) for lane in LANES))
                 yield machines
             finally:
+                for number, service in enumerate(machines.services):
+                    log = folder / f"process{number}" / "log"
+                    log.write_text("\n".join(service.raw))
                 watching.cancel()
                 with suppress(asyncio.CancelledError):
                     await watching
@@ -170,7 +173,18 @@ class Machines:
         leader = await asyncio.to_thread(self.cluster.leader_of, stream)
         return self.chance.choice([node for node in self.cluster.nodes if node is not leader])
 
-    # --- what can be done to a process ---
+    # --- what can be done to nodes and processes ---
+
+    async def start_nodes(self) -> None:
+        """Those that don't run; that they have caught up is for `settled` to see."""
+        for node in self.cluster.nodes:
+            if not node.running:
+                node.launch()
+
+        async def answer() -> bool:
+            return all(await asyncio.gather(*map(_answers, self.cluster.nodes)))
+
+        await until(answer, 60, "nodes that answer")
 
     @asynccontextmanager
     async def frozen(self, service: Service) -> AsyncIterator[None]:
@@ -284,10 +298,20 @@ class Machines:
             books = (await service.status())["books"]
             if books["waiting"] or books.get("in_hand", 0) or not books["balanced"]:
                 return False
+        return await self._all_caught_up() and await self.messages() == 0
+
+    async def caught_up(self) -> None:
+        """Wait until each node has all that it should."""
+        await until(self._all_caught_up, 60, "nodes that have caught up")
+
+    async def _all_caught_up(self) -> bool:
+        for node in self.cluster.nodes:
+            if not await asyncio.to_thread(node.healthy):
+                return False
         for lane in LANES:
             if not await asyncio.to_thread(self.cluster.caught_up, f"{self.prefix}_{lane}"):
                 return False
-        return await self.messages() == 0
+        return True
 
     async def messages(self) -> int:
         """In all streams, as the cluster itself counts; -1: it does not answer."""
@@ -309,3 +333,7 @@ class Machines:
             for line in ("fault", "background task died", "message unreadable", "stream is gone"):
                 assert not service.logged(line), (line, service.logged(line)[:2])
         return await self.driver.check(self.database)
+
+
+async def _answers(node: NatsNode) -> bool:
+    return bool(await asyncio.to_thread(node.ask, "/varz"))

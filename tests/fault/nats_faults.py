@@ -50,13 +50,13 @@ def frozen(moment: Moment | None) -> Fault:
 async def _killed(machines: Machines, node: NatsNode) -> None:
     await asyncio.to_thread(node.kill)
     await machines.goes_on()
-    await asyncio.to_thread(node.start)
+    await machines.start_nodes()
 
 
 async def _terminated(machines: Machines, node: NatsNode) -> None:
     await asyncio.to_thread(node.terminate)
     await machines.goes_on()
-    await asyncio.to_thread(node.start)
+    await machines.start_nodes()
 
 
 async def _frozen(machines: Machines, node: NatsNode) -> None:
@@ -75,7 +75,8 @@ async def _full(machines: Machines, node: NatsNode) -> None:
         await machines.goes_on()
     finally:
         disk.empty()
-    await asyncio.to_thread(node.restart)
+    await asyncio.to_thread(node.terminate)
+    await machines.start_nodes()
 
 
 async def _cut_off(machines: Machines, node: NatsNode) -> None:
@@ -124,20 +125,20 @@ async def two_down(machines: Machines) -> None:
     for node in nodes:
         await asyncio.to_thread(node.kill)
     await asyncio.sleep(machines.chance.uniform(1.0, 6.0))
-    await asyncio.to_thread(machines.cluster.start)
+    await machines.start_nodes()
 
 
 async def all_down(machines: Machines) -> None:
     await asyncio.to_thread(machines.cluster.kill)
     await asyncio.sleep(machines.chance.uniform(0.0, 3.0))
-    await asyncio.to_thread(machines.cluster.start)
+    await machines.start_nodes()
 
 
 async def power_lost(machines: Machines) -> None:
     """All nodes lose what was not flushed."""
     await asyncio.to_thread(machines.cluster.kill)
     await asyncio.to_thread(power_cut, machines.disks)
-    await asyncio.to_thread(machines.cluster.start)
+    await machines.start_nodes()
 
 
 # --- the connections of the first process to the cluster ---
@@ -216,7 +217,7 @@ async def database_and_leader(machines: Machines) -> None:
     await asyncio.to_thread(node.kill)
     await machines.goes_on()
     await asyncio.to_thread(machines.postgres.start)
-    await asyncio.to_thread(node.start)
+    await machines.start_nodes()
 
 
 FAULTS: dict[str, Fault] = {
