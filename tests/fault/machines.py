@@ -228,7 +228,7 @@ class Machines:
 
     async def round(self, fault: Callable[[Machines], Awaitable[None]]) -> Pauses:
         """Do something, see it healed, and compare; AssertionError if anything is lost or twice."""
-        pauses = Pauses()
+        pauses, started = Pauses(), time.monotonic()
         async with self.driver.running(), self._probing() as posts:
             await self.goes_on()
             began = time.monotonic()
@@ -238,7 +238,7 @@ class Machines:
         pauses.post_s = max((took for since, took in posts if since + took > began), default=0.0)
         await self.driver.settle(60)
         pauses.settle_s = await self.settled()
-        pauses.load_s = self._longest_without_load(began, ended)
+        pauses.load_s = self._longest_without_load(started, began, ended)
         await self.check()
         return pauses
 
@@ -271,12 +271,13 @@ class Machines:
                 self._seen[service] = len(service.lines)
             await asyncio.sleep(0.02)
 
-    def _longest_without_load(self, began: float, ended: float) -> float:
+    def _longest_without_load(self, started: float, began: float, ended: float) -> float:
+        """Of any lane, in a time of load that started, in which a fault began and ended."""
         longest = 0.0
         for lane in LANES:
             before = [at for at, of in self._loads if of == lane and at <= began]
             times = [at for at, of in self._loads if of == lane and at > began]
-            last = max(before, default=began)
+            last = max([started, *before])
             for at in times:
                 if last <= ended:
                     longest = max(longest, at - last)
