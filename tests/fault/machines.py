@@ -66,6 +66,7 @@ class Machines:
         self.network: Network | None = None
         self.disks: list[Disk] = []
         self.away: set[Service] = set()
+        self.ack_wait_s = ACK_WAIT_S
         self.driver = Driver(self._url, chance.getrandbits(32), connections=8, certain=False,
                              pause_s=0.02)  # fmt: skip
         self._loads: list[tuple[float, str]] = []  # when, and the lane
@@ -82,10 +83,18 @@ class Machines:
         *,
         processes: int = 3,
         apart: bool = False,
-        modules: Iterable[str] = (QUICK,),
+        ack_wait_s: float = ACK_WAIT_S,
+        modules: Iterable[str] = (),
         **settings: Any,
     ) -> AsyncIterator[Machines]:
-        """Args: apart: each node on a host of its own, with its own disk; needs root."""
+        """Run all.
+
+        Args:
+            apart: each node on a host of its own, with its own disk; needs root.
+            ack_wait_s: until others get what nobody has acknowledged, as in `quick_nats` or as it
+                is usually.
+        """
+        modules = [*modules, QUICK] if ack_wait_s == ACK_WAIT_S else list(modules)
         async with AsyncExitStack() as stack:
             network, disks, options = None, [], dict[str, Any]()
             if apart:
@@ -103,6 +112,7 @@ class Machines:
             )
             machines = cls(cluster, postgres, chance)
             machines.network, machines.disks = network, disks
+            machines.ack_wait_s = ack_wait_s
             for node in cluster.nodes:
                 pipe = Pipe.running(node.host, node.port)
                 machines.pipes.append(await stack.enter_async_context(pipe))
@@ -117,7 +127,7 @@ class Machines:
                         | {
                             "nats_url": machines._urls(number), "nats_prefix": machines.prefix,
                             "database_url": proxy.url, "data_dir": str(home),
-                            "load_interval": 0.5, "event_modules": list(modules), **settings,
+                            "load_interval": 0.5, "event_modules": modules, **settings,
                         }
                     )
                 )  # fmt: skip
@@ -213,7 +223,7 @@ class Machines:
 
         async def act() -> bool:
             async with self.frozen(service):
-                await asyncio.sleep(ACK_WAIT_S + self.chance.uniform(0.5, 2.0))
+                await asyncio.sleep(self.ack_wait_s + self.chance.uniform(0.5, 2.0))
             return True
 
         await (proxy.at(moment, act, 40) if moment is not None else act())

@@ -220,7 +220,7 @@ async def database_and_leader(machines: Machines) -> None:
     await machines.start_nodes()
 
 
-FAULTS: dict[str, Fault] = {
+PROCESS: dict[str, Fault] = {
     "a process killed": killed(None),
     "a process killed in the middle of COPY": killed(Moment.COPY),
     "a process killed between COMMIT and its answer": killed(Moment.COMMITTED),
@@ -230,6 +230,8 @@ FAULTS: dict[str, Fault] = {
     "a process frozen in the middle of COPY": frozen(Moment.COPY),
     "a process frozen between COMMIT and its answer": frozen(Moment.COMMITTED),
     "a process frozen while it acknowledges": frozen(Moment.TOLD),
+}
+NODES: dict[str, Fault] = {
     "a stream's leader killed": leader(_killed),
     "a stream's leader stopped": leader(_terminated),
     "a stream's leader frozen": leader(_frozen),
@@ -238,12 +240,35 @@ FAULTS: dict[str, Fault] = {
     "a follower frozen": follower(_frozen),
     "two of three nodes killed": two_down,
     "all nodes killed": all_down,
+}
+BETWEEN: dict[str, Fault] = {
     "a slow connection to the cluster": slow_connection,
     "a broken connection to the cluster": broken_connection,
-    "messages stored a second time": sent_again,
     "PostgreSQL restarted": database_restarted,
-    "PostgreSQL and a leader killed at once": database_and_leader,
 }
+
+
+async def _run(fault: Fault, machines: Machines) -> None:
+    await fault(machines)
+
+
+async def three_at_once(machines: Machines) -> None:
+    """To a process, to the nodes and in between."""
+    async with asyncio.TaskGroup() as together:
+        for faults in (PROCESS, NODES, BETWEEN):
+            name = machines.chance.choice(list(faults))
+            print(name)
+            together.create_task(_run(faults[name], machines))
+
+
+FAULTS: dict[str, Fault] = (
+    PROCESS | NODES | BETWEEN
+    | {
+        "messages stored a second time": sent_again,
+        "PostgreSQL and a leader killed at once": database_and_leader,
+        "three of these at once": three_at_once,
+    }
+)  # fmt: skip
 # on hosts and disks of their own
 FAULTS_APART: dict[str, Fault] = {
     "the disk of a stream's leader full": leader(_full),

@@ -14,7 +14,7 @@ async def test_all_processes_and_then_all_nodes_one_by_one(
     postgres: Postgres, make_service: MakeService, tmp_path: Path, seed: int
 ) -> None:
     chance = random.Random(seed)
-    async with Machines.running(tmp_path, postgres, make_service, chance, modules=()) as machines:
+    async with Machines.running(tmp_path, postgres, make_service, chance) as machines:
         print("processes", await machines.round(_processes))
         print("nodes", await machines.round(_nodes))
         assert set(machines.driver.statuses) <= {200, 503}, machines.driver.statuses
