@@ -42,7 +42,10 @@ http: "{host}:{http_port}"
 jetstream {{ store_dir: {store}, max_file: {max_file}{sync} }}
 {more}
 """
-ROUTES = 'cluster {{ name: {cluster}, listen: "{host}:{route_port}", routes: {routes} }}\n'
+ROUTES = (
+    'cluster {{ name: {cluster}, listen: "{host}:{route_port}", routes: {routes},'
+    " no_advertise: {alone} }}\n"
+)
 
 # not by a proxy that the environment may name
 _ask = build_opener(ProxyHandler({})).open
@@ -181,6 +184,7 @@ class NatsCluster:
         inside: words before each one's command, see `NatsNode`.
         tls: what stands in the block `tls` for clients.
         more: text for each configuration, such as accounts.
+        advertise: tell clients of the other nodes.
     """
 
     def __init__(
@@ -195,6 +199,7 @@ class NatsCluster:
         inside: Sequence[Sequence[str]] = (),
         tls: str = "",
         more: str = "",
+        advertise: bool = True,
     ) -> None:
         self.folder = folder
         self.nodes = [
@@ -212,8 +217,9 @@ class NatsCluster:
             text = f"tls {{ {tls} }}\n{more}" if tls else more
             if nodes > 1:
                 text += "\n" + ROUTES.format(
-                    cluster="test", host=node.host, route_port=node.route_port, routes=routes
-                )
+                    cluster="test", host=node.host, route_port=node.route_port, routes=routes,
+                    alone=json.dumps(not advertise),
+                )  # fmt: skip
             node.configure(text)
         self.urls = ",".join(node.url for node in self.nodes)
         self.settings = {"mirror": "nats", "nats_url": self.urls}

@@ -198,8 +198,8 @@ class Streams:
         Raises: MirrorUnavailable: some could not be looked at.
         """
         try:
-            for name in await self.names():
-                self.of(name.removeprefix(f"{self._prefix}_")).there = True
+            for name in await self.names():  # one that is being made may not be there yet
+                self.of(name.removeprefix(f"{self._prefix}_"))
         except Denied:  # only our own lanes' are seen; `check` says so
             pass
         await self._look(list(self.by_lane.values()))
