@@ -7,9 +7,11 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
+from tests.jetstream import NatsCluster
 from tests.postgres import Postgres
 from tests.service import Service
 
@@ -45,6 +47,36 @@ def database(postgres: Postgres) -> str:
 def database_url(postgres: Postgres) -> str:
     """The URL of a database for the service that a module's tests share."""
     return postgres.create_database()
+
+
+@pytest.fixture(scope="session")
+def nats_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsCluster]:
+    """A NATS server alone, for the whole run; whoever stores in it takes `nats_prefix`, too."""
+    with NatsCluster.running(tmp_path_factory.mktemp("nats"), 1) as alone:
+        yield alone
+
+
+@pytest.fixture(scope="session")
+def nats_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsCluster]:
+    """Three that replicate, for the whole run; tests that hurt one take `own_nats`."""
+    with NatsCluster.running(tmp_path_factory.mktemp("nats")) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def own_nats(tmp_path: Path) -> Iterator[NatsCluster]:
+    """Three NATS servers for one test, to be hurt."""
+    with NatsCluster.running(tmp_path / "nats") as cluster:
+        yield cluster
+
+
+@pytest.fixture
+async def nats_prefix(request: pytest.FixtureRequest) -> AsyncIterator[str]:
+    """A prefix that no other test has; its streams are deleted from the shared servers."""
+    prefix = f"t{uuid4().hex[:12]}"
+    yield prefix
+    for name in {"nats_node", "nats_cluster"} & set(request.fixturenames):
+        await request.getfixturevalue(name).delete_streams(prefix)
 
 
 @pytest.fixture
