@@ -5,13 +5,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test bench torture screenshots lint format lock clean
+.PHONY: help run run-cluster test bench torture screenshots lint format lock clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 run: $(VENV)/.run ## start the service on 127.0.0.1:8080 (or $PORT), with an embedded PostgreSQL
 	@exec $(BIN)/python -m datapipe serve --try-out
+
+run-cluster: $(VENV)/.cluster ## start three NATS servers, one PostgreSQL and two services, on 8080 and 8081
+	@exec $(BIN)/python tools/run-cluster
 
 test: $(VENV)/.test ## install what the tests need, and run all of them
 	@./tools/test-needs
@@ -52,7 +55,12 @@ $(VENV)/.run: setup.cfg
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[embedded]'
 	@touch $@
 
+$(VENV)/.cluster: setup.cfg
+	@PYTHON=$(PYTHON) ./tools/make-venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[cluster]'
+	@touch $@ $(VENV)/.run
+
 $(VENV)/.test: setup.cfg
 	@PYTHON=$(PYTHON) ./tools/make-venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,lint]'
-	@touch $@ $(VENV)/.run
+	@touch $@ $(VENV)/.run $(VENV)/.cluster

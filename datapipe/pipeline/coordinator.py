@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -170,8 +173,10 @@ class Coordinator:
         self._expirable += self._mirror.expirable()
         sent = len(self._expirable)
         self._ended |= ended  # no beat may follow the last one
-        identity = self._mirror.traits.identity
-        beat = Heartbeat(self._process, identity, self._buffer.oldest, self._ended)
+        traits, oldest = self._mirror.traits, self._buffer.oldest
+        oldest_s = None if oldest is None else max(time.time() - oldest, 0.0)
+        host = f"{socket.gethostname()}:{os.getpid()}"
+        beat = Heartbeat(self._process, traits.identity, oldest_s, self._ended, host, traits.shared)
         beats = await self._sink.heartbeat(beat)
         await self._sink.expire(self._expirable)  # after the heartbeat: it says which keys to keep
         del self._expirable[:sent]
@@ -181,6 +186,12 @@ class Coordinator:
         if dead - self._dead or self._stuck - stuck:  # a process died, or a lane has healed
             self._look_now.set()
         self._dead, self._stuck = dead, stuck
+
+    @property
+    def living(self) -> dict[str, str]:
+        """The host of each other process that lives and has a shared mirror, by its id."""
+        living = self._watch.living().items()
+        return {id: beat.host for id, beat in living if beat.shared and id != self._process}
 
     async def deregister(self) -> None:
         """Let the others know that this process has ended, if the database is up.

@@ -43,6 +43,10 @@ class Watch:
             return True
         return self._now - self._since.setdefault(process, math.inf) >= self._dead_after_s
 
+    def living(self) -> dict[str, Beat]:
+        """The last beats of those that have neither ended nor are taken to be dead."""
+        return {process: beat for process, beat in self._beats.items() if not self.is_dead(process)}
+
     def dead(self) -> set[str]:
         """All processes that are watched and taken to be dead."""
         return {process for process in self._since if self.is_dead(process)}

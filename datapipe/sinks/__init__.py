@@ -11,6 +11,9 @@ from datapipe.events.segment import Segment
 from datapipe.events.types import Column, EventType
 from datapipe.settings import Plugin, Settings, plugin
 
+# `Segment.source` of what a shared mirror holds: its ledger rows go by `Ledger.expire_lane` alone
+SHARED = "nats"
+
 
 @dataclass(slots=True, frozen=True)
 class Table:
@@ -75,6 +78,7 @@ class Beat:
     count: int
     ended: bool
     host: str = ""
+    shared: bool = False
 
 
 # the row of an event: lane, its JSON, received_at; raises EventRejected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
@@ -10,10 +11,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import count
 from typing import Any, TypeVar
+from uuid import uuid4
 
 from datapipe.events.types import Column
 from datapipe.settings import Settings
-from datapipe.sinks import Beat, Heartbeat, Selection, Table
+from datapipe.sinks import SHARED, Beat, Heartbeat, Selection, Table
 from datapipe.sinks.transaction import Entry, Known, Letter, RefusedRow, Rows, Transaction
 from datapipe.sinks.transactional import TransactionalSink, found
 
@@ -25,8 +27,10 @@ class _Row:
     """Of the ledger."""
 
     entry: Entry
+    lane: str | None
     process: str
     known: Known
+    loaded_at: float
 
 
 class MemoryDatabase:
@@ -36,7 +40,8 @@ class MemoryDatabase:
         lines: the rows of a lane, one by one.
         checks: what a lane's rows must fulfil; others are refused.
         ledger: by id; it forgets no idempotency key. letters: by id, with the time of each.
-        beats, mirrors: by process.
+        beats, mirrors: by process. marks: by prefix.
+        clock: Unix time, in seconds.
     """
 
     def __init__(self) -> None:
@@ -46,6 +51,8 @@ class MemoryDatabase:
         self.letters: dict[int, tuple[Letter, datetime]] = {}
         self.beats: dict[str, Beat] = {}
         self.mirrors: dict[str, str] = {}
+        self.marks: defaultdict[str, str] = defaultdict(lambda: uuid4().hex)
+        self.clock: Callable[[], float] = time.time
         self.letter_ids = count(1)
 
     @asynccontextmanager
@@ -73,12 +80,17 @@ class MemoryTransaction:
         self._undo = undo
 
     def enter(
-        self, kind: str, entries: Sequence[Entry], lane: str | None = None, load: str | None = None
+        self,
+        kind: str,
+        entries: Sequence[Entry],
+        lane: str | None = None,
+        load: str | None = None,
+        not_after: float = math.inf,
     ) -> set[str]:
-        ledger = self._database.ledger
-        new = [entry for entry in entries if entry.id not in ledger]
+        ledger, now = self._database.ledger, self._database.clock()
+        new = [entry for entry in entries if entry.id not in ledger and now < not_after]
         for entry in new:
-            ledger[entry.id] = _Row(entry, self._process, Known(load, 0, 0))
+            ledger[entry.id] = _Row(entry, lane, self._process, Known(load, 0, 0), now)
             self._undo.callback(ledger.pop, entry.id)
         return {entry.id for entry in new}
 
@@ -169,6 +181,18 @@ class MemorySink(TransactionalSink):
             del ledger[id]
         self._forget_others(source, process)
 
+    async def expire_lane(self, lane: str, before: float) -> None:
+        ledger = self._database.ledger
+        for id, row in list(ledger.items()):
+            if (row.entry.source, row.lane) == (SHARED, lane) and row.loaded_at < before:
+                del ledger[id]
+
+    async def now(self) -> float:
+        return self._database.clock()
+
+    async def mark(self, prefix: str) -> str:
+        return self._database.marks[prefix]
+
     def _forget_others(self, mirror: str, process: str) -> None:
         beats, mirrors = self._database.beats, self._database.mirrors
         for other in [each for each in beats if each != process and mirrors.get(each) == mirror]:
@@ -177,7 +201,7 @@ class MemorySink(TransactionalSink):
     async def heartbeat(self, beat: Heartbeat) -> dict[str, Beat]:
         database = self._database
         last = database.beats.get(beat.process, Beat(0, ended=False))
-        database.beats[beat.process] = Beat(last.count + 1, beat.ended)
+        database.beats[beat.process] = Beat(last.count + 1, beat.ended, beat.host, beat.shared)
         database.mirrors[beat.process] = beat.mirror
         self._forget_others(beat.mirror, beat.process)
         self.works(time.perf_counter())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -70,12 +71,20 @@ class Transaction(Protocol):
     """One transaction of a database, begun; its verbs block, and raise whatever the driver does."""
 
     def enter(
-        self, kind: str, entries: Sequence[Entry], lane: str | None = None, load: str | None = None
+        self,
+        kind: str,
+        entries: Sequence[Entry],
+        lane: str | None = None,
+        load: str | None = None,
+        not_after: float = math.inf,
     ) -> set[str]:
         """Insert ledger rows that are not there yet, in this order; the ids of those inserted.
 
         Waits for another transaction that has inserted the same id.
-        Args: kind: segment, claim or part. entries: at least one.
+        Args:
+            kind: segment, claim or part. entries: at least one.
+            not_after: see `Sink.load`. Judged by the statement that inserts; that, the COPY that
+                follows and each wait between them must not last for ever, whatever becomes of us.
         """
 
     def lock(self, segments: Sequence[str]) -> dict[str, Known]:

@@ -6,6 +6,7 @@ transaction of their rows. A database brings a `Transaction`, and is a `Transact
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from abc import ABC, abstractmethod
@@ -105,29 +106,44 @@ class TransactionalSink(ABC):
     # --- load ---
 
     async def load(
-        self, table: Table, segments: Sequence[Segment], *, accept_dead: bool = False
+        self,
+        table: Table,
+        segments: Sequence[Segment],
+        *,
+        accept_dead: bool = False,
+        not_after: float | None = None,
     ) -> Loaded:
-        """See `Sink.load`."""
+        """See `Sink.load`.
+
+        Whoever freezes after the ledger has let it in, and before COMMIT, does no harm: until that
+        transaction ends, its ledger rows make all others wait who would load the same, so nobody
+        has, and none of the copies is removed, which is what pruning goes by. It does end: see
+        `Transaction.enter`.
+        """
         await self.prepare(table)
+        fence = math.inf if not_after is None else not_after
         try:
-            loaded = await self._try(table, segments, accept_dead)
+            loaded = await self._try(table, segments, accept_dead, fence)
         except TableMissing:  # dropped or altered since
             await self.prepare(_widened(table, segments), again=True)
-            loaded = await self._try(table, segments, accept_dead)
+            loaded = await self._try(table, segments, accept_dead, fence)
         self._guards[table.name].committed()
         if self._tried:
             for segment in segments:
                 self._tried.pop(segment.id, None)
         return loaded
 
-    async def _try(self, table: Table, segments: Sequence[Segment], accept_dead: bool) -> Loaded:
+    async def _try(
+        self, table: Table, segments: Sequence[Segment], accept_dead: bool, not_after: float
+    ) -> Loaded:
         """One transaction. Raises: as `transact`."""
         load = uuid4().hex
         written: list[str] = []
         began = time.perf_counter()
         try:
             loaded = await self.transact(
-                table.name, partial(self._load, table, segments, accept_dead, load, written)
+                table.name,
+                partial(self._load, table, segments, accept_dead, not_after, load, written),
             )
         except BaseException:
             for id in written:  # by now: whatever failed before COMMIT left it empty
@@ -141,6 +157,7 @@ class TransactionalSink(ABC):
         table: Table,
         segments: Sequence[Segment],
         accept_dead: bool,
+        not_after: float,
         load: str,
         written: list[str],
         transaction: Transaction,
@@ -149,8 +166,10 @@ class TransactionalSink(ABC):
         once = {each.id: each for each in segments}
         # in key order, or two loads would wait for each other
         entries = [Entry(id, once[id].events, once[id].source) for id in sorted(once)]
-        new = transaction.enter("segment", entries, table.name, load)
-        result = self._known(transaction, [each for id, each in once.items() if id not in new])
+        new = transaction.enter("segment", entries, table.name, load, not_after)
+        result = self._known(
+            transaction, [each for id, each in once.items() if id not in new], not_after
+        )
         fresh = [each for id, each in once.items() if id in new]
         skipped = _known_parts(transaction, table.name, fresh)
         duplicates: Counter[str] = Counter()
@@ -175,14 +194,19 @@ class TransactionalSink(ABC):
         written += new
         return result
 
-    def _known(self, transaction: Transaction, segments: Sequence[Segment]) -> Loaded:
+    def _known(
+        self, transaction: Transaction, segments: Sequence[Segment], not_after: float
+    ) -> Loaded:
         """What is in already. A commit of ours whose answer was lost counts as what it did."""
         result = Loaded()
         if not segments:
             return result
         known = transaction.lock([segment.id for segment in segments])
-        if len(known) < len(segments):  # somebody else removes rows of the ledger
-            raise SinkUnavailable("rows of the ledger have just been removed", everywhere=False)
+        if len(known) < len(segments):  # or somebody else removes rows of the ledger
+            text = "rows of the ledger have just been removed"
+            if not_after < math.inf:
+                text = "the segments were held for too long: others may have loaded them since"
+            raise SinkUnavailable(text, everywhere=False)
         for segment in segments:
             load, dead, duplicates = known[segment.id]
             if load in self._tried.get(segment.id, ()):

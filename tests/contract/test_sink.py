@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import sqlite3
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from pathlib import Path
@@ -12,11 +14,11 @@ from typing import Any, Protocol
 
 import pytest
 
-from datapipe.errors import LaneBlocked
+from datapipe.errors import LaneBlocked, SinkUnavailable
 from datapipe.events.segment import Part, Segment
 from datapipe.events.types import Column, Event, EventType
 from datapipe.settings import Settings
-from datapipe.sinks import Beat, Database, Heartbeat, Loaded, Selection, Table, open_sink
+from datapipe.sinks import SHARED, Beat, Database, Heartbeat, Loaded, Selection, Table, open_sink
 from datapipe.sinks.memory import MemoryDatabase
 from tests.postgres import Postgres
 
@@ -283,7 +285,78 @@ async def test_a_source_that_is_drained_is_forgotten_but_for_ones_own(world: Wor
     assert (await two.heartbeat(Heartbeat("two", "journal2", None))).keys() == {"two"}
 
 
+# --- what a shared mirror asks of it ---
+
+
+async def test_what_was_held_for_too_long_is_loaded_by_whoever_has_it_anew(world: World) -> None:
+    sink = await world.open()
+    held = [segment(n, source=SHARED) for n in range(3)]
+    late = await sink.now()
+    with pytest.raises(SinkUnavailable, match="held for too long") as refused:
+        await load(sink, *held, not_after=late)
+    assert not refused.value.everywhere
+    assert await sink.loaded([each.id for each in held]) == set()
+    assert world.users() == []
+    assert await load(sink, *held, not_after=await sink.now() + 60) == (3, 0, 0)
+    assert world.users() == [0, 1, 2]
+
+
+async def test_what_was_held_for_too_long_and_is_known_is_a_duplicate(world: World) -> None:
+    one, two = await world.open("one"), await world.open("two")
+    known = segment(1, source=SHARED)
+    await load(one, known)
+    assert await load(two, known, not_after=await two.now()) == (0, 1, 0)
+    with pytest.raises(SinkUnavailable, match="held for too long"):
+        await load(two, known, segment(2), not_after=await two.now())
+    assert world.users() == [1]
+
+
+async def test_what_a_shared_mirror_held_is_forgotten_by_lane_and_time(world: World) -> None:
+    sink = await world.open()
+    old, new = segment(1, source=SHARED), segment(2, source=SHARED)
+    other = segment(3, lane="purchase", source=SHARED)
+    journals, ironmqs = segment(4, source="journal1"), segment(5, source="ironmq")
+    for each in (old, other, journals, ironmqs):
+        await load(sink, each)
+    await load(sink, segment(6, key="k", source=SHARED))
+    mark = await sink.mark("datapipe")
+    between = await sink.now()
+    await load(sink, new)
+    everything = [each.id for each in (old, new, other, journals, ironmqs)]
+    await sink.expire_lane("install", between)
+    await sink.expire_lane("install", between)  # a repeat is harmless
+    assert await sink.loaded(everything) == set(everything) - {old.id}
+    assert await load(sink, segment(6, key="k")) == (0, 1, 0)
+    assert await sink.mark("datapipe") == mark
+
+
+async def test_a_mark_is_one_for_all_processes_and_for_ever(world: World) -> None:
+    sinks = [await world.open(process) for process in ("one", "two", "three")]
+    marks = await asyncio.gather(*(sink.mark("datapipe") for sink in sinks))
+    assert len(set(marks)) == 1
+    assert await sinks[0].mark("another") not in marks
+    await sinks[0].expire([])
+    await sinks[0].expire_source("", "two")
+    await sinks[0].expire_lane("install", await sinks[0].now() + 3600)
+    assert await sinks[1].mark("datapipe") == marks[0]
+
+
+async def test_its_clock_is_near_ours_and_goes_on(world: World) -> None:
+    sink = await world.open()
+    first, second = await sink.now(), await sink.now()
+    assert time.time() - 60 < first <= second < time.time() + 60
+
+
 # --- heartbeats ---
+
+
+async def test_a_heartbeat_says_where_its_process_runs(world: World) -> None:
+    one, two = await world.open("one"), await world.open("two")
+    await one.heartbeat(Heartbeat("one", "one", None, host="a:1", shared=True))
+    beats = await two.heartbeat(Heartbeat("two", "two", math.inf, host="b:2", shared=True))
+    assert beats == {"one": Beat(1, False, "a:1", True), "two": Beat(1, False, "b:2", True)}
+    beats = await two.heartbeat(Heartbeat("two", "two", 3.5, ended=True, host="b:2", shared=True))
+    assert beats["two"] == Beat(2, True, "b:2", True)
 
 
 async def test_counts_rise_while_a_process_lives(world: World) -> None:

@@ -12,7 +12,7 @@ from datapipe.cli import main as cli
 from tests.docs.pages import ROOT, Page, everything, paths, read
 
 _TEST = re.compile(r"`(tests/[\w/]+\.py)(?:::(test_\w+))?`")
-_MAKE = re.compile(r"(?:^|\n)(?:\w+=\S+ )*make ([a-z]+)")
+_MAKE = re.compile(r"(?:^|\n)(?:\w+=\S+ )*make ([a-z-]+)")
 _PAGES = list(everything())
 
 
@@ -85,7 +85,7 @@ def commands() -> dict[str, set[str]]:
 
 
 def test_targets_and_modules_that_are_named_exist() -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for page in _PAGES:
         text = "\n".join([*page.words, *(b.text for b in page.blocks if b.kind == "sh")])
         assert set(_MAKE.findall(text)) <= targets, page.path.name

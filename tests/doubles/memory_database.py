@@ -71,6 +71,18 @@ class _Sink(memory.MemorySink):
         self._database.reach()
         await super().expire_source(source, process)
 
+    async def expire_lane(self, lane: str, before: float) -> None:
+        self._database.reach()
+        await super().expire_lane(lane, before)
+
+    async def now(self) -> float:
+        self._database.reach()
+        return await super().now()
+
+    async def mark(self, prefix: str) -> str:
+        self._database.reach()
+        return await super().mark(prefix)
+
     def state(self) -> SinkState:
         up = self._database.up
         return SinkState(up, None if up else "away", "memory", "public")

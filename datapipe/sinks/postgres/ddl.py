@@ -15,14 +15,14 @@ OWN_TABLES = (
     Table(
         "datapipe_ledger",
         (
-            Column("segment", "text PRIMARY KEY"),  # or a claim, or a part of a keyed POST
+            Column("segment", "text PRIMARY KEY"),  # or a claim, a part, a cluster
             Column("kind", "text NOT NULL"),
             Column("lane", "text"),
             Column("events", "bigint DEFAULT 0"),
             Column("dead", "bigint DEFAULT 0"),
             Column("duplicates", "bigint DEFAULT 0"),
-            Column("body", "text"),  # of a claim: the hash of the body that stands
-            Column("source", "text"),  # where the segment lies: a journal's id, or `ironmq`
+            Column("body", "text"),  # of a claim: the hash of what stands; a cluster's mark
+            Column("source", "text"),  # where it lies: a journal's id, `ironmq`, `nats`
             Column("process", "text"),
             Column("load", "text"),
             Column("loaded_at", "timestamptz NOT NULL DEFAULT now()"),
@@ -45,12 +45,13 @@ OWN_TABLES = (
         "datapipe_processes",
         (
             Column("process", "text PRIMARY KEY"),
-            Column("mirror", "text"),
+            Column("mirror", "text"),  # a journal's id, or the process's; `nats:` before: shared
             Column("oldest_waiting", "timestamptz"),
             Column("started_at", "timestamptz NOT NULL DEFAULT now()"),
             Column("seen_at", "timestamptz NOT NULL DEFAULT now()"),
             Column("beats", "bigint NOT NULL DEFAULT 0"),
             Column("ended", "boolean NOT NULL DEFAULT false"),
+            Column("host", "text"),
         ),
     ),
 )

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import msgspec
 import psycopg2
@@ -26,7 +28,7 @@ from datapipe import sinks
 from datapipe.errors import ConfigError, SinkUnavailable
 from datapipe.events.types import Column
 from datapipe.settings import Settings
-from datapipe.sinks import Beat, Heartbeat, Selection, SinkPlugin, Table
+from datapipe.sinks import SHARED, Beat, Heartbeat, Selection, SinkPlugin, Table
 from datapipe.sinks.postgres.connections import PEER_MAY_VANISH, Sessions
 from datapipe.sinks.postgres.copy import Copier, attempt
 from datapipe.sinks.postgres.database import Database
@@ -53,6 +55,12 @@ _IRONMQ_DAYS = 31
 # What others wait for is known by their last heartbeat, which may be some seconds old.
 _BEAT_SLACK_S = 15.0
 
+# In `datapipe_processes`: those that share a mirror. Each shows the oldest that waits for them all,
+# so one that others have outlived by a minute says nothing any more; the last ones seen do, for
+# what their mirror holds may come back with them.
+_SHARES = f"split_part(mirror, ':', 1) = '{SHARED}'"
+_OUTLIVED = f"{_SHARES} AND seen_at < (SELECT max(seen_at) FROM {{processes}} WHERE {_SHARES})"
+
 # Thousands of values go as one, in JSON: psycopg2 quotes those of a list one by one, and holds the
 # interpreter lock until it has done all of them.
 _ONE_OF = "ANY(ARRAY(SELECT json_array_elements_text(%s)))"
@@ -73,6 +81,7 @@ class PostgresSink(Database):
         self._ledger = parameterized(self._schema, "datapipe_ledger")
         self._processes = parameterized(self._schema, "datapipe_processes")
         self._letters = parameterized(self._schema, "datapipe_dead_letters")
+        self._outlived = _OUTLIVED.format(processes=self._processes)
         self._sessions = Sessions()
         self._backends: dict[str, int] = {}  # the server's processes of loads under way, by lane
 
@@ -134,7 +143,8 @@ class PostgresSink(Database):
             # also what waits in the mirror of a process that is dead: it could hold the same event
             (
                 f"DELETE FROM {self._ledger} WHERE kind IN ('claim', 'part') AND loaded_at <"
-                f" (SELECT least(now(), min(oldest_waiting)) FROM {self._processes})"
+                f" (SELECT least(now(), min(oldest_waiting)) FROM {self._processes}"
+                f" WHERE ({self._outlived} - interval '1 minute') IS NOT TRUE)"
                 " - make_interval(secs => %s)",
                 (self._dedupe_window_s + _BEAT_SLACK_S,),
             ),
@@ -145,7 +155,8 @@ class PostgresSink(Database):
             ),
             (
                 f"DELETE FROM {self._processes} WHERE seen_at < now() - make_interval(days => %s)"
-                " OR (oldest_waiting IS NULL AND seen_at < now() - interval '1 hour')",
+                " OR (oldest_waiting IS NULL AND seen_at < now() - interval '1 hour')"
+                f" OR ({self._outlived} - interval '1 hour')",
                 (_IRONMQ_DAYS,),
             ),
         )
@@ -158,25 +169,59 @@ class PostgresSink(Database):
             (f"DELETE FROM {self._processes} WHERE mirror {of_others}", (source, process)),
         )
 
+    async def expire_lane(self, lane: str, before: float) -> None:
+        """See `Ledger.expire_lane`."""
+        await self.transaction(
+            (
+                f"DELETE FROM {self._ledger} WHERE kind = 'segment' AND source = %s AND lane = %s"
+                " AND loaded_at < to_timestamp(%s)",
+                (SHARED, lane, before),
+            )
+        )
+
+    async def now(self) -> float:
+        """See `Ledger.now`."""
+        ((now,),) = await self.query("SELECT extract(epoch FROM clock_timestamp())::float8")
+        return float(now)
+
+    async def mark(self, prefix: str) -> str:
+        """See `Ledger.mark`."""
+        ((mark,),) = await self.transaction(
+            (
+                f"INSERT INTO {self._ledger} (segment, kind, body, process)"
+                " VALUES (%s, 'cluster', %s, %s) ON CONFLICT DO NOTHING",
+                (f"cluster:{prefix}", uuid4().hex, self._process),
+            ),
+            (f"SELECT body FROM {self._ledger} WHERE segment = %s", (f"cluster:{prefix}",)),
+        )
+        return str(mark)
+
     async def heartbeat(self, beat: Heartbeat) -> dict[str, Beat]:
         """See `Heartbeats.heartbeat`."""
+        mirror = f"{SHARED}:{beat.mirror}" if beat.shared else beat.mirror
         began = time.perf_counter()
         rows = await self.transaction(
             (
-                f"INSERT INTO {self._processes} (process, mirror, oldest_waiting, ended, beats)"
-                " VALUES (%s, %s, to_timestamp(%s), %s, 1) ON CONFLICT (process) DO UPDATE SET"
+                f"INSERT INTO {self._processes}"
+                " (process, mirror, host, ended, beats, oldest_waiting)"
+                " VALUES (%s, %s, %s, %s, 1, to_timestamp(extract(epoch FROM now())::float8 - %s))"
+                " ON CONFLICT (process) DO UPDATE SET"
                 " seen_at = now(), beats = datapipe_processes.beats + 1, ended = excluded.ended,"
                 " oldest_waiting = excluded.oldest_waiting",
-                (beat.process, beat.mirror, beat.oldest_waiting, beat.ended),
+                (beat.process, mirror, beat.host, beat.ended, beat.oldest_s),
             ),
             (
                 f"DELETE FROM {self._processes} WHERE mirror = %s AND process <> %s",
-                (beat.mirror, beat.process),
+                (mirror, beat.process),
             ),
-            (f"SELECT process, beats, ended FROM {self._processes}", ()),
+            (
+                f"SELECT process, beats, ended, coalesce(host, ''), coalesce({_SHARES}, false)"
+                f" FROM {self._processes}",
+                (),
+            ),
         )
         self.works(began)
-        return {process: Beat(beats, ended) for process, beats, ended in rows}
+        return {process: Beat(*rest) for process, *rest in rows}
 
     # --- dead letters ---
 
@@ -225,16 +270,21 @@ class PostgresTransaction:
         return rows
 
     def enter(
-        self, kind: str, entries: Sequence[Entry], lane: str | None = None, load: str | None = None
+        self,
+        kind: str,
+        entries: Sequence[Entry],
+        lane: str | None = None,
+        load: str | None = None,
+        not_after: float = math.inf,
     ) -> set[str]:
         """See `Transaction.enter`. In the order of the collation: both releases write the same."""
         self._cursor.execute(
             f"INSERT INTO {self._ledger}"
             " (segment, kind, lane, events, source, body, process, load)"
             " SELECT e ->> 0, %s, %s, (e ->> 1)::bigint, e ->> 2, e ->> 3, %s, %s"
-            " FROM json_array_elements(%s) AS e ORDER BY e ->> 0 ON CONFLICT DO NOTHING"
-            " RETURNING segment",
-            (kind, lane, self._process, load, _as_json(entries)),
+            " FROM json_array_elements(%s) AS e WHERE clock_timestamp() < to_timestamp(%s)"
+            " ORDER BY e ->> 0 ON CONFLICT DO NOTHING RETURNING segment",
+            (kind, lane, self._process, load, _as_json(entries), not_after),
         )
         if self._cursor.rowcount == len(entries):  # most of the time
             return {entry.id for entry in entries}

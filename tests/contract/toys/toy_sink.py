@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import sqlite3
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
+from uuid import uuid4
 
 from datapipe.errors import LaneBlocked, SinkUnavailable
 from datapipe.events.types import Column
 from datapipe.settings import Settings
-from datapipe.sinks import Beat, Heartbeat, Selection, SinkPlugin, Table
+from datapipe.sinks import SHARED, Beat, Heartbeat, Selection, SinkPlugin, Table
 from datapipe.sinks.transaction import (
     Entry,
     Known,
@@ -29,14 +32,14 @@ from datapipe.sinks.transactional import TransactionalSink, event_json, found
 OWN_TABLES = """
 CREATE TABLE IF NOT EXISTS datapipe_ledger (
     segment TEXT PRIMARY KEY, kind, lane, events, dead DEFAULT 0, duplicates DEFAULT 0, body,
-    source, process, load
+    source, process, load, loaded_at REAL
 );
 CREATE TABLE IF NOT EXISTS datapipe_dead_letters (
     id INTEGER PRIMARY KEY AUTOINCREMENT, lane, event, sqlstate, message, column_name, segment,
     created_at
 );
 CREATE TABLE IF NOT EXISTS datapipe_processes (
-    process TEXT PRIMARY KEY, mirror, beats, ended
+    process TEXT PRIMARY KEY, mirror, beats, ended, host, shared
 );
 """
 
@@ -51,14 +54,22 @@ class ToyTransaction:
         self._process = process
 
     def enter(
-        self, kind: str, entries: Sequence[Entry], lane: str | None = None, load: str | None = None
+        self,
+        kind: str,
+        entries: Sequence[Entry],
+        lane: str | None = None,
+        load: str | None = None,
+        not_after: float = math.inf,
     ) -> set[str]:
+        now = time.time()
+        if now >= not_after:
+            return set()
         sql = (
             "INSERT INTO datapipe_ledger"
-            " (segment, events, source, body, kind, lane, load, process)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"
+            " (segment, events, source, body, kind, lane, load, process, loaded_at)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"
         )
-        more = kind, lane, load, self._process
+        more = kind, lane, load, self._process, now
         return {entry.id for entry in entries if self._execute(sql, (*entry, *more)).rowcount}
 
     def lock(self, segments: Sequence[str]) -> dict[str, Known]:
@@ -197,21 +208,44 @@ class ToySink(TransactionalSink):
 
         await self._run(forget)
 
+    async def expire_lane(self, lane: str, before: float) -> None:
+        sql = (
+            "DELETE FROM datapipe_ledger"
+            " WHERE kind = 'segment' AND source = ? AND lane = ? AND loaded_at < ?"
+        )
+        await self._run(lambda connection: connection.execute(sql, (SHARED, lane, before)))
+
+    async def now(self) -> float:
+        return time.time()
+
+    async def mark(self, prefix: str) -> str:
+        def make(transaction: Transaction) -> str:
+            id = f"cluster:{prefix}"
+            transaction.enter("cluster", [Entry(id, body=uuid4().hex)])
+            return transaction.bodies([id])[id]
+
+        return await self.transact("", make)
+
     # --- Heartbeats ---
 
     async def heartbeat(self, beat: Heartbeat) -> dict[str, Beat]:
         def show(connection: sqlite3.Connection) -> dict[str, Beat]:
             connection.execute(
-                "INSERT INTO datapipe_processes VALUES (?, ?, 1, ?) ON CONFLICT DO UPDATE"
+                "INSERT INTO datapipe_processes VALUES (?, ?, 1, ?, ?, ?) ON CONFLICT DO UPDATE"
                 " SET beats = beats + 1, ended = excluded.ended",
-                (beat.process, beat.mirror, beat.ended),
+                (beat.process, beat.mirror, beat.ended, beat.host, beat.shared),
             )
             connection.execute(
                 "DELETE FROM datapipe_processes WHERE mirror = ? AND process <> ?",
                 (beat.mirror, beat.process),
             )
-            rows = connection.execute("SELECT process, beats, ended FROM datapipe_processes")
-            return {process: Beat(beats, bool(ended)) for process, beats, ended in rows}
+            rows = connection.execute(
+                "SELECT process, beats, ended, host, shared FROM datapipe_processes"
+            )
+            return {
+                process: Beat(beats, bool(ended), host, bool(shared))
+                for process, beats, ended, host, shared in rows
+            }
 
         return await self._run(show)
 

@@ -1,0 +1,270 @@
+"""A connection to a NATS cluster that comes back by itself, and requests over it.
+
+Of nats-py only connect, publish, subscribe and request are used: its `fetch` may stall, and its
+JetStream classes lack what is needed here. Source: nats-io/nats.py, issues 386 and 986.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import msgspec
+import nats.errors
+import structlog
+from nats.aio.client import Client as Connection
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+
+from datapipe.errors import MirrorUnavailable
+from datapipe.health import Health
+from datapipe.retry import backoff
+from datapipe.settings import Settings
+
+ANSWER_S = 2.0  # a request that takes longer is sent again, perhaps to another leader
+# A node that is frozen is noticed after three of these; nats-py's own default is minutes.
+_PING_S = 2.0
+_RECONNECT_S = 0.25
+_RETRY_MAX_S = 2.0
+_PENDING_BYTES = 64 << 20
+
+OnMessage = Callable[[Msg], Awaitable[None]]
+
+log = structlog.stdlib.get_logger("datapipe.mirrors.nats")
+
+
+class NoResponders(MirrorUnavailable):
+    """Nobody listens there: no such stream, or one without a leader."""
+
+
+class ApiError(MirrorUnavailable):
+    """JetStream refuses a call. Attributes: code: its `err_code`, such as 10077."""
+
+    def __init__(self, code: int, detail: str) -> None:
+        super().__init__(detail)
+        self.code = code
+
+
+class Client:
+    """Every call raises MirrorUnavailable if there is no answer in time.
+
+    Attributes:
+        calls: requests sent so far, by kind.
+        health: whether the cluster answers, by the outcome of each request.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.calls: Counter[str] = Counter()
+        self.health = Health()
+        self._options = _options(settings)
+        self._connection = Connection()
+        self._connected = asyncio.Event()
+        self._ended = asyncio.Event()  # the connection is closed for good
+        self._error = "not connected yet"
+        self._subscriptions: dict[str, OnMessage] = {}
+
+    # --- the connection ---
+
+    @asynccontextmanager
+    async def connecting(self) -> AsyncIterator[None]:
+        """Connect in the background, again and again; disconnect at the end."""
+        task = asyncio.create_task(self._stay_connected())
+        try:
+            yield
+        finally:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+            with suppress(Exception):  # it may be in any state
+                await self._connection.close()
+
+    async def _stay_connected(self) -> None:
+        """nats-py reconnects by itself, but after some errors it gives up."""
+        failures = 0
+        while True:
+            self._ended.clear()
+            self._connection = Connection()
+            try:
+                await self._connection.connect(
+                    **self._options, error_cb=self._on_error, closed_cb=self._on_closed,
+                    disconnected_cb=self._on_disconnected, reconnected_cb=self._on_connected,
+                )  # fmt: skip
+                for subject, on_message in self._subscriptions.items():
+                    await self._subscribe(subject, on_message)
+                failures = 0
+                await self._on_connected()
+                await self._ended.wait()
+            except Exception as exc:  # whatever a file of credentials or a server makes it raise
+                await self._on_error(exc)
+            failures += 1
+            await self._on_disconnected()
+            await asyncio.sleep(backoff(failures, _RETRY_MAX_S))
+
+    async def _on_error(self, exc: Exception) -> None:
+        self._error = _text(exc)
+        log.debug("nats", error=self._error)
+        if not self._connected.is_set():
+            self.health.fails(time.perf_counter(), f"NATS: {self._error}")
+
+    async def _on_connected(self) -> None:
+        self._connected.set()
+
+    async def _on_disconnected(self) -> None:
+        self._connected.clear()
+        self.health.fails(time.perf_counter(), f"NATS: {self._error}")
+
+    async def _on_closed(self) -> None:
+        self._ended.set()
+
+    @property
+    def max_payload(self) -> int:
+        """Bytes of the largest message, headers included, as the server says."""
+        return int(self._connection.max_payload)
+
+    @property
+    def version(self) -> str:
+        """Of the server that we are connected to."""
+        return str(self._connection.connected_server_version).strip("<>").split(" v")[-1]
+
+    # --- calls ---
+
+    async def subscribe(self, subject: str, on_message: OnMessage) -> None:
+        """From now on, whatever connection there is, get what is published there."""
+        self._subscriptions[subject] = on_message
+        if self._connected.is_set():
+            await self._subscribe(subject, on_message)
+
+    async def _subscribe(self, subject: str, on_message: OnMessage) -> Subscription:
+        return await self._connection.subscribe(
+            subject, cb=on_message, pending_msgs_limit=-1, pending_bytes_limit=-1
+        )
+
+    @asynccontextmanager
+    async def subscribed(self, subject: str, on_message: OnMessage) -> AsyncIterator[None]:
+        """The same for the block. Raises: MirrorUnavailable: not connected."""
+        if not self._connected.is_set():
+            raise MirrorUnavailable(f"NATS: {self._error}")
+        try:
+            subscription = await self._subscribe(subject, on_message)
+        except nats.errors.Error as exc:
+            raise MirrorUnavailable(f"NATS: {_text(exc)}") from exc
+        try:
+            yield
+        finally:
+            with suppress(nats.errors.Error):  # a connection that has ended forgets it anyway
+                await subscription.unsubscribe()
+
+    def new_inbox(self) -> str:
+        """A subject for answers that nobody else has."""
+        return str(self._connection.new_inbox())
+
+    async def request(
+        self,
+        call: str,
+        subject: str,
+        payload: bytes = b"",
+        *,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float = ANSWER_S,
+    ) -> Msg:
+        """Send and wait for the answer. Args: call: what it is counted as.
+
+        Raises: MirrorUnavailable: it may have had its effect; NoResponders.
+        """
+        self.calls[call] += 1
+        began = time.perf_counter()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._connected.wait()
+                answer = await self._connection.request(
+                    subject, payload, timeout=timeout_s, headers=dict(headers) if headers else None
+                )
+        except nats.errors.NoRespondersError:
+            raise NoResponders("NATS: nobody answers: no such stream, or no leader") from None
+        except (nats.errors.Error, TimeoutError, OSError) as exc:
+            raise self._unavailable(exc, timeout_s, began) from exc
+        self.health.works(began)
+        return answer
+
+    def _unavailable(self, exc: Exception, timeout_s: float, began: float) -> MirrorUnavailable:
+        why = f"NATS: {self._error}"
+        if self._connected.is_set():
+            late = isinstance(exc, TimeoutError)
+            why = f"NATS does not answer within {timeout_s:g} s" if late else f"NATS: {_text(exc)}"
+        self.health.fails(began, why)
+        return MirrorUnavailable(why)
+
+    async def api(
+        self, call: str, *, timeout_s: float = ANSWER_S, **body: Any
+    ) -> dict[str, Any]:
+        """A call of JetStream's API, such as STREAM.INFO.name. Raises: MirrorUnavailable, ApiError.
+
+        Source: docs.nats.io, "NATS API Reference".
+        """
+        kind = ".".join(call.split(".")[:2])
+        payload = msgspec.json.encode(body) if body else b""
+        answer = await self.request(kind, f"$JS.API.{call}", payload, timeout_s=timeout_s)
+        return decoded(answer.data)
+
+    async def publish(
+        self, call: str, subject: str, payload: bytes = b"", reply: str = ""
+    ) -> None:
+        """Send; nobody says whether it arrived. Raises: MirrorUnavailable: not connected."""
+        self.calls[call] += 1
+        if not self._connected.is_set():
+            raise MirrorUnavailable(f"NATS: {self._error}")
+        try:
+            await self._connection.publish(subject, payload, reply=reply)
+        except (nats.errors.Error, OSError) as exc:
+            raise MirrorUnavailable(f"NATS: {_text(exc)}") from exc
+
+
+def decoded(data: bytes) -> dict[str, Any]:
+    """An answer of JetStream. Raises: ApiError: it is an error."""
+    answer: dict[str, Any] = msgspec.json.decode(data)
+    if error := answer.get("error"):
+        code = int(error.get("err_code", error.get("code", 0)))
+        raise ApiError(code, f"NATS: {error.get('description', '')} ({code})")
+    return answer
+
+
+def _text(exc: Exception) -> str:
+    """Why, without anything that could be a secret: no URL, no content of a file."""
+    if isinstance(exc, OSError) and exc.strerror:
+        return exc.strerror
+    if isinstance(exc, nats.errors.Error):
+        return str(exc).removeprefix("nats: ").strip("'") or type(exc).__name__
+    if isinstance(exc, ssl.SSLError | TimeoutError):
+        return f"{type(exc).__name__}"
+    return f"can't log in or connect ({type(exc).__name__})"
+
+
+def _options(settings: Settings) -> dict[str, Any]:
+    """Arguments for nats-py's `connect`."""
+    servers = [each.strip() for each in settings.nats_url.split(",") if each.strip()]
+    files = settings.nats_ca_file or settings.nats_cert_file
+    tls = None
+    if files or any(each.startswith("tls://") for each in servers):
+        tls = ssl.create_default_context(cafile=settings.nats_ca_file or None)
+        if settings.nats_cert_file:
+            tls.load_cert_chain(settings.nats_cert_file, settings.nats_key_file or None)
+    return {
+        "servers": servers,
+        "name": "datapipe",
+        "user": settings.nats_user or None,
+        "password": settings.nats_password or None,
+        "user_credentials": settings.nats_creds or None,
+        "nkeys_seed": settings.nats_nkey_file or None,
+        "tls": tls,
+        "connect_timeout": 2,
+        "reconnect_time_wait": _RECONNECT_S,
+        "max_reconnect_attempts": -1,
+        "ping_interval": _PING_S,
+        "max_outstanding_pings": 2,
+        "pending_size": _PENDING_BYTES,
+    }

@@ -1,0 +1,400 @@
+"""NATS JetStream as the mirror: a work-queue stream for each lane, shared by all processes.
+
+Any process loads what any of them stored. The broker redelivers what nobody acknowledged, so there
+are no heartbeats, leases or adoptions here. Memory holds only what is being stored or loaded.
+
+An append is repeated under the segment's id, which JetStream stores once within two minutes; what
+is stored or delivered twice all the same is the same segment to the ledger, which skips it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from dataclasses import dataclass
+
+import structlog
+
+from datapipe.errors import ConfigError, MirrorFull, MirrorUnavailable, SinkUnavailable
+from datapipe.errors import LaneBlocked
+from datapipe.events.segment import SEGMENTS_AT_ONCE, Segment
+from datapipe.mirrors import (
+    Appended,
+    Membership,
+    Mirror,
+    MirrorPlugin,
+    MirrorState,
+    Recovery,
+    Traits,
+    Waiting,
+)
+from datapipe.mirrors.nats import wire
+from datapipe.mirrors.nats.channel import NatsChannel
+from datapipe.mirrors.nats.client import ANSWER_S, ApiError, Client, NoResponders, decoded
+from datapipe.mirrors.nats.prune import EVERY_S, Pruning
+from datapipe.mirrors.nats.pull import Delivery, Puller
+from datapipe.mirrors.nats.streams import ACK_WAIT_S, Stream, Streams
+from datapipe.retry import backoff
+from datapipe.settings import Settings
+
+SEGMENT_BYTES = 900_000  # less than `max_payload`, 1 MB unless the servers say otherwise
+_APPENDS = 8  # under way at once, per lane
+_HEADERS_BYTES = 1024  # more than ours take
+_RETRY_MAX_S = 0.5  # between two tries of an append
+_PUT_OFF_S = 1.0  # until another process may take what could not be loaded here
+_ACKS_AT_ONCE = 64
+_ACK_PATIENCE_S = 120.0  # then it is redelivered, and the ledger skips it
+_UNREADABLE_S = 600.0
+_STREAM_FULL = {10077, 10122, 10047, 10023}
+_MAXED_OUT = 10077
+
+log = structlog.stdlib.get_logger("datapipe.mirrors.nats")
+
+
+@dataclass(slots=True)
+class _Held:
+    """A segment that we have taken. Attributes: reply: of its newest delivery."""
+
+    lane: str
+    reply: str
+    events: int
+    bytes: int
+
+
+class Nats:
+    """Implements `Mirror`. `streams` knows what waits, `held` is what we have taken of it."""
+
+    def __init__(self, client: Client, settings: Settings, process: str) -> None:
+        self.streams = Streams(client, settings)
+        self.channel = NatsChannel(client, settings.nats_prefix, process)
+        self._client = client
+        self._settings = settings
+        self._prefix = settings.nats_prefix
+        self._process = process
+        self._puller = Puller(client, self._prefix)
+        self._pruning = Pruning()
+        self._pruned_at = -EVERY_S
+        self._held: dict[str, _Held] = {}  # by segment
+        self._removing: dict[str, _Held] = {}
+        self._put_off: set[str] = set()  # lanes
+        self._put_off_until: dict[str, float] = {}  # what was requeued can be taken then
+        self._tasks: set[asyncio.Task[None]] = set()  # removals, requeues
+        self._requeues: dict[str, asyncio.Task[None]] = {}  # the last one under way, by lane
+        self._started = False
+
+    @property
+    def traits(self) -> Traits:
+        room = (self._client.max_payload or SEGMENT_BYTES) - 16 * _HEADERS_BYTES
+        return Traits(
+            batch_bytes=max(1, min(SEGMENT_BYTES, room, self._settings.load_trigger_bytes)),
+            identity=self._process,
+            recover_interval_s=60.0,
+            appends_at_once=_APPENDS,
+            queue_per_lane=True,
+            keep_interval_s=1.0,
+            shared=True,
+        )
+
+    @property
+    def pressed(self) -> bool:
+        """See `Mirror.pressed`: as much waits as would fill half of a memory, if there were one."""
+        able = [s.bytes for lane, s in self.streams.by_lane.items() if lane not in self._put_off]
+        return sum(able) * 2 >= self._settings.buffer_max_bytes
+
+    def waiting(self, lane: str) -> Waiting:
+        """See `Mirror.waiting`."""
+        return self.streams.of(lane)
+
+    def full(self, lanes: Iterable[str]) -> dict[str, str]:
+        """See `Mirror.full`."""
+        known = self.streams.by_lane
+        return {
+            lane: why for lane in lanes if lane in known and (why := known[lane].full) is not None
+        }
+
+    # --- append ---
+
+    async def append(self, segments: Sequence[Segment]) -> Appended:
+        """See `Mirror.append`. What does not fit into one message is cut."""
+        until = time.monotonic() + self._settings.mirror_timeout
+        pieces: list[list[Segment]] = [[] for _ in segments]
+        outcomes = await asyncio.gather(
+            *(self._append(each, into, until) for each, into in zip(segments, pieces, strict=True)),
+            return_exceptions=True,
+        )
+        stored = [piece for into in pieces for piece in into]
+        failed = next((each for each in outcomes if each is not None), None)
+        if failed is not None and not isinstance(failed, MirrorUnavailable):
+            raise failed
+        return Appended(stored, failed)
+
+    async def _append(self, segment: Segment, stored: list[Segment], until: float) -> None:
+        payload = wire.encode(segment)
+        most = self._client.max_payload - _HEADERS_BYTES
+        if 0 < most < len(payload):
+            first, rest = segment.cut(len(segment.data) // 2)
+            if rest is None:
+                what = "an event, or a part of a POST with a key, is too large for NATS"
+                raise MirrorFull(f"{what} (max_payload of its servers)")
+            await self._append(first, stored, until)
+            await self._append(rest, stored, until)
+            return
+        await self._publish(segment, payload, until)
+        self.streams.of(segment.lane).entered(segment.events, len(payload))
+        stored.append(segment)
+
+    async def _publish(self, segment: Segment, payload: bytes, until: float) -> None:
+        """Under the same id until it is stored, or the time is over.
+
+        Raises: MirrorUnavailable: it may be stored all the same, now or later; MirrorFull.
+        """
+        subject = wire.subject_of(self._prefix, segment.lane, segment.events)
+        headers = wire.headers_of(self._prefix, segment)
+        failures, again = 0, False
+        while True:
+            try:
+                stream = await self.streams.ensure(segment.lane, again=again)
+                left = max(0.1, min(ANSWER_S, until - time.monotonic()))
+                answer = await self._client.request(
+                    "publish", subject, payload, headers=headers, timeout_s=left
+                )
+                decoded(answer.data)
+                return
+            except MirrorFull:
+                raise
+            except ApiError as exc:
+                if exc.code == _MAXED_OUT:
+                    stream.is_full()
+                    raise MirrorFull(stream.full or exc.detail) from exc
+                error: MirrorUnavailable = exc
+            except MirrorUnavailable as exc:
+                error, again = exc, isinstance(exc, NoResponders)
+            failures += 1
+            pause_s = backoff(failures, _RETRY_MAX_S)
+            if time.monotonic() + pause_s >= until:
+                raise error
+            await asyncio.sleep(pause_s)
+
+    # --- take ---
+
+    async def take(self, lane: str, max_bytes: int) -> list[Segment]:
+        """See `Mirror.take`."""
+        if self.streams.mark is None:  # it might be another database's
+            raise MirrorUnavailable("NATS: whether these events are ours is not known yet")
+        if (requeue := self._requeues.get(lane)) is not None:
+            await asyncio.wait([requeue], timeout=ANSWER_S)
+        stream = await self.streams.ensure(lane)
+        segments = await self._take(stream, max_bytes)
+        put_off_s = self._put_off_until.pop(lane, 0.0) - time.monotonic()
+        if not segments and put_off_s > 0:
+            await asyncio.sleep(put_off_s)
+            segments = await self._take(stream, max_bytes)
+        return segments
+
+    async def _take(self, stream: Stream, max_bytes: int) -> list[Segment]:
+        usual = stream.bytes // stream.messages if stream.messages else SEGMENT_BYTES
+        batch = max(1, min(SEGMENTS_AT_ONCE, max_bytes // max(1, usual)))
+        segments = []
+        try:
+            deliveries = await self._puller.pull(stream, batch, max_bytes)
+        except NoResponders:
+            await self.streams.ensure(stream.lane, again=True)
+            raise
+        for delivery in deliveries:
+            if (segment := self._delivered(delivery)) is not None:
+                segments.append(segment)
+        return segments
+
+    def _delivered(self, delivery: Delivery) -> Segment | None:
+        """The segment, unless we have it already: then it is acknowledged where it came anew."""
+        try:
+            segment = wire.decode(
+                self._prefix, delivery.subject, delivery.headers, delivery.data, delivery.position
+            )
+        except wire.Unreadable as exc:
+            log.error("message unreadable", subject=delivery.subject, error=str(exc),
+                      sequence=delivery.position)  # fmt: skip
+            self._start(self._nak([delivery.reply], _UNREADABLE_S))
+            return None
+        for known in (self._held, self._removing):
+            if (held := known.get(segment.id)) is not None:
+                held.reply = delivery.reply
+                return None
+        self._held[segment.id] = _Held(
+            segment.lane, delivery.reply, segment.events, len(delivery.data)
+        )
+        self.streams.of(segment.lane).in_memory += segment.events
+        return segment
+
+    # --- remove, requeue ---
+
+    def _released(self, segments: Iterable[Segment]) -> Iterator[tuple[str, _Held]]:
+        for segment in segments:
+            if (held := self._held.pop(segment.id, None)) is not None:
+                self.streams.of(held.lane).in_memory -= held.events
+                yield segment.id, held
+
+    def remove(self, segments: Sequence[Segment]) -> asyncio.Future[None]:
+        """See `Mirror.remove`."""
+        removing = dict(self._released(segments))
+        self._removing |= removing
+        for held in removing.values():
+            self.streams.of(held.lane).left(held.events, held.bytes)
+            self._put_off.discard(held.lane)
+        return self._start(self._remove(removing))
+
+    async def _remove(self, removing: dict[str, _Held]) -> None:
+        several = asyncio.Semaphore(_ACKS_AT_ONCE)
+
+        async def one(id: str, held: _Held) -> None:
+            async with several:
+                await self._acknowledge(held)
+            del self._removing[id]
+
+        await asyncio.gather(*(one(id, held) for id, held in removing.items()))
+
+    async def _acknowledge(self, held: _Held) -> None:
+        """Until the server has confirmed it, or will have redelivered it long since."""
+        until, failures = time.monotonic() + _ACK_PATIENCE_S, 0
+        while True:
+            try:
+                await self._client.request("ack", held.reply, b"+ACK")
+                return
+            except MirrorUnavailable:
+                failures += 1
+                if time.monotonic() >= until:
+                    log.warning("not acknowledged", lane=held.lane, events=held.events)
+                    return
+                await asyncio.sleep(backoff(failures, _RETRY_MAX_S * 4))
+
+    def requeue(self, lane: str, segments: Sequence[Segment], *, put_off: bool) -> None:
+        """See `Mirror.requeue`.
+
+        What other processes can't load either must not go round and round between them.
+        """
+        delay_s = _PUT_OFF_S if put_off else 0.0
+        (self._put_off.add if put_off else self._put_off.discard)(lane)
+        replies = [held.reply for _, held in self._released(segments)]
+        if replies:
+            self._put_off_until[lane] = time.monotonic() + delay_s
+            self._requeues[lane] = self._start(self._nak(replies, delay_s))
+
+    async def _nak(self, replies: Sequence[str], delay_s: float) -> None:
+        """Confirmed, so that they can be taken in their order once this has ended."""
+        body = b'-NAK {"delay": %d}' % int(delay_s * 1e9) if delay_s else b"-NAK"
+        for at in range(0, len(replies), _ACKS_AT_ONCE):
+            some = [self._client.request("nak", each, body) for each in replies[at:][:_ACKS_AT_ONCE]]
+            # one that does not arrive: they come back by themselves
+            await asyncio.gather(*some, return_exceptions=True)
+
+    def _start(self, work: AbstractCoroutine) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def hold(self) -> None:
+        """For ever: tell the server that we work on what we have taken."""
+        while True:
+            await asyncio.sleep(ACK_WAIT_S / 3)
+            for held in list(self._held.values()):
+                with suppress(MirrorUnavailable):
+                    await self._client.publish("hold", held.reply, b"+WPI")
+
+    # --- recover, keep ---
+
+    async def recover(self, membership: Membership) -> Recovery:
+        """See `Mirror.recover`. There is nothing to take over; lanes without a class are found."""
+        await self.streams.find()
+        await self._compare_marks(membership)
+        waiting = {lane for lane, stream in self.streams.by_lane.items() if stream.messages}
+        found = Recovery(unregistered={lane for lane in waiting if not membership.can_load(lane)})
+        if not self._started:
+            found.due = waiting
+            self._started = True
+        return found
+
+    async def _compare_marks(self, membership: Membership) -> None:
+        """A redelivery into another database would double: all processes must share one.
+
+        Raises: ConfigError: this is another one.
+        """
+        try:
+            mark = await membership.database_mark(self._prefix)
+        except (SinkUnavailable, LaneBlocked):  # as long as it is not known, nothing is taken
+            return
+        there = [stream for stream in self.streams.by_lane.values() if stream.there]
+        for stream in there:
+            if stream.mark not in (None, mark):
+                raise ConfigError(
+                    f"nats_url, database_url: the stream {stream.name} is loaded into another "
+                    "database, or this database from another cluster: connect both to what "
+                    "belongs together, or set another nats_prefix"
+                )
+        self.streams.mark = mark
+        for stream in there:
+            if stream.mark is None:
+                with suppress(MirrorUnavailable):  # perhaps we may not; `check` says so
+                    await self.streams.put_mark(stream, mark)
+
+    async def keep(self, membership: Membership) -> bool:
+        """See `Mirror.keep`: look at what waits, and have the ledger forget what can't come back."""
+        due = time.monotonic() - self._pruned_at >= EVERY_S
+        now: float | None = None
+        if due:
+            with suppress(SinkUnavailable, LaneBlocked):
+                now = await membership.database_time()
+        await self.streams.look()
+        if now is not None:
+            self._pruned_at = time.monotonic()
+            await self._prune(membership, now)
+        return self.streams.mark is None
+
+    async def _prune(self, membership: Membership, now: float) -> None:
+        for lane, stream in self.streams.by_lane.items():
+            if stream.there:
+                before = self._pruning.look(lane, now, stream.first_seq, stream.last_seq)
+                if before is not None:
+                    with suppress(SinkUnavailable, LaneBlocked):  # the next note covers them
+                        await membership.expire_lane(lane, before)
+
+    def expirable(self) -> list[str]:
+        """See `Mirror.expirable`: none, one by one; `keep` has them forgotten lane by lane."""
+        return []
+
+    async def settle(self, timeout_s: float) -> None:
+        """See `Mirror.settle`."""
+        replies = [held.reply for held in self._held.values()]
+        if replies:  # their loads were cut short
+            self._start(self._nak(replies, 0.0))
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=timeout_s)
+
+    def state(self) -> MirrorState:
+        streams = [stream for stream in self.streams.by_lane.values() if stream.there]
+        health = self._client.health
+        return MirrorState(
+            "nats", bool(health.up), health.error, sum([each.bytes for each in streams]),
+            sum([each.max_bytes for each in streams]), calls=self._client.calls,
+        )  # fmt: skip
+
+
+@asynccontextmanager
+async def open_nats(settings: Settings, process: str) -> AsyncIterator[Nats]:
+    """Open the mirror; it connects in the background."""
+    client = Client(settings)
+    mirror = Nats(client, settings, process)
+    async with client.connecting():
+        hold = asyncio.create_task(mirror.hold())
+        try:
+            yield mirror
+        finally:
+            hold.cancel()
+            await mirror.settle(1.0)
+
+
+class NatsPlugin(MirrorPlugin):
+    def open(self, settings: Settings, process: str) -> AbstractAsyncContextManager[Mirror]:
+        return open_nats(settings, process)

@@ -1,0 +1,330 @@
+"""The streams of all lanes: what is known of each, and how they are made.
+
+One work-queue stream for each lane, and on it one durable pull consumer that all processes share.
+Both are made when a lane gets its first event, as far as we may.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Collection
+from datetime import datetime
+from typing import Any
+
+import structlog
+
+from datapipe.errors import MirrorFull, MirrorUnavailable
+from datapipe.mirrors.nats.client import ApiError, Client
+from datapipe.mirrors.nats.wire import stream_of, subject_of
+from datapipe.settings import Settings
+
+CONSUMER = "load"
+MARK = "datapipe_database"  # key of a stream's metadata
+ACK_WAIT_S = 30.0
+_DUPLICATE_WINDOW_S = 120.0
+_LOOKS_AT_ONCE = 16
+_IDLE_LOOK_S = 5.0  # between looks at a lane in which nothing waits
+_REFUSED_S = 5.0  # for which a stream that can't be made is not tried again
+_CREATE_S = 10.0  # a new stream waits for its leader
+_NS = 1_000_000_000
+
+# Codes of JetStream. Source: nats-io/nats-server, server/errors.json.
+NO_PEERS, NOT_CLUSTERED, NO_STREAM, NO_CONSUMER, OTHER_CONFIG = 10005, 10074, 10059, 10014, 10058
+NO_RESOURCES = {NO_PEERS, 10023, 10028, 10047, 10026, 10002, 10121}
+
+log = structlog.stdlib.get_logger("datapipe.mirrors.nats")
+
+
+def stream_config(
+    settings: Settings, lane: str, replicas: int, mark: str | None = None
+) -> dict[str, Any]:
+    """A lane's stream, as JetStream's STREAM.CREATE wants it."""
+    prefix = settings.nats_prefix
+    return {
+        "name": stream_of(prefix, lane),
+        "subjects": [subject_of(prefix, lane, "*")],
+        "retention": "workqueue",
+        "storage": "file",
+        "num_replicas": replicas,
+        "discard": "new",
+        "max_bytes": settings.nats_lane_max_bytes,
+        "max_age": 0,
+        "max_msgs": -1,
+        "max_msgs_per_subject": -1,
+        "max_msg_size": -1,
+        "duplicate_window": int(_DUPLICATE_WINDOW_S * _NS),
+        **({"metadata": {MARK: mark}} if mark else {}),
+    }
+
+
+def consumer_config() -> dict[str, Any]:
+    """The consumer that all processes share, as CONSUMER.CREATE wants it."""
+    return {
+        "name": CONSUMER,
+        "durable_name": CONSUMER,
+        "ack_policy": "explicit",
+        "ack_wait": int(ACK_WAIT_S * _NS),
+        "deliver_policy": "all",
+        "max_ack_pending": -1,
+        "max_deliver": -1,
+    }
+
+
+class Stream:
+    """What is known of a lane's stream; between looks it follows what we do. See `Waiting`.
+
+    Attributes:
+        name: of the stream.
+        there: it has been seen.
+        messages, events, bytes: of all that waits for any process.
+        in_memory: events that this process has taken.
+        oldest: Unix time, by our clock, at which the oldest message was stored.
+        first_seq, last_seq: of the stream.
+        looked_at: when that was read (`time.monotonic`).
+        mark: of the database that it is loaded into.
+    """
+
+    def __init__(self, lane: str, name: str) -> None:
+        self.lane = lane
+        self.name = name
+        self.there = False
+        self.messages = self.events = self.bytes = self.max_bytes = 0
+        self.in_memory = 0
+        self.oldest: float | None = None
+        self.first_seq = self.last_seq = 0
+        self.replicas = 0
+        self.mark: str | None = None
+        self.looked_at = -_IDLE_LOOK_S
+        self.active = False  # something was appended or removed since the last look
+        self.making = asyncio.Lock()
+        self.refused: str | None = None  # why it can't be made
+        self.refused_at = 0.0
+
+    @property
+    def parked(self) -> int:
+        return max(0, self.events - self.in_memory)
+
+    @property
+    def full(self) -> str | None:
+        """Why nothing more can be stored, as far as is known."""
+        if self.refused is not None and time.monotonic() - self.refused_at < _REFUSED_S:
+            return self.refused
+        if self.there and self.max_bytes - self.bytes < min(1 << 20, self.max_bytes // 16):
+            return f"the lane {self.lane} is full: its stream {self.name} (nats_lane_max_bytes)"
+        return None
+
+    def entered(self, events: int, size: int) -> None:
+        """A message was stored."""
+        self.active = True
+        if not self.messages:
+            self.oldest = time.time()
+        self.messages += 1
+        self.events += events
+        self.bytes += size
+
+    def left(self, events: int, size: int) -> None:
+        """A message was loaded, and is being removed."""
+        self.active = True
+        self.messages = max(0, self.messages - 1)
+        self.events = max(0, self.events - events)
+        self.bytes = max(0, self.bytes - size)
+        if not self.messages:
+            self.oldest = None
+
+    def is_full(self) -> None:
+        """It refused a message."""
+        self.bytes = max(self.bytes, self.max_bytes)
+        self.active = True
+
+    def saw(self, info: dict[str, Any]) -> None:
+        """An answer to STREAM.INFO, with the subjects."""
+        state, config = info["state"], info["config"]
+        self.there, self.refused = True, None
+        self.max_bytes, self.replicas = config["max_bytes"], config["num_replicas"]
+        self.mark = config.get("metadata", {}).get(MARK)
+        self.first_seq, self.last_seq = state["first_seq"], state["last_seq"]
+        self.messages, self.bytes = state["messages"], state["bytes"]
+        subjects = state.get("subjects") or {}
+        self.events = sum([count * _events(subject) for subject, count in subjects.items()])
+        age_s = _time(info["ts"]) - _time(state["first_ts"])  # both by the servers' clock
+        self.oldest = time.time() - max(0.0, age_s) if self.messages else None
+        self.looked_at = time.monotonic()
+
+
+def _events(subject: str) -> int:
+    token = subject.rpartition(".")[2]
+    return int(token) if token.isdigit() else 0  # somebody else's message
+
+
+def _time(text: str) -> float:
+    return datetime.fromisoformat(text).timestamp()
+
+
+class Streams:
+    """All lanes' streams, by lane."""
+
+    def __init__(self, client: Client, settings: Settings) -> None:
+        self.by_lane: dict[str, Stream] = {}
+        self.mark: str | None = None  # of our database, once it is known
+        self._client = client
+        self._settings = settings
+        self._prefix = settings.nats_prefix
+
+    def of(self, lane: str) -> Stream:
+        """What is known of a lane's stream, be it there or not."""
+        if lane not in self.by_lane:
+            self.by_lane[lane] = Stream(lane, stream_of(self._prefix, lane))
+        return self.by_lane[lane]
+
+    # --- look ---
+
+    async def find(self) -> None:
+        """List all streams of the prefix, and look at them and at those of our own lanes.
+
+        Raises: MirrorUnavailable: some could not be looked at.
+        """
+        try:
+            for name in await self.names():
+                self.of(name.removeprefix(f"{self._prefix}_")).there = True
+        except MirrorUnavailable:  # perhaps we may not: then only our own lanes' are seen
+            if not self._client.health.up:
+                raise
+        await self._look(list(self.by_lane.values()))
+
+    async def names(self) -> list[str]:
+        """Raises: MirrorUnavailable."""
+        names: list[str] = []
+        while True:
+            page = await self._client.api(
+                "STREAM.NAMES", subject=subject_of(self._prefix, "*", "*"), offset=len(names)
+            )
+            found = page.get("streams") or []
+            names += found
+            if not found or len(names) >= page["total"]:
+                return names
+
+    async def look(self) -> None:
+        """Look at those in which something waits or happens, and now and then at the others.
+
+        Raises: MirrorUnavailable: some could not be looked at.
+        """
+        now = time.monotonic()
+        await self._look(
+            [s for s in self.by_lane.values()
+             if s.active or s.messages or now - s.looked_at >= _IDLE_LOOK_S]
+        )  # fmt: skip
+
+    async def _look(self, streams: Collection[Stream]) -> None:
+        several = asyncio.Semaphore(_LOOKS_AT_ONCE)
+
+        async def one(stream: Stream) -> None:
+            async with several:
+                await self.look_at(stream)
+
+        outcomes = await asyncio.gather(*map(one, streams), return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+
+    async def look_at(self, stream: Stream) -> None:
+        """Read one stream's state, if it is there. Raises: MirrorUnavailable."""
+        stream.active = False
+        try:
+            filter = subject_of(self._prefix, stream.lane, "*")
+            stream.saw(
+                await self._client.api(f"STREAM.INFO.{stream.name}", subjects_filter=filter)
+            )
+        except ApiError as exc:
+            if exc.code != NO_STREAM:
+                raise
+            known = self.by_lane[stream.lane]
+            if known.there:
+                log.error("stream is gone", stream=stream.name, events=known.events)
+            stream.there, stream.looked_at = False, time.monotonic()
+            stream.messages = stream.events = stream.bytes = 0
+            stream.oldest = None
+
+    # --- make ---
+
+    async def ensure(self, lane: str, *, again: bool = False) -> Stream:
+        """Once this returns, the lane's stream and its consumer are there; made if they were not.
+
+        Args: again: look, even if they were there before.
+        Raises: MirrorUnavailable; MirrorFull: the cluster has no room for it.
+        """
+        stream = self.of(lane)
+        if stream.there and not again:
+            return stream
+        async with stream.making:
+            if stream.there and not again:  # somebody else made it meanwhile
+                return stream
+            if (why := stream.full) is not None and not stream.there:
+                raise MirrorFull(why)
+            await self.look_at(stream)
+            if not stream.there:
+                await self._make(stream)
+            await self._make_consumer(stream)
+        return stream
+
+    async def _make(self, stream: Stream) -> None:
+        replicas = self._settings.nats_replicas or 3
+        while True:
+            config = stream_config(self._settings, stream.lane, replicas, self.mark)
+            try:
+                await self._client.api(
+                    f"STREAM.CREATE.{stream.name}", timeout_s=_CREATE_S, **config
+                )
+                break
+            except ApiError as exc:
+                fewer = self._fewer(exc, replicas)
+                if fewer is None:
+                    raise self._cant_make(stream, exc, replicas) from exc
+                replicas = fewer
+        log.info("stream made", stream=stream.name, replicas=replicas,
+                 max_bytes=self._settings.nats_lane_max_bytes)  # fmt: skip
+        await self.look_at(stream)
+
+    def _fewer(self, exc: ApiError, replicas: int) -> int | None:
+        """How many replicas to try next, where the setting leaves it open; None: it is no use.
+
+        Only what says that there are no more nodes counts; one that is down is still one of them.
+        """
+        if self._settings.nats_replicas or replicas == 1:
+            return None
+        if exc.code == NOT_CLUSTERED:
+            return 1
+        bare = exc.detail.endswith(f"no suitable peers for placement ({NO_PEERS})")
+        return replicas - 1 if bare else None
+
+    def _cant_make(self, stream: Stream, exc: ApiError, replicas: int) -> MirrorUnavailable:
+        if exc.code == OTHER_CONFIG:  # somebody made it just now, with another configuration
+            return MirrorUnavailable(exc.detail)
+        wanted = self._settings.nats_lane_max_bytes
+        stream.refused = (
+            f"{exc.detail}: the stream {stream.name} can't be made; it reserves {wanted} bytes "
+            f"(nats_lane_max_bytes) on {replicas} nodes (nats_replicas)"
+        )
+        stream.refused_at = time.monotonic()
+        log.error("stream not made", stream=stream.name, error=exc.detail, bytes=wanted,
+                  replicas=replicas)  # fmt: skip
+        return MirrorFull(stream.refused)
+
+    async def _make_consumer(self, stream: Stream) -> None:
+        try:
+            await self._client.api(f"CONSUMER.INFO.{stream.name}.{CONSUMER}")
+        except ApiError as exc:
+            if exc.code != NO_CONSUMER:
+                raise
+            await self._client.api(
+                f"CONSUMER.CREATE.{stream.name}.{CONSUMER}", timeout_s=_CREATE_S,
+                stream_name=stream.name, config=consumer_config(),
+            )  # fmt: skip
+
+    async def put_mark(self, stream: Stream, mark: str) -> None:
+        """Write our database's mark into a stream that has none. Raises: MirrorUnavailable."""
+        info = await self._client.api(f"STREAM.INFO.{stream.name}")
+        config = info["config"]
+        config["metadata"] = {**config.get("metadata", {}), MARK: mark}
+        await self._client.api(f"STREAM.UPDATE.{stream.name}", timeout_s=_CREATE_S, **config)
+        stream.mark = mark
