@@ -7,6 +7,7 @@ JetStream classes lack what is needed here. Source: nats-io/nats.py, issues 386 
 from __future__ import annotations
 
 import asyncio
+import re
 import ssl
 import time
 from collections import Counter
@@ -17,11 +18,13 @@ from typing import Any
 import msgspec
 import nats.errors
 import structlog
-from nats.aio.client import Client as Connection
+from nats.aio.client import Client as NatsClient
+from nats.aio.client import RawCredentials, Srv
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
+from nats.aio.transport import TcpTransport
 
-from datapipe.errors import MirrorUnavailable
+from datapipe.errors import ConfigError, MirrorUnavailable
 from datapipe.health import Health
 from datapipe.retry import backoff
 from datapipe.settings import Settings
@@ -32,6 +35,9 @@ _PING_S = 2.0
 _RECONNECT_S = 0.25
 _RETRY_MAX_S = 2.0
 _PENDING_BYTES = 64 << 20
+
+_DENIED = re.compile(r'permissions violation for \w+ to "(.+?)"')
+_CREDS = re.compile(r"BEGIN NATS USER JWT-+\s+\S[\s\S]*BEGIN USER NKEY SEED-+\s+\S")
 
 OnMessage = Callable[[Msg], Awaitable[None]]
 
@@ -50,18 +56,53 @@ class ApiError(MirrorUnavailable):
         self.code = code
 
 
+class _Transport(TcpTransport):
+    async def wait_closed(self) -> None:
+        """Not for ever, which it would take after a TLS handshake that failed."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(1.0):
+                await super().wait_closed()
+
+
+class Connection(NatsClient):
+    """That of nats-py, with two of its faults repaired."""
+
+    async def _connect_to_server(self, s: Srv) -> None:
+        self._transport = self._transport or _Transport()
+        await super()._connect_to_server(s)
+
+    def _connect_command(self) -> bytes:
+        """Where TLS is wanted, the login goes by TLS alone.
+
+        Otherwise a server, or whoever sits in between, gets it in the clear by saying that it needs
+        no TLS, even if the URL is tls://.
+        """
+        if self.options.get("tls") and not self._server_info.get("tls_required"):
+            raise _WithoutTls("nats: TLS is wanted here, and the server does not ask for it")
+        return super()._connect_command()
+
+
+class _WithoutTls(nats.errors.Error):
+    pass
+
+
 class Client:
     """Every call raises MirrorUnavailable if there is no answer in time.
 
     Attributes:
         calls: requests sent so far, by kind.
         health: whether the cluster answers, by the outcome of each request.
+        refused: why a server that answers does not let us in, or None; a person must act.
+        denied: subjects, in lower case, for which we lack a right.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.calls: Counter[str] = Counter()
         self.health = Health()
+        self.refused: str | None = None
+        self.denied: set[str] = set()
         self._options = _options(settings)
+        self._creds = settings.nats_creds
         self._connection = Connection()
         self._connected = asyncio.Event()
         self._ended = asyncio.Event()  # the connection is closed for good
@@ -91,7 +132,8 @@ class Client:
             self._connection = Connection()
             try:
                 await self._connection.connect(
-                    **self._options, error_cb=self._on_error, closed_cb=self._on_closed,
+                    **self._options, user_credentials=_credentials(self._creds),
+                    error_cb=self._on_error, closed_cb=self._on_closed,
                     disconnected_cb=self._on_disconnected, reconnected_cb=self._on_connected,
                 )  # fmt: skip
                 for subject, on_message in self._subscriptions.items():
@@ -106,12 +148,17 @@ class Client:
             await asyncio.sleep(backoff(failures, _RETRY_MAX_S))
 
     async def _on_error(self, exc: Exception) -> None:
-        self._error = _text(exc)
+        self.denied |= set(_DENIED.findall(str(exc)))
+        # a server that refuses may cut the connection before its reason is read
+        if self.refused is None or not isinstance(exc, ConnectionResetError):
+            self._error = _text(exc)
+            self.refused = self._error if _refuses(exc) else None
         log.debug("nats", error=self._error)
         if not self._connected.is_set():
             self.health.fails(time.perf_counter(), f"NATS: {self._error}")
 
     async def _on_connected(self) -> None:
+        self.refused = None
         self._connected.set()
 
     async def _on_disconnected(self) -> None:
@@ -120,6 +167,19 @@ class Client:
 
     async def _on_closed(self) -> None:
         self._ended.set()
+
+    async def wait_connected(self, timeout_s: float) -> None:
+        """Raises: MirrorUnavailable: why not."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._connected.wait()
+        except TimeoutError:
+            raise MirrorUnavailable(f"NATS: {self._error}") from None
+
+    @property
+    def hosts(self) -> set[str]:
+        """Those of all nodes that we know of: as set, and as the servers say."""
+        return {each.hostname for each in self._connection.servers if each.hostname}
 
     @property
     def max_payload(self) -> int:
@@ -199,9 +259,7 @@ class Client:
         self.health.fails(began, why)
         return MirrorUnavailable(why)
 
-    async def api(
-        self, call: str, *, timeout_s: float = ANSWER_S, **body: Any
-    ) -> dict[str, Any]:
+    async def api(self, call: str, *, timeout_s: float = ANSWER_S, **body: Any) -> dict[str, Any]:
         """A call of JetStream's API, such as STREAM.INFO.name. Raises: MirrorUnavailable, ApiError.
 
         Source: docs.nats.io, "NATS API Reference".
@@ -211,9 +269,7 @@ class Client:
         answer = await self.request(kind, f"$JS.API.{call}", payload, timeout_s=timeout_s)
         return decoded(answer.data)
 
-    async def publish(
-        self, call: str, subject: str, payload: bytes = b"", reply: str = ""
-    ) -> None:
+    async def publish(self, call: str, subject: str, payload: bytes = b"", reply: str = "") -> None:
         """Send; nobody says whether it arrived. Raises: MirrorUnavailable: not connected."""
         self.calls[call] += 1
         if not self._connected.is_set():
@@ -244,21 +300,61 @@ def _text(exc: Exception) -> str:
     return f"can't log in or connect ({type(exc).__name__})"
 
 
+def _refuses(exc: Exception) -> bool:
+    """Whether somebody answered and did not let us in, or our own files are wrong."""
+    if isinstance(exc, nats.errors.Error):
+        return isinstance(exc, _WithoutTls) or "auth" in str(exc).lower()
+    if isinstance(exc, ssl.SSLError):
+        return isinstance(exc, ssl.SSLCertVerificationError) or "ALERT" in str(exc.reason)
+    return not isinstance(exc, OSError | TimeoutError)
+
+
+def _credentials(path: str) -> RawCredentials | None:
+    """What a .creds file holds, read anew for each connection: it may be replaced meanwhile.
+
+    In a file without a JWT nats-py would look for one for ever, and hold up the whole process.
+    Raises: OSError, ValueError.
+    """
+    if not path:
+        return None
+    with open(path, encoding="ascii") as file:
+        content = file.read(1 << 20)
+    if not _CREDS.search(content):
+        raise ValueError
+    return RawCredentials(content)
+
+
+def _tls(settings: Settings) -> ssl.SSLContext:
+    """Raises: ConfigError."""
+    key = "nats_ca_file"
+    try:
+        context = ssl.create_default_context(cafile=settings.nats_ca_file or None)
+        if settings.nats_cert_file:
+            key = "nats_cert_file, nats_key_file"
+            # with a password given here, nobody at the terminal is asked for a key's passphrase
+            context.load_cert_chain(
+                settings.nats_cert_file, settings.nats_key_file, password=lambda: ""
+            )
+    except (OSError, ValueError) as exc:
+        kinds = (
+            "certificates" if key == "nats_ca_file" else "a certificate and its key, unencrypted"
+        )
+        raise ConfigError(f"{key}: {kinds} wanted, in PEM") from exc
+    return context
+
+
 def _options(settings: Settings) -> dict[str, Any]:
-    """Arguments for nats-py's `connect`."""
+    """Arguments for nats-py's `connect`. Raises: ConfigError."""
     servers = [each.strip() for each in settings.nats_url.split(",") if each.strip()]
     files = settings.nats_ca_file or settings.nats_cert_file
     tls = None
     if files or any(each.startswith("tls://") for each in servers):
-        tls = ssl.create_default_context(cafile=settings.nats_ca_file or None)
-        if settings.nats_cert_file:
-            tls.load_cert_chain(settings.nats_cert_file, settings.nats_key_file or None)
+        tls = _tls(settings)
     return {
         "servers": servers,
         "name": "datapipe",
         "user": settings.nats_user or None,
         "password": settings.nats_password or None,
-        "user_credentials": settings.nats_creds or None,
         "nkeys_seed": settings.nats_nkey_file or None,
         "tls": tls,
         "connect_timeout": 2,
