@@ -55,7 +55,7 @@ class Admission:
             return []
         for chunk in parsed.chunks:
             if chunk.lane in full:
-                error = BufferFull(f"the lane {chunk.lane} is full")
+                error = BufferFull(full[chunk.lane])
                 if not parsed.batch:
                     raise error
                 parsed.errors += [(index, error) for index in chunk.indexes]

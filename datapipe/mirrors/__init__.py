@@ -29,6 +29,8 @@ class Traits:
         keep_interval_s: seconds between two calls of `keep`.
         shared: any process may load what any of them stored. Then `waiting` is the count of all of
             them, whatever is taken may be redelivered to another process, and there is a `channel`.
+        fence_s: seconds after it was taken at which a segment must be in the ledger, or not at all;
+            None: it is ours for as long as we live.
     """
 
     batch_bytes: int
@@ -40,6 +42,7 @@ class Traits:
     durable: bool = True
     keep_interval_s: float = 5.0
     shared: bool = False
+    fence_s: float | None = None
 
 
 class Appended(NamedTuple):
@@ -79,7 +82,7 @@ class Waiting(Protocol):
 
     @property
     def oldest(self) -> float | None:
-        """Unix time at which the oldest segment was sealed, or None."""
+        """Unix time at which the oldest segment was sealed, or None; minus infinity: unknown."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -124,6 +127,7 @@ class Recovery:
         unconfirmed: processes whose segments were seen and left, because they may live.
         more: there is more to be had, once this is loaded.
         left: there is more that can't be had yet: look again before long.
+        due: lanes to be loaded at once, of a shared mirror, whose events are nobody's to recover.
     """
 
     lanes: dict[str, Recovered] = field(default_factory=dict)
@@ -131,6 +135,7 @@ class Recovery:
     unconfirmed: set[str] = field(default_factory=set)
     more: bool = False
     left: bool = False
+    due: set[str] = field(default_factory=set)
 
 
 class Answers(NamedTuple):
@@ -234,8 +239,11 @@ class Mirror(Protocol):
     def waiting(self, lane: str) -> Waiting:
         """What waits in a lane, now and later: the same object each time."""
 
-    def full(self, lanes: Iterable[str]) -> set[str]:
-        """Those of these lanes that have used up their share: their new events are refused."""
+    def full(self, lanes: Iterable[str]) -> Mapping[str, str]:
+        """Those of these lanes that have used up their share, and what to say of each.
+
+        Their new events are refused.
+        """
 
     async def recover(self, membership: Membership) -> Recovery:
         """Take over what waits there, belongs to no living process and is not ours yet.

@@ -260,16 +260,18 @@ class BufferedMirror:
         """See `Mirror.waiting`."""
         return self._lane(lane)
 
-    def full(self, lanes: Iterable[str]) -> set[str]:
+    def full(self, lanes: Iterable[str]) -> dict[str, str]:
         """See `Mirror.full`: lanes that can't be loaded have half of the mirror together.
 
         The other half is for those that can.
         """
         off = self._put_off.intersection(lanes)
         if not off:
-            return off
+            return {}
         waiting = sum([self._lanes[name].bytes for name in self._put_off])
-        return off if waiting * 2 >= self._store.state().max_bytes else set()
+        if waiting * 2 < self._store.state().max_bytes:
+            return {}
+        return {name: f"the lane {name} is full" for name in off}
 
     def _lane(self, name: str) -> _Lane:
         if name not in self._lanes:

@@ -171,13 +171,18 @@ class Buffer:
         return sum([lane.total_out for lane in self.lanes.values()])
 
     @property
+    def waiting(self) -> int:
+        """Events that wait."""
+        return sum([lane.waiting.events for lane in self.lanes.values()])
+
+    @property
     def in_memory(self) -> int:
         """Events held in memory."""
         return sum([lane.waiting.in_memory for lane in self.lanes.values()])
 
     @property
     def oldest(self) -> float | None:
-        """Unix time at which the oldest segment that waits was sealed, or None."""
+        """Unix time at which the oldest that waits was sealed, or None; see `Waiting.oldest`."""
         ages = [lane.waiting.oldest for lane in self.lanes.values()]
         return min((age for age in ages if age is not None), default=None)
 

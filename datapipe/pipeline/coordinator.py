@@ -129,7 +129,7 @@ class Coordinator:
         finally:
             self._looked.set()
         self._buffer.recovered(found)
-        self._loader.hurry({*found.lanes, *found.unregistered})
+        self._loader.hurry({*found.lanes, *found.unregistered, *found.due})
         return found
 
     async def looks(self) -> AsyncIterator[None]:
@@ -145,9 +145,10 @@ class Coordinator:
             yield
             await self._mirror.keep(self)
             reserved = self._mirror.state().left
+            held = self._mirror.traits.shared and self._buffer.waiting  # by others, or they were
             if found.more and self._buffer.total_out > before:
                 patience = most
-            elif reserved or (patience > 0 and (found.more or found.unconfirmed)):
+            elif reserved or (patience > 0 and (found.more or found.unconfirmed or held)):
                 patience -= 1
                 await self.heartbeat()
                 await asyncio.sleep(BEAT_S)
@@ -227,7 +228,10 @@ class Coordinator:
         self._buffer.removed.take(self._buffer.removed_bytes)
         if await self._mirror.keep(self):
             self._look_now.set()
-        return BEAT_S
+        traits = self._mirror.traits
+        if traits.shared:  # other processes' events may be due
+            self._buffer.wake.set()
+        return traits.keep_interval_s
 
     async def _release_memory(self) -> None:
         """Give back what is free, again and again; where much waits it is soon needed again."""

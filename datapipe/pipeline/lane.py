@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 from datapipe.health import Health
@@ -61,4 +62,6 @@ class Lane:
     def oldest_seconds(self) -> float:
         """Age of the oldest event that waits."""
         oldest = self.waiting.oldest
-        return 0.0 if oldest is None else max(0.0, time.time() - oldest)
+        if oldest is None or oldest == -math.inf:  # none, or unknown
+            return 0.0
+        return max(0.0, time.time() - oldest)

@@ -183,7 +183,11 @@ class Loader:
         lane = schedule.lane
         segments: list[Segment] = []
         try:
-            segments = await self._mirror.take(lane.name, self._take_bytes)
+            not_after = await self._not_after()
+            segments = await self._take(lane)
+            if not segments:
+                schedule.exhausted()
+                return
             if any(segment.missing for segment in segments):
                 segments = await self._without_missing(lane, segments)
             if not segments:
@@ -191,15 +195,40 @@ class Loader:
                 return
             began = time.perf_counter()
             table = table_of(self._registry.types[lane.name])
-            result = await self.sink.load(table, segments, accept_dead=accept_dead)
+            result = await self.sink.load(
+                table, segments, accept_dead=accept_dead, not_after=not_after
+            )
         except (MirrorUnavailable, SinkUnavailable, LaneBlocked) as exc:
             self._put_off(schedule, segments, exc)
         except BaseException:
-            self._mirror.requeue(lane.name, segments, put_off=False)
+            self._requeue(lane, segments, put_off=False)
             raise
         else:
             self._book(lane, segments, result)
             self._loaded(schedule, result, time.perf_counter() - began, len(segments))
+
+    async def _not_after(self) -> float | None:
+        """Until when, by the database's clock, what is taken now may be entered into the ledger.
+
+        Raises: SinkUnavailable, LaneBlocked.
+        """
+        fence_s = self._mirror.traits.fence_s
+        return None if fence_s is None else await self.sink.now() + fence_s
+
+    async def _take(self, lane: Lane) -> list[Segment]:
+        """Raises: MirrorUnavailable."""
+        shared = self._mirror.traits.shared
+        # what a blocked lane's table refuses again need not be fetched and sent back
+        probe = shared and lane.blocked is not None
+        segments = await self._mirror.take(lane.name, 1 if probe else self._take_bytes)
+        if shared:
+            lane.taken += sum(segment.events for segment in segments)
+        return segments
+
+    def _requeue(self, lane: Lane, segments: Sequence[Segment], *, put_off: bool) -> None:
+        if self._mirror.traits.shared:
+            lane.returned += sum(segment.events for segment in segments)
+        self._mirror.requeue(lane.name, segments, put_off=put_off)
 
     async def _without_missing(self, lane: Lane, segments: Sequence[Segment]) -> list[Segment]:
         """Book what the mirror no longer has: another process loaded it, or it is lost.
@@ -269,7 +298,7 @@ class Loader:
             retry_s = backoff(schedule.failures + 1, _OUTAGE_S if everywhere else _LANE_S)
             lane.health.fails(time.perf_counter(), error)
             log.warning("load failed", lane=lane.name, error=error, retry_seconds=round(retry_s, 2))
-        self._mirror.requeue(lane.name, segments, put_off=lane.stuck)
+        self._requeue(lane, segments, put_off=lane.stuck)
         self._records.loaded(Load(lane.name, error=error))
         schedule.failed(error, retry_s)
 

@@ -109,6 +109,12 @@ class Schedule:
             self._next_tries = []
             self._end_turn(None)
 
+    def exhausted(self) -> None:
+        """Nothing could be taken: the turn is over, whatever waits for other processes."""
+        self._tries += self._next_tries
+        self._next_tries = []
+        self._end_turn(None)
+
     def failed(self, error: str, retry_s: float) -> None:
         """A load failed; it is retried after `retry_s`, or at once if that was requested."""
         self.failures += 1

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 import structlog
 
-from datapipe.errors import DatapipeError
+from datapipe.errors import ConfigError, DatapipeError
 from datapipe.health import Health
 from datapipe.retry import backoff
 
@@ -62,7 +62,7 @@ async def repeat(
     """For ever: a step, of which `health` is, then a pause of as many seconds as it returns.
 
     A step that raises a DatapipeError is retried with back-off, at most `longest_s`; the first of
-    several failures in a row is logged as `failed`.
+    several failures in a row is logged as `failed`. Raises: ConfigError: no repeat mends that.
     """
     failures = 0
     while True:
@@ -70,6 +70,8 @@ async def repeat(
             with health.trying(f"the {health.part}"):
                 pause_s = await step()
             failures = 0
+        except ConfigError:
+            raise
         except DatapipeError as exc:
             failures += 1
             pause_s = backoff(failures, longest_s)

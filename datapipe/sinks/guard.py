@@ -23,6 +23,7 @@ class Guard:
         self._last: deque[tuple[int, int]] = deque()
         self._current = (0, 0)
         self._reset = False
+        self._blocked = False
 
     def look(self, refused: Sequence[RefusedRow], rows: int, accept_dead: bool) -> None:
         """Examine a load that is about to commit, of so many rows.
@@ -39,9 +40,10 @@ class Guard:
             if count >= GUARD_ROWS:
                 break
             count, of = count + before[0], of + before[1]
-        if count < GUARD_ROWS or count * 2 <= of:
+        # once it is taken to be wrong, the next load need not show that anew: it may be a small one
+        if (count < GUARD_ROWS and not self._blocked) or count * 2 <= of:
             return
-        self._reset = True
+        self._reset = self._blocked = True
         raise LaneBlocked(
             f"the table refuses {count} of {of} rows: {counted[0].message} (SQLSTATE "
             f"{counted[0].sqlstate}); repair the table, or let them through with "
@@ -51,6 +53,7 @@ class Guard:
     def committed(self) -> None:
         """The load has committed; after a block was resolved, counting starts anew."""
         refused, rows = self._current
+        self._blocked = False
         if self._reset:
             self._last.clear()
             self._reset = False

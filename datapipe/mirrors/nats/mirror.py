@@ -11,14 +11,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 
 import structlog
 
-from datapipe.errors import ConfigError, MirrorFull, MirrorUnavailable, SinkUnavailable
-from datapipe.errors import LaneBlocked
+from datapipe.errors import (
+    ConfigError,
+    LaneBlocked,
+    MirrorFull,
+    MirrorUnavailable,
+    SinkUnavailable,
+)
 from datapipe.events.segment import SEGMENTS_AT_ONCE, Segment
 from datapipe.mirrors import (
     Appended,
@@ -33,7 +38,7 @@ from datapipe.mirrors import (
 from datapipe.mirrors.nats import wire
 from datapipe.mirrors.nats.channel import NatsChannel
 from datapipe.mirrors.nats.client import ANSWER_S, ApiError, Client, NoResponders, decoded
-from datapipe.mirrors.nats.prune import EVERY_S, Pruning
+from datapipe.mirrors.nats.prune import EVERY_S, FENCE_S, Pruning
 from datapipe.mirrors.nats.pull import Delivery, Puller
 from datapipe.mirrors.nats.streams import ACK_WAIT_S, Stream, Streams
 from datapipe.retry import backoff
@@ -47,8 +52,7 @@ _PUT_OFF_S = 1.0  # until another process may take what could not be loaded here
 _ACKS_AT_ONCE = 64
 _ACK_PATIENCE_S = 120.0  # then it is redelivered, and the ledger skips it
 _UNREADABLE_S = 600.0
-_STREAM_FULL = {10077, 10122, 10047, 10023}
-_MAXED_OUT = 10077
+_MAXED_OUT = 10077  # source: nats-io/nats-server, server/errors.json
 
 log = structlog.stdlib.get_logger("datapipe.mirrors.nats")
 
@@ -83,19 +87,12 @@ class Nats:
         self._tasks: set[asyncio.Task[None]] = set()  # removals, requeues
         self._requeues: dict[str, asyncio.Task[None]] = {}  # the last one under way, by lane
         self._started = False
-
-    @property
-    def traits(self) -> Traits:
-        room = (self._client.max_payload or SEGMENT_BYTES) - 16 * _HEADERS_BYTES
-        return Traits(
-            batch_bytes=max(1, min(SEGMENT_BYTES, room, self._settings.load_trigger_bytes)),
-            identity=self._process,
-            recover_interval_s=60.0,
-            appends_at_once=_APPENDS,
-            queue_per_lane=True,
-            keep_interval_s=1.0,
-            shared=True,
-        )
+        self.traits = Traits(
+            # what turns out to be larger than `max_payload` is cut
+            batch_bytes=max(1, min(SEGMENT_BYTES, settings.load_trigger_bytes)),
+            identity=process, recover_interval_s=60.0, appends_at_once=_APPENDS,
+            queue_per_lane=True, keep_interval_s=1.0, shared=True, fence_s=FENCE_S,
+        )  # fmt: skip
 
     @property
     def pressed(self) -> bool:
@@ -285,11 +282,13 @@ class Nats:
         """Confirmed, so that they can be taken in their order once this has ended."""
         body = b'-NAK {"delay": %d}' % int(delay_s * 1e9) if delay_s else b"-NAK"
         for at in range(0, len(replies), _ACKS_AT_ONCE):
-            some = [self._client.request("nak", each, body) for each in replies[at:][:_ACKS_AT_ONCE]]
+            some = [
+                self._client.request("nak", each, body) for each in replies[at:][:_ACKS_AT_ONCE]
+            ]
             # one that does not arrive: they come back by themselves
             await asyncio.gather(*some, return_exceptions=True)
 
-    def _start(self, work: AbstractCoroutine) -> asyncio.Task[None]:
+    def _start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -340,7 +339,7 @@ class Nats:
                     await self.streams.put_mark(stream, mark)
 
     async def keep(self, membership: Membership) -> bool:
-        """See `Mirror.keep`: look at what waits, and have the ledger forget what can't come back."""
+        """See `Mirror.keep`: look at what waits; the ledger forgets what can't come back."""
         due = time.monotonic() - self._pruned_at >= EVERY_S
         now: float | None = None
         if due:

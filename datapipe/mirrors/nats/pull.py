@@ -79,7 +79,8 @@ class Puller:
         fresh = time.monotonic() - _STALE_S
         if late := [each for each in self._late.pop(stream.lane, ()) if each.at > fresh]:
             return late
-        pull = await self._pull(stream, {"batch": batch, "max_bytes": max_bytes, "no_wait": True})
+        bound = {"max_bytes": max_bytes} if batch > 1 else {}
+        pull = await self._pull(stream, {"batch": batch, "no_wait": True, **bound})
         if not pull.deliveries and pull.status == "409":  # the first alone is larger
             pull = await self._pull(stream, {"batch": 1, "no_wait": True})
         return pull.deliveries

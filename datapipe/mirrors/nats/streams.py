@@ -7,6 +7,7 @@ Both are made when a lane gets its first event, as far as we may.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Collection
 from datetime import datetime
@@ -24,7 +25,8 @@ MARK = "datapipe_database"  # key of a stream's metadata
 ACK_WAIT_S = 30.0
 _DUPLICATE_WINDOW_S = 120.0
 _LOOKS_AT_ONCE = 16
-_IDLE_LOOK_S = 5.0  # between looks at a lane in which nothing waits
+_IDLE_LOOKS = 50  # a second, at lanes in which nothing waits; each takes 0.3 ms of ours
+_UNKNOWN_S = 60.0  # after the last look it is not known any more how old the oldest is
 _REFUSED_S = 5.0  # for which a stream that can't be made is not tried again
 _CREATE_S = 10.0  # a new stream waits for its leader
 _NS = 1_000_000_000
@@ -79,7 +81,6 @@ class Stream:
         there: it has been seen.
         messages, events, bytes: of all that waits for any process.
         in_memory: events that this process has taken.
-        oldest: Unix time, by our clock, at which the oldest message was stored.
         first_seq, last_seq: of the stream.
         looked_at: when that was read (`time.monotonic`).
         mark: of the database that it is loaded into.
@@ -91,11 +92,11 @@ class Stream:
         self.there = False
         self.messages = self.events = self.bytes = self.max_bytes = 0
         self.in_memory = 0
-        self.oldest: float | None = None
+        self._oldest: float | None = None
         self.first_seq = self.last_seq = 0
         self.replicas = 0
         self.mark: str | None = None
-        self.looked_at = -_IDLE_LOOK_S
+        self.looked_at = -math.inf
         self.active = False  # something was appended or removed since the last look
         self.making = asyncio.Lock()
         self.refused: str | None = None  # why it can't be made
@@ -104,6 +105,12 @@ class Stream:
     @property
     def parked(self) -> int:
         return max(0, self.events - self.in_memory)
+
+    @property
+    def oldest(self) -> float | None:
+        """Unix time by our clock at which the oldest message was stored; see `Waiting.oldest`."""
+        known = time.monotonic() - self.looked_at < _UNKNOWN_S
+        return self._oldest if known else -math.inf
 
     @property
     def full(self) -> str | None:
@@ -118,7 +125,7 @@ class Stream:
         """A message was stored."""
         self.active = True
         if not self.messages:
-            self.oldest = time.time()
+            self._oldest = time.time()
         self.messages += 1
         self.events += events
         self.bytes += size
@@ -130,12 +137,18 @@ class Stream:
         self.events = max(0, self.events - events)
         self.bytes = max(0, self.bytes - size)
         if not self.messages:
-            self.oldest = None
+            self._oldest = None
 
     def is_full(self) -> None:
         """It refused a message."""
         self.bytes = max(self.bytes, self.max_bytes)
         self.active = True
+
+    def is_gone(self) -> None:
+        """There is no such stream, or none yet."""
+        self.there, self.looked_at = False, time.monotonic()
+        self.messages = self.events = self.bytes = 0
+        self._oldest = None
 
     def saw(self, info: dict[str, Any]) -> None:
         """An answer to STREAM.INFO, with the subjects."""
@@ -148,7 +161,7 @@ class Stream:
         subjects = state.get("subjects") or {}
         self.events = sum([count * _events(subject) for subject, count in subjects.items()])
         age_s = _time(info["ts"]) - _time(state["first_ts"])  # both by the servers' clock
-        self.oldest = time.time() - max(0.0, age_s) if self.messages else None
+        self._oldest = time.time() - max(0.0, age_s) if self.messages else None
         self.looked_at = time.monotonic()
 
 
@@ -209,10 +222,10 @@ class Streams:
 
         Raises: MirrorUnavailable: some could not be looked at.
         """
-        now = time.monotonic()
+        idle_since = time.monotonic() - max(0.5, len(self.by_lane) / _IDLE_LOOKS)
         await self._look(
             [s for s in self.by_lane.values()
-             if s.active or s.messages or now - s.looked_at >= _IDLE_LOOK_S]
+             if s.active or s.messages or s.looked_at <= idle_since]
         )  # fmt: skip
 
     async def _look(self, streams: Collection[Stream]) -> None:
@@ -232,18 +245,14 @@ class Streams:
         stream.active = False
         try:
             filter = subject_of(self._prefix, stream.lane, "*")
-            stream.saw(
-                await self._client.api(f"STREAM.INFO.{stream.name}", subjects_filter=filter)
-            )
+            stream.saw(await self._client.api(f"STREAM.INFO.{stream.name}", subjects_filter=filter))
         except ApiError as exc:
             if exc.code != NO_STREAM:
                 raise
             known = self.by_lane[stream.lane]
             if known.there:
                 log.error("stream is gone", stream=stream.name, events=known.events)
-            stream.there, stream.looked_at = False, time.monotonic()
-            stream.messages = stream.events = stream.bytes = 0
-            stream.oldest = None
+            stream.is_gone()
 
     # --- make ---
 
@@ -272,7 +281,7 @@ class Streams:
         while True:
             config = stream_config(self._settings, stream.lane, replicas, self.mark)
             try:
-                await self._client.api(
+                made = await self._client.api(
                     f"STREAM.CREATE.{stream.name}", timeout_s=_CREATE_S, **config
                 )
                 break
@@ -281,8 +290,9 @@ class Streams:
                 if fewer is None:
                     raise self._cant_make(stream, exc, replicas) from exc
                 replicas = fewer
-        log.info("stream made", stream=stream.name, replicas=replicas,
-                 max_bytes=self._settings.nats_lane_max_bytes)  # fmt: skip
+        if made.get("did_create"):  # not another process at the same moment
+            log.info("stream made", stream=stream.name, replicas=replicas,
+                     max_bytes=self._settings.nats_lane_max_bytes)  # fmt: skip
         await self.look_at(stream)
 
     def _fewer(self, exc: ApiError, replicas: int) -> int | None:

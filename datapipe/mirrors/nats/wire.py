@@ -1,9 +1,9 @@
 """The form of a message: one segment.
 
-    subject  <prefix>.<lane>.<events>        so a stream's info tells how many events wait there
-    header   Nats-Msg-Id: <segment id>       JetStream stores it once within the duplicate window
-    payload  <time sealed> <head as JSON>\\n
-             <rows>
+subject  <prefix>.<lane>.<events>        so a stream's info tells how many events wait there
+header   Nats-Msg-Id: <segment id>       JetStream stores it once within the duplicate window
+payload  <time sealed> <head as JSON>\\n
+         <rows>
 """
 
 from __future__ import annotations
