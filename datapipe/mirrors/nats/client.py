@@ -61,14 +61,17 @@ class _Transport(TcpTransport):
         """Not for ever, which it would take after a TLS handshake that failed."""
         with suppress(TimeoutError):
             async with asyncio.timeout(1.0):
-                await super().wait_closed()
+                await super().wait_closed()  # type: ignore[no-untyped-call]
+
+    def __bool__(self) -> bool:
+        return True  # else nats-py takes another one
 
 
 class Connection(NatsClient):
     """That of nats-py, with two of its faults repaired."""
 
     async def _connect_to_server(self, s: Srv) -> None:
-        self._transport = self._transport or _Transport()
+        self._transport = self._transport or _Transport()  # type: ignore[no-untyped-call]
         await super()._connect_to_server(s)
 
     def _connect_command(self) -> bytes:
