@@ -74,9 +74,19 @@ class Key:
 
 def password(user: str, word: str, permissions: str = "") -> Login:
     """A user of the server's configuration; `permissions` as they stand there."""
-    rights = f", permissions {{ {permissions} }}" if permissions else ""
-    more = _account(f"user: {json.dumps(user)}, password: {json.dumps(word)}{rights}")
+    more = passwords({user: (word, permissions)})
     return Login(more, {"nats_user": user, "nats_password": word}, [word])
+
+
+def passwords(users: dict[str, tuple[str, str]]) -> str:
+    """The configuration for several users of one account: passwords and permissions by name."""
+    return _account(
+        *(
+            f"user: {json.dumps(user)}, password: {json.dumps(word)}"
+            + (f", permissions {{ {permissions} }}" if permissions else "")
+            for user, (word, permissions) in users.items()
+        )
+    )
 
 
 def token(text: str) -> Login:
@@ -148,9 +158,10 @@ class Authority:
         return {**self.trusted, "nats_cert_file": cert, "nats_key_file": key}
 
 
-def _account(user: str) -> str:
+def _account(*users: str) -> str:
     # the server's own account has no JetStream
-    return f"accounts {{ DATAPIPE {{ jetstream: enabled, users: [ {{ {user} }} ] }} }}"
+    listed = ", ".join(f"{{ {user} }}" for user in users)
+    return f"accounts {{ DATAPIPE {{ jetstream: enabled, users: [ {listed} ] }} }}"
 
 
 def _part(content: dict[str, Any]) -> str:
