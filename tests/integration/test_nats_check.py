@@ -59,8 +59,10 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsCluster]:
     """Three hosts, with the monitoring port at the same number on each."""
     hosts = ["127.8.22.1", "127.8.22.2", "127.8.22.3"]
     (port,) = free_ports(hosts[0], 1)
-    cluster = NatsCluster(tmp_path_factory.mktemp("three"), hosts=hosts, more=f"http_port: {port}")
+    cluster = NatsCluster(tmp_path_factory.mktemp("three"), hosts=hosts)
     for node in cluster.nodes:
+        text = node.file.read_text()
+        node.file.write_text(text.replace(f':{node.http_port}"', f':{port}"'))
         node.http_port, node.monitoring_url = port, f"http://{node.host}:{port}"
     try:
         cluster.start()
