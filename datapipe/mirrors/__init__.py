@@ -29,6 +29,7 @@ class Traits:
         keep_interval_s: seconds between two calls of `keep`.
         shared: any process may load what any of them stored. Then `waiting` is the count of all of
             them, whatever is taken may be redelivered to another process, and there is a `channel`.
+        group: of the processes that share it; the source of its segments. Else empty.
         fence_s: seconds after it was taken at which a segment must be in the ledger, or not at all;
             None: it is ours for as long as we live.
     """
@@ -42,6 +43,7 @@ class Traits:
     durable: bool = True
     keep_interval_s: float = 5.0
     shared: bool = False
+    group: str = ""
     fence_s: float | None = None
 
 
@@ -182,8 +184,8 @@ class Membership(Protocol):
         Raises: SinkUnavailable, LaneBlocked.
         """
 
-    async def expire_lane(self, lane: str, before: float) -> None:
-        """Drop the ledger rows of a shared mirror's segments of this lane, loaded before then.
+    async def expire_lane(self, source: str, lane: str, before: float) -> None:
+        """Drop the ledger rows of the segments of this source and lane, loaded before then.
 
         Args: before: Unix time by the database's clock. Raises: SinkUnavailable, LaneBlocked.
         """

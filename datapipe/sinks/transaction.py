@@ -83,8 +83,8 @@ class Transaction(Protocol):
         Waits for another transaction that has inserted the same id.
         Args:
             kind: segment, claim or part. entries: at least one.
-            not_after: see `Sink.load`. Judged by the statement that inserts; that, the COPY that
-                follows and each wait between them must not last for ever, whatever becomes of us.
+            not_after: see `Sink.load`; judged by the statement that inserts. With it the
+                transaction must end even if this process freezes, for others wait for its rows.
         """
 
     def lock(self, segments: Sequence[str]) -> dict[str, Known]:

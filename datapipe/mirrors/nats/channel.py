@@ -10,6 +10,7 @@ import asyncio
 import time
 import zlib
 from collections.abc import Awaitable, Callable, Set
+from contextlib import suppress
 
 import structlog
 from nats.aio.msg import Msg
@@ -88,14 +89,13 @@ class NatsChannel:
             while True:
                 news.clear()
                 now = time.monotonic()
-                expected = (living | heard.keys()) - found.keys()
-                busy = [each for each in expected if now - heard.get(each, asked) < SILENT_S]
+                unanswered = (living | heard.keys()) - found.keys()
+                busy = [each for each in unanswered if now - heard.get(each, asked) < SILENT_S]
                 if not busy:
                     break
-                with_time = SILENT_S - (now - min(heard.get(each, asked) for each in busy))
-                try:
-                    async with asyncio.timeout(max(0.01, with_time)):
+                first = min(heard.get(each, asked) for each in busy)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(max(0.01, first + SILENT_S - now)):
                         await news.wait()
-                except TimeoutError:
-                    continue
-        return Answers({each: body for each, body in found.items() if body}, expected)
+        answers = {each: body for each, body in found.items() if body}
+        return Answers(answers, (living | heard.keys()) - answers.keys())

@@ -34,9 +34,10 @@ ANSWER_S = 2.0  # a request that takes longer is sent again, perhaps to another 
 _PING_S = 2.0
 _RECONNECT_S = 0.25
 _RETRY_MAX_S = 2.0
+_CLOSE_S = 2.0
 _PENDING_BYTES = 64 << 20
+_DENIED = re.compile(r'permissions violation for publish to "([^"]+)"', re.IGNORECASE)
 
-_DENIED = re.compile(r'permissions violation for \w+ to "(.+?)"')
 _CREDS = re.compile(r"BEGIN NATS USER JWT-+\s+\S[\s\S]*BEGIN USER NKEY SEED-+\s+\S")
 
 OnMessage = Callable[[Msg], Awaitable[None]]
@@ -46,6 +47,10 @@ log = structlog.stdlib.get_logger("datapipe.mirrors.nats")
 
 class NoResponders(MirrorUnavailable):
     """Nobody listens there: no such stream, or one without a leader."""
+
+
+class Denied(MirrorUnavailable):
+    """Our account may not publish there."""
 
 
 class ApiError(MirrorUnavailable):
@@ -125,7 +130,8 @@ class Client:
             with suppress(asyncio.CancelledError):
                 await task
             with suppress(Exception):  # it may be in any state
-                await self._connection.close()
+                async with asyncio.timeout(_CLOSE_S):
+                    await self._connection.close()
 
     async def _stay_connected(self) -> None:
         """nats-py reconnects by itself, but after some errors it gives up."""
@@ -151,17 +157,19 @@ class Client:
             await asyncio.sleep(backoff(failures, _RETRY_MAX_S))
 
     async def _on_error(self, exc: Exception) -> None:
-        self.denied |= set(_DENIED.findall(str(exc)))
         # a server that refuses may cut the connection before its reason is read
         if self.refused is None or not isinstance(exc, ConnectionResetError):
             self._error = _text(exc)
             self.refused = self._error if _refuses(exc) else None
+        if denied := _DENIED.search(str(exc)):  # the request itself will only time out
+            self.denied.add(denied[1])
         log.debug("nats", error=self._error)
         if not self._connected.is_set():
             self.health.fails(time.perf_counter(), f"NATS: {self._error}")
 
     async def _on_connected(self) -> None:
         self.refused = None
+        self.denied.clear()
         self._connected.set()
 
     async def _on_disconnected(self) -> None:
@@ -200,7 +208,8 @@ class Client:
         """From now on, whatever connection there is, get what is published there."""
         self._subscriptions[subject] = on_message
         if self._connected.is_set():
-            await self._subscribe(subject, on_message)
+            with suppress(nats.errors.Error):  # the next connection makes up for it
+                await self._subscribe(subject, on_message)
 
     async def _subscribe(self, subject: str, on_message: OnMessage) -> Subscription:
         return await self._connection.subscribe(
@@ -237,8 +246,9 @@ class Client:
     ) -> Msg:
         """Send and wait for the answer. Args: call: what it is counted as.
 
-        Raises: MirrorUnavailable: it may have had its effect; NoResponders.
+        Raises: MirrorUnavailable: it may have had its effect; NoResponders; Denied.
         """
+        self._check_right(subject)
         self.calls[call] += 1
         began = time.perf_counter()
         try:
@@ -250,9 +260,14 @@ class Client:
         except nats.errors.NoRespondersError:
             raise NoResponders("NATS: nobody answers: no such stream, or no leader") from None
         except (nats.errors.Error, TimeoutError, OSError) as exc:
+            self._check_right(subject)
             raise self._unavailable(exc, timeout_s, began) from exc
         self.health.works(began)
         return answer
+
+    def _check_right(self, subject: str) -> None:
+        if subject.lower() in self.denied:  # so does nats-py write them
+            raise Denied(f"NATS: not permitted to publish to {subject}: see `datapipe check`")
 
     def _unavailable(self, exc: Exception, timeout_s: float, began: float) -> MirrorUnavailable:
         why = f"NATS: {self._error}"
@@ -285,7 +300,10 @@ class Client:
 
 def decoded(data: bytes) -> dict[str, Any]:
     """An answer of JetStream. Raises: ApiError: it is an error."""
-    answer: dict[str, Any] = msgspec.json.decode(data)
+    try:
+        answer = msgspec.json.decode(data, type=dict[str, Any])
+    except msgspec.MsgspecError as exc:
+        raise MirrorUnavailable(f"NATS: no answer of JetStream: {exc}") from exc
     if error := answer.get("error"):
         code = int(error.get("err_code", error.get("code", 0)))
         raise ApiError(code, f"NATS: {error.get('description', '')} ({code})")

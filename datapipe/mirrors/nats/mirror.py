@@ -80,7 +80,6 @@ class Nats:
         self._process = process
         self._puller = Puller(client, self._prefix)
         self._pruning = Pruning()
-        self._pruned_at = -EVERY_S
         self._held: dict[str, _Held] = {}  # by segment
         self._removing: dict[str, _Held] = {}
         self._put_off: set[str] = set()  # lanes
@@ -91,8 +90,9 @@ class Nats:
         self.traits = Traits(
             # what turns out to be larger than `max_payload` is cut
             batch_bytes=max(1, min(SEGMENT_BYTES, settings.load_trigger_bytes)),
-            identity=process, recover_interval_s=60.0, appends_at_once=_APPENDS,
-            queue_per_lane=True, keep_interval_s=1.0, shared=True, fence_s=FENCE_S,
+            identity=process, recover_interval_s=EVERY_S, appends_at_once=_APPENDS,
+            queue_per_lane=True, keep_interval_s=1.0, shared=True,
+            group=wire.source_of(self._prefix), fence_s=FENCE_S,
         )  # fmt: skip
 
     @property
@@ -244,14 +244,12 @@ class Nats:
         return self._start(self._remove(removing))
 
     async def _remove(self, removing: dict[str, _Held]) -> None:
-        several = asyncio.Semaphore(_ACKS_AT_ONCE)
-
-        async def one(id: str, held: _Held) -> None:
-            async with several:
-                await self._acknowledge(held)
-            del self._removing[id]
-
-        await asyncio.gather(*(one(id, held) for id, held in removing.items()))
+        left = list(removing.items())
+        for at in range(0, len(left), _ACKS_AT_ONCE):
+            some = left[at:][:_ACKS_AT_ONCE]
+            await asyncio.gather(*(self._acknowledge(held) for _, held in some))
+            for id, _ in some:
+                del self._removing[id]
 
     async def _acknowledge(self, held: _Held) -> None:
         """Until the server has confirmed it, or will have redelivered it long since."""
@@ -299,16 +297,27 @@ class Nats:
         """For ever: tell the server that we work on what we have taken."""
         while True:
             await asyncio.sleep(ACK_WAIT_S / 3)
-            for held in list(self._held.values()):
+            for number, held in enumerate(list(self._held.values())):
                 with suppress(MirrorUnavailable):
                     await self._client.publish("hold", held.reply, b"+WPI")
+                if number % _ACKS_AT_ONCE == 0:
+                    await asyncio.sleep(0)  # requests come in between
 
     # --- recover, keep ---
 
     async def recover(self, membership: Membership) -> Recovery:
-        """See `Mirror.recover`. There is nothing to take over; lanes without a class are found."""
+        """See `Mirror.recover`. There is nothing to take over: the broker redelivers.
+
+        What is looked at here are the streams of all lanes, of those without a class, too; and the
+        ledger forgets what can't come back.
+        """
+        now: float | None = None
+        with suppress(SinkUnavailable, LaneBlocked):
+            now = await membership.database_time()  # before the streams are read
         await self.streams.find()
         await self._compare_marks(membership)
+        if now is not None:
+            await self._prune(membership, now)
         waiting = {lane for lane, stream in self.streams.by_lane.items() if stream.messages}
         found = Recovery(unregistered={lane for lane in waiting if not membership.can_load(lane)})
         if not self._started:
@@ -340,16 +349,8 @@ class Nats:
                     await self.streams.put_mark(stream, mark)
 
     async def keep(self, membership: Membership) -> bool:
-        """See `Mirror.keep`: look at what waits; the ledger forgets what can't come back."""
-        due = time.monotonic() - self._pruned_at >= EVERY_S
-        now: float | None = None
-        if due:
-            with suppress(SinkUnavailable, LaneBlocked):
-                now = await membership.database_time()
+        """See `Mirror.keep`: look at what waits."""
         await self.streams.look()
-        if now is not None:
-            self._pruned_at = time.monotonic()
-            await self._prune(membership, now)
         return self.streams.mark is None
 
     async def _prune(self, membership: Membership, now: float) -> None:
@@ -358,7 +359,7 @@ class Nats:
                 before = self._pruning.look(lane, now, stream.first_seq, stream.last_seq)
                 if before is not None:
                     with suppress(SinkUnavailable, LaneBlocked):  # the next note covers them
-                        await membership.expire_lane(lane, before)
+                        await membership.expire_lane(self.traits.group, lane, before)
 
     def expirable(self) -> list[str]:
         """See `Mirror.expirable`: none, one by one; `keep` has them forgotten lane by lane."""

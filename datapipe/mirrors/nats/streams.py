@@ -16,7 +16,7 @@ from typing import Any
 import structlog
 
 from datapipe.errors import MirrorFull, MirrorUnavailable
-from datapipe.mirrors.nats.client import ApiError, Client
+from datapipe.mirrors.nats.client import ApiError, Client, Denied
 from datapipe.mirrors.nats.wire import stream_of, subject_of
 from datapipe.settings import Settings
 
@@ -200,13 +200,12 @@ class Streams:
         try:
             for name in await self.names():
                 self.of(name.removeprefix(f"{self._prefix}_")).there = True
-        except MirrorUnavailable:  # perhaps we may not: then only our own lanes' are seen
-            if not self._client.health.up:
-                raise
+        except Denied:  # only our own lanes' are seen; `check` says so
+            pass
         await self._look(list(self.by_lane.values()))
 
     async def names(self) -> list[str]:
-        """Raises: MirrorUnavailable."""
+        """The names of all streams of the prefix. Raises: MirrorUnavailable."""
         names: list[str] = []
         while True:
             page = await self._client.api(
@@ -214,8 +213,8 @@ class Streams:
             )
             found = page.get("streams") or []
             names += found
-            if not found or len(names) >= page["total"]:
-                return names
+            if not found or len(names) >= page["total"]:  # others may take our subjects, too
+                return [name for name in names if name.startswith(f"{self._prefix}_")]
 
     async def look(self) -> None:
         """Look at those in which something waits or happens, and now and then at the others.
@@ -243,15 +242,17 @@ class Streams:
     async def look_at(self, stream: Stream) -> None:
         """Read one stream's state, if it is there. Raises: MirrorUnavailable."""
         stream.active = False
+        began = time.monotonic()
         try:
             filter = subject_of(self._prefix, stream.lane, "*")
             stream.saw(await self._client.api(f"STREAM.INFO.{stream.name}", subjects_filter=filter))
         except ApiError as exc:
             if exc.code != NO_STREAM:
                 raise
-            known = self.by_lane[stream.lane]
-            if known.there:
-                log.error("stream is gone", stream=stream.name, events=known.events)
+            if stream.looked_at > began:  # it was made meanwhile
+                return
+            if stream.there:
+                log.error("stream is gone", stream=stream.name, events=stream.events)
             stream.is_gone()
 
     # --- make ---
