@@ -98,6 +98,7 @@ class Stream:
         self.mark: str | None = None
         self.looked_at = -math.inf
         self.active = False  # something was appended or removed since the last look
+        self._refuses = False  # the last message, and nothing has left it since
         self.making = asyncio.Lock()
         self.refused: str | None = None  # why it can't be made
         self.refused_at = 0.0
@@ -117,7 +118,8 @@ class Stream:
         """Why nothing more can be stored, as far as is known."""
         if self.refused is not None and time.monotonic() - self.refused_at < _REFUSED_S:
             return self.refused
-        if self.there and self.max_bytes - self.bytes < min(1 << 20, self.max_bytes // 16):
+        few = min(1 << 20, self.max_bytes // 16)
+        if self.there and (self._refuses or self.max_bytes - self.bytes < few):
             return f"the lane {self.lane} is full: its stream {self.name} (nats_lane_max_bytes)"
         return None
 
@@ -132,7 +134,7 @@ class Stream:
 
     def left(self, events: int, size: int) -> None:
         """A message was loaded, and is being removed."""
-        self.active = True
+        self.active, self._refuses = True, False
         self.messages = max(0, self.messages - 1)
         self.events = max(0, self.events - events)
         self.bytes = max(0, self.bytes - size)
@@ -141,8 +143,7 @@ class Stream:
 
     def is_full(self) -> None:
         """It refused a message."""
-        self.bytes = max(self.bytes, self.max_bytes)
-        self.active = True
+        self.active = self._refuses = True
 
     def is_gone(self) -> None:
         """There is no such stream, or none yet."""
@@ -153,7 +154,7 @@ class Stream:
     def saw(self, info: dict[str, Any]) -> None:
         """An answer to STREAM.INFO, with the subjects."""
         state, config = info["state"], info["config"]
-        self.there, self.refused = True, None
+        self.there, self.refused, self._refuses = True, None, False
         self.max_bytes, self.replicas = config["max_bytes"], config["num_replicas"]
         self.mark = config.get("metadata", {}).get(MARK)
         self.first_seq, self.last_seq = state["first_seq"], state["last_seq"]
