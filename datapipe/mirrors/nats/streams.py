@@ -33,7 +33,7 @@ _NS = 1_000_000_000
 
 # Codes of JetStream. Source: nats-io/nats-server, server/errors.json.
 NO_PEERS, NOT_CLUSTERED, NO_STREAM, NO_CONSUMER, OTHER_CONFIG = 10005, 10074, 10059, 10014, 10058
-NO_RESOURCES = {NO_PEERS, 10023, 10028, 10047, 10026, 10002, 10121}
+_PASSING = {OTHER_CONFIG, 10004, 10008, 10009}  # the last three: while a leader is elected
 
 log = structlog.stdlib.get_logger("datapipe.mirrors.nats")
 
@@ -289,7 +289,7 @@ class Streams:
             except ApiError as exc:
                 fewer = self._fewer(exc, replicas)
                 if fewer is None:
-                    raise self._cant_make(stream, exc, replicas) from exc
+                    raise self._cant_make(stream, exc) from exc
                 replicas = fewer
         if made.get("did_create"):  # not another process at the same moment
             log.info("stream made", stream=stream.name, replicas=replicas,
@@ -308,17 +308,17 @@ class Streams:
         bare = exc.detail.endswith(f"no suitable peers for placement ({NO_PEERS})")
         return replicas - 1 if bare else None
 
-    def _cant_make(self, stream: Stream, exc: ApiError, replicas: int) -> MirrorUnavailable:
-        if exc.code == OTHER_CONFIG:  # somebody made it just now, with another configuration
+    def _cant_make(self, stream: Stream, exc: ApiError) -> MirrorUnavailable:
+        # OTHER_CONFIG: somebody made it just now, with another configuration
+        if exc.code in _PASSING:
             return MirrorUnavailable(exc.detail)
         wanted = self._settings.nats_lane_max_bytes
         stream.refused = (
             f"{exc.detail}: the stream {stream.name} can't be made; it reserves {wanted} bytes "
-            f"(nats_lane_max_bytes) on {replicas} nodes (nats_replicas)"
+            "(nats_lane_max_bytes) on each node that is to store it (nats_replicas)"
         )
         stream.refused_at = time.monotonic()
-        log.error("stream not made", stream=stream.name, error=exc.detail, bytes=wanted,
-                  replicas=replicas)  # fmt: skip
+        log.error("stream not made", stream=stream.name, error=exc.detail, bytes=wanted)
         return MirrorFull(stream.refused)
 
     async def _make_consumer(self, stream: Stream) -> None:
