@@ -138,8 +138,8 @@ class Stream:
         self.messages = max(0, self.messages - 1)
         self.events = max(0, self.events - events)
         self.bytes = max(0, self.bytes - size)
-        if not self.messages:
-            self._oldest = None
+        if not self.messages:  # the sizes that we count lack what the server stores beside
+            self.bytes, self._oldest = 0, None
 
     def is_full(self) -> None:
         """It refused a message."""
