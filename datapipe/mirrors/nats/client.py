@@ -7,6 +7,7 @@ JetStream classes lack what is needed here. Source: nats-io/nats.py, issues 386 
 from __future__ import annotations
 
 import asyncio
+import random
 import re
 import ssl
 import time
@@ -14,6 +15,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import Any
+from urllib.parse import ParseResult
 
 import msgspec
 import nats.errors
@@ -33,8 +35,12 @@ ANSWER_S = 2.0  # a request that takes longer is sent again, perhaps to another 
 # A node that is frozen is noticed after three of these; nats-py's own default is minutes.
 _PING_S = 2.0
 _RECONNECT_S = 0.25
+# Without a useful answer for so long, we try another node: ours may be cut off from the others, and
+# answer to pings all the same; or nats-py waits until a node that is frozen has read what is sent.
+_SILENT_S = 5.0
+_CLOSE_S = 1.0
+_NO_QUORUM = b'"err_code":10008'  # source: nats-io/nats-server, server/errors.json
 _RETRY_MAX_S = 2.0
-_CLOSE_S = 2.0
 _PENDING_BYTES = 64 << 20
 _DENIED = re.compile(r'permissions violation for publish to "([^"]+)"', re.IGNORECASE)
 
@@ -113,7 +119,8 @@ class Client:
         self._creds = settings.nats_creds
         self._connection = Connection()
         self._connected = asyncio.Event()
-        self._ended = asyncio.Event()  # the connection is closed for good
+        self._ended = asyncio.Event()  # the connection is closed for good, or of no use
+        self._silent_since: float | None = None
         self._error = "not connected yet"
         self._subscriptions: dict[str, OnMessage] = {}
 
@@ -129,31 +136,36 @@ class Client:
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
-            with suppress(Exception):  # it may be in any state
-                async with asyncio.timeout(_CLOSE_S):
-                    await self._connection.close()
+            await _close(self._connection)
 
     async def _stay_connected(self) -> None:
-        """nats-py reconnects by itself, but after some errors it gives up."""
+        """nats-py reconnects by itself, but not after all errors, nor from a useless node."""
         failures = 0
         while True:
-            self._ended.clear()
+            ended = self._ended = asyncio.Event()
+
+            async def on_closed(ended: asyncio.Event = ended) -> None:
+                ended.set()
+
             self._connection = Connection()
             try:
                 await self._connection.connect(
                     **self._options, user_credentials=_credentials(self._creds),
-                    error_cb=self._on_error, closed_cb=self._on_closed,
+                    error_cb=self._on_error, closed_cb=on_closed,
                     disconnected_cb=self._on_disconnected, reconnected_cb=self._on_connected,
                 )  # fmt: skip
                 for subject, on_message in self._subscriptions.items():
                     await self._subscribe(subject, on_message)
                 failures = 0
                 await self._on_connected()
-                await self._ended.wait()
+                await ended.wait()
             except Exception as exc:  # whatever a file of credentials or a server makes it raise
                 await self._on_error(exc)
             failures += 1
             await self._on_disconnected()
+            left = self._connection.connected_url
+            await _close(self._connection)
+            self._options["servers"] = _others_first(self._options["servers"], left)
             await asyncio.sleep(backoff(failures, _RETRY_MAX_S))
 
     async def _on_error(self, exc: Exception) -> None:
@@ -168,16 +180,13 @@ class Client:
             self.health.fails(time.perf_counter(), f"NATS: {self._error}")
 
     async def _on_connected(self) -> None:
-        self.refused = None
+        self.refused = self._silent_since = None
         self.denied.clear()
         self._connected.set()
 
     async def _on_disconnected(self) -> None:
         self._connected.clear()
         self.health.fails(time.perf_counter(), f"NATS: {self._error}")
-
-    async def _on_closed(self) -> None:
-        self._ended.set()
 
     async def wait_connected(self, timeout_s: float) -> None:
         """Raises: MirrorUnavailable: why not."""
@@ -258,16 +267,30 @@ class Client:
                     subject, payload, timeout=timeout_s, headers=dict(headers) if headers else None
                 )
         except nats.errors.NoRespondersError:
+            self._heard(useful=False)
             raise NoResponders("NATS: nobody answers: no such stream, or no leader") from None
         except (nats.errors.Error, TimeoutError, OSError) as exc:
+            self._heard(useful=False)
             self._check_right(subject)
             raise self._unavailable(exc, timeout_s, began) from exc
+        self._heard(useful=_NO_QUORUM not in answer.data)
         self.health.works(began)
         return answer
 
     def _check_right(self, subject: str) -> None:
         if subject.lower() in self.denied:  # so does nats-py write them
             raise Denied(f"NATS: not permitted to publish to {subject}: see `datapipe check`")
+
+    def _heard(self, *, useful: bool) -> None:
+        """How a request has ended. After `_SILENT_S` without use another node is tried."""
+        now = time.monotonic()
+        if useful:
+            self._silent_since = None
+        elif self._silent_since is None:
+            self._silent_since = now
+        elif self._connected.is_set() and now - self._silent_since > _SILENT_S:
+            self._silent_since = None
+            self._ended.set()
 
     def _unavailable(self, exc: Exception, timeout_s: float, began: float) -> MirrorUnavailable:
         why = f"NATS: {self._error}"
@@ -296,6 +319,24 @@ class Client:
             await self._connection.publish(subject, payload, reply=reply)
         except (nats.errors.Error, OSError) as exc:
             raise MirrorUnavailable(f"NATS: {_text(exc)}") from exc
+
+
+async def _close(connection: Connection) -> None:
+    """Whatever state it is in; what it has not sent yet is not sent any more."""
+    with suppress(Exception):
+        async with asyncio.timeout(_CLOSE_S):
+            await connection.close()
+    # nats-py waits until all is sent. What a frozen node has not read must never be sent: it would
+    # be stored when that thaws, perhaps after the ledger has forgotten it. No public name reaches
+    # the socket.
+    with suppress(Exception):
+        connection._transport._io_writer.transport.abort()  # type: ignore[union-attr]
+
+
+def _others_first(servers: list[str], left: ParseResult | None) -> list[str]:
+    """In any order, but for the one that we have just left."""
+    random.shuffle(servers)
+    return sorted(servers, key=lambda each: left is not None and left.netloc in each)
 
 
 def decoded(data: bytes) -> dict[str, Any]:
@@ -372,7 +413,8 @@ def _options(settings: Settings) -> dict[str, Any]:
     if files or any(each.startswith("tls://") for each in servers):
         tls = _tls(settings)
     return {
-        "servers": servers,
+        "servers": _others_first(servers, None),
+        "dont_randomize": True,
         "name": "datapipe",
         "user": settings.nats_user or None,
         "password": settings.nats_password or None,
