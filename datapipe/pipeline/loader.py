@@ -168,7 +168,11 @@ class Loader:
                     await self._wake.wait()
 
     def _hurry_fullest(self) -> None:
-        able = [s for s in self.schedules.values() if not s.failures and not s.lane.stuck]
+        looked = now() - self._mirror.traits.keep_interval_s  # what others had taken may be gone
+        able = [
+            s for s in self.schedules.values()
+            if not s.failures and not s.lane.stuck and s.exhausted_at < looked
+        ]  # fmt: skip
         if able:  # the fullest may already be loading: all the better
             max(able, key=lambda s: s.lane.waiting.bytes).hurry()
 

@@ -7,6 +7,7 @@ JetStream classes lack what is needed here. Source: nats-io/nats.py, issues 386 
 from __future__ import annotations
 
 import asyncio
+import random
 import re
 import ssl
 import time
@@ -14,15 +15,18 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import Any
+from urllib.parse import ParseResult
 
 import msgspec
 import nats.errors
 import structlog
-from nats.aio.client import Client as Connection
+from nats.aio.client import Client as NatsClient
+from nats.aio.client import RawCredentials, Srv
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
+from nats.aio.transport import TcpTransport
 
-from datapipe.errors import MirrorUnavailable
+from datapipe.errors import ConfigError, MirrorUnavailable
 from datapipe.health import Health
 from datapipe.retry import backoff
 from datapipe.settings import Settings
@@ -31,10 +35,16 @@ ANSWER_S = 2.0  # a request that takes longer is sent again, perhaps to another 
 # A node that is frozen is noticed after three of these; nats-py's own default is minutes.
 _PING_S = 2.0
 _RECONNECT_S = 0.25
+# Without a useful answer for so long, we try another node: ours may be cut off from the others, and
+# answer to pings all the same; or nats-py waits until a node that is frozen has read what is sent.
+_SILENT_S = 5.0
+_CLOSE_S = 1.0
+_NO_QUORUM = b'"err_code":10008'  # source: nats-io/nats-server, server/errors.json
 _RETRY_MAX_S = 2.0
-_CLOSE_S = 2.0
 _PENDING_BYTES = 64 << 20
 _DENIED = re.compile(r'permissions violation for publish to "([^"]+)"', re.IGNORECASE)
+
+_CREDS = re.compile(r"BEGIN NATS USER JWT-+\s+\S[\s\S]*BEGIN USER NKEY SEED-+\s+\S")
 
 OnMessage = Callable[[Msg], Awaitable[None]]
 
@@ -57,24 +67,62 @@ class ApiError(MirrorUnavailable):
         self.code = code
 
 
+class _Transport(TcpTransport):
+    async def wait_closed(self) -> None:
+        """Not for ever, which it would take after a TLS handshake that failed."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(1.0):
+                await super().wait_closed()  # type: ignore[no-untyped-call]
+
+    def __bool__(self) -> bool:
+        return True  # else nats-py takes another one
+
+
+class Connection(NatsClient):
+    """That of nats-py, with two of its faults repaired."""
+
+    async def _connect_to_server(self, s: Srv) -> None:
+        self._transport = self._transport or _Transport()  # type: ignore[no-untyped-call]
+        await super()._connect_to_server(s)
+
+    def _connect_command(self) -> bytes:
+        """Where TLS is wanted, the login goes by TLS alone.
+
+        Otherwise a server, or whoever sits in between, gets it in the clear by saying that it needs
+        no TLS, even if the URL is tls://.
+        """
+        if self.options.get("tls") and not self._server_info.get("tls_required"):
+            raise _WithoutTls("nats: TLS is wanted here, and the server does not ask for it")
+        return super()._connect_command()
+
+
+class _WithoutTls(nats.errors.Error):
+    pass
+
+
 class Client:
     """Every call raises MirrorUnavailable if there is no answer in time.
 
     Attributes:
         calls: requests sent so far, by kind.
         health: whether the cluster answers, by the outcome of each request.
+        refused: why a server that answers does not let us in, or None; a person must act.
+        denied: subjects, in lower case, for which we lack a right.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.calls: Counter[str] = Counter()
         self.health = Health()
+        self.refused: str | None = None
+        self.denied: set[str] = set()
         self._options = _options(settings)
+        self._creds = settings.nats_creds
         self._connection = Connection()
         self._connected = asyncio.Event()
-        self._ended = asyncio.Event()  # the connection is closed for good
+        self._ended = asyncio.Event()  # the connection is closed for good, or of no use
+        self._silent_since: float | None = None
         self._error = "not connected yet"
         self._subscriptions: dict[str, OnMessage] = {}
-        self._denied: set[str] = set()  # subjects, on this connection
 
     # --- the connection ---
 
@@ -88,50 +136,70 @@ class Client:
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
-            with suppress(Exception):  # it may be in any state
-                async with asyncio.timeout(_CLOSE_S):
-                    await self._connection.close()
+            await _close(self._connection)
 
     async def _stay_connected(self) -> None:
-        """nats-py reconnects by itself, but after some errors it gives up."""
+        """nats-py reconnects by itself, but not after all errors, nor from a useless node."""
         failures = 0
         while True:
-            self._ended.clear()
+            ended = self._ended = asyncio.Event()
+
+            async def on_closed(ended: asyncio.Event = ended) -> None:
+                ended.set()
+
             self._connection = Connection()
             try:
                 await self._connection.connect(
-                    **self._options, error_cb=self._on_error, closed_cb=self._on_closed,
+                    **self._options, user_credentials=_credentials(self._creds),
+                    error_cb=self._on_error, closed_cb=on_closed,
                     disconnected_cb=self._on_disconnected, reconnected_cb=self._on_connected,
                 )  # fmt: skip
                 for subject, on_message in self._subscriptions.items():
                     await self._subscribe(subject, on_message)
                 failures = 0
                 await self._on_connected()
-                await self._ended.wait()
+                await ended.wait()
             except Exception as exc:  # whatever a file of credentials or a server makes it raise
                 await self._on_error(exc)
             failures += 1
             await self._on_disconnected()
+            left = self._connection.connected_url
+            await _close(self._connection)
+            self._options["servers"] = _others_first(self._options["servers"], left)
             await asyncio.sleep(backoff(failures, _RETRY_MAX_S))
 
     async def _on_error(self, exc: Exception) -> None:
-        self._error = _text(exc)
-        if denied := _DENIED.search(self._error):  # the request itself will only time out
-            self._denied.add(denied[1])
+        # a server that refuses may cut the connection before its reason is read
+        if self.refused is None or not isinstance(exc, ConnectionResetError):
+            self._error = _text(exc)
+            self.refused = self._error if _refuses(exc) else None
+        if denied := _DENIED.search(str(exc)):  # the request itself will only time out
+            self.denied.add(denied[1])
         log.debug("nats", error=self._error)
         if not self._connected.is_set():
             self.health.fails(time.perf_counter(), f"NATS: {self._error}")
 
     async def _on_connected(self) -> None:
-        self._denied.clear()
+        self.refused = self._silent_since = None
+        self.denied.clear()
         self._connected.set()
 
     async def _on_disconnected(self) -> None:
         self._connected.clear()
         self.health.fails(time.perf_counter(), f"NATS: {self._error}")
 
-    async def _on_closed(self) -> None:
-        self._ended.set()
+    async def wait_connected(self, timeout_s: float) -> None:
+        """Raises: MirrorUnavailable: why not."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._connected.wait()
+        except TimeoutError:
+            raise MirrorUnavailable(f"NATS: {self._error}") from None
+
+    @property
+    def hosts(self) -> set[str]:
+        """Those of all nodes that we know of: as set, and as the servers say."""
+        return {each.hostname for each in self._connection.servers if each.hostname}
 
     @property
     def max_payload(self) -> int:
@@ -199,16 +267,30 @@ class Client:
                     subject, payload, timeout=timeout_s, headers=dict(headers) if headers else None
                 )
         except nats.errors.NoRespondersError:
+            self._heard(useful=False)
             raise NoResponders("NATS: nobody answers: no such stream, or no leader") from None
         except (nats.errors.Error, TimeoutError, OSError) as exc:
+            self._heard(useful=False)
             self._check_right(subject)
             raise self._unavailable(exc, timeout_s, began) from exc
+        self._heard(useful=_NO_QUORUM not in answer.data)
         self.health.works(began)
         return answer
 
     def _check_right(self, subject: str) -> None:
-        if subject in self._denied:
+        if subject.lower() in self.denied:  # so does nats-py write them
             raise Denied(f"NATS: not permitted to publish to {subject}: see `datapipe check`")
+
+    def _heard(self, *, useful: bool) -> None:
+        """How a request has ended. After `_SILENT_S` without use another node is tried."""
+        now = time.monotonic()
+        if useful:
+            self._silent_since = None
+        elif self._silent_since is None:
+            self._silent_since = now
+        elif self._connected.is_set() and now - self._silent_since > _SILENT_S:
+            self._silent_since = None
+            self._ended.set()
 
     def _unavailable(self, exc: Exception, timeout_s: float, began: float) -> MirrorUnavailable:
         why = f"NATS: {self._error}"
@@ -239,6 +321,24 @@ class Client:
             raise MirrorUnavailable(f"NATS: {_text(exc)}") from exc
 
 
+async def _close(connection: Connection) -> None:
+    """Whatever state it is in; what it has not sent yet is not sent any more."""
+    with suppress(Exception):
+        async with asyncio.timeout(_CLOSE_S):
+            await connection.close()
+    # nats-py waits until all is sent. What a frozen node has not read must never be sent: it would
+    # be stored when that thaws, perhaps after the ledger has forgotten it. No public name reaches
+    # the socket.
+    with suppress(Exception):
+        connection._transport._io_writer.transport.abort()  # type: ignore[union-attr]
+
+
+def _others_first(servers: list[str], left: ParseResult | None) -> list[str]:
+    """In any order, but for the one that we have just left."""
+    random.shuffle(servers)
+    return sorted(servers, key=lambda each: left is not None and left.netloc in each)
+
+
 def decoded(data: bytes) -> dict[str, Any]:
     """An answer of JetStream. Raises: ApiError: it is an error."""
     try:
@@ -262,21 +362,62 @@ def _text(exc: Exception) -> str:
     return f"can't log in or connect ({type(exc).__name__})"
 
 
+def _refuses(exc: Exception) -> bool:
+    """Whether somebody answered and did not let us in, or our own files are wrong."""
+    if isinstance(exc, nats.errors.Error):
+        return isinstance(exc, _WithoutTls) or "auth" in str(exc).lower()
+    if isinstance(exc, ssl.SSLError):
+        return isinstance(exc, ssl.SSLCertVerificationError) or "ALERT" in str(exc.reason)
+    return not isinstance(exc, OSError | TimeoutError)
+
+
+def _credentials(path: str) -> RawCredentials | None:
+    """What a .creds file holds, read anew for each connection: it may be replaced meanwhile.
+
+    In a file without a JWT nats-py would look for one for ever, and hold up the whole process.
+    Raises: OSError, ValueError.
+    """
+    if not path:
+        return None
+    with open(path, encoding="ascii") as file:
+        content = file.read(1 << 20)
+    if not _CREDS.search(content):
+        raise ValueError
+    return RawCredentials(content)
+
+
+def _tls(settings: Settings) -> ssl.SSLContext:
+    """Raises: ConfigError."""
+    key = "nats_ca_file"
+    try:
+        context = ssl.create_default_context(cafile=settings.nats_ca_file or None)
+        if settings.nats_cert_file:
+            key = "nats_cert_file, nats_key_file"
+            # with a password given here, nobody at the terminal is asked for a key's passphrase
+            context.load_cert_chain(
+                settings.nats_cert_file, settings.nats_key_file, password=lambda: ""
+            )
+    except (OSError, ValueError) as exc:
+        kinds = (
+            "certificates" if key == "nats_ca_file" else "a certificate and its key, unencrypted"
+        )
+        raise ConfigError(f"{key}: {kinds} wanted, in PEM") from exc
+    return context
+
+
 def _options(settings: Settings) -> dict[str, Any]:
-    """Arguments for nats-py's `connect`."""
+    """Arguments for nats-py's `connect`. Raises: ConfigError."""
     servers = [each.strip() for each in settings.nats_url.split(",") if each.strip()]
     files = settings.nats_ca_file or settings.nats_cert_file
     tls = None
     if files or any(each.startswith("tls://") for each in servers):
-        tls = ssl.create_default_context(cafile=settings.nats_ca_file or None)
-        if settings.nats_cert_file:
-            tls.load_cert_chain(settings.nats_cert_file, settings.nats_key_file or None)
+        tls = _tls(settings)
     return {
-        "servers": servers,
+        "servers": _others_first(servers, None),
+        "dont_randomize": True,
         "name": "datapipe",
         "user": settings.nats_user or None,
         "password": settings.nats_password or None,
-        "user_credentials": settings.nats_creds or None,
         "nkeys_seed": settings.nats_nkey_file or None,
         "tls": tls,
         "connect_timeout": 2,

@@ -37,6 +37,7 @@ from datapipe.mirrors import (
 )
 from datapipe.mirrors.nats import wire
 from datapipe.mirrors.nats.channel import NatsChannel
+from datapipe.mirrors.nats.check import check_nats
 from datapipe.mirrors.nats.client import ANSWER_S, ApiError, Client, NoResponders, decoded
 from datapipe.mirrors.nats.prune import EVERY_S, FENCE_S, Pruning
 from datapipe.mirrors.nats.pull import Delivery, Puller
@@ -399,3 +400,7 @@ async def open_nats(settings: Settings, process: str) -> AsyncIterator[Nats]:
 class NatsPlugin(MirrorPlugin):
     def open(self, settings: Settings, process: str) -> AbstractAsyncContextManager[Mirror]:
         return open_nats(settings, process)
+
+    async def check(self, settings: Settings) -> list[tuple[str, str]]:
+        """See `MirrorPlugin.check`."""
+        return await check_nats(settings)
