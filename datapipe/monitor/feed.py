@@ -36,9 +36,7 @@ class Feed:
             if self._listeners:
                 whole = self._newcomer or self._status.history.closed != closed
                 await self._status.refresh(history=whole)
-                if self._newcomer and not whole:  # it came meanwhile
-                    whole = True
-                    await self._status.refresh()
+                whole |= self._newcomer  # who came meanwhile is content with the last known charts
                 self._newcomer = False
                 status = self._status
                 self._publish(await status.whole() if whole else status.snapshot())
