@@ -91,7 +91,8 @@ class Waiting(Protocol):
 class MirrorState:
     """For the page: `up` is the outcome of the last real call; sizes in bytes.
 
-    `full` says why no more can be stored now. `calls` counts the requests to a remote mirror, by
+    `full` says why no more can be stored now; `fullest` is the share in use of the fullest queue,
+    where each has a limit of its own. `calls` counts the requests to a remote mirror, by
     kind; `expires_s` is how long it keeps a message that nobody takes. `left` counts what a process
     that is dead had taken, or what waits behind that, and `left_s` says within how many seconds it
     will have been taken over.
@@ -107,6 +108,7 @@ class MirrorState:
     expires_s: float | None = None
     left: int = 0
     left_s: float | None = None
+    fullest: float | None = None
 
 
 @dataclass(slots=True)

@@ -34,8 +34,11 @@ class Feed:
             closed = self._status.history.closed
             self._status.tick()
             if self._listeners:
-                await self._status.refresh()
                 whole = self._newcomer or self._status.history.closed != closed
+                await self._status.refresh(history=whole)
+                if self._newcomer and not whole:  # it came meanwhile
+                    whole = True
+                    await self._status.refresh()
                 self._newcomer = False
                 status = self._status
                 self._publish(await status.whole() if whole else status.snapshot())

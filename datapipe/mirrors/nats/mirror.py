@@ -378,6 +378,7 @@ class Nats:
         return MirrorState(
             "nats", bool(health.up), health.error, sum([each.bytes for each in streams]),
             sum([each.max_bytes for each in streams]), calls=self._client.calls,
+            fullest=max([s.bytes / s.max_bytes for s in streams if s.max_bytes > 0], default=None),
         )  # fmt: skip
 
 
