@@ -117,7 +117,8 @@ class Stream:
         """Why nothing more can be stored, as far as is known."""
         if self.refused is not None and time.monotonic() - self.refused_at < _REFUSED_S:
             return self.refused
-        if self.there and self.max_bytes - self.bytes < min(1 << 20, self.max_bytes // 16):
+        # 0: not looked at yet; -1: somebody made it without a limit
+        if self.max_bytes > 0 and self.max_bytes - self.bytes < min(1 << 20, self.max_bytes // 16):
             return f"the lane {self.lane} is full: its stream {self.name} (nats_lane_max_bytes)"
         return None
 
