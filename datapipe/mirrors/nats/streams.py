@@ -119,7 +119,9 @@ class Stream:
         if self.refused is not None and time.monotonic() - self.refused_at < _REFUSED_S:
             return self.refused
         few = min(1 << 20, self.max_bytes // 16)
-        if self.there and (self._refuses or self.max_bytes - self.bytes < few):
+        # 0: not looked at yet; -1: somebody made it without a limit
+        short = self.max_bytes > 0 and self.max_bytes - self.bytes < few
+        if self.there and (self._refuses or short):
             return f"the lane {self.lane} is full: its stream {self.name} (nats_lane_max_bytes)"
         return None
 
