@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import shutil
@@ -148,10 +149,12 @@ async def test_it_is_tried_out(place: Path) -> None:
         await run.ctrl_c()
         assert "does not end" not in run.text
     assert living(place) == []
-    for number in (port, port + 1):
-        log = (place / f"var/cluster/datapipe-{number}.log").read_text().splitlines()
-        assert '"stopped"' in log[-1]
-        assert '"waiting": 0' in log[-1]
+    logs = [place / f"var/cluster/datapipe-{number}.log" for number in (port, port + 1)]
+    lines = [[json.loads(line) for line in log.read_text().splitlines()] for log in logs]
+    assert [each[-1]["event"] for each in lines] == ["stopped", "stopped"]
+    # which of the two loaded it, the other one need not know yet
+    loads = [line for each in lines for line in each if line["event"] == "segments loaded"]
+    assert sum(line["rows"] for line in loads) == 4
 
     async with Run.started(place, port) as run:
         await run.printed("logs")
