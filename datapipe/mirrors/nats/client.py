@@ -31,6 +31,7 @@ ANSWER_S = 2.0  # a request that takes longer is sent again, perhaps to another 
 _PING_S = 2.0
 _RECONNECT_S = 0.25
 _RETRY_MAX_S = 2.0
+_CLOSE_S = 2.0
 _PENDING_BYTES = 64 << 20
 
 OnMessage = Callable[[Msg], Awaitable[None]]
@@ -77,11 +78,12 @@ class Client:
         try:
             yield
         finally:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+            while not task.done():  # nats-py may drop a cancellation while it connects
+                task.cancel()
+                await asyncio.wait([task], timeout=0.2)
             with suppress(Exception):  # it may be in any state
-                await self._connection.close()
+                async with asyncio.timeout(_CLOSE_S):
+                    await self._connection.close()
 
     async def _stay_connected(self) -> None:
         """nats-py reconnects by itself, but after some errors it gives up."""
