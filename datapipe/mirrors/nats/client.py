@@ -81,9 +81,14 @@ class Client:
             while not task.done():  # nats-py may drop a cancellation while it connects
                 task.cancel()
                 await asyncio.wait([task], timeout=0.2)
-            with suppress(Exception):  # it may be in any state
-                async with asyncio.timeout(_CLOSE_S):
-                    await self._connection.close()
+            await self._close()
+
+    async def _close(self) -> None:
+        """Whatever state the connection is in: nats-py may wait here for what was cancelled."""
+        closing = asyncio.create_task(self._connection.close())
+        await asyncio.wait([closing], timeout=_CLOSE_S)
+        closing.cancel()
+        await asyncio.gather(closing, return_exceptions=True)
 
     async def _stay_connected(self) -> None:
         """nats-py reconnects by itself, but after some errors it gives up."""
