@@ -183,6 +183,8 @@ class Nats:
         if (requeue := self._requeues.get(lane)) is not None:
             await asyncio.wait([requeue], timeout=ANSWER_S)
         stream = await self.streams.ensure(lane)
+        if stream.mark not in (None, self.streams.mark):  # made since we looked for others
+            raise MirrorUnavailable(f"NATS: {stream.name} is loaded into another database")
         segments = await self._take(stream, max_bytes)
         put_off_s = self._put_off_until.pop(lane, 0.0) - time.monotonic()
         if not segments and put_off_s > 0:
@@ -306,8 +308,10 @@ class Nats:
 
     async def recover(self, membership: Membership) -> Recovery:
         """See `Mirror.recover`. There is nothing to take over; lanes without a class are found."""
-        await self.streams.find()
-        await self._compare_marks(membership)
+        try:
+            await self.streams.find()
+        finally:  # one that can't be seen holds up its own lane alone
+            await self._compare_marks(membership)
         waiting = {lane for lane, stream in self.streams.by_lane.items() if stream.messages}
         found = Recovery(unregistered={lane for lane in waiting if not membership.can_load(lane)})
         if not self._started:

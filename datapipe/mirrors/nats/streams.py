@@ -200,7 +200,7 @@ class Streams:
         """
         try:
             for name in await self.names():
-                self.of(name.removeprefix(f"{self._prefix}_")).there = True
+                self.of(name.removeprefix(f"{self._prefix}_"))
         except MirrorUnavailable:  # perhaps we may not: then only our own lanes' are seen
             if not self._client.health.up:
                 raise
