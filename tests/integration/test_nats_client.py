@@ -44,6 +44,7 @@ async def test_a_login_that_was_refused_works_once_it_is_allowed(tmp_path: Path)
         login = {"nats_user": "u", "nats_password": "first"}
         async with opened(cluster, "t", mirror_timeout=1.0, **login) as mirror:
             await store(mirror, segment(1))
+            mirror.requeue("install", await take_until(mirror, 1), put_off=False)
             allow("second")
 
             async def down() -> bool:
