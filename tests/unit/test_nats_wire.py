@@ -9,7 +9,13 @@ from datapipe.events.types import Column
 from datapipe.mirrors.nats import wire
 
 SEGMENT = Segment(
-    "install", (Column("n", "bigint"),), b"1\n2\n", 2, (Part("c", "b", 0, 0, 2, 1),), neutral=True
+    "install",
+    (Column("n", "bigint"),),
+    b"1\n2\n",
+    2,
+    (Part("c", "b", 0, 0, 2, 1),),
+    created_at=1.5,
+    neutral=True,
 )
 
 
