@@ -23,7 +23,7 @@ from msgspec import structs
 
 from datapipe import logs
 from datapipe import settings as settings_module
-from datapipe.errors import DatapipeError
+from datapipe.errors import ConfigError, DatapipeError
 from datapipe.events.registry import Registry, load_registry
 from datapipe.http.admin import Admin
 from datapipe.http.auth import Access
@@ -118,7 +118,8 @@ class Pipeline:
             yield
 
     def _task_died(self, exc: BaseException) -> None:
-        log.critical("background task died", exc_info=exc)
+        if not isinstance(exc, ConfigError):  # what a person must set right needs no traceback
+            log.critical("background task died", exc_info=exc)
         if not (self.failed or self._stopped):
             self.failed = True
             log.critical("stopping", error=str(exc))

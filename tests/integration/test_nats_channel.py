@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, suppress
 
 import pytest
 from structlog.testing import capture_logs
@@ -16,6 +16,14 @@ from datapipe.mirrors.nats.channel import SILENT_S, NatsChannel
 from datapipe.mirrors.nats.client import Client
 from tests.jetstream import NatsCluster
 from tests.mirror_nats import Tap, settings_of
+
+# a client of a cluster would find the other nodes beside a tap
+alone = pytest.mark.parametrize("cluster", ["nats_node"], indirect=True)
+How = Callable[[bytes], Awaitable[bytes]]
+
+
+async def echo(question: bytes) -> bytes:
+    return b"heard: " + question
 
 
 class World:
@@ -33,21 +41,46 @@ class World:
         await client.api("INFO")
         return NatsChannel(client, self._prefix, process)
 
+    async def answer(self, channel: NatsChannel, how: How = echo) -> None:
+        """Answer from now on; returns once a question arrives, on whatever node it was asked."""
+        arrived = asyncio.Event()
+
+        async def first(question: bytes) -> bytes:
+            if question == b"are you there?":
+                arrived.set()
+                return b""
+            return await how(question)
+
+        await channel.answer(first)
+        async with AsyncExitStack() as stack:
+            mine, self._stack = self._stack, stack
+            try:
+                asker = await self.open("asker")
+            finally:
+                self._stack = mine
+            while not arrived.is_set():
+                await asker.ask(b"are you there?", set())
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(0.05):
+                        await arrived.wait()
+
 
 @pytest.fixture(params=["nats_node", "nats_cluster"])
-async def world(request: pytest.FixtureRequest, nats_prefix: str) -> AsyncIterator[World]:
+def cluster(request: pytest.FixtureRequest) -> NatsCluster:
+    found: NatsCluster = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture
+async def world(cluster: NatsCluster, nats_prefix: str) -> AsyncIterator[World]:
     async with AsyncExitStack() as stack:
-        yield World(request.getfixturevalue(request.param), nats_prefix, stack)
-
-
-async def echo(question: bytes) -> bytes:
-    return b"heard: " + question
+        yield World(cluster, nats_prefix, stack)
 
 
 async def test_all_others_answer(world: World) -> None:
     one, two, three = [await world.open(name) for name in ("one", "two", "three")]
     for each in (one, two, three):
-        await each.answer(echo)
+        await world.answer(each)
     began = time.monotonic()
     answers = await one.ask(b"who?", {"two", "three"})
     assert answers.by_process == {"two": b"heard: who?", "three": b"heard: who?"}
@@ -58,8 +91,8 @@ async def test_all_others_answer(world: World) -> None:
 async def test_who_is_not_expected_is_heard_too(world: World) -> None:
     """It has started a moment ago, and has sent no heartbeat yet."""
     one, two, three = [await world.open(name) for name in ("one", "two", "three")]
-    await two.answer(echo)
-    await three.answer(echo)
+    await world.answer(two)
+    await world.answer(three)
     answers = await one.ask(b"who?", {"two"})
     assert answers.by_process["two"] == b"heard: who?"
     assert answers.silent == set()
@@ -68,7 +101,7 @@ async def test_who_is_not_expected_is_heard_too(world: World) -> None:
 
 async def test_one_that_is_silent_is_named(world: World) -> None:
     one, two = await world.open("one"), await world.open("two")
-    await two.answer(echo)
+    await world.answer(two)
     began = time.monotonic()
     answers = await one.ask(b"who?", {"two", "dead"})
     assert answers.by_process == {"two": b"heard: who?"}
@@ -82,13 +115,14 @@ async def test_one_that_is_slow_is_waited_for(world: World) -> None:
         return b"at last"
 
     one, two, three = [await world.open(name) for name in ("one", "two", "three")]
-    await two.answer(slow)
-    await three.answer(echo)
+    await world.answer(two, slow)
+    await world.answer(three)
     answers = await one.ask(b"load", {"two", "three"})
     assert answers.by_process == {"two": b"at last", "three": b"heard: load"}
     assert answers.silent == set()
 
 
+@alone
 async def test_one_that_falls_silent_at_work_is_named(world: World) -> None:
     """Its signs of life end, as when it freezes."""
     async with Tap(world.cluster.nodes[0].url).running() as tap:
@@ -100,7 +134,7 @@ async def test_one_that_falls_silent_at_work_is_named(world: World) -> None:
             await asyncio.sleep(60)
             return b""
 
-        await two.answer(slow)
+        await world.answer(two, slow)
         asking = asyncio.create_task(one.ask(b"load", {"two"}))
         await working.wait()
         await asyncio.sleep(0.3)
@@ -115,13 +149,14 @@ async def test_one_that_fails_is_named_and_logs_it(world: World) -> None:
         raise ZeroDivisionError
 
     one, two = await world.open("one"), await world.open("two")
-    await two.answer(broken)
+    await world.answer(two, broken)
     with capture_logs() as lines:
         answers = await one.ask(b"who?", {"two"})
     assert (answers.by_process, answers.silent) == ({}, {"two"})
     assert [line["event"] for line in lines] == ["fault"]
 
 
+@alone
 async def test_whoever_is_not_connected_can_ask_nobody(world: World) -> None:
     async with Tap(world.cluster.nodes[0].url).running() as tap:
         one = await world.open("one", tap.url)
@@ -145,8 +180,8 @@ async def test_a_large_answer_is_packed_and_one_that_is_too_large_is_a_line_in_t
         return os.urandom(2_000_000)
 
     one, two, three = [await world.open(name) for name in ("one", "two", "three")]
-    await two.answer(megabytes)
-    await three.answer(noise)
+    await world.answer(two, megabytes)
+    await world.answer(three, noise)
     with capture_logs() as lines:
         answers = await one.ask(b"status", {"two", "three"})
     assert {name: len(body) for name, body in answers.by_process.items()} == {"two": 8_000_000}
@@ -154,12 +189,13 @@ async def test_a_large_answer_is_packed_and_one_that_is_too_large_is_a_line_in_t
     assert answers.silent <= {"three"}
 
 
+@alone
 async def test_an_answer_survives_a_connection_that_was_lost_and_is_there_again(
     world: World,
 ) -> None:
     async with Tap(world.cluster.nodes[0].url).running() as tap:
         one, two = await world.open("one"), await world.open("two", tap.url)
-        await two.answer(echo)
+        await world.answer(two)
         tap.cut()
         async with asyncio.timeout(20):
             while not (await one.ask(b"who?", {"two"})).by_process:

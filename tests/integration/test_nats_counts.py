@@ -229,5 +229,30 @@ async def test_a_stream_that_others_made_for_another_database_is_found_later(
                           {"name": name, "subjects": [f"{nats_prefix}.install.*"],
                            "retention": "workqueue", "max_bytes": 1 << 20,
                            "metadata": {MARK: "another"}})  # fmt: skip
+        with pytest.raises(MirrorUnavailable, match="another database"):
+            await mirror.take("install", 1000)
         with pytest.raises(ConfigError):
             await mirror.recover(Members())
+
+
+async def test_a_stream_that_can_not_be_seen_at_the_start_holds_up_its_lane_alone(
+    nats_node: NatsCluster, nats_prefix: str
+) -> None:
+    async with opened(nats_node, nats_prefix) as one:
+        await store(one, segment(1), segment(2, "purchase"))
+    async with open_nats(settings_of(nats_node, nats_prefix), "two") as mirror:
+        look_at = mirror.streams.look_at
+
+        async def not_installs(stream: streams_module.Stream) -> None:
+            if stream.lane == "install":
+                raise MirrorUnavailable("it has no leader")
+            await look_at(stream)
+
+        with mock.patch.object(mirror.streams, "look_at", not_installs):
+            with pytest.raises(MirrorUnavailable):
+                await mirror.recover(MEMBERS)
+            assert len(await take_until(mirror, 1, "purchase")) == 1
+            with pytest.raises(MirrorUnavailable):
+                await mirror.take("install", 1000)
+        assert (await mirror.recover(MEMBERS)).due == {"install", "purchase"}
+        assert len(await take_until(mirror, 1)) == 1

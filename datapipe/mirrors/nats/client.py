@@ -133,9 +133,9 @@ class Client:
         try:
             yield
         finally:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+            while not task.done():  # nats-py may drop a cancellation while it connects
+                task.cancel()
+                await asyncio.wait([task], timeout=0.2)
             await _close(self._connection)
 
     async def _stay_connected(self) -> None:
@@ -323,9 +323,10 @@ class Client:
 
 async def _close(connection: Connection) -> None:
     """Whatever state it is in; what it has not sent yet is not sent any more."""
-    with suppress(Exception):
-        async with asyncio.timeout(_CLOSE_S):
-            await connection.close()
+    closing = asyncio.create_task(connection.close())
+    closing.add_done_callback(lambda task: task.cancelled() or task.exception())
+    await asyncio.wait([closing], timeout=_CLOSE_S)
+    closing.cancel()  # nats-py may wait here for what was cancelled
     # nats-py waits until all is sent. What a frozen node has not read must never be sent: it would
     # be stored when that thaws, perhaps after the ledger has forgotten it. No public name reaches
     # the socket.

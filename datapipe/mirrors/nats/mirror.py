@@ -184,6 +184,8 @@ class Nats:
         if (requeue := self._requeues.get(lane)) is not None:
             await asyncio.wait([requeue], timeout=ANSWER_S)
         stream = await self.streams.ensure(lane)
+        if stream.mark not in (None, self.streams.mark):  # made since we looked for others
+            raise MirrorUnavailable(f"NATS: {stream.name} is loaded into another database")
         segments = await self._take(stream, max_bytes)
         put_off_s = self._put_off_until.pop(lane, 0.0) - time.monotonic()
         if not segments and put_off_s > 0:
@@ -314,8 +316,10 @@ class Nats:
         now: float | None = None
         with suppress(SinkUnavailable, LaneBlocked):
             now = await membership.database_time()  # before the streams are read
-        await self.streams.find()
-        await self._compare_marks(membership)
+        try:
+            await self.streams.find()
+        finally:  # one that can't be seen holds up its own lane alone
+            await self._compare_marks(membership)
         if now is not None:
             await self._prune(membership, now)
         waiting = {lane for lane, stream in self.streams.by_lane.items() if stream.messages}
