@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -257,7 +258,7 @@ async def three_at_once(machines: Machines) -> None:
     async with asyncio.TaskGroup() as together:
         for faults in (PROCESS, NODES, BETWEEN):
             name = machines.chance.choice(list(faults))
-            print(name)
+            print(name, file=sys.stderr)
             together.create_task(_run(faults[name], machines))
 
 
