@@ -16,7 +16,7 @@ from tests.fault.proxy import Moment
 from tests.postgres import Postgres
 from tests.service import until
 
-ROUNDS = int(os.environ.get("FAULT_ROUNDS") or 4)
+ROUNDS = int(os.environ.get("FAULT_ROUNDS") or 3)
 
 
 @pytest.fixture
