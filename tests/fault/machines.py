@@ -325,18 +325,20 @@ class Machines:
         return True
 
     async def messages(self) -> int:
-        """In all streams, as the cluster itself counts; -1: it does not answer."""
-        count = 0
-        for lane in LANES:
-            node = await asyncio.to_thread(self.cluster.leader_of, f"{self.prefix}_{lane}")
-            if node is None:
-                return -1
-            found = await asyncio.to_thread(node.ask, "/jsz?accounts=true&streams=true")
-            for account in found.get("account_details", []):
-                for stream in account.get("stream_detail") or []:
-                    if stream["name"] == f"{self.prefix}_{lane}":
-                        count += stream["state"]["messages"]
-        return count
+        """In all streams, as their leaders count; -1: not all of them answer."""
+        counts = [
+            await asyncio.to_thread(self._messages, f"{self.prefix}_{lane}") for lane in LANES
+        ]
+        return -1 if -1 in counts else sum(counts)
+
+    def _messages(self, name: str) -> int:
+        node = self.cluster.leader_of(name)
+        found = node.ask("/jsz?accounts=true&streams=true") if node is not None else {}
+        for account in found.get("account_details", []):
+            for stream in account.get("stream_detail") or []:
+                if stream["name"] == name:
+                    return int(stream["state"]["messages"])
+        return -1
 
     async def check(self) -> Verdict:
         """Every event answered 200 is in, once; no process had a fault of its own."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -18,7 +19,7 @@ from nats.js.errors import APIError
 from tests.fault.driver import LANES
 from tests.fault.hosts import power_cut
 from tests.fault.machines import Machines
-from tests.fault.proxy import Moment
+from tests.fault.proxy import Moment, cut
 from tests.jetstream import NatsNode, request
 from tests.service import until
 
@@ -210,6 +211,17 @@ async def database_restarted(machines: Machines) -> None:
     await asyncio.to_thread(machines.postgres.start)
 
 
+def database_lost(moment: Moment) -> Fault:
+    """The connection to it breaks, again and again."""
+
+    async def fault(machines: Machines) -> None:
+        for _ in range(4):
+            _, proxy = machines.any_service()
+            await proxy.at(moment, cut, 40)
+
+    return fault
+
+
 async def database_and_leader(machines: Machines) -> None:
     """Both at once."""
     node = await machines.leader()
@@ -245,6 +257,10 @@ BETWEEN: dict[str, Fault] = {
     "a slow connection to the cluster": slow_connection,
     "a broken connection to the cluster": broken_connection,
     "PostgreSQL restarted": database_restarted,
+    "the connection to PostgreSQL broken in the middle of COPY": database_lost(Moment.COPY),
+    "the connection to PostgreSQL broken before COMMIT is answered": database_lost(
+        Moment.COMMITTED
+    ),
 }
 
 
@@ -257,7 +273,7 @@ async def three_at_once(machines: Machines) -> None:
     async with asyncio.TaskGroup() as together:
         for faults in (PROCESS, NODES, BETWEEN):
             name = machines.chance.choice(list(faults))
-            print(name)
+            print(name, file=sys.stderr)
             together.create_task(_run(faults[name], machines))
 
 

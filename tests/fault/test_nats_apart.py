@@ -12,6 +12,12 @@ from tests.fault.machines import Machines, MakeService
 from tests.fault.nats_faults import FAULTS_APART
 from tests.postgres import Postgres
 
+# the others are in the long run, `python -m tests.fault.torture nats`
+SOME = (
+    "a power cut of all nodes", "a stream's leader cut off from the other nodes",
+    "the disk of a stream's leader full",
+)  # fmt: skip
+
 
 @pytest.fixture
 async def machines(
@@ -24,6 +30,5 @@ async def machines(
 
 @pytest.mark.needs_root
 async def test_partitions_full_disks_and_power_cuts(machines: Machines) -> None:
-    for name, fault in FAULTS_APART.items():
-        print(name)
-        print(await machines.round(fault))
+    for name in SOME:
+        print(name, await machines.round(FAULTS_APART[name]))

@@ -39,7 +39,10 @@ _RECONNECT_S = 0.25
 # answer to pings all the same; or nats-py waits until a node that is frozen has read what is sent.
 _SILENT_S = 5.0
 _CLOSE_S = 1.0
-_NO_QUORUM = b'"err_code":10008'  # source: nats-io/nats-server, server/errors.json
+# What one says that has lost the others. Source: nats-io/nats-server, server/errors.json.
+_NO_QUORUM = re.compile(rb'"err_code":(10008|10158|10167)\b')
+_ERROR_BYTES = 500
+_INFOS = {"STREAM.INFO", "CONSUMER.INFO"}  # a leader answers them even if it has lost the others
 _RETRY_MAX_S = 2.0
 _PENDING_BYTES = 64 << 20
 _DENIED = re.compile(r'permissions violation for publish to "([^"]+)"', re.IGNORECASE)
@@ -273,7 +276,9 @@ class Client:
             self._heard(useful=False)
             self._check_right(subject)
             raise self._unavailable(exc, timeout_s, began) from exc
-        self._heard(useful=_NO_QUORUM not in answer.data)
+        lost = _NO_QUORUM.search(answer.data, 0, _ERROR_BYTES) is not None
+        if lost or call not in _INFOS:
+            self._heard(useful=not lost)
         self.health.works(began)
         return answer
 

@@ -1,6 +1,6 @@
-"""An event module: what a process takes from NATS it must load within 4 s, not within 5 minutes."""
+"""An event module: what a process takes from NATS it must load within 3 s, not within 5 minutes."""
 
 from datapipe.mirrors.nats import mirror
 from tests.fault.modules.patching import patch
 
-patch(mirror, "FENCE_S", 4.0)
+patch(mirror, "FENCE_S", 3.0)
