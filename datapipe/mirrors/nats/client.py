@@ -7,47 +7,44 @@ JetStream classes lack what is needed here. Source: nats-io/nats.py, issues 386 
 from __future__ import annotations
 
 import asyncio
-import random
 import re
-import ssl
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import Any
-from urllib.parse import ParseResult
 
 import msgspec
 import nats.errors
 import structlog
-from nats.aio.client import Client as NatsClient
-from nats.aio.client import RawCredentials, Srv
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
-from nats.aio.transport import TcpTransport
 
-from datapipe.errors import ConfigError, MirrorUnavailable
+from datapipe.errors import MirrorUnavailable
 from datapipe.health import Health
+from datapipe.mirrors.nats.connection import (
+    Connection,
+    close,
+    credentials,
+    options,
+    others_first,
+    refuses,
+    text,
+)
 from datapipe.retry import backoff
 from datapipe.settings import Settings
 
 ANSWER_S = 2.0  # a request that takes longer is sent again, perhaps to another leader
-# A node that is frozen is noticed after three of these; nats-py's own default is minutes.
-_PING_S = 2.0
-_RECONNECT_S = 0.25
 # Without a useful answer for so long, we try another node: ours may be cut off from the others, and
 # answer to pings all the same; or nats-py waits until a node that is frozen has read what is sent.
 _SILENT_S = 5.0
-_CLOSE_S = 1.0
 # What one says that has lost the others. Source: nats-io/nats-server, server/errors.json.
 _NO_QUORUM = re.compile(rb'"err_code":(10008|10158|10167)\b')
 _ERROR_BYTES = 500
 _INFOS = {"STREAM.INFO", "CONSUMER.INFO"}  # a leader answers them even if it has lost the others
 _RETRY_MAX_S = 2.0
-_PENDING_BYTES = 64 << 20
 _DENIED = re.compile(r'permissions violation for publish to "([^"]+)"', re.IGNORECASE)
 
-_CREDS = re.compile(r"BEGIN NATS USER JWT-+\s+\S[\s\S]*BEGIN USER NKEY SEED-+\s+\S")
 
 OnMessage = Callable[[Msg], Awaitable[None]]
 
@@ -70,39 +67,6 @@ class ApiError(MirrorUnavailable):
         self.code = code
 
 
-class _Transport(TcpTransport):
-    async def wait_closed(self) -> None:
-        """Not for ever, which it would take after a TLS handshake that failed."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(1.0):
-                await super().wait_closed()  # type: ignore[no-untyped-call]
-
-    def __bool__(self) -> bool:
-        return True  # else nats-py takes another one
-
-
-class Connection(NatsClient):
-    """That of nats-py, with two of its faults repaired."""
-
-    async def _connect_to_server(self, s: Srv) -> None:
-        self._transport = self._transport or _Transport()  # type: ignore[no-untyped-call]
-        await super()._connect_to_server(s)
-
-    def _connect_command(self) -> bytes:
-        """Where TLS is wanted, the login goes by TLS alone.
-
-        Otherwise a server, or whoever sits in between, gets it in the clear by saying that it needs
-        no TLS, even if the URL is tls://.
-        """
-        if self.options.get("tls") and not self._server_info.get("tls_required"):
-            raise _WithoutTls("nats: TLS is wanted here, and the server does not ask for it")
-        return super()._connect_command()
-
-
-class _WithoutTls(nats.errors.Error):
-    pass
-
-
 class Client:
     """Every call raises MirrorUnavailable if there is no answer in time.
 
@@ -118,7 +82,7 @@ class Client:
         self.health = Health()
         self.refused: str | None = None
         self.denied: set[str] = set()
-        self._options = _options(settings)
+        self._options = options(settings)
         self._creds = settings.nats_creds
         self._connection = Connection()
         self._connected = asyncio.Event()
@@ -139,7 +103,7 @@ class Client:
             while not task.done():  # nats-py may drop a cancellation while it connects
                 task.cancel()
                 await asyncio.wait([task], timeout=0.2)
-            await _close(self._connection)
+            await close(self._connection)
 
     async def _stay_connected(self) -> None:
         """nats-py reconnects by itself, but not after all errors, nor from a useless node."""
@@ -153,7 +117,7 @@ class Client:
             self._connection = Connection()
             try:
                 await self._connection.connect(
-                    **self._options, user_credentials=_credentials(self._creds),
+                    **self._options, user_credentials=credentials(self._creds),
                     error_cb=self._on_error, closed_cb=on_closed,
                     disconnected_cb=self._on_disconnected, reconnected_cb=self._on_connected,
                 )  # fmt: skip
@@ -167,15 +131,15 @@ class Client:
             failures += 1
             await self._on_disconnected()
             left = self._connection.connected_url
-            await _close(self._connection)
-            self._options["servers"] = _others_first(self._options["servers"], left)
+            await close(self._connection)
+            self._options["servers"] = others_first(self._options["servers"], left)
             await asyncio.sleep(backoff(failures, _RETRY_MAX_S))
 
     async def _on_error(self, exc: Exception) -> None:
         # a server that refuses may cut the connection before its reason is read
         if self.refused is None or not isinstance(exc, ConnectionResetError):
-            self._error = _text(exc)
-            self.refused = self._error if _refuses(exc) else None
+            self._error = text(exc)
+            self.refused = self._error if refuses(exc) else None
         if denied := _DENIED.search(str(exc)):  # the request itself will only time out
             self.denied.add(denied[1])
         log.debug("nats", error=self._error)
@@ -236,7 +200,7 @@ class Client:
         try:
             subscription = await self._subscribe(subject, on_message)
         except nats.errors.Error as exc:
-            raise MirrorUnavailable(f"NATS: {_text(exc)}") from exc
+            raise MirrorUnavailable(f"NATS: {text(exc)}") from exc
         try:
             yield
         finally:
@@ -301,7 +265,7 @@ class Client:
         why = f"NATS: {self._error}"
         if self._connected.is_set():
             late = isinstance(exc, TimeoutError)
-            why = f"NATS does not answer within {timeout_s:g} s" if late else f"NATS: {_text(exc)}"
+            why = f"NATS does not answer within {timeout_s:g} s" if late else f"NATS: {text(exc)}"
         self.health.fails(began, why)
         return MirrorUnavailable(why)
 
@@ -323,26 +287,7 @@ class Client:
         try:
             await self._connection.publish(subject, payload, reply=reply)
         except (nats.errors.Error, OSError) as exc:
-            raise MirrorUnavailable(f"NATS: {_text(exc)}") from exc
-
-
-async def _close(connection: Connection) -> None:
-    """Whatever state it is in; what it has not sent yet is not sent any more."""
-    closing = asyncio.create_task(connection.close())
-    closing.add_done_callback(lambda task: task.cancelled() or task.exception())
-    await asyncio.wait([closing], timeout=_CLOSE_S)
-    closing.cancel()  # nats-py may wait here for what was cancelled
-    # nats-py waits until all is sent. What a frozen node has not read must never be sent: it would
-    # be stored when that thaws, perhaps after the ledger has forgotten it. No public name reaches
-    # the socket.
-    with suppress(Exception):
-        connection._transport._io_writer.transport.abort()  # type: ignore[union-attr]
-
-
-def _others_first(servers: list[str], left: ParseResult | None) -> list[str]:
-    """In any order, but for the one that we have just left."""
-    random.shuffle(servers)
-    return sorted(servers, key=lambda each: left is not None and left.netloc in each)
+            raise MirrorUnavailable(f"NATS: {text(exc)}") from exc
 
 
 def decoded(data: bytes) -> dict[str, Any]:
@@ -355,81 +300,3 @@ def decoded(data: bytes) -> dict[str, Any]:
         code = int(error.get("err_code", error.get("code", 0)))
         raise ApiError(code, f"NATS: {error.get('description', '')} ({code})")
     return answer
-
-
-def _text(exc: Exception) -> str:
-    """Why, without anything that could be a secret: no URL, no content of a file."""
-    if isinstance(exc, OSError) and exc.strerror:
-        return exc.strerror
-    if isinstance(exc, nats.errors.Error):
-        return str(exc).removeprefix("nats: ").strip("'") or type(exc).__name__
-    if isinstance(exc, ssl.SSLError | TimeoutError):
-        return f"{type(exc).__name__}"
-    return f"can't log in or connect ({type(exc).__name__})"
-
-
-def _refuses(exc: Exception) -> bool:
-    """Whether somebody answered and did not let us in, or our own files are wrong."""
-    if isinstance(exc, nats.errors.Error):
-        return isinstance(exc, _WithoutTls) or "auth" in str(exc).lower()
-    if isinstance(exc, ssl.SSLError):
-        return isinstance(exc, ssl.SSLCertVerificationError) or "ALERT" in str(exc.reason)
-    return not isinstance(exc, OSError | TimeoutError)
-
-
-def _credentials(path: str) -> RawCredentials | None:
-    """What a .creds file holds, read anew for each connection: it may be replaced meanwhile.
-
-    In a file without a JWT nats-py would look for one for ever, and hold up the whole process.
-    Raises: OSError, ValueError.
-    """
-    if not path:
-        return None
-    with open(path, encoding="ascii") as file:
-        content = file.read(1 << 20)
-    if not _CREDS.search(content):
-        raise ValueError
-    return RawCredentials(content)
-
-
-def _tls(settings: Settings) -> ssl.SSLContext:
-    """Raises: ConfigError."""
-    key = "nats_ca_file"
-    try:
-        context = ssl.create_default_context(cafile=settings.nats_ca_file or None)
-        if settings.nats_cert_file:
-            key = "nats_cert_file, nats_key_file"
-            # with a password given here, nobody at the terminal is asked for a key's passphrase
-            context.load_cert_chain(
-                settings.nats_cert_file, settings.nats_key_file, password=lambda: ""
-            )
-    except (OSError, ValueError) as exc:
-        kinds = (
-            "certificates" if key == "nats_ca_file" else "a certificate and its key, unencrypted"
-        )
-        raise ConfigError(f"{key}: {kinds} wanted, in PEM") from exc
-    return context
-
-
-def _options(settings: Settings) -> dict[str, Any]:
-    """Arguments for nats-py's `connect`. Raises: ConfigError."""
-    servers = [each.strip() for each in settings.nats_url.split(",") if each.strip()]
-    files = settings.nats_ca_file or settings.nats_cert_file
-    tls = None
-    if files or any(each.startswith("tls://") for each in servers):
-        tls = _tls(settings)
-    return {
-        "servers": _others_first(servers, None),
-        "dont_randomize": True,
-        "name": "datapipe",
-        "user": settings.nats_user or None,
-        "password": settings.nats_password or None,
-        "nkeys_seed": settings.nats_nkey_file or None,
-        "tls": tls,
-        "connect_timeout": 2,
-        "reconnect_time_wait": _RECONNECT_S,
-        "max_reconnect_attempts": -1,
-        "ping_interval": _PING_S,
-        "max_outstanding_pings": 2,
-        "pending_size": _PENDING_BYTES,
-    }
