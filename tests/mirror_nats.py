@@ -39,7 +39,7 @@ class Members:
     async def expire_source(self, source: str) -> None:
         raise AssertionError
 
-    async def expire_lane(self, lane: str, before: float) -> None:
+    async def expire_lane(self, source: str, lane: str, before: float) -> None:
         self.forgotten.append((lane, before))
 
     async def database_time(self) -> float:

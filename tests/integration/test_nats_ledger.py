@@ -16,7 +16,6 @@ import pytest
 
 from datapipe.errors import SinkUnavailable
 from datapipe.events.segment import Segment
-from datapipe.mirrors.nats import mirror as mirror_module
 from datapipe.mirrors.nats import streams as streams_module
 from datapipe.mirrors.nats.mirror import Nats, open_nats
 from datapipe.mirrors.nats.prune import FENCE_S, SPREAD_S, Pruning
@@ -70,8 +69,8 @@ class Process(Members):
         self._world = world
         self._sink = sink
 
-    async def expire_lane(self, lane: str, before: float) -> None:
-        await self._sink.expire_lane(lane, before)
+    async def expire_lane(self, source: str, lane: str, before: float) -> None:
+        await self._sink.expire_lane(source, lane, before)
 
     async def take(self) -> tuple[list[Segment], float]:
         """What can be taken, and until when it may be entered into the ledger."""
@@ -88,10 +87,10 @@ class Process(Members):
         await self._sink.load(TABLE, segments, not_after=not_after)
 
     async def pass_time(self, seconds: float) -> None:
-        """It keeps the mirror each minute."""
+        """It looks for what waits each minute."""
         for _ in range(math.ceil(seconds / 60)):
             self._world.now += 60
-            await self.mirror.keep(self)
+            await self.mirror.recover(self)
 
     def dies(self) -> None:
         """Its end says nothing to anybody."""
@@ -100,10 +99,7 @@ class Process(Members):
 
 @pytest.fixture
 def world(nats_node: NatsCluster, nats_prefix: str) -> Iterator[World]:
-    with (
-        mock.patch.object(mirror_module, "EVERY_S", 0.0),  # as often as it is kept
-        mock.patch.object(streams_module, "ACK_WAIT_S", 0.5),
-    ):
+    with mock.patch.object(streams_module, "ACK_WAIT_S", 0.5):
         yield World(nats_node, nats_prefix)
 
 

@@ -25,7 +25,7 @@ def test_there_and_back() -> None:
     found = wire.decode("t", subject, headers, wire.encode(SEGMENT), 7)
     names = ("id", "lane", "data", "events", "columns", "parts", "created_at", "neutral")
     assert [getattr(found, name) for name in names] == [getattr(SEGMENT, name) for name in names]
-    assert (found.source, found.position) == ("nats", 7)
+    assert (found.source, found.position) == ("nats:t", 7)
     assert headers == {"Nats-Msg-Id": SEGMENT.id, "Nats-Expected-Stream": "t_install"}
 
 
