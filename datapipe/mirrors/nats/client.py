@@ -79,6 +79,7 @@ class Client:
         self._silent_since: float | None = None
         self._error = "not connected yet"
         self._subscriptions: dict[str, OnMessage] = {}
+        self._subscribed: set[str] = set()  # of them, on this connection
 
     # --- the connection ---
 
@@ -100,13 +101,12 @@ class Client:
         while True:
             self._ended.clear()
             self._connection = Connection()
+            self._subscribed.clear()
             try:
                 await self._connection.connect(
                     **self._options, error_cb=self._on_error, closed_cb=self._on_closed,
                     disconnected_cb=self._on_disconnected, reconnected_cb=self._on_connected,
                 )  # fmt: skip
-                for subject, on_message in self._subscriptions.items():
-                    await self._subscribe(subject, on_message)
                 failures = 0
                 await self._on_connected()
                 await self._ended.wait()
@@ -128,6 +128,7 @@ class Client:
     async def _on_connected(self) -> None:
         self._silent_since = None
         self._connected.set()
+        await self._subscribe_all()
 
     async def _on_disconnected(self) -> None:
         self._connected.clear()
@@ -152,7 +153,17 @@ class Client:
         """From now on, whatever connection there is, get what is published there."""
         self._subscriptions[subject] = on_message
         if self._connected.is_set():
-            await self._subscribe(subject, on_message)
+            await self._subscribe_all()
+
+    async def _subscribe_all(self) -> None:
+        """What came while nats-py was reconnecting it does not know: it would be deaf for ever."""
+        for subject, on_message in list(self._subscriptions.items()):
+            if subject not in self._subscribed:
+                self._subscribed.add(subject)
+                try:
+                    await self._subscribe(subject, on_message)
+                except nats.errors.Error:  # the next connection makes up for it
+                    self._subscribed.discard(subject)
 
     async def _subscribe(self, subject: str, on_message: OnMessage) -> Subscription:
         return await self._connection.subscribe(
