@@ -257,10 +257,6 @@ BETWEEN: dict[str, Fault] = {
     "a slow connection to the cluster": slow_connection,
     "a broken connection to the cluster": broken_connection,
     "PostgreSQL restarted": database_restarted,
-    "the connection to PostgreSQL broken in the middle of COPY": database_lost(Moment.COPY),
-    "the connection to PostgreSQL broken before COMMIT is answered": database_lost(
-        Moment.COMMITTED
-    ),
 }
 
 
@@ -281,6 +277,10 @@ FAULTS: dict[str, Fault] = (
     PROCESS | NODES | BETWEEN
     | {
         "messages stored a second time": sent_again,
+        "the connection to PostgreSQL broken in the middle of COPY": database_lost(Moment.COPY),
+        "the connection to PostgreSQL broken before COMMIT is answered": database_lost(
+            Moment.COMMITTED
+        ),
         "PostgreSQL and a leader killed at once": database_and_leader,
         "three of these at once": three_at_once,
     }

@@ -1,9 +1,12 @@
-"""The client's own node is there and no use: another one is taken."""
+"""The connection to a cluster: nodes that are no use are left, subscriptions outlive them."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
+
+from nats.aio.msg import Msg
 
 from datapipe.errors import MirrorUnavailable
 from datapipe.mirrors.nats.client import Client
@@ -34,3 +37,23 @@ async def test_a_node_that_freezes_with_much_unread(own_nats: NatsCluster) -> No
                     await asyncio.sleep(0.3)
 
         await asyncio.gather(*(publish(number) for number in range(MESSAGES)))
+
+
+async def test_what_is_subscribed_while_it_reconnects(own_nats: NatsCluster) -> None:
+    client, heard = Client(Settings(mirror="nats", nats_url=own_nats.urls)), asyncio.Event()
+
+    async def on_message(message: Msg) -> None:
+        heard.set()
+
+    async with client.connecting(), asyncio.timeout(30):
+        while not client._connected.is_set():
+            await asyncio.sleep(0.01)
+        await asyncio.to_thread(own_nats.kill)
+        while client._connected.is_set():
+            await asyncio.sleep(0.01)
+        await client.subscribe("t", on_message)
+        await asyncio.to_thread(own_nats.start)
+        while not heard.is_set():
+            with suppress(MirrorUnavailable):
+                await client.publish("t", "t")
+            await asyncio.sleep(0.05)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import random
 import shutil
 import statistics
@@ -32,6 +33,9 @@ from tests.service import Service
 PARTS = ("kills", "outage", "bodies", "heads", "nats")
 _ROUND = 50  # kills to a database; then all is compared
 _FAULTS = 25  # to a cluster and a database
+# those after which something waits for `ack_wait`, which the others shrink
+_HOLDING = ["a process killed in the middle of COPY", "a process frozen with what it took"]
+_ACK_WAIT_S = 30.0
 
 
 def _say(text: str) -> None:
@@ -133,16 +137,21 @@ async def run_nats(make: Callable[..., Service], args: argparse.Namespace) -> li
     statuses: Counter[int] = Counter()
     sums: Counter[str] = Counter()
     started = time.monotonic()
-    for at in range(0, len(names), _FAULTS):
+    rounds: list[tuple[list[str], dict[str, Any], str]] = [
+        (names[at:][:_FAULTS], {"apart": True}, "") for at in range(0, len(names), _FAULTS)
+    ]
+    rounds.append((_HOLDING, {"ack_wait_s": _ACK_WAIT_S}, f", with {_ACK_WAIT_S:g} s"))
+    count = itertools.count(1)
+    for some, options, note in rounds:
         folder = Path(tempfile.mkdtemp(prefix="datapipe-torture-nats-", dir="/var/tmp"))
         postgres = Postgres(fsync="on")
         try:
             postgres.start()
-            async with Machines.running(folder, postgres, make, chance, apart=True) as machines:
-                for number, name in enumerate(names[at:][:_FAULTS], at + 1):
+            async with Machines.running(folder, postgres, make, chance, **options) as machines:
+                for name in some:
                     found = await machines.round(faults[name])
-                    pauses.setdefault(name, []).append(found)
-                    _say(f"nats: {number} {name}: {found}")
+                    pauses.setdefault(f"{name}{note}", []).append(found)
+                    _say(f"nats: {next(count)} {name}{note}: {found}")
                 verdict = await machines.check()
                 for service in machines.services:
                     await service.kill()
@@ -152,7 +161,7 @@ async def run_nats(make: Callable[..., Service], args: argparse.Namespace) -> li
         statuses.update(machines.driver.statuses)
         sums.update(answered=verdict.answered, again=verdict.duplicates_by_key)
     return [
-        f"| faults | {len(names)} |",
+        f"| faults | {len(names) + len(_HOLDING)} |",
         f"| events answered 200 | {sums['answered']:,} |",
         f"| of these sent twice under one key, counted once | {sums['again']:,} |",
         f"| answers | {', '.join(f'{code}: {n:,}' for code, n in sorted(statuses.items()))} |",
@@ -162,7 +171,7 @@ async def run_nats(make: Callable[..., Service], args: argparse.Namespace) -> li
         "| seconds, median and worst | times | until a POST is answered 200 | between two loads |"
         " until all is loaded |",
         "| --- | --- | --- | --- | --- |",
-        *(_row(name, pauses[name]) for name in faults if name in pauses),
+        *(_row(*each) for each in sorted(pauses.items())),
     ]
 
 

@@ -90,6 +90,7 @@ class Client:
         self._silent_since: float | None = None
         self._error = "not connected yet"
         self._subscriptions: dict[str, OnMessage] = {}
+        self._subscribed: set[str] = set()  # of them, on this connection
 
     # --- the connection ---
 
@@ -115,14 +116,13 @@ class Client:
                 ended.set()
 
             self._connection = Connection()
+            self._subscribed.clear()
             try:
                 await self._connection.connect(
                     **self._options, user_credentials=credentials(self._creds),
                     error_cb=self._on_error, closed_cb=on_closed,
                     disconnected_cb=self._on_disconnected, reconnected_cb=self._on_connected,
                 )  # fmt: skip
-                for subject, on_message in self._subscriptions.items():
-                    await self._subscribe(subject, on_message)
                 failures = 0
                 await self._on_connected()
                 await ended.wait()
@@ -150,6 +150,7 @@ class Client:
         self.refused = self._silent_since = None
         self.denied.clear()
         self._connected.set()
+        await self._subscribe_all()
 
     async def _on_disconnected(self) -> None:
         self._connected.clear()
@@ -184,8 +185,17 @@ class Client:
         """From now on, whatever connection there is, get what is published there."""
         self._subscriptions[subject] = on_message
         if self._connected.is_set():
-            with suppress(nats.errors.Error):  # the next connection makes up for it
-                await self._subscribe(subject, on_message)
+            await self._subscribe_all()
+
+    async def _subscribe_all(self) -> None:
+        """What came while nats-py was reconnecting it does not know: it would be deaf for ever."""
+        for subject, on_message in list(self._subscriptions.items()):
+            if subject not in self._subscribed:
+                self._subscribed.add(subject)
+                try:
+                    await self._subscribe(subject, on_message)
+                except nats.errors.Error:  # the next connection makes up for it
+                    self._subscribed.discard(subject)
 
     async def _subscribe(self, subject: str, on_message: OnMessage) -> Subscription:
         return await self._connection.subscribe(
