@@ -23,7 +23,7 @@ from msgspec import structs
 
 from datapipe import logs
 from datapipe import settings as settings_module
-from datapipe.errors import DatapipeError
+from datapipe.errors import ConfigError, DatapipeError
 from datapipe.events.registry import Registry, load_registry
 from datapipe.http.admin import Admin
 from datapipe.http.auth import Access
@@ -37,7 +37,7 @@ from datapipe.http.runner import Runner, report_answered
 from datapipe.mirrors import Mirror, open_mirror
 from datapipe.monitor.feed import running
 from datapipe.monitor.metrics import Metrics
-from datapipe.monitor.peers import Peers
+from datapipe.monitor.peers import ClusterPeers, LocalPeers, Own, Peers
 from datapipe.monitor.status import Status
 from datapipe.pipeline.allocator import share_one_arena
 from datapipe.pipeline.buffer import Buffer
@@ -96,10 +96,14 @@ class Pipeline:
                 self.buffer, self.registry, self.settings, records, metrics.request_seconds.observe
             )
             dead = DeadLetters(sink, self.registry)
-            peers = Peers(Path(self.settings.data_dir), process)
+            local = LocalPeers(Path(self.settings.data_dir), process)
+            peers: Peers = local
+            if mirror.channel is not None:
+                peers = ClusterPeers(mirror.channel, lambda: self.coordinator.living)
             self.status = Status(
-                self.buffer, self.loader, self.coordinator, records, dead, metrics, peers
-            )
+                self.buffer, self.loader, self.coordinator, records, dead, metrics, process,
+                peers, local,
+            )  # fmt: skip
             access = Access(self.settings)
             self.feed = await stack.enter_async_context(running(self.status, self._task_died))
             Pages(self.status, self.feed, metrics, self.registry, access, dead).add_to(app)
@@ -107,12 +111,15 @@ class Pipeline:
             admin.add_to(app)
             await stack.enter_async_context(self.loader.running(self._task_died))
             await stack.enter_async_context(self.coordinator.running(self._task_died))
-            await stack.enter_async_context(peers.listening(self.status.for_peers, admin.load_own))
+            own = Own(self.status.for_peers, admin.load_own)
+            for each in {local, peers}:
+                await stack.enter_async_context(each.listening(own))
             stack.push_async_callback(self.stop)
             yield
 
     def _task_died(self, exc: BaseException) -> None:
-        log.critical("background task died", exc_info=exc)
+        if not isinstance(exc, ConfigError):  # what a person must set right needs no traceback
+            log.critical("background task died", exc_info=exc)
         if not (self.failed or self._stopped):
             self.failed = True
             log.critical("stopping", error=str(exc))

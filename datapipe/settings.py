@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta, inspect, structs
@@ -56,6 +57,9 @@ OURS = {
         "postgresql": "datapipe.sinks.postgres.sink:PostgresPlugin",
     },
 }
+
+NATS_FILES = ("nats_creds", "nats_nkey_file", "nats_ca_file", "nats_cert_file", "nats_key_file")
+EXTRAS = {"nats": "nats", "nkeys": "nats"}  # by the module that is missing
 
 FINITE = sys.float_info.max  # an upper bound that excludes infinity
 
@@ -103,7 +107,7 @@ class Settings(
     ironmq_token: str = ""
     ironmq_queue_prefix: str = ""
     ironmq_max_bytes: Annotated[int, Meta(ge=65536)] = 1_073_741_824
-    nats_url: str = ""  # several by comma
+    nats_url: str = ""  # several by comma, each with its login, if it has one
     nats_creds: str = ""  # this and the other files: paths
     nats_nkey_file: str = ""
     nats_user: str = ""
@@ -181,7 +185,8 @@ def load(
     if settings.mirror == "auto" and settings.mirror_kind == "journal" and env.get("DYNO"):
         raise ConfigError(
             "mirror: this is a Heroku dyno (DYNO is set), whose disk is lost at least daily: set "
-            "IRON_MQ_PROJECT_ID and IRON_MQ_TOKEN, or set mirror to 'journal' or 'none' yourself"
+            "IRON_MQ_PROJECT_ID and IRON_MQ_TOKEN, or NATS_URL, or set mirror to 'journal' or "
+            "'none' yourself"
         )
     return settings
 
@@ -197,6 +202,9 @@ def check(settings: Settings, sources: Mapping[str, str] | None = None) -> None:
     if settings.mirror == "ironmq" and not (settings.ironmq_project_id and settings.ironmq_token):
         why = "'ironmq' needs ironmq_project_id and ironmq_token"
         raise _wrong("mirror", why, origins.get("mirror"))
+    if settings.mirror_kind == "nats":
+        for key, why in _nats_faults(settings):
+            raise _wrong(key, why, origins.get(key))
     if not settings.database_schema or "\0" in settings.database_schema:
         raise _wrong("database_schema", "must name a schema", origins.get("database_schema"))
     for origin in settings.cors_origins:
@@ -205,6 +213,52 @@ def check(settings: Settings, sources: Mapping[str, str] | None = None) -> None:
             raise _wrong("cors_origins", why, origins.get("cors_origins"))
     plugin(settings, "mirror", origins)
     plugin(settings, "sink", origins)
+
+
+def _nats_faults(settings: Settings) -> Iterator[tuple[str, str]]:
+    """What is wrong with the settings of `mirror: nats`: keys and why, with the remedy."""
+    if not settings.nats_url:
+        yield "mirror", "'nats' needs nats_url, such as nats://host:4222"
+    for number, url in enumerate(settings.nats_url.split(","), 1):
+        if why := _nats_url_fault(url.strip()):
+            yield "nats_url", f"{why} (the URL at place {number}; several are parted by commas)"
+    if not settings.database_url or settings.database_url.startswith("sqlite:"):
+        why = "mirror 'nats' needs a database that all processes share: postgresql://..."
+        yield "database_url", why
+    keys = [key for key in ("nats_creds", "nats_nkey_file", "nats_user") if getattr(settings, key)]
+    keys += ["a login in nats_url"] if "@" in settings.nats_url else []
+    if len(keys) > 1:
+        yield keys[0], f"one way to log in is wanted, not {' and '.join(keys)}: leave one"
+    for key, other in (
+        ("nats_password", "nats_user"),
+        ("nats_user", "nats_password"),  # a user alone may be meant for a token
+        ("nats_cert_file", "nats_key_file"),
+        ("nats_key_file", "nats_cert_file"),
+    ):
+        if getattr(settings, key) and not getattr(settings, other):
+            more = "; a token goes into nats_url: nats://TOKEN@HOST" if key == "nats_user" else ""
+            yield key, f"needs {other} as well{more}"
+    for key in NATS_FILES:
+        try:
+            if path := getattr(settings, key):
+                Path(path).open("rb").close()
+        except (OSError, ValueError) as exc:
+            why = exc.strerror if isinstance(exc, OSError) else "this is no path"
+            yield key, f"{path!r} can't be read: {why}"
+
+
+def _nats_url_fault(url: str) -> str | None:
+    """What is wrong with one URL; never shows it, as it may hold a password."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        return "must be like nats://host:4222, with a port from 1 to 65535"
+    if parts.scheme not in ("nats", "tls") or not parts.hostname:
+        return "must be like nats://host:4222 or tls://host:4222"
+    if port == 0 or parts.path.strip("/") or parts.query or parts.fragment:
+        return "must end with the host or a port from 1 to 65535"
+    return None
 
 
 def plugin(
@@ -228,6 +282,9 @@ def plugin(
     try:
         kind = load()
     except Exception as exc:  # whatever importing it raises
+        if isinstance(exc, ModuleNotFoundError) and (extra := EXTRAS.get(exc.name or "")):
+            why = f"{name!r} needs more packages: pip install 'datapipe[{extra}]'"
+            raise _wrong(key, why, source) from exc
         why = f"{type(exc).__name__}: {' '.join(str(exc).split())}"
         raise _wrong(key, f"{name!r}, {which}, can't be imported: {why}", source) from exc
     if not (isinstance(kind, type) and issubclass(kind, Plugin)):
@@ -371,9 +428,9 @@ def _wanted(kind: inspect.Type | None) -> str | None:
     words = _WORDS.get(type(kind)) if kind else None
     least, most = getattr(kind, "ge", None), getattr(kind, "le", None)
     if words and least is not None:
-        words += f" of at least {least:g}"
+        words += f" of at least {least:.15g}"
     if words and most not in (None, FINITE):
-        words += f" and at most {most:g}"
+        words += f" and at most {most:.15g}"
     return words
 
 

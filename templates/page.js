@@ -129,12 +129,13 @@ function showProgress() {
 async function askToLoad() {
   try {
     const answer = await fetch("load", { method: "POST", headers: { Accept: "application/json" } });
-    const { status_message, loaded, failed } = await answer.json();
+    const { status_message, loaded, failed, silent } = await answer.json();
     if (!answer.ok) return `Not done: ${status_message}`;
     const rows = Object.entries(loaded).map(([lane, count]) => `${lane} ${count.toLocaleString("en-US")}`);
     const whys = Object.entries(failed).map(([lane, why]) => `${lane}: ${why}`);
     const parts = rows.length ? [`Loaded rows: ${rows.join(", ")}.`] : [];
     if (whys.length) parts.push(`Not loaded: ${whys.join("; ")}`);
+    if (silent) parts.push(`No answer from ${silent.join(", ")}.`);
     return parts.join(" ") || "Nothing was waiting.";
   } catch {
     return "The connection was lost meanwhile: see the books once the service is back.";

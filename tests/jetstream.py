@@ -42,7 +42,10 @@ http: "{host}:{http_port}"
 jetstream {{ store_dir: {store}, max_file: {max_file}{sync} }}
 {more}
 """
-ROUTES = 'cluster {{ name: {cluster}, listen: "{host}:{route_port}", routes: {routes} }}\n'
+ROUTES = (
+    'cluster {{ name: {cluster}, listen: "{host}:{route_port}", routes: {routes},'
+    " no_advertise: {alone} }}\n"
+)
 
 # not by a proxy that the environment may name
 _ask = build_opener(ProxyHandler({})).open
@@ -181,6 +184,7 @@ class NatsCluster:
         inside: words before each one's command, see `NatsNode`.
         tls: what stands in the block `tls` for clients.
         more: text for each configuration, such as accounts.
+        advertise: tell clients of the other nodes.
     """
 
     def __init__(
@@ -195,6 +199,7 @@ class NatsCluster:
         inside: Sequence[Sequence[str]] = (),
         tls: str = "",
         more: str = "",
+        advertise: bool = True,
     ) -> None:
         self.folder = folder
         self.nodes = [
@@ -212,8 +217,9 @@ class NatsCluster:
             text = f"tls {{ {tls} }}\n{more}" if tls else more
             if nodes > 1:
                 text += "\n" + ROUTES.format(
-                    cluster="test", host=node.host, route_port=node.route_port, routes=routes
-                )
+                    cluster="test", host=node.host, route_port=node.route_port, routes=routes,
+                    alone=json.dumps(not advertise),
+                )  # fmt: skip
             node.configure(text)
         self.urls = ",".join(node.url for node in self.nodes)
         self.settings = {"mirror": "nats", "nats_url": self.urls}
@@ -265,16 +271,13 @@ class NatsCluster:
 
     def leader_of(self, stream: str) -> NatsNode | None:
         """The node that says it leads the stream, if there is one now."""
-        for node in self._alive:
-            if self._seen_by(node, stream).get("leader", "") == node.name:
-                return node
-        return None
+        return leader_of(self.nodes, stream)
 
     def replicas_of(self, stream: str) -> list[NatsNode]:
         """The nodes that store the stream, as its leader tells, itself first; [] without one."""
         if (leader := self.leader_of(stream)) is None:
             return []
-        others = self._seen_by(leader, stream).get("replicas", [])
+        others = seen_by(leader, stream).get("replicas", [])
         return [leader, *(self.node(other["name"]) for other in others)]
 
     def caught_up(self, stream: str) -> bool:
@@ -282,17 +285,8 @@ class NatsCluster:
         leader = self.leader_of(stream)
         if leader is None:
             return False
-        others = self._seen_by(leader, stream).get("replicas", [])
+        others = seen_by(leader, stream).get("replicas", [])
         return all(other["current"] and not other.get("offline") for other in others)
-
-    def _seen_by(self, node: NatsNode, stream: str) -> dict[str, Any]:
-        """What a node knows of who stores a stream: `leader` and `replicas`."""
-        for account in node.ask("/jsz?accounts=true&streams=true").get("account_details", []):
-            for detail in account.get("stream_detail") or []:
-                if detail["name"] == stream:
-                    # alone, a server says nothing of a leader
-                    return {"leader": node.name} | detail.get("cluster", {})
-        return {}
 
     @asynccontextmanager
     async def client(self, **options: Any) -> AsyncIterator[Client]:
@@ -312,6 +306,24 @@ class NatsCluster:
             answer = await request(client, "STREAM.NAMES", {"subject": f"{prefix}.>"})
             for name in answer.get("streams") or []:
                 await request(client, f"STREAM.DELETE.{name}", {})
+
+
+def leader_of(nodes: Sequence[NatsNode], stream: str) -> NatsNode | None:
+    """See `NatsCluster.leader_of`. Who was cut off may think for a while that it leads."""
+    for node in nodes:
+        if seen_by(node, stream).get("leader", "") == node.name:
+            return node
+    return None
+
+
+def seen_by(node: NatsNode, stream: str) -> dict[str, Any]:
+    """What a node knows of who stores a stream: `leader` and `replicas`; {} if it is silent."""
+    for account in node.ask("/jsz?accounts=true&streams=true").get("account_details", []):
+        for detail in account.get("stream_detail") or []:
+            if detail["name"] == stream:
+                # alone, a server says nothing of a leader
+                return {"leader": node.name} | detail.get("cluster", {})
+    return {}
 
 
 async def request(client: Client, api: str, body: object) -> dict[str, Any]:

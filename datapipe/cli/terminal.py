@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 from datapipe.monitor import formats
-from datapipe.monitor.aggregate import BOOKS
+from datapipe.monitor.aggregate import columns
 from datapipe.pipeline.tasks import background
 
-_HEAD = ("lane", *BOOKS, "oldest", "next load", "state")
 _BOLD, _RED, _GREEN = "1", "1;31", "32"  # Source: ECMA-48, "Select Graphic Rendition"
 
 
@@ -24,14 +23,16 @@ def show_status(status: Mapping[str, Any]) -> None:
     for text in (summary["text"], *summary["also"]):
         _print(text, colour)
     balance = "balanced" if books["balanced"] else "NOT balanced"
-    rows = [_HEAD, *(_lane(name, lane) for name, lane in status["lanes"].items())]
-    rows.append(_lane("all lanes", books | {"state": balance}))
+    keys = [key for _, key in columns(status["mirror"].get("shared", False)) if key != "balanced"]
+    head = ("lane", *(key.replace("_", " ") for key in keys), "oldest", "next load", "state")
+    rows = [head, *(_lane(name, lane, keys) for name, lane in status["lanes"].items())]
+    rows.append(_lane("all lanes", books | {"state": balance}, keys))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         name, *numbers, state = row
         aligned = (text.rjust(width) for text, width in zip(numbers, widths[1:-1], strict=True))
         line = "  ".join((name.ljust(widths[0]), *aligned, state))
-        _print(line, _BOLD if row is _HEAD else "")
+        _print(line, _BOLD if row is head else "")
     for line in _facts(status):
         _print(line)
 
@@ -43,12 +44,12 @@ def _print(text: str, style: str = "") -> None:
     print(f"\x1b[{style}m{line}\x1b[m" if coloured else line)
 
 
-def _lane(name: str, lane: Mapping[str, Any]) -> tuple[str, ...]:
+def _lane(name: str, lane: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, ...]:
     blocked = lane.get("blocked") or lane.get("error")
     state = f"{lane['state']}: {blocked}" if blocked else lane["state"]
     oldest = lane.get("oldest_seconds") if lane["waiting"] else None
     times = (formats.seconds(oldest), formats.seconds(lane.get("next_load_seconds")))
-    return name, *(formats.count(lane[key]) for key in BOOKS), *times, state
+    return name, *(formats.count(lane[key]) for key in keys), *times, state
 
 
 def _facts(status: Mapping[str, Any]) -> list[str]:
@@ -56,12 +57,22 @@ def _facts(status: Mapping[str, Any]) -> list[str]:
     used = f"{formats.size(mirror['bytes'])} of {formats.size(mirror['max_bytes'])} used"
     refused = ", ".join(f"{why} {count:,}" for why, count in sorted(status["rejected"].items()))
     return [
-        f"mirror: {mirror['kind']}, {formats.up(mirror['up'])}, {used}{_error(mirror)}",
+        f"mirror: {formats.kind(mirror['kind'])}, {formats.up(mirror['up'])}, {used}"
+        f"{_error(mirror)}",
         f"database: PostgreSQL {database['version'] or '(not reached yet)'}, "
         f"{formats.up(database['up'])}{_error(database)}",
         f"refused at ingest: {refused or 'nothing'}",
-        f"datapipe {status['version']}, up {formats.seconds(status['uptime_seconds'])}",
+        f"datapipe {status['version']}, up {formats.seconds(status['uptime_seconds'])}"
+        f"{_processes(status)}",
     ]
+
+
+def _processes(status: Mapping[str, Any]) -> str:
+    answered, silent = status["processes"], status.get("silent", ())
+    if answered + len(silent) == 1:
+        return ""
+    text = f", {answered} process{'' if answered == 1 else 'es'}"
+    return f"{text}, silent: {', '.join(silent)}" if silent else text
 
 
 def _error(part: Mapping[str, Any]) -> str:

@@ -49,17 +49,19 @@ class Admin:
             detail = f"lane: there is no lane {lane[:64]!r}"
             raise Refused(Reason.UNSUPPORTED_EVENT, detail, 404)
         # all processes load at once; each answers for itself
-        own, others = await asyncio.gather(
-            self.load_own(lane, accept == "dead"), self._peers.ask("POST", request.path_qs)
+        own, heard = await asyncio.gather(
+            self.load_own(lane, accept == "dead"),
+            self._peers.ask("POST", "/load", dict(request.query)),
         )
         loaded: Counter[str] = Counter()
         failed: dict[str, str] = {}
-        for answer in (own, *others):
+        for answer in (own, *heard.answers):
             loaded.update(answer["loaded"])
             failed |= answer["failed"]
         if "text/html" in request.headers.get("Accept", ""):  # the page's button, without script
             return web.Response(status=303, headers={"Location": "./"})
-        return responses.plain({"loaded": loaded, "failed": failed})
+        silent = {"silent": heard.silent} if heard.silent else {}
+        return responses.plain({"loaded": loaded, "failed": failed, **silent})
 
     async def load_own(self, lane: str | None, accept_dead: bool) -> dict[str, Any]:
         """Load now, in this process."""

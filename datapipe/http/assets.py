@@ -71,6 +71,7 @@ class Templates:
         import jinja2
 
         from datapipe.monitor import charts
+        from datapipe.monitor.aggregate import columns
         from datapipe.monitor.formats import FORMATS
 
         environment = aiohttp_jinja2.setup(
@@ -82,7 +83,7 @@ class Templates:
         )
         environment.filters["at"] = at
         environment.filters["show"] = lambda value, name: FORMATS[name](value)
-        environment.globals["charts"] = charts
+        environment.globals |= {"charts": charts, "books_columns": columns}
         return environment
 
     def page(self, context: Mapping[str, Any]) -> str:

@@ -117,8 +117,7 @@ class Pages:
 
     async def metrics(self, request: web.Request) -> web.StreamResponse:
         self.access.may_look(request)
-        await self.status.refresh()
-        status, histograms = self.status.snapshot(), self.status.histograms()
+        status, histograms = await self.status.of_data_dir()
         # in a thread: thousands of lanes take their time
         text = await asyncio.to_thread(self.numbers.text, status, histograms)
         from prometheus_client import CONTENT_TYPE_LATEST  # which that has imported

@@ -29,6 +29,7 @@ class Traits:
         keep_interval_s: seconds between two calls of `keep`.
         shared: any process may load what any of them stored. Then `waiting` is the count of all of
             them, whatever is taken may be redelivered to another process, and there is a `channel`.
+        group: of the processes that share it; the source of its segments. Else empty.
         fence_s: seconds after it was taken at which a segment must be in the ledger, or not at all;
             None: it is ours for as long as we live.
     """
@@ -42,6 +43,7 @@ class Traits:
     durable: bool = True
     keep_interval_s: float = 5.0
     shared: bool = False
+    group: str = ""
     fence_s: float | None = None
 
 
@@ -89,7 +91,8 @@ class Waiting(Protocol):
 class MirrorState:
     """For the page: `up` is the outcome of the last real call; sizes in bytes.
 
-    `full` says why no more can be stored now. `calls` counts the requests to a remote mirror, by
+    `full` says why no more can be stored now; `fullest` is the share in use of the fullest queue,
+    where each has a limit of its own. `calls` counts the requests to a remote mirror, by
     kind; `expires_s` is how long it keeps a message that nobody takes. `left` counts what a process
     that is dead had taken, or what waits behind that, and `left_s` says within how many seconds it
     will have been taken over.
@@ -105,6 +108,7 @@ class MirrorState:
     expires_s: float | None = None
     left: int = 0
     left_s: float | None = None
+    fullest: float | None = None
 
 
 @dataclass(slots=True)
@@ -182,8 +186,8 @@ class Membership(Protocol):
         Raises: SinkUnavailable, LaneBlocked.
         """
 
-    async def expire_lane(self, lane: str, before: float) -> None:
-        """Drop the ledger rows of a shared mirror's segments of this lane, loaded before then.
+    async def expire_lane(self, source: str, lane: str, before: float) -> None:
+        """Drop the ledger rows of the segments of this source and lane, loaded before then.
 
         Args: before: Unix time by the database's clock. Raises: SinkUnavailable, LaneBlocked.
         """

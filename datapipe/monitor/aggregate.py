@@ -13,11 +13,33 @@ Snapshot = Mapping[str, Any]
 Rule = Callable[[Sequence[Any]], Any]  # one value of those that the processes have
 
 BOOKS = ("accepted", "recovered", "loaded", "duplicate", "dead", "waiting")
+IN_HAND = ("taken", "returned", "in_hand")  # of what processes take from a mirror that they share
+# The equation that holds for a lane, as people read it, and what stands beside it where any process
+# loads what any has accepted.
+_COLUMNS = (
+    ("accepted", "accepted"), ("+ recovered", "recovered"), ("= loaded", "loaded"),
+    ("+ duplicate", "duplicate"), ("+ dead", "dead"), ("+ waiting", "waiting"),
+    ("balanced", "balanced"),
+)  # fmt: skip
+_SHARED_COLUMNS = (
+    ("taken", "taken"), ("= loaded", "loaded"), ("+ duplicate", "duplicate"), ("+ dead", "dead"),
+    ("+ returned", "returned"), ("+ in hand", "in_hand"), ("balanced", "balanced"),
+    ("accepted", "accepted"), ("waiting", "waiting"),
+)  # fmt: skip
 _STATES = ("blocked", "retrying", "loading", "waiting", "empty")  # the worst first
+
+
+def columns(shared: bool) -> Sequence[tuple[str, str]]:
+    """The columns of the books: their headings and keys. Args: shared: so is the mirror."""
+    return _SHARED_COLUMNS if shared else _COLUMNS
 
 
 def _total(values: Sequence[float]) -> float:
     return round(sum(values), 1)
+
+
+def _sum(values: Sequence[int | None]) -> int:
+    return sum(value or 0 for value in values)
 
 
 def _counts(values: Sequence[Mapping[str, int]]) -> dict[str, int]:
@@ -45,7 +67,7 @@ def _worst(values: Sequence[str]) -> str:
     return min(values, key=_STATES.index)
 
 
-_BOOKS: dict[str, Rule] = {**dict.fromkeys(BOOKS, sum), "balanced": all}
+_BOOKS: dict[str, Rule] = {**dict.fromkeys((*BOOKS, *IN_HAND), _sum), "balanced": all}
 _TOTALS: dict[str, Rule] = {
     "waiting_bytes": sum, "in_memory": sum, "parked": sum, "accepted_per_second": _total,
     "loaded_per_second": _total, "oldest_seconds": lambda values: max(values, default=0.0),
@@ -55,13 +77,15 @@ _LANE: dict[str, Rule] = {
     "error": _first, "last_load": _most("at"), "slow_load": _most("seconds"),
     "next_load_seconds": _least,
 }  # fmt: skip
+# of a mirror that they share each process counts all that waits there, not a part of it
+_SHARED_LANE = _LANE | dict.fromkeys(("waiting", "waiting_bytes", "oldest_seconds", "full"), _first)
 # what stands in none of these is that of the process itself, or of the one that is worst off
 _MIRROR: dict[str, Rule] = {"requests": sum, "requests_this_month": sum, "calls": _counts}
 _STATUS: dict[str, Rule] = {"processes": len, "uptime_seconds": max, "rejected": _counts}
 
 
 def _merged(rules: Mapping[str, Rule], snapshots: Iterable[Snapshot]) -> dict[str, Any]:
-    """Each key by its rule; one that a process of release 1.0 lacks counts as None there."""
+    """Each key by its rule; one that a process of another version lacks counts as None there."""
     found = list(snapshots)
     return {key: rule([each.get(key) for each in found]) for key, rule in rules.items()}
 
@@ -69,11 +93,16 @@ def _merged(rules: Mapping[str, Rule], snapshots: Iterable[Snapshot]) -> dict[st
 def together(own: Snapshot, others: Iterable[Snapshot]) -> dict[str, Any]:
     """One snapshot of all processes, and the books and totals over all lanes."""
     everybody = [own, *others]
+    shared = own["mirror"]["shared"]
+    rules = _SHARED_LANE if shared else _LANE
     names = sorted({name for each in everybody for name in each["lanes"]})
     lanes = {
-        name: _merged(_LANE, [each["lanes"][name] for each in everybody if name in each["lanes"]])
+        name: _merged(rules, [each["lanes"][name] for each in everybody if name in each["lanes"]])
         for name in names
     }
+    if shared:
+        for lane in lanes.values():
+            lane["parked"] = max(0, lane["waiting"] - lane["in_memory"])
     mirrors, databases = ([each[key] for each in everybody] for key in ("mirror", "database"))
     loads = [load for each in everybody for load in each["recent_loads"]]
     return {
@@ -120,20 +149,29 @@ def _old(status: Snapshot) -> list[dict[str, Any]]:
     ]
 
 
-def together_series(series: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The series of the charts, added up; `series` holds those of each process, by lane."""
+def together_series(series: Sequence[Mapping[str, Any]], *, shared: bool) -> dict[str, Any]:
+    """The series of the charts, added up; `series` holds those of each process, by lane.
+
+    What waits in a mirror that they share is not: each knows all of it, from its start on.
+    """
     names = sorted({name for each in series for name in each})
-    lanes = {name: add_series([each[name] for each in series if name in each]) for name in names}
+    lanes = {
+        name: add_series([each[name] for each in series if name in each], shared=shared)
+        for name in names
+    }
     total = add_series(list(lanes.values())) if lanes else {key: [] for key in SERIES}
     return {"step_seconds": STEP_S, "points": POINTS, "lanes": lanes, "total": total}
 
 
-def add_series(series: Sequence[Mapping[str, list[float]]]) -> dict[str, list[float]]:
+def add_series(
+    series: Sequence[Mapping[str, list[float]]], *, shared: bool = False
+) -> dict[str, list[float]]:
     """Point by point, aligned at the newest."""
     added = {}
     for key in series[0]:
         columns = [each[key] for each in series]
         length = max(map(len, columns), default=0)
         padded = [[0.0] * (length - len(column)) + column for column in columns]
-        added[key] = [round(sum(point), 1) for point in zip(*padded, strict=True)]
+        whole = max if shared and key == "waiting" else sum
+        added[key] = [round(whole(point), 1) for point in zip(*padded, strict=True)]
     return added

@@ -34,8 +34,9 @@ class Feed:
             closed = self._status.history.closed
             self._status.tick()
             if self._listeners:
-                await self._status.refresh()
                 whole = self._newcomer or self._status.history.closed != closed
+                await self._status.refresh(history=whole)
+                whole |= self._newcomer  # who came meanwhile is content with the last known charts
                 self._newcomer = False
                 status = self._status
                 self._publish(await status.whole() if whole else status.snapshot())

@@ -97,6 +97,11 @@ def text(value: Any) -> str:
     return NOTHING if value is None else str(value)
 
 
+def kind(value: str) -> str:
+    """Of a mirror, as its makers write it."""
+    return {"ironmq": "IronMQ", "nats": "NATS"}.get(value, value)
+
+
 def percent(value: float | None) -> str:
     return NOTHING if value is None else f"{_rounded(value * 100, 1):.1f} %"
 
@@ -104,5 +109,6 @@ def percent(value: float | None) -> str:
 FORMATS: dict[str, Callable[[Any], str]] = {
     "count": count, "size": size, "rate": rate, "seconds": seconds, "clock": clock, "text": text,
     "percent": percent, "check": check, "outcome": outcome, "up": up,
+    "kind": kind,
     "zero": lambda value: count(value or 0),
 }  # fmt: skip

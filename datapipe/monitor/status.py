@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,11 +12,12 @@ from datetime import UTC, datetime
 from typing import Any
 
 from datapipe.health import Health
+from datapipe.mirrors import MirrorState
 from datapipe.monitor import formats
-from datapipe.monitor.aggregate import BOOKS, together, together_series
+from datapipe.monitor.aggregate import BOOKS, IN_HAND, together, together_series
 from datapipe.monitor.history import History, Reading, series_of
-from datapipe.monitor.metrics import Metrics
-from datapipe.monitor.peers import Peers
+from datapipe.monitor.metrics import Metrics, Samples
+from datapipe.monitor.peers import Others, Peers
 from datapipe.monitor.summary import summary
 from datapipe.pipeline.buffer import Buffer
 from datapipe.pipeline.coordinator import Coordinator
@@ -24,12 +27,18 @@ from datapipe.pipeline.loader import Loader
 from datapipe.pipeline.records import Rate, Records, iso, now
 from datapipe.version import __version__
 
+_JUDGED = ("ingest", "database", "mirror", "books", "room", "leftovers", "peers")
 NEARLY_FULL = 0.8  # of the mirror
 
 
 @dataclass
 class Status:
-    """Puts `/status.json` together; `docs/status.md` explains its keys."""
+    """Puts `/status.json` together; `docs/status.md` explains its keys.
+
+    Attributes:
+        peers: those that the page tells of.
+        local: those that share our `data_dir`, of which `/metrics` tells; often the same.
+    """
 
     buffer: Buffer
     loader: Loader
@@ -37,19 +46,18 @@ class Status:
     records: Records
     dead: DeadLetters
     metrics: Metrics
+    process: str
     peers: Peers
+    local: Peers
 
     def __post_init__(self) -> None:
         self._started = time.monotonic()
         self._started_at = now()
-        self._others: list[dict[str, Any]] = []  # what the other processes last answered
-        self._asking = asyncio.Lock()
-        self._asked = self._answered = 0  # how many times they were asked; the last that they were
+        self._host = f"{socket.gethostname()}:{os.getpid()}"
+        self._others = Others(self.peers)
+        self._local = self._others if self.local is self.peers else Others(self.local)
         # what keeps no health of its own, or behind its interface: judged each second
-        self._judged = {
-            part: Health(part)
-            for part in ("ingest", "database", "mirror", "books", "room", "leftovers")
-        }
+        self._judged = {part: Health(part) for part in _JUDGED}
         self._filling = Rate()  # bytes of the mirror, per second
         self.history = History(self._started)
         self._month = datetime.now(UTC).month
@@ -97,15 +105,16 @@ class Status:
         mirror, database = self.buffer.mirror.state(), self.loader.sink.state()
         database_error = (database.error or "no answer") if database.up is False else None
         balanced = all(lane.balanced for lane in self.buffer.lanes.values())
-        full = 0 < NEARLY_FULL * mirror.max_bytes <= mirror.bytes
+        used = _used(mirror) if mirror.fullest is None else mirror.fullest
         errors = {
             "ingest": self.not_ready(),
             "database": database_error,
             "mirror": self._mirror_error(),
             "books": None if balanced else "",
-            "room": f"{mirror.bytes / mirror.max_bytes:.0%} used" if full else None,
+            "room": f"{used:.0%} used" if used >= NEARLY_FULL else None,
             "leftovers": f"{formats.count(mirror.left)} messages, not counted below"
             if mirror.left else None,
+            "peers": "" if self._others.silent_lately else None,
         }  # fmt: skip
         began = time.perf_counter()
         for part, error in errors.items():
@@ -116,41 +125,41 @@ class Status:
 
     # --- all processes ---
 
-    async def refresh(self) -> None:
-        """Ask the other processes; what follows is for all of them.
-
-        However many ask for it, one question is under way; those who come meanwhile share the next.
-        """
-        asked = self._asked
-        async with self._asking:
-            if self._answered <= asked:
-                self._asked = question = self._asked + 1
-                self._others = await self.peers.ask("GET", "/status.json")
-                self._answered = question
+    async def refresh(self, *, history: bool = True) -> None:
+        """Ask the other processes; what follows is for all of them. `whole` needs the history."""
+        await self._others.refresh(history=history)
 
     def snapshot(self) -> dict[str, Any]:
         """All numbers at one moment, of all processes, without the series of the charts."""
-        status = together(self._own(), self._others)
+        status = together(self._own(), self._others.answers) | {"silent": self._others.silent}
         return status | {"summary": summary(status)}
 
     async def whole(self) -> dict[str, Any]:
         """All that the page shows, but the last refusals."""
-        points, others = self.history.points(), [other["history"] for other in self._others]
+        points, others = self.history.points(), self._others.histories
+        shared = self.buffer.mirror.traits.shared
 
         def history() -> dict[str, Any]:
-            return together_series([series_of(points), *others])
+            return together_series([series_of(points), *others], shared=shared)
 
         # in a thread: it can be a million numbers
         return self.snapshot() | {"history": await asyncio.to_thread(history)}
 
-    async def for_peers(self) -> dict[str, Any]:
-        """What this process answers the others."""
+    async def for_peers(self, history: bool = True) -> dict[str, Any]:
+        """What this process answers the others. Args: history: also the series of the charts."""
         own = self._own() | {"histograms": self.metrics.histograms()}
+        # whom it does not hear is not told: it may have asked long ago
+        own["parts"] = [part for part in own["parts"] if part["part"] != "peers"]
+        if not history:
+            return own
         return own | {"history": await asyncio.to_thread(series_of, self.history.points())}
 
-    def histograms(self) -> list[dict[str, Any]]:
-        """Those of all processes."""
-        return [self.metrics.histograms(), *(other["histograms"] for other in self._others)]
+    async def of_data_dir(self) -> tuple[dict[str, Any], list[Samples]]:
+        """All numbers, and the histograms, of the processes that share our `data_dir`, now."""
+        await self._local.refresh(history=False)
+        others = self._local.answers
+        histograms = [self.metrics.histograms(), *(each["histograms"] for each in others)]
+        return together(self._own(), others), histograms
 
     # --- this process ---
 
@@ -158,6 +167,8 @@ class Status:
         full = self.buffer.mirror.full(self.buffer.lanes)
         return {
             "version": __version__,
+            "process": self.process,
+            "host": self._host,
             "now": now(),
             "started_at": self._started_at,
             "uptime_seconds": round(time.monotonic() - self._started, 3),
@@ -180,7 +191,7 @@ class Status:
         # while the whole database is away that is said once, at the top
         hushed = lane.blocked is not None or self.loader.sink.state().up is False
         return {
-            **{key: getattr(lane, key) for key in BOOKS if key != "waiting"},
+            **{key: getattr(lane, key) for key in (*BOOKS, *IN_HAND) if key != "waiting"},
             "waiting": lane.waiting.events,
             "replayed": self.dead.replayed[lane.name],
             "balanced": lane.balanced,
@@ -214,11 +225,13 @@ class Status:
         room = max(0, mirror.max_bytes - mirror.bytes)
         return {
             "kind": mirror.kind,
+            "shared": self.buffer.mirror.traits.shared,
             "up": self._mirror_error() is None,
             "error": mirror.error,
             "bytes": mirror.bytes,
             "max_bytes": mirror.max_bytes,
-            "used": round(mirror.bytes / mirror.max_bytes, 4) if mirror.max_bytes else 0.0,
+            "used": round(_used(mirror), 4),
+            "fullest": _rounded(mirror.fullest, 4),
             "seconds_left": round(room / rate) if rate > 0 else None,
             "append_seconds": _rounded(self.buffer.append_seconds, 5),
             "requests": requests,
@@ -240,6 +253,10 @@ class Status:
         }
 
 
+def _used(mirror: MirrorState) -> float:
+    return mirror.bytes / mirror.max_bytes if mirror.max_bytes else 0.0
+
+
 def _part(health: Health) -> dict[str, Any]:
     state = health.state()
     times = {key: state[key] and iso(state[key]) for key in ("since", "at", "doing_since")}
@@ -256,5 +273,5 @@ def _slow_load(health: Health) -> dict[str, Any] | None:
     }
 
 
-def _rounded(seconds: float | None, digits: int) -> float | None:
-    return None if seconds is None else round(seconds, digits)
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)

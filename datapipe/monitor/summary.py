@@ -57,6 +57,10 @@ WORDS = {
         "recovering", "A process that died has left events in the mirror",
         "They will be taken over within about {left}; nothing need be done.",
     ),
+    ("peers", "fails"): Words(
+        "process_silent", "No answer from {silent}",
+        "The numbers here lack theirs. Should one have died, others load what it had taken.",
+    ),
 }  # fmt: skip
 _RANK = {key: rank for rank, key in enumerate(WORDS)}
 # What other parts do is called, and what it means that it is not done; said before a full mirror.
@@ -81,7 +85,7 @@ _WORK_RANK = _RANK["room", "fails"] - 0.5
 # failed before they worked again and has not been tried since.
 _BECAUSE = {
     "mirror": ("ingest",), "append": ("ingest",), "room": ("ingest",), "load": ("database",),
-    "heartbeat": ("database",), "recovery": ("mirror", "database"),
+    "heartbeat": ("database",), "recovery": ("mirror", "database"), "peers": ("mirror",),
     "upkeep": ("mirror", "database"), "removal": ("mirror",),
 }  # fmt: skip
 
@@ -158,6 +162,7 @@ def _facts(status: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, str]
         waiting += " It has used up its share of the mirror: new ones are refused."
     return {
         "lane": part["lane"],
+        "silent": ", ".join(status["silent"]),
         "waiting": waiting,
         "kept": _kept(status),
         "refusing": _refusing(status, part["error"]),

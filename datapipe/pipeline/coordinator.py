@@ -94,8 +94,8 @@ class Coordinator:
     async def expire_source(self, source: str) -> None:
         await self._sink.expire_source(source, self._process)
 
-    async def expire_lane(self, lane: str, before: float) -> None:
-        await self._sink.expire_lane(lane, before)
+    async def expire_lane(self, source: str, lane: str, before: float) -> None:
+        await self._sink.expire_lane(source, lane, before)
 
     async def database_time(self) -> float:
         return await self._sink.now()
@@ -177,7 +177,7 @@ class Coordinator:
         traits, oldest = self._mirror.traits, self._buffer.oldest
         oldest_s = None if oldest is None else max(time.time() - oldest, 0.0)
         host = f"{socket.gethostname()}:{os.getpid()}"
-        beat = Heartbeat(self._process, traits.identity, oldest_s, self._ended, host, traits.shared)
+        beat = Heartbeat(self._process, traits.identity, oldest_s, self._ended, host, traits.group)
         beats = await self._sink.heartbeat(beat)
         await self._sink.expire(self._expirable)  # after the heartbeat: it says which keys to keep
         del self._expirable[:sent]
@@ -190,9 +190,14 @@ class Coordinator:
 
     @property
     def living(self) -> dict[str, str]:
-        """The host of each other process that lives and has a shared mirror, by its id."""
+        """The host of each other process that lives and shares our mirror, by its id."""
+        group = self._mirror.traits.group
         living = self._watch.living().items()
-        return {id: beat.host for id, beat in living if beat.shared and id != self._process}
+        return {
+            id: beat.host
+            for id, beat in living
+            if group and beat.group == group and id != self._process
+        }
 
     async def deregister(self) -> None:
         """Let the others know that this process has ended, if the database is up.

@@ -29,8 +29,8 @@ from datapipe.settings import Settings
 from datapipe.sinks import Database, Loaded, table_of
 
 _LONGEST_SLEEP_S = 3600.0  # an event loop takes no infinite timer
-# The longest wait after failures in a row, seconds. Short for a database that is away: once it is
-# back, loading should go on at once.
+# The longest wait after failures in a row, seconds. Short for a database or a shared mirror that is
+# away: once it is back, loading should go on at once.
 _OUTAGE_S = 2.0
 _LANE_S = 30.0
 
@@ -168,7 +168,11 @@ class Loader:
                     await self._wake.wait()
 
     def _hurry_fullest(self) -> None:
-        able = [s for s in self.schedules.values() if not s.failures and not s.lane.stuck]
+        looked = now() - self._mirror.traits.keep_interval_s  # what others had taken may be gone
+        able = [
+            s for s in self.schedules.values()
+            if not s.failures and not s.lane.stuck and s.exhausted_at < looked
+        ]  # fmt: skip
         if able:  # the fullest may already be loading: all the better
             max(able, key=lambda s: s.lane.waiting.bytes).hurry()
 
@@ -295,7 +299,9 @@ class Loader:
         else:
             everywhere = isinstance(exc, SinkUnavailable) and exc.everywhere
             lane.deferred |= schedule.alone or not everywhere
-            retry_s = backoff(schedule.failures + 1, _OUTAGE_S if everywhere else _LANE_S)
+            mirror = isinstance(exc, MirrorUnavailable) and self._mirror.traits.shared
+            outage = everywhere or mirror
+            retry_s = backoff(schedule.failures + 1, _OUTAGE_S if outage else _LANE_S)
             lane.health.fails(time.perf_counter(), error)
             log.warning("load failed", lane=lane.name, error=error, retry_seconds=round(retry_s, 2))
         self._requeue(lane, segments, put_off=lane.stuck)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -28,6 +29,7 @@ class Schedule:
         served_at: when its last transaction ended.
         failures: in a row; 0 again once other lanes can be loaded.
         alone: others could be loaded since it failed.
+        exhausted_at: when last nothing could be taken.
     """
 
     def __init__(self, lane: Lane) -> None:
@@ -35,6 +37,7 @@ class Schedule:
         self.served_at = now()
         self.failures = 0
         self.alone = False
+        self.exhausted_at = -math.inf
         self.last_load: Load | None = None
         self._hurry = False
         self._retry_at = 0.0
@@ -111,6 +114,7 @@ class Schedule:
 
     def exhausted(self) -> None:
         """Nothing could be taken: the turn is over, whatever waits for other processes."""
+        self.exhausted_at = now()
         self._tries += self._next_tries
         self._next_tries = []
         self._end_turn(None)

@@ -11,9 +11,6 @@ from datapipe.events.segment import Segment
 from datapipe.events.types import Column, EventType
 from datapipe.settings import Plugin, Settings, plugin
 
-# `Segment.source` of what a shared mirror holds: its ledger rows go by `Ledger.expire_lane` alone
-SHARED = "nats"
-
 
 @dataclass(slots=True, frozen=True)
 class Table:
@@ -60,7 +57,8 @@ class Heartbeat:
             the oldest of all. Infinite: unknown.
         ended: it stops now, and sends no more heartbeats.
         host: its machine and number there, for people.
-        shared: its mirror is: once it is dead, what waits there is shown by the others.
+        group: of processes that share a mirror, whose segments' source this is; empty: none. Once
+            one of them is dead, what waits there is shown by the others.
     """
 
     process: str
@@ -68,7 +66,7 @@ class Heartbeat:
     oldest_s: float | None
     ended: bool = False
     host: str = ""
-    shared: bool = False
+    group: str = ""
 
 
 @dataclass(slots=True, frozen=True)
@@ -78,7 +76,7 @@ class Beat:
     count: int
     ended: bool
     host: str = ""
-    shared: bool = False
+    group: str = ""
 
 
 # the row of an event: lane, its JSON, received_at; raises EventRejected
@@ -167,9 +165,9 @@ class Ledger(Protocol):
         That is ledger rows and heartbeats. Raises: SinkUnavailable, LaneBlocked.
         """
 
-    async def expire_lane(self, lane: str, before: float) -> None:
-        """Once this returns, the segments of that lane that a shared mirror held, and that were
-        loaded before then, are forgotten.
+    async def expire_lane(self, source: str, lane: str, before: float) -> None:
+        """Once this returns, the segments of that lane that a shared mirror held under that source,
+        and that were loaded before then, are forgotten.
 
         Args: before: Unix time by the database's clock. Raises: SinkUnavailable, LaneBlocked.
         """

@@ -15,7 +15,7 @@ from uuid import uuid4
 
 from datapipe.events.types import Column
 from datapipe.settings import Settings
-from datapipe.sinks import SHARED, Beat, Heartbeat, Selection, Table
+from datapipe.sinks import Beat, Heartbeat, Selection, Table
 from datapipe.sinks.transaction import Entry, Known, Letter, RefusedRow, Rows, Transaction
 from datapipe.sinks.transactional import TransactionalSink, found
 
@@ -181,10 +181,10 @@ class MemorySink(TransactionalSink):
             del ledger[id]
         self._forget_others(source, process)
 
-    async def expire_lane(self, lane: str, before: float) -> None:
+    async def expire_lane(self, source: str, lane: str, before: float) -> None:
         ledger = self._database.ledger
         for id, row in list(ledger.items()):
-            if (row.entry.source, row.lane) == (SHARED, lane) and row.loaded_at < before:
+            if (row.entry.source, row.lane) == (source, lane) and row.loaded_at < before:
                 del ledger[id]
 
     async def now(self) -> float:
@@ -201,7 +201,7 @@ class MemorySink(TransactionalSink):
     async def heartbeat(self, beat: Heartbeat) -> dict[str, Beat]:
         database = self._database
         last = database.beats.get(beat.process, Beat(0, ended=False))
-        database.beats[beat.process] = Beat(last.count + 1, beat.ended, beat.host, beat.shared)
+        database.beats[beat.process] = Beat(last.count + 1, beat.ended, beat.host, beat.group)
         database.mirrors[beat.process] = beat.mirror
         self._forget_others(beat.mirror, beat.process)
         self.works(time.perf_counter())

@@ -1,23 +1,37 @@
-"""What every mirror must do; each implementation is a parameter of the one suite."""
+"""What every mirror must do; each implementation is a parameter of the one suite.
+
+Most of it holds for all of them. Where it matters whose a stored segment is, there are two claims:
+in a mirror of one's own it is the process's, until that is dead; in a shared one it is anybody's.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+from datapipe.errors import MirrorFull
 from datapipe.events.segment import Part, Segment
 from datapipe.events.types import Column
 from datapipe.mirrors import Mirror, Recovery, open_mirror
+from datapipe.mirrors.nats import streams
 from datapipe.settings import Settings
 from tests.doubles.ironmq import IronMQ
+from tests.jetstream import NatsCluster
 
 COLUMNS = (Column("user_id", "bigint"), Column("received_at", "timestamptz"))
 LANES = ("install", "purchase")
+
+OWN = ["journal", "ironmq", "none", "toy"]  # `toy` is a third party's, in a package of its own
+SHARED = ["nats_node", "nats_cluster"]
+of_ones_own = pytest.mark.parametrize("choice", OWN, indirect=True)
+that_is_shared = pytest.mark.parametrize("choice", SHARED, indirect=True)
 
 
 def segment(number: int, lane: str = "install", size: int = 20) -> Segment:
@@ -44,12 +58,21 @@ class Alone:
     async def expire_source(self, source: str) -> None:
         return
 
+    async def expire_lane(self, lane: str, before: float) -> None:
+        return
+
+    async def database_time(self) -> float:
+        return time.time()
+
+    async def database_mark(self, prefix: str) -> str:
+        return "the one database"
+
 
 class World:
     """One mirror service, which several processes open one after the other."""
 
-    def __init__(self, kind: str, settings: Settings) -> None:
-        self.kind = kind
+    def __init__(self, settings: Settings) -> None:
+        self.kind = settings.mirror
         self.settings = settings
         self.ended: set[str] = set()
         self._stacks: list[tuple[str, AsyncExitStack]] = []
@@ -57,7 +80,10 @@ class World:
     async def open(self) -> Mirror:
         stack, process = AsyncExitStack(), f"process{len(self._stacks) + len(self.ended)}"
         self._stacks.append((process, stack))
-        return await stack.enter_async_context(open_mirror(self.settings, process))
+        mirror = await stack.enter_async_context(open_mirror(self.settings, process))
+        if mirror.traits.shared:  # whose database it is must be known before anything is taken
+            await self.recover(mirror)
+        return mirror
 
     async def recover(self, mirror: Mirror) -> Recovery:
         return await mirror.recover(Alone(self.ended))
@@ -73,17 +99,27 @@ class World:
             await self.end()
 
 
-# `toy` is a third party's, in a package of its own
-@pytest.fixture(params=["journal", "ironmq", "none", "toy"])
-async def world(request: pytest.FixtureRequest, tmp_path: Path, toys: Path) -> AsyncIterator[World]:
+@pytest.fixture(params=[*OWN, *SHARED])
+def choice(request: pytest.FixtureRequest) -> dict[str, str]:
+    """The settings that choose a mirror."""
+    if request.param in OWN:
+        return {"mirror": request.param}
+    cluster: NatsCluster = request.getfixturevalue(request.param)
+    return cluster.settings
+
+
+@pytest.fixture
+async def world(
+    choice: dict[str, str], tmp_path: Path, toys: Path, nats_prefix: str
+) -> AsyncIterator[World]:
     async with IronMQ() as service:
         settings = Settings(
             data_dir=str(tmp_path), ironmq_host=service.host,
             ironmq_project_id=service.project_id, ironmq_token=service.token,
             buffer_max_bytes=80_000, journal_max_bytes=1_000_000, ironmq_max_bytes=1_000_000,
-            mirror=request.param,
+            nats_prefix=nats_prefix, nats_lane_max_bytes=1_048_576, **choice,
         )  # fmt: skip
-        made = World(request.param, settings)
+        made = World(settings)
         yield made
         await made.end_all()
 
@@ -128,7 +164,7 @@ async def test_taking_is_bounded_but_gives_one_at_least(world: World) -> None:
     mirror = await world.open()
     stored = [segment(n, size=5000) for n in range(5)]
     await store(mirror, *stored)
-    assert ids(await mirror.take("install", 10_500)) == ids(stored[:2])
+    assert ids(await mirror.take("install", 12_000)) == ids(stored[:2])
     assert ids(await mirror.take("install", 1)) == ids(stored[2:3])
     assert ids(await take_all(mirror)) == ids(stored[3:])
 
@@ -147,16 +183,17 @@ async def test_a_position_never_comes_back(world: World) -> None:
     mirror = await world.open()
     last = 0
     for number in range(3):
-        stored = segment(number)
-        await mirror.append([stored])
-        assert stored.position > last
-        last = stored.position
-        await mirror.remove([stored])
-        if world.kind == "journal":  # positions of the others are a process's own
+        await store(mirror, segment(number))
+        (taken,) = await take_all(mirror)
+        assert taken.position > last
+        last = taken.position
+        await mirror.remove([taken])
+        if world.kind in ("journal", "nats"):  # positions of the others are a process's own
             await world.end()
             mirror = await world.open()
 
 
+@of_ones_own
 async def test_what_was_stored_is_recovered_by_the_next_process(world: World) -> None:
     mirror = await world.open()
     durable = mirror.traits.durable
@@ -180,6 +217,28 @@ async def test_what_was_stored_is_recovered_by_the_next_process(world: World) ->
         assert all(same(t, w) for t, w in zip(taken, wanted, strict=True))
 
 
+@that_is_shared
+async def test_what_was_stored_waits_for_all(world: World) -> None:
+    mirror = await world.open()
+    stored = [segment(n, lane) for n in range(4) for lane in LANES]
+    await store(mirror, *stored)
+    await world.end()
+    with mock.patch.object(world, "recover"):  # by hand
+        again = await world.open()
+    found = await world.recover(again)
+    assert (found.lanes, found.due) == ({}, set(LANES))
+    assert (await world.recover(again)).due == set()  # once
+    for lane in LANES:
+        wanted = [each for each in stored if each.lane == lane]
+        waiting = again.waiting(lane)
+        assert (waiting.events, waiting.in_memory, waiting.parked) == (4, 0, 4)
+        assert waiting.bytes >= sum(len(each.data) for each in wanted)
+        assert abs((waiting.oldest or 0.0) - wanted[0].created_at) < 5  # by the servers' clock
+        taken = await take_all(again, lane)
+        assert all(same(t, w) for t, w in zip(taken, wanted, strict=True))
+        assert (waiting.events, waiting.in_memory, waiting.parked) == (4, 4, 0)
+
+
 async def test_what_was_removed_does_not_come_back(world: World) -> None:
     mirror = await world.open()
     durable = mirror.traits.durable
@@ -201,6 +260,7 @@ async def test_what_was_removed_does_not_come_back(world: World) -> None:
     assert await last.take("install", 1000) == []
 
 
+@of_ones_own
 async def test_what_does_not_fit_into_memory_is_read_back_in_order(world: World) -> None:
     mirror = await world.open()
     if not mirror.traits.durable:
@@ -224,11 +284,31 @@ async def test_what_does_not_fit_into_memory_is_read_back_in_order(world: World)
     assert not mirror.pressed
 
 
+@that_is_shared
+async def test_memory_holds_what_is_taken_alone(world: World) -> None:
+    mirror = await world.open()
+    stored = [segment(n, size=5000) for n in range(40)]
+    await store(mirror, *stored)
+    waiting = mirror.waiting("install")
+    assert (waiting.in_memory, waiting.parked, waiting.events) == (0, 40, 40)
+    assert mirror.pressed  # it would be, if memory had them
+    taken: list[Segment] = []
+    while some := await mirror.take("install", 15_000):
+        assert sum(len(each.data) for each in some) <= 15_000
+        assert waiting.in_memory == len(some)
+        taken += some
+        await mirror.remove(some)
+    assert ids(taken) == ids(stored)
+    assert (waiting.events, waiting.bytes, waiting.oldest) == (0, 0, None)
+    assert not mirror.pressed
+
+
+@of_ones_own
 async def test_a_lane_that_is_put_off_holds_no_memory_until_it_loads(world: World) -> None:
     mirror = await world.open()
     stored = [segment(n, size=5000) for n in range(6)]
     await store(mirror, *stored[:4])
-    mirror.requeue("install", await mirror.take("install", 10_500), put_off=True)
+    mirror.requeue("install", await mirror.take("install", 12_000), put_off=True)
     await store(mirror, *stored[4:])
     waiting = mirror.waiting("install")
     assert waiting.events == 6
@@ -239,16 +319,49 @@ async def test_a_lane_that_is_put_off_holds_no_memory_until_it_loads(world: Worl
     assert ids([*first, *await take_all(mirror)]) == ids(stored)
 
 
+@that_is_shared
+async def test_a_lane_that_is_put_off_holds_nothing_and_is_left_to_others(world: World) -> None:
+    mirror, other = await world.open(), await world.open()
+    stored = [segment(n, size=5000) for n in range(6)]
+    await store(mirror, *stored)
+    mirror.requeue("install", await mirror.take("install", 12_000), put_off=True)
+    assert mirror.waiting("install").in_memory == 0
+    assert not mirror.pressed
+    taken: list[Segment] = []
+    async with asyncio.timeout(10):
+        while len(taken) < len(stored):  # the first two once their delay is over
+            taken += await other.take("install", 1_000_000)
+    assert sorted(ids(taken)) == sorted(ids(stored))
+
+
+@of_ones_own
 async def test_lanes_that_are_put_off_may_fill_half_of_the_mirror(world: World) -> None:
     mirror = await world.open()
     tenth = mirror.state().max_bytes // 10
     mirror.requeue("install", (), put_off=True)
     await store(mirror, *[segment(n, size=tenth) for n in range(4)])
-    assert mirror.full(LANES) == set()
+    assert not mirror.full(LANES)
     await store(mirror, *[segment(n, size=tenth) for n in range(4, 6)])
-    assert mirror.full(LANES) == {"install"}
+    assert mirror.full(LANES).keys() == {"install"}
     await mirror.remove(await mirror.take("install", 1))  # it is loaded again
-    assert mirror.full(LANES) == set()
+    assert not mirror.full(LANES)
+
+
+@that_is_shared
+async def test_a_lane_is_full_when_its_stream_is(world: World) -> None:
+    mirror = await world.open()
+    stored = [segment(n, size=100_000) for n in range(11)]
+    appended = await mirror.append(stored)
+    assert isinstance(appended.error, MirrorFull)
+    assert 9 <= len(appended.stored) < 11  # of 1 MiB
+    assert mirror.full(LANES).keys() == {"install"}
+    assert "nats_lane_max_bytes" in mirror.full(LANES)["install"]
+    await store(mirror, segment(1, "purchase"))  # others go on
+    await mirror.remove((await take_all(mirror))[:4])
+    assert not mirror.full(LANES)
+    async with asyncio.timeout(10):  # what is acknowledged makes room a little later
+        while (await mirror.append([segment(12, size=100_000)])).error is not None:
+            await asyncio.sleep(0.05)
 
 
 async def test_the_state_tells_what_is_held(world: World) -> None:
@@ -264,6 +377,7 @@ async def test_the_state_tells_what_is_held(world: World) -> None:
     assert mirror.state().bytes < before.bytes + 24_000
 
 
+@of_ones_own
 async def test_two_living_processes_leave_each_other_alone(world: World) -> None:
     one, two = await world.open(), await world.open()
     await store(one, segment(1))
@@ -273,6 +387,48 @@ async def test_two_living_processes_leave_each_other_alone(world: World) -> None
     await world.end()  # `two` is gone
     came = (await world.recover(one)).lanes
     assert sum(each.events for each in came.values()) == (1 if one.traits.durable else 0)
+
+
+@that_is_shared
+async def test_what_one_stored_any_can_take_once(world: World) -> None:
+    one, two = await world.open(), await world.open()
+    stored = [segment(n) for n in range(40)]
+    await store(one, *stored[:20])
+    await store(two, *stored[20:])
+    taken: list[Segment] = []
+    while some := [*await one.take("install", 500), *await two.take("install", 500)]:
+        taken += some
+    assert sorted(ids(taken)) == sorted(ids(stored))
+    assert one.waiting("install").in_memory + two.waiting("install").in_memory == 40
+
+
+@that_is_shared
+async def test_what_a_process_held_that_ended_can_be_taken_at_once(world: World) -> None:
+    one, two = await world.open(), await world.open()
+    stored = [segment(n) for n in range(6)]
+    await store(one, *stored)
+    await two.take("install", 10_000_000)
+    assert await one.take("install", 10_000_000) == []
+    await world.end()
+    assert ids(await take_all(one)) == ids(stored)
+
+
+@that_is_shared
+async def test_what_a_process_held_that_was_killed_comes_back(world: World) -> None:
+    with mock.patch.object(streams, "ACK_WAIT_S", 1.0):
+        one, two = await world.open(), await world.open()
+        stored = [segment(n) for n in range(6)]
+        await store(one, *stored)
+        await two.take("install", 10_000_000)
+        with mock.patch.object(two, "settle"):
+            await world.end()
+        assert await one.take("install", 10_000_000) == []
+        taken: list[Segment] = []
+        async with asyncio.timeout(10):
+            while len(taken) < len(stored):
+                taken += await one.take("install", 10_000_000)
+                await asyncio.sleep(0.05)
+    assert sorted(ids(taken)) == sorted(ids(stored))
 
 
 async def test_a_lane_that_is_not_registered_is_found_and_left(world: World) -> None:
@@ -286,6 +442,7 @@ async def test_a_lane_that_is_not_registered_is_found_and_left(world: World) -> 
     assert again.waiting("unknown").in_memory == 0
 
 
+@of_ones_own
 async def test_what_the_ledger_may_forget_is_given_once(world: World) -> None:
     mirror = await world.open()
     await store(mirror, segment(1))
@@ -299,7 +456,6 @@ async def test_what_the_ledger_may_forget_is_given_once(world: World) -> None:
 async def test_a_removal_goes_on_until_it_is_done() -> None:
     async with IronMQ() as service:
         world = World(
-            "ironmq",
             Settings(
                 mirror="ironmq", ironmq_host=service.host, ironmq_project_id=service.project_id,
                 ironmq_token=service.token, mirror_timeout=0.2,

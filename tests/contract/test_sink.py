@@ -19,7 +19,7 @@ from datapipe.errors import LaneBlocked, SinkUnavailable
 from datapipe.events.segment import Part, Segment
 from datapipe.events.types import Column, Event, EventType
 from datapipe.settings import Settings
-from datapipe.sinks import SHARED, Beat, Database, Heartbeat, Loaded, Selection, Table, open_sink
+from datapipe.sinks import Beat, Database, Heartbeat, Loaded, Selection, Table, open_sink
 from datapipe.sinks.memory import MemoryDatabase
 from tests.postgres import Postgres
 
@@ -27,6 +27,7 @@ USER, RECEIVED = Column("user_id", "bigint"), Column("received_at", "timestamptz
 INSTALL = Table("install", (USER, RECEIVED))
 PURCHASE = Table("purchase", (USER, RECEIVED))
 TABLES = {table.name: table for table in (INSTALL, PURCHASE)}
+SHARED = "nats:datapipe"  # the source of what a shared mirror held
 AT = "2026-01-02 03:04:05+00:00"
 
 
@@ -312,20 +313,20 @@ async def test_what_was_held_for_too_long_and_is_known_is_a_duplicate(world: Wor
     assert world.users() == [1]
 
 
-async def test_what_a_shared_mirror_held_is_forgotten_by_lane_and_time(world: World) -> None:
+async def test_what_a_shared_mirror_held_is_forgotten_by_source_lane_and_time(world: World) -> None:
     sink = await world.open()
     old, new = segment(1, source=SHARED), segment(2, source=SHARED)
     other = segment(3, lane="purchase", source=SHARED)
-    journals, ironmqs = segment(4, source="journal1"), segment(5, source="ironmq")
-    for each in (old, other, journals, ironmqs):
+    others = [segment(4, source=source) for source in ("journal1", "ironmq", "nats:another")]
+    for each in (old, other, *others):
         await load(sink, each)
     await load(sink, segment(6, key="k", source=SHARED))
     mark = await sink.mark("datapipe")
     between = await sink.now()
     await load(sink, new)
-    everything = [each.id for each in (old, new, other, journals, ironmqs)]
-    await sink.expire_lane("install", between)
-    await sink.expire_lane("install", between)  # a repeat is harmless
+    everything = [each.id for each in (old, new, other, *others)]
+    await sink.expire_lane(SHARED, "install", between)
+    await sink.expire_lane(SHARED, "install", between)  # a repeat is harmless
     assert await sink.loaded(everything) == set(everything) - {old.id}
     assert await load(sink, segment(6, key="k")) == (0, 1, 0)
     assert await sink.mark("datapipe") == mark
@@ -338,7 +339,7 @@ async def test_a_mark_is_one_for_all_processes_and_for_ever(world: World) -> Non
     assert await sinks[0].mark("another") not in marks
     await sinks[0].expire([])
     await sinks[0].expire_source("", "two")
-    await sinks[0].expire_lane("install", await sinks[0].now() + 3600)
+    await sinks[0].expire_lane(SHARED, "install", await sinks[0].now() + 3600)
     assert await sinks[1].mark("datapipe") == marks[0]
 
 
@@ -353,11 +354,11 @@ async def test_its_clock_is_near_ours_and_goes_on(world: World) -> None:
 
 async def test_a_heartbeat_says_where_its_process_runs(world: World) -> None:
     one, two = await world.open("one"), await world.open("two")
-    await one.heartbeat(Heartbeat("one", "one", None, host="a:1", shared=True))
-    beats = await two.heartbeat(Heartbeat("two", "two", math.inf, host="b:2", shared=True))
-    assert beats == {"one": Beat(1, False, "a:1", True), "two": Beat(1, False, "b:2", True)}
-    beats = await two.heartbeat(Heartbeat("two", "two", 3.5, ended=True, host="b:2", shared=True))
-    assert beats["two"] == Beat(2, True, "b:2", True)
+    await one.heartbeat(Heartbeat("one", "one", None, host="a:1", group=SHARED))
+    beats = await two.heartbeat(Heartbeat("two", "two", math.inf, host="b:2", group=SHARED))
+    assert beats == {"one": Beat(1, False, "a:1", SHARED), "two": Beat(1, False, "b:2", SHARED)}
+    beats = await two.heartbeat(Heartbeat("two", "two", 3.5, ended=True, host="b:2", group=SHARED))
+    assert beats["two"] == Beat(2, True, "b:2", SHARED)
 
 
 async def test_counts_rise_while_a_process_lives(world: World) -> None:
@@ -448,27 +449,31 @@ async def test_keys_are_kept_for_what_waits(
 ) -> None:
     keys = Keys(database)
     async with keys.open("one") as one:
-        assert await keys.after(one, Heartbeat("one", "one", oldest_s, shared=shared)) == expected
+        assert (
+            await keys.after(one, Heartbeat("one", "one", oldest_s, group=SHARED if shared else ""))
+            == expected
+        )
 
 
 @pytest.mark.parametrize(
-    ("dead_shares", "living_shares", "silent_h", "expected"),
+    ("dead_group", "living_group", "silent_h", "expected"),
     [
-        (True, True, 0.05, Keys.FORGOTTEN),
-        (True, True, 0.01, Keys.KNOWN),  # it may live
-        (True, False, 0.05, Keys.KNOWN),  # nobody else knows what waits in that mirror
-        (False, True, 0.05, Keys.KNOWN),
-        (False, False, 0.05, Keys.KNOWN),
+        (SHARED, SHARED, 0.05, Keys.FORGOTTEN),
+        (SHARED, SHARED, 0.01, Keys.KNOWN),  # it may live
+        (SHARED, "", 0.05, Keys.KNOWN),  # nobody else knows what waits in that mirror
+        (SHARED, "nats:another", 0.05, Keys.KNOWN),
+        ("", SHARED, 0.05, Keys.KNOWN),
+        ("", "", 0.05, Keys.KNOWN),
     ],
 )
 async def test_what_a_dead_process_had_waiting_keeps_keys_unless_others_show_it(
-    database: str, dead_shares: bool, living_shares: bool, silent_h: float, expected: Any
+    database: str, dead_group: str, living_group: str, silent_h: float, expected: Any
 ) -> None:
     keys = Keys(database)
     async with keys.open("dead") as dead, keys.open("living") as living:
-        await dead.heartbeat(Heartbeat("dead", "dead", math.inf, shared=dead_shares))
+        await dead.heartbeat(Heartbeat("dead", "dead", math.inf, group=dead_group))
         keys.age("datapipe_processes", "seen_at", silent_h)
-        beat = Heartbeat("living", "living", None, shared=living_shares)
+        beat = Heartbeat("living", "living", None, group=living_group)
         assert await keys.after(living, beat) == expected
 
 
@@ -476,8 +481,8 @@ async def test_a_dead_process_is_shown_for_an_hour_if_its_mirror_is_shared(datab
     keys = Keys(database)
     async with keys.open("living") as living:
         for name, shared in (("shares", True), ("journals", False)):
-            await living.heartbeat(Heartbeat(name, name, 1.0, shared=shared))
-        mine = Heartbeat("living", "living", None, shared=True)
+            await living.heartbeat(Heartbeat(name, name, 1.0, group=SHARED if shared else ""))
+        mine = Heartbeat("living", "living", None, group=SHARED)
         for hours, left in ((0.9, {"shares", "journals"}), (1.1, {"journals"})):
             keys.age("datapipe_processes", "seen_at", hours, "process <> 'living'")
             await living.heartbeat(mine)

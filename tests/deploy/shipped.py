@@ -13,12 +13,12 @@ from tests.service import ROOT
 
 
 def moved(name: str, folder: Path, places: Mapping[str, str]) -> Path:
-    """A copy of deploy/`name`, changed as said: each text is there, and only those differ."""
+    """A copy of deploy/`name` there, changed as said: each text is in it, and only those differ."""
     text = (ROOT / "deploy" / name).read_text()
     for old, new in places.items():
         assert old in text, f"{name} does not hold {old!r}"
         text = text.replace(old, new)
-    path = folder / name
+    path = folder / Path(name).name
     path.write_text(text)
     return path
 

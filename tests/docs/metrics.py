@@ -15,13 +15,13 @@ NUMBERS = ("accepted", "recovered", "loaded", "duplicate", "dead", "waiting", "p
 def exposed() -> dict[str, set[str]]:
     """The names of all samples at /metrics, and the labels of each."""
     lane: dict[str, Any] = dict.fromkeys(NUMBERS, 0)
-    lane |= {"oldest_seconds": 0, "blocked": None, "waiting_bytes": 0}
+    lane |= {"oldest_seconds": 0, "blocked": None, "waiting_bytes": 0, "balanced": True}
     metrics = Metrics()
     status = {
         "lanes": {"install": lane},
         "totals": {"waiting_bytes": 0},
         "rejected": {"busy": 1},
-        "mirror": {"calls": {"post": 1}, "up": True},
+        "mirror": {"calls": {"post": 1}, "up": True, "bytes": 1, "max_bytes": 2},
         "database": {"up": True},
     }
     found: dict[str, set[str]] = {}

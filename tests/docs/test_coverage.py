@@ -67,7 +67,7 @@ def test_every_setting_stands_in_the_table_with_its_default() -> None:
         value = getattr(Settings(), key)
         assert json.loads(default.strip("`")) == value, key
         bound = getattr(types[key], "ge", None)
-        assert least == ("" if bound is None else f"{bound:g}"), key
+        assert least == ("" if bound is None else f"{bound:.15g}"), key
 
 
 def test_every_source_and_choice_is_named() -> None:

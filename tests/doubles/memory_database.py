@@ -71,9 +71,9 @@ class _Sink(memory.MemorySink):
         self._database.reach()
         await super().expire_source(source, process)
 
-    async def expire_lane(self, lane: str, before: float) -> None:
+    async def expire_lane(self, source: str, lane: str, before: float) -> None:
         self._database.reach()
-        await super().expire_lane(lane, before)
+        await super().expire_lane(source, lane, before)
 
     async def now(self) -> float:
         self._database.reach()

@@ -11,6 +11,8 @@ import asyncio
 import itertools
 import json
 import random
+import ssl
+import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
@@ -69,8 +71,10 @@ class Verdict:
 class Driver:
     """Posts to whatever `url` gives at the moment; nothing while that is empty.
 
+    Args: certain: what is answered 503 at the first try is stored nowhere.
     Attributes:
         faults: answers that no test expects. torn: answers that broke off.
+        statuses: of all answers.
     """
 
     def __init__(
@@ -82,16 +86,21 @@ class Driver:
         connections: int = 16,
         batch: int = 60,
         pause_s: float = 0.01,
+        tls: ssl.SSLContext | bool = True,
+        certain: bool = True,
     ) -> None:
         self.posts: list[Post] = []
         self.faults: list[str] = []
+        self.statuses: Counter[int] = Counter()
         self.torn = 0
+        self._certain = certain
         self._url = url
         self._random = random.Random(seed)
         self._lanes = lanes
         self._connections = connections
         self._batch = batch
         self._pause_s = pause_s
+        self._tls = tls
         self._ids = itertools.count(1)
         self._again: deque[Post] = deque()
         self._stopping = False
@@ -119,6 +128,19 @@ class Driver:
         async with asyncio.timeout(timeout_s), aiohttp.ClientSession() as session:
             while self._again:
                 await self._send(session, self._again.popleft())
+
+    async def one(self, lane: str) -> float:
+        """Send one event, under a key, until it is answered 200; how long that took, in seconds."""
+        id = next(self._ids)
+        post = Post([(lane, id)], json.dumps(event(lane, id)).encode(), f"{self._run}-{id}")
+        self.posts.append(post)
+        began = time.monotonic()
+        async with aiohttp.ClientSession() as session:
+            while not post.answered:
+                if self._url():
+                    await self._send(session, post, again=False)
+                await asyncio.sleep(0 if post.answered else 0.05)
+        return time.monotonic() - began
 
     async def answered(self, more: int, timeout_s: float = 30.0) -> None:
         """Wait for so many more answers of 200."""
@@ -155,38 +177,53 @@ class Driver:
         key = f"{self._run}-{events[0][1]}" if self._random.random() < 0.5 else None
         return Post(events, body.encode(), key)
 
-    async def _send(self, session: aiohttp.ClientSession, post: Post) -> None:
+    async def _send(self, session: aiohttp.ClientSession, post: Post, again: bool = True) -> None:
+        """Args: again: what is to be sent again comes into the queue."""
         headers = {"Idempotency-Key": post.key} if post.key else {}
         answer: dict[str, Any] = {}
         try:
-            async with session.post(f"{self._url()}/", data=post.body, headers=headers) as response:
+            async with session.post(
+                f"{self._url()}/", data=post.body, headers=headers, ssl=self._tls
+            ) as response:
                 answer = await response.json()
         except (aiohttp.ClientConnectorError, aiohttp.InvalidURL):
-            self._again.append(post)  # nothing was sent
+            if again:  # nothing was sent
+                self._again.append(post)
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as exc:
             self.torn += isinstance(exc, aiohttp.ClientPayloadError | ValueError)
-            self._unanswered(post)
+            self._unanswered(post, again)
         else:
-            self._book(post, response.status, answer)
+            self._book(post, response.status, answer, again)
 
-    def _unanswered(self, post: Post) -> None:
+    def _unanswered(self, post: Post, again: bool) -> None:
         post.tries += 1
-        if post.key and not post.answered:
+        if post.key and not post.answered and again:
             self._again.append(post)
 
-    def _book(self, post: Post, status: int, answer: dict[str, Any]) -> None:
+    def _book(self, post: Post, status: int, answer: dict[str, Any], again: bool) -> None:
         post.tries += 1
+        self.statuses[status] += 1
         if status == 200:
             post.answered += 1
             self.answers += 1
             if answer.get("accepted", 1) != len(post.events) and post.body.startswith(b"["):
                 self.faults.append(f"{len(post.events)} sent: {answer}")
         elif status == 503:
-            post.refused = post.tries == 1 and post.key is None
-            if post.key and not post.answered:
+            post.refused = post.tries == 1 and post.key is None and self._certain
+            if post.key and not post.answered and again:
                 self._again.append(post)
+        elif status == 207 and answer.get("busy"):
+            self._part(post, {error["index"] for error in answer["errors"]})
         else:
             self.faults.append(f"{status}: {answer}")
+
+    def _part(self, post: Post, refused: set[int]) -> None:
+        """Some lanes are full: these events of it were not taken."""
+        others = [each for index, each in enumerate(post.events) if index in refused]
+        self.posts.append(Post(others, b"", None, refused=True, tries=1))
+        post.events = [each for index, each in enumerate(post.events) if index not in refused]
+        post.answered += 1
+        self.answers += 1
 
     # --- what became of it ---
 

@@ -1,6 +1,6 @@
 """A TCP proxy before PostgreSQL that knows the moments of a load, and can act at each.
 
-A load is, on its connection: BEGIN and the ledger, COPY, its data, COMMIT, the answer to COMMIT.
+A load is, on its connection: BEGIN, the ledger, COPY, its data, COMMIT, the answer to COMMIT.
 Messages are told apart as the PostgreSQL documentation says, "Frontend/Backend Protocol", "Message
 Formats": a byte for the type, the length of the rest, the rest; only the very first has no type.
 """
@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 class Moment(enum.Enum):
     """Where a load is; the message in question has not passed yet, unless it says so."""
 
+    LEDGER = "the entry into the ledger"
     COPY = "the first data of a COPY"
     COMMIT = "the request to commit"
     SENT = "the request to commit has passed"
@@ -156,6 +157,8 @@ class Proxy:
             return Moment.COMMIT
         elif kind == b"Q" and message[5:].startswith((b"BEGIN", b"ROLLBACK\0")):
             link.copying = link.copied = False
+        elif kind == b"Q" and message[5:].startswith(b"INSERT") and b"'segment'" in message:
+            return Moment.LEDGER
         return None
 
     async def _answers(self, link: _Link) -> None:

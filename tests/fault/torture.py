@@ -1,6 +1,6 @@
 """`make torture`: the long fault run; prints the table of docs/torture.md.
 
-    python -m tests.fault.torture [kills] [outage] [bodies] [heads]
+    python -m tests.fault.torture [kills] [outage] [bodies] [heads] [nats]
 
 Everything happens in a temporary folder. A part that fails ends the run with exit code 1.
 """
@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import random
 import shutil
+import statistics
 import sys
 import tempfile
 import time
@@ -22,12 +23,15 @@ from typing import Any
 
 from tests.fault import hostile, pipelines
 from tests.fault.kills import kill_many
+from tests.fault.machines import Machines, Pauses
+from tests.fault.nats_faults import FAULTS, FAULTS_APART, drawn
 from tests.fault.outage import LIMIT_BYTES, outage
 from tests.postgres import Postgres
 from tests.service import Service
 
-PARTS = ("kills", "outage", "bodies", "heads")
+PARTS = ("kills", "outage", "bodies", "heads", "nats")
 _ROUND = 50  # kills to a database; then all is compared
+_FAULTS = 25  # to a cluster and a database
 
 
 def _say(text: str) -> None:
@@ -121,6 +125,59 @@ async def run_heads(make: Callable[..., Service], args: argparse.Namespace) -> l
     ]
 
 
+async def run_nats(make: Callable[..., Service], args: argparse.Namespace) -> list[str]:
+    """Faults of processes, nodes, networks and the database, each compared with the tables."""
+    chance, faults = random.Random(args.seed), FAULTS | FAULTS_APART
+    names = drawn(chance, args.faults, faults)
+    pauses: dict[str, list[Pauses]] = {}
+    statuses: Counter[int] = Counter()
+    sums: Counter[str] = Counter()
+    started = time.monotonic()
+    for at in range(0, len(names), _FAULTS):
+        folder = Path(tempfile.mkdtemp(prefix="datapipe-torture-nats-", dir="/var/tmp"))
+        postgres = Postgres(fsync="on")
+        try:
+            postgres.start()
+            async with Machines.running(folder, postgres, make, chance, apart=True) as machines:
+                for number, name in enumerate(names[at:][:_FAULTS], at + 1):
+                    found = await machines.round(faults[name])
+                    pauses.setdefault(name, []).append(found)
+                    _say(f"nats: {number} {name}: {found}")
+                verdict = await machines.check()
+                for service in machines.services:
+                    await service.kill()
+        finally:
+            postgres.remove()
+        shutil.rmtree(folder)  # left there if something failed
+        statuses.update(machines.driver.statuses)
+        sums.update(answered=verdict.answered, again=verdict.duplicates_by_key)
+    return [
+        f"| faults | {len(names)} |",
+        f"| events answered 200 | {sums['answered']:,} |",
+        f"| of these sent twice under one key, counted once | {sums['again']:,} |",
+        f"| answers | {', '.join(f'{code}: {n:,}' for code, n in sorted(statuses.items()))} |",
+        "| lost, doubled, damaged; books out of balance | 0 |",
+        f"| minutes, seed | {(time.monotonic() - started) / 60:.0f}, {args.seed} |",
+        "",
+        "| seconds, median and worst | times | until a POST is answered 200 | between two loads |"
+        " until all is loaded |",
+        "| --- | --- | --- | --- | --- |",
+        *(_row(name, pauses[name]) for name in faults if name in pauses),
+    ]
+
+
+def _row(name: str, pauses: list[Pauses]) -> str:
+    columns = [
+        f"{statistics.median(values):.1f}, {max(values):.1f}"
+        for values in (
+            [each.post_s for each in pauses],
+            [each.load_s for each in pauses],
+            [each.settle_s for each in pauses],
+        )
+    ]
+    return f"| {name} | {len(pauses)} | {' | '.join(columns)} |"
+
+
 async def run(args: argparse.Namespace) -> int:
     folder = Path(tempfile.mkdtemp(prefix="datapipe-torture-", dir="/var/tmp"))
     made: list[Service] = []
@@ -131,7 +188,10 @@ async def run(args: argparse.Namespace) -> int:
         made.append(Service(home, **settings))
         return made[-1]
 
-    runs = {"kills": run_kills, "outage": run_outage, "bodies": run_bodies, "heads": run_heads}
+    runs = {
+        "kills": run_kills, "outage": run_outage, "bodies": run_bodies, "heads": run_heads,
+        "nats": run_nats,
+    }  # fmt: skip
     try:
         for part in args.parts or PARTS:
             lines = await runs[part](make, args)
@@ -153,6 +213,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=100, help="events of every second POST there")
     parser.add_argument("--bodies", type=int, default=100_000)
     parser.add_argument("--seconds", type=float, default=60, help="of the heads, at least")
+    parser.add_argument("--faults", type=int, default=300, help="of the part nats")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(32))
     args = parser.parse_args()
     if unknown := set(args.parts) - set(PARTS):

@@ -143,7 +143,8 @@ METRICS = {
     "datapipe_mirror_append_seconds": ("histogram", ""),
     "datapipe_request_seconds": ("histogram", ""),
     "datapipe_mirror_requests": ("counter", "call"), "datapipe_database_up": ("gauge", ""),
-    "datapipe_mirror_up": ("gauge", ""),
+    "datapipe_mirror_up": ("gauge", ""), "datapipe_books_balanced": ("gauge", "lane"),
+    "datapipe_mirror_bytes": ("gauge", ""), "datapipe_mirror_max_bytes": ("gauge", ""),
 }  # fmt: skip
 REASONS = {
     "no_content", "bad_json", "key_missing", "bad_value", "too_long", "unsupported_event",
@@ -176,6 +177,9 @@ async def test_metrics(service: Service) -> None:
         }
     assert families["datapipe_database_up"].samples[0].value == 1
     assert families["datapipe_mirror_up"].samples[0].value == 1
+    assert families["datapipe_mirror_bytes"].samples[0].value > 0
+    assert families["datapipe_mirror_max_bytes"].samples[0].value == 1 << 30
+    assert {s.value for s in families["datapipe_books_balanced"].samples} == {1}
     counts = {s.name: s.value for s in families["datapipe_load_seconds"].samples}
     assert counts["datapipe_load_seconds_count"] >= 1
 

@@ -129,6 +129,11 @@ def goes_away(service: Running) -> None:
     service.database.up = False
 
 
+def hears_nothing(service: Running) -> None:
+    others = service.pipeline.status._others
+    others.silent, others.at = ["web2:4711"], time.monotonic()
+
+
 HANGS = {
     "append": breaks("mirror", "append", hang),
     "load": breaks("sink", "load", hang),
@@ -144,6 +149,7 @@ FAILS = {
     "books": (loses_an_event, "unbalanced"),
     "room": (lambda service: service.mirror_state(bytes=9, max_bytes=10), "nearly_full"),
     "leftovers": (lambda service: service.mirror_state(left=20, left_s=60.0), "recovering"),
+    "peers": (hears_nothing, "process_silent"),
     "append": (breaks("mirror", "append", refused), "refusing"),
     "load": (breaks("sink", "load", raising(SinkUnavailable("no"))), "lane_failing"),
     "removal": (breaks("store", "remove", raising(RuntimeError("no"))), "removal_failing"),
@@ -200,5 +206,38 @@ def test_no_part_is_forgotten(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) ->
         assert {each.part for each in shown} == FAILS.keys()
         assert {each.part for each in shown if each.part not in service.pipeline.status._judged} \
             == HANGS.keys()  # fmt: skip
+
+    simulated(tmp_path, monkeypatch, check)
+
+
+def test_silence_is_forgotten_where_nobody_asks(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the page would say "since" of a time since which nobody knows."""
+
+    async def check(service: Running) -> None:
+        hears_nothing(service)
+        assert service.state() == "process_silent"
+        began = service.pipeline.status._judged["peers"].since
+        service.pipeline.status._others.at -= 31
+        assert service.state() == "healthy"
+        hears_nothing(service)
+        assert service.state() == "process_silent"
+        assert service.pipeline.status._judged["peers"].since > began
+
+    simulated(tmp_path, monkeypatch, check)
+
+
+def test_one_queue_that_is_nearly_full_is_named(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where each lane's has a limit of its own the mirror's size says too little."""
+
+    async def check(service: Running) -> None:
+        for fullest, state in ((0.79, "healthy"), (0.8, "nearly_full"), (0.1, "healthy")):
+            service.mirror_state(bytes=9, max_bytes=10, fullest=fullest)
+            snapshot = service.pipeline.status.snapshot()
+            assert (snapshot["summary"]["state"], snapshot["mirror"]["used"]) == (state, 0.9)
+            assert snapshot["mirror"]["fullest"] == fullest
 
     simulated(tmp_path, monkeypatch, check)

@@ -32,8 +32,8 @@ class FakeBuffer:
         self.mirror = self
         self._full = set(full)
 
-    def full(self, lanes: Iterable[str]) -> set[str]:
-        return self._full & set(lanes)
+    def full(self, lanes: Iterable[str]) -> dict[str, str]:
+        return dict.fromkeys(self._full & set(lanes), "it is full")
 
     async def append(self, chunks: Sequence[Chunk]) -> None:
         self.taken += chunks

@@ -19,7 +19,7 @@ def test_a_younger_lane_has_fewer_points_and_counts_in_the_total() -> None:
     history = History(0.0)
     history.take(5.0, {"a": Reading(5, 0, 5)})
     history.take(10.0, {"a": Reading(5, 0, 5), "b": Reading(50, 50, 0)})
-    series = together_series([series_of(history.points())])
+    series = together_series([series_of(history.points())], shared=False)
     assert series["lanes"]["b"]["accepted"] == [10.0]
     assert series["total"]["accepted"] == [1.0, 10.0]
     assert series["total"]["waiting"] == [5, 5]
@@ -49,7 +49,11 @@ def test_several_processes_are_added_at_the_newest_point() -> None:
     one.take(5.0, {"a": Reading(5, 0, 5)})
     one.take(10.0, {"a": Reading(10, 0, 10)})
     two.take(5.0, {"a": Reading(50, 0, 50), "b": Reading(0, 0, 1)})
-    series = together_series([series_of(one.points()), series_of(two.points())])
+    series = together_series([series_of(one.points()), series_of(two.points())], shared=False)
     assert series["lanes"]["a"]["accepted"] == [1.0, 11.0]
     assert series["total"]["waiting"] == [5, 61]
-    assert together_series([{}])["total"] == {"accepted": [], "loaded": [], "waiting": []}
+    assert together_series([{}], shared=False)["total"] == {
+        "accepted": [],
+        "loaded": [],
+        "waiting": [],
+    }

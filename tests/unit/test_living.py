@@ -9,11 +9,15 @@ import socket
 import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from datapipe.app import PIPELINE, create_app, create_runner
+from datapipe.mirrors import Mirror
+from datapipe.mirrors.buffered import BufferedMirror
+from datapipe.mirrors.memory import MemoryStore
 from datapipe.pipeline.buffer import Buffer
 from datapipe.pipeline.coordinator import BEAT_S, SILENT_S, Coordinator
 from datapipe.settings import Settings
@@ -35,7 +39,8 @@ class _Listening(MemorySink):
 class Process:
     """One process with a database in memory, and the heartbeats of others there."""
 
-    def __init__(self) -> None:
+    def __init__(self, group: str = "") -> None:
+        self._group = group
         self._database = MemoryDatabase()
         self.sink = _Listening(self._database, "one")
         self.coordinator: Coordinator
@@ -46,7 +51,13 @@ class Process:
         async def opened(settings: Settings, process: str) -> AsyncIterator[MemorySink]:
             yield self.sink
 
-        app = create_app(Settings(mirror="none"), open_sink=opened)
+        @asynccontextmanager
+        async def grouped(settings: Settings, process: str) -> AsyncIterator[Mirror]:
+            store = MemoryStore(settings)
+            store.traits = replace(store.traits, group=self._group)
+            yield BufferedMirror(store, settings.buffer_max_bytes)
+
+        app = create_app(Settings(mirror="none"), open_mirror=grouped, open_sink=opened)
         runner = create_runner(app)
         await runner.setup()
         self.coordinator = app[PIPELINE].coordinator
@@ -70,12 +81,15 @@ def run(main: Coroutine[Any, Any, None]) -> None:
 
 def test_those_live_that_share_a_mirror_and_are_heard_of() -> None:
     async def main() -> None:
-        process = Process()
-        shares = Heartbeat("shares", "shares", None, host="b:2", shared=True)
+        process = Process("nats:datapipe")
+        others = Heartbeat("others", "others", None, host="a:1", group="nats:another")
+        shares = Heartbeat("shares", "shares", None, host="b:2", group="nats:datapipe")
         journals = Heartbeat("journals", "journal1", None, host="c:3")
-        ended = Heartbeat("ended", "ended", None, ended=True, host="d:4", shared=True)
+        ended = Heartbeat("ended", "ended", None, ended=True, host="d:4", group="nats:datapipe")
         async with process.running():
-            assert await process.beats_of(3 * BEAT_S, shares, journals, ended) == {"shares": "b:2"}
+            assert await process.beats_of(3 * BEAT_S, shares, others, journals, ended) == {
+                "shares": "b:2"
+            }
             assert await process.beats_of(SILENT_S - 2 * BEAT_S) == {"shares": "b:2"}
             assert await process.beats_of(4 * BEAT_S) == {}
             assert await process.beats_of(2 * BEAT_S, shares) == {"shares": "b:2"}
@@ -102,6 +116,6 @@ def test_a_heartbeat_says_how_old_and_where(
             heard = process.sink.heard
             assert heard.oldest_s == told
             assert heard.host == f"{socket.gethostname()}:{os.getpid()}"
-            assert not heard.shared
+            assert not heard.group
 
     run(main())

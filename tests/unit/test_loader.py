@@ -31,7 +31,12 @@ class Sink:
         self.most = 0  # of such loads at once, once each of those lanes has failed
 
     async def load(
-        self, table: Table, segments: Sequence[Segment], *, accept_dead: bool = False
+        self,
+        table: Table,
+        segments: Sequence[Segment],
+        *,
+        accept_dead: bool = False,
+        not_after: float | None = None,
     ) -> Loaded:
         if table.name not in FAIL:
             return Loaded(sum(segment.events for segment in segments))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ def test_variables_are_text_and_json() -> None:
         ({"port": -1}, {}, ["port", "at least 0"]),
         ({"port": 65536}, {}, ["port", "65535", "datapipe.json"]),
         ({"load_workers": 0}, {}, ["load_workers", "at least 1"]),
-        ({"mirror": "disk"}, {}, ["mirror", "'disk'", "auto", "ironmq", "journal", "none"]),
+        ({"nats_lane_max_bytes": 1}, {}, ["nats_lane_max_bytes", "at least 1048576"]),
+        ({"mirror": "disk"}, {}, ["'disk'", "auto", "ironmq", "nats", "none"]),
         ({"mirror_options": {"a": 1}}, {}, ["mirror_options.a", "datapipe.json", "there are none"]),
         ({"sink_options": []}, {}, ["sink_options", "JSON object"]),
         ({"mirror": "ironmq"}, {}, ["ironmq_project_id", "ironmq_token"]),
@@ -85,7 +87,7 @@ def test_variables_are_text_and_json() -> None:
         (None, {"DATAPIPE_LOAD_INTERVAL": "nan"}, ["load_interval", "at least 0.05", "'nan'"]),
         (None, {"DATAPIPE_SHUTDOWN_TIMEOUT": "inf"}, ["shutdown_timeout", "a number", "'inf'"]),
         (None, {"DATAPIPE_CNF": "/nowhere.json"}, ["/nowhere.json", "can't be read"]),
-        (None, {"DYNO": "web.1"}, ["mirror", "IRON_MQ_TOKEN"]),
+        (None, {"DYNO": "web.1"}, ["mirror", "IRON_MQ_TOKEN", "NATS_URL"]),
     ],
 )
 def test_a_wrong_setting_is_one_clear_line(
@@ -125,3 +127,144 @@ def test_secrets_are_not_shown() -> None:
         with pytest.raises(ConfigError) as refused:
             load(**env)
         assert "s3cret" not in str(refused.value)
+
+
+# --- NATS ---
+
+SHARED = "postgresql://db.example/events"
+CLUSTER = "nats://a.example:4222, tls://b.example, nats://[::1]:4333/"
+
+
+def on_nats(**more: str) -> Settings:
+    return Settings(**{"nats_url": CLUSTER, "database_url": SHARED, **more})
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    for name in ("creds", "seed", "ca", "cert", "key"):
+        (tmp_path / name).write_text("s3cret")
+    (tmp_path / "folder").mkdir()
+    return tmp_path
+
+
+def test_auto_takes_ironmq_then_nats_then_the_journal() -> None:
+    ironmq = {"IRON_MQ_PROJECT_ID": "p", "IRON_MQ_TOKEN": "t"}
+    nats = {"NATS_URL": "nats://a", "DATABASE_URL": SHARED}
+    assert load(**ironmq, **nats).mirror_kind == "ironmq"
+    assert load(**nats).mirror_kind == "nats"
+    assert load(**nats, DYNO="web.1").mirror_kind == "nats"
+    assert load(DATABASE_URL=SHARED).mirror_kind == "journal"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"mirror": "nats"},
+        {"nats_url": "nats://us%er:pa:ss@a,nats://other:word@b:1"},
+        {"nats_url": "tls://token@a:65535"},
+        {"nats_creds": "creds", "nats_ca_file": "ca"},
+        {"nats_nkey_file": "seed", "nats_cert_file": "cert", "nats_key_file": "key"},
+        {"nats_user": "u", "nats_password": "s3cret"},
+    ],
+)
+def test_settings_of_nats_that_fit(files: Path, given: dict[str, str]) -> None:
+    settings.check(on_nats(**in_folder(files, given)))
+
+
+@pytest.mark.parametrize(
+    ("given", "key", "words"),
+    [
+        ({"mirror": "nats", "nats_url": ""}, "mirror", ["nats_url", "nats://host:4222"]),
+        ({"database_url": ""}, "database_url", ["all processes share", "postgresql://"]),
+        ({"database_url": "sqlite:///s3cret.db"}, "database_url", ["all processes share"]),
+        ({"nats_url": "a:4222"}, "nats_url", ["nats://host:4222", "tls://host:4222"]),
+        ({"nats_url": "ws://s3cret@a"}, "nats_url", ["nats://", "place 1"]),
+        ({"nats_url": "nats://a,nats://u:s3cret@"}, "nats_url", ["nats://", "place 2"]),
+        ({"nats_url": "nats://a,"}, "nats_url", ["nats://", "place 2"]),
+        ({"nats_url": "nats://u:s3cret@a:x"}, "nats_url", ["port", "65535"]),
+        ({"nats_url": "nats://u:s3cret@a:65536"}, "nats_url", ["port", "65535"]),
+        ({"nats_url": "nats://u:s3cret@a:0"}, "nats_url", ["port"]),
+        ({"nats_url": "nats://u:s3/cret@a"}, "nats_url", ["port"]),
+        ({"nats_url": "nats://[a"}, "nats_url", ["nats://host:4222"]),
+        ({"nats_url": "nats://a/s3cret"}, "nats_url", ["end with the host"]),
+        (
+            {"nats_creds": "creds", "nats_nkey_file": "seed"},
+            "nats_creds",
+            ["one way", "nats_creds and nats_nkey_file", "leave one"],
+        ),
+        (
+            {"nats_nkey_file": "seed", "nats_user": "u", "nats_password": "s3cret"},
+            "nats_nkey_file",
+            ["nats_nkey_file and nats_user"],
+        ),
+        (
+            {"nats_creds": "creds", "nats_url": "nats://u:s3cret@a"},
+            "nats_creds",
+            ["nats_creds and a login in nats_url"],
+        ),
+        ({"nats_password": "s3cret"}, "nats_password", ["needs nats_user"]),
+        ({"nats_user": "s3cret"}, "nats_user", ["needs nats_password", "nats://TOKEN@HOST"]),
+        ({"nats_cert_file": "cert"}, "nats_cert_file", ["needs nats_key_file"]),
+        ({"nats_key_file": "key"}, "nats_key_file", ["needs nats_cert_file"]),
+        ({"nats_creds": "none"}, "nats_creds", ["none'", "No such file"]),
+        ({"nats_nkey_file": "folder"}, "nats_nkey_file", ["folder'", "Is a directory"]),
+        ({"nats_ca_file": "none"}, "nats_ca_file", ["No such file"]),
+        (
+            {"nats_cert_file": "none", "nats_key_file": "key"},
+            "nats_cert_file",
+            ["none'", "No such file"],
+        ),
+        (
+            {"nats_cert_file": "cert", "nats_key_file": "a\0"},
+            "nats_key_file",
+            ["can't be read"],
+        ),
+    ],
+)
+def test_a_wrong_setting_of_nats_is_one_clear_line(
+    files: Path, given: dict[str, str], key: str, words: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        settings.check(on_nats(**in_folder(files, given)), {key: "variable X"})
+    text = str(refused.value)
+    assert text.startswith(f"{key} (from variable X): ")
+    assert "\n" not in text
+    assert "s3cret" not in text.replace(str(files), "")
+    for word in words:
+        assert word in text
+
+
+def in_folder(folder: Path, given: dict[str, str]) -> dict[str, str]:
+    """The same, with the paths of these files."""
+    paths = {*settings.NATS_FILES}
+    return {key: str(folder / value) if key in paths else value for key, value in given.items()}
+
+
+def test_no_other_mirror_minds_the_settings_of_nats() -> None:
+    settings.check(Settings(mirror="journal", nats_url="x", nats_password="y"))
+
+
+@pytest.mark.parametrize("missing", ["nats", "nkeys"])
+def test_without_its_packages_nats_is_one_clear_line(
+    monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    def imported(value: str) -> Any:
+        monkeypatch.setitem(sys.modules, missing, None)
+        __import__(missing)
+
+    monkeypatch.setattr(settings, "_imported", imported)
+    with pytest.raises(ConfigError) as refused:
+        settings.check(on_nats(), {"mirror": "variable X"})
+    told = "mirror (from variable X): 'nats' needs more packages: pip install 'datapipe[nats]'"
+    assert str(refused.value) == told
+
+
+def test_secrets_of_nats_are_not_shown() -> None:
+    given = on_nats(
+        nats_url="nats://u:s3cret@a", nats_user="user", nats_password="s3cret", mirror="nats"
+    )
+    assert "s3cret" not in repr(given)
+    with pytest.raises(ConfigError) as refused:
+        load(NATS_URL="s3cret", DATABASE_URL=SHARED)
+    assert "s3cret" not in str(refused.value)

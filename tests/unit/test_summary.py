@@ -32,6 +32,7 @@ def status(*parts: dict[str, Any], **changes: Any) -> dict[str, Any]:
         "now": NOW,
         "books": {"waiting": 1204, "balanced": True},
         "lanes": {"install": dict(LANE)},
+        "silent": ["web2:4711", "web3:12"],
         "mirror": {
             "up": True,
             "bytes": 0,
@@ -79,6 +80,7 @@ def test_since_another_day() -> None:
         (fails("load", "no column x", "install"),
          {"lanes__install": LANE | {"blocked": "no column x"}}, "lane_blocked"),
         (fails("load", "a lock", "install"), {}, "lane_failing"),
+        (fails("peers"), {}, "process_silent"),
         (hangs("load", "install"), {}, "lane_slow"),
         (hangs("load", "install", "IO: WALSync"), {}, "lane_slow"),
         (hangs("load", "install", "IPC: SyncRep"), {}, "lane_slow"),
@@ -97,8 +99,8 @@ def test_states(wrong: dict[str, Any], changes: dict[str, Any], state: str) -> N
 
 def test_the_worst_comes_first_and_the_rest_is_named_too() -> None:
     wrong = [
-        fails("leftovers", "20 messages"), hangs("heartbeat"), fails("load", "a lock", "install"),
-        fails("books"),
+        fails("peers"), fails("leftovers", "20 messages"), hangs("heartbeat"),
+        fails("load", "a lock", "install"), fails("books"),
     ]  # fmt: skip
     shown = summary(status(*wrong))
     assert shown["state"] == "unbalanced"
@@ -106,6 +108,7 @@ def test_the_worst_comes_first_and_the_rest_is_named_too() -> None:
         "Lane install can't be loaded",
         "The heartbeat has been under way",
         "A process that died has left events in the mirror",
+        "No answer from web2:4711, web3:12",
     ]
 
 
@@ -114,6 +117,7 @@ def test_what_follows_from_something_worse_is_not_named() -> None:
         fails("ingest", "the mirror does not work"), fails("mirror", "x"), fails("append", "x"),
         fails("room", "99% used"), fails("database", "x"), fails("heartbeat", "x"),
         fails("load", "x", "install"), fails("recovery", "x"), hangs("removal"), hangs("upkeep"),
+        fails("peers"),
     ]  # fmt: skip
     shown = summary(status(*wrong))
     assert shown["state"] == "refusing"

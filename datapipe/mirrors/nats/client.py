@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import ssl
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -18,23 +17,34 @@ from typing import Any
 import msgspec
 import nats.errors
 import structlog
-from nats.aio.client import Client as Connection
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 from datapipe.errors import MirrorUnavailable
 from datapipe.health import Health
+from datapipe.mirrors.nats.connection import (
+    Connection,
+    close,
+    credentials,
+    options,
+    others_first,
+    refuses,
+    text,
+)
 from datapipe.retry import backoff
 from datapipe.settings import Settings
 
 ANSWER_S = 2.0  # a request that takes longer is sent again, perhaps to another leader
-# A node that is frozen is noticed after three of these; nats-py's own default is minutes.
-_PING_S = 2.0
-_RECONNECT_S = 0.25
+# Without a useful answer for so long, we try another node: ours may be cut off from the others, and
+# answer to pings all the same; or nats-py waits until a node that is frozen has read what is sent.
+_SILENT_S = 5.0
+# What one says that has lost the others. Source: nats-io/nats-server, server/errors.json.
+_NO_QUORUM = re.compile(rb'"err_code":(10008|10158|10167)\b')
+_ERROR_BYTES = 500
+_INFOS = {"STREAM.INFO", "CONSUMER.INFO"}  # a leader answers them even if it has lost the others
 _RETRY_MAX_S = 2.0
-_CLOSE_S = 2.0
-_PENDING_BYTES = 64 << 20
 _DENIED = re.compile(r'permissions violation for publish to "([^"]+)"', re.IGNORECASE)
+
 
 OnMessage = Callable[[Msg], Awaitable[None]]
 
@@ -63,18 +73,23 @@ class Client:
     Attributes:
         calls: requests sent so far, by kind.
         health: whether the cluster answers, by the outcome of each request.
+        refused: why a server that answers does not let us in, or None; a person must act.
+        denied: subjects, in lower case, for which we lack a right.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.calls: Counter[str] = Counter()
         self.health = Health()
-        self._options = _options(settings)
+        self.refused: str | None = None
+        self.denied: set[str] = set()
+        self._options = options(settings)
+        self._creds = settings.nats_creds
         self._connection = Connection()
         self._connected = asyncio.Event()
-        self._ended = asyncio.Event()  # the connection is closed for good
+        self._ended = asyncio.Event()  # the connection is closed for good, or of no use
+        self._silent_since: float | None = None
         self._error = "not connected yet"
         self._subscriptions: dict[str, OnMessage] = {}
-        self._denied: set[str] = set()  # subjects, on this connection
 
     # --- the connection ---
 
@@ -85,53 +100,73 @@ class Client:
         try:
             yield
         finally:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
-            with suppress(Exception):  # it may be in any state
-                async with asyncio.timeout(_CLOSE_S):
-                    await self._connection.close()
+            while not task.done():  # nats-py may drop a cancellation while it connects
+                task.cancel()
+                await asyncio.wait([task], timeout=0.2)
+            await close(self._connection)
 
     async def _stay_connected(self) -> None:
-        """nats-py reconnects by itself, but after some errors it gives up."""
+        """nats-py reconnects by itself, but not after all errors, nor from a useless node."""
         failures = 0
         while True:
-            self._ended.clear()
+            ended = self._ended = asyncio.Event()
+
+            async def on_closed(ended: asyncio.Event = ended) -> None:
+                ended.set()
+
             self._connection = Connection()
             try:
                 await self._connection.connect(
-                    **self._options, error_cb=self._on_error, closed_cb=self._on_closed,
+                    **self._options, user_credentials=credentials(self._creds),
+                    error_cb=self._on_error, closed_cb=on_closed,
                     disconnected_cb=self._on_disconnected, reconnected_cb=self._on_connected,
                 )  # fmt: skip
                 for subject, on_message in self._subscriptions.items():
                     await self._subscribe(subject, on_message)
                 failures = 0
                 await self._on_connected()
-                await self._ended.wait()
+                await ended.wait()
             except Exception as exc:  # whatever a file of credentials or a server makes it raise
                 await self._on_error(exc)
             failures += 1
             await self._on_disconnected()
+            left = self._connection.connected_url
+            await close(self._connection)
+            self._options["servers"] = others_first(self._options["servers"], left)
             await asyncio.sleep(backoff(failures, _RETRY_MAX_S))
 
     async def _on_error(self, exc: Exception) -> None:
-        self._error = _text(exc)
-        if denied := _DENIED.search(self._error):  # the request itself will only time out
-            self._denied.add(denied[1])
+        # a server that refuses may cut the connection before its reason is read
+        if self.refused is None or not isinstance(exc, ConnectionResetError):
+            self._error = text(exc)
+            self.refused = self._error if refuses(exc) else None
+        if denied := _DENIED.search(str(exc)):  # the request itself will only time out
+            self.denied.add(denied[1])
         log.debug("nats", error=self._error)
         if not self._connected.is_set():
             self.health.fails(time.perf_counter(), f"NATS: {self._error}")
 
     async def _on_connected(self) -> None:
-        self._denied.clear()
+        self.refused = self._silent_since = None
+        self.denied.clear()
         self._connected.set()
 
     async def _on_disconnected(self) -> None:
         self._connected.clear()
         self.health.fails(time.perf_counter(), f"NATS: {self._error}")
 
-    async def _on_closed(self) -> None:
-        self._ended.set()
+    async def wait_connected(self, timeout_s: float) -> None:
+        """Raises: MirrorUnavailable: why not."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._connected.wait()
+        except TimeoutError:
+            raise MirrorUnavailable(f"NATS: {self._error}") from None
+
+    @property
+    def hosts(self) -> set[str]:
+        """Those of all nodes that we know of: as set, and as the servers say."""
+        return {each.hostname for each in self._connection.servers if each.hostname}
 
     @property
     def max_payload(self) -> int:
@@ -165,7 +200,7 @@ class Client:
         try:
             subscription = await self._subscribe(subject, on_message)
         except nats.errors.Error as exc:
-            raise MirrorUnavailable(f"NATS: {_text(exc)}") from exc
+            raise MirrorUnavailable(f"NATS: {text(exc)}") from exc
         try:
             yield
         finally:
@@ -199,22 +234,38 @@ class Client:
                     subject, payload, timeout=timeout_s, headers=dict(headers) if headers else None
                 )
         except nats.errors.NoRespondersError:
+            self._heard(useful=False)
             raise NoResponders("NATS: nobody answers: no such stream, or no leader") from None
         except (nats.errors.Error, TimeoutError, OSError) as exc:
+            self._heard(useful=False)
             self._check_right(subject)
             raise self._unavailable(exc, timeout_s, began) from exc
+        lost = _NO_QUORUM.search(answer.data, 0, _ERROR_BYTES) is not None
+        if lost or call not in _INFOS:
+            self._heard(useful=not lost)
         self.health.works(began)
         return answer
 
     def _check_right(self, subject: str) -> None:
-        if subject in self._denied:
+        if subject.lower() in self.denied:  # so does nats-py write them
             raise Denied(f"NATS: not permitted to publish to {subject}: see `datapipe check`")
+
+    def _heard(self, *, useful: bool) -> None:
+        """How a request has ended. After `_SILENT_S` without use another node is tried."""
+        now = time.monotonic()
+        if useful:
+            self._silent_since = None
+        elif self._silent_since is None:
+            self._silent_since = now
+        elif self._connected.is_set() and now - self._silent_since > _SILENT_S:
+            self._silent_since = None
+            self._ended.set()
 
     def _unavailable(self, exc: Exception, timeout_s: float, began: float) -> MirrorUnavailable:
         why = f"NATS: {self._error}"
         if self._connected.is_set():
             late = isinstance(exc, TimeoutError)
-            why = f"NATS does not answer within {timeout_s:g} s" if late else f"NATS: {_text(exc)}"
+            why = f"NATS does not answer within {timeout_s:g} s" if late else f"NATS: {text(exc)}"
         self.health.fails(began, why)
         return MirrorUnavailable(why)
 
@@ -236,7 +287,7 @@ class Client:
         try:
             await self._connection.publish(subject, payload, reply=reply)
         except (nats.errors.Error, OSError) as exc:
-            raise MirrorUnavailable(f"NATS: {_text(exc)}") from exc
+            raise MirrorUnavailable(f"NATS: {text(exc)}") from exc
 
 
 def decoded(data: bytes) -> dict[str, Any]:
@@ -249,40 +300,3 @@ def decoded(data: bytes) -> dict[str, Any]:
         code = int(error.get("err_code", error.get("code", 0)))
         raise ApiError(code, f"NATS: {error.get('description', '')} ({code})")
     return answer
-
-
-def _text(exc: Exception) -> str:
-    """Why, without anything that could be a secret: no URL, no content of a file."""
-    if isinstance(exc, OSError) and exc.strerror:
-        return exc.strerror
-    if isinstance(exc, nats.errors.Error):
-        return str(exc).removeprefix("nats: ").strip("'") or type(exc).__name__
-    if isinstance(exc, ssl.SSLError | TimeoutError):
-        return f"{type(exc).__name__}"
-    return f"can't log in or connect ({type(exc).__name__})"
-
-
-def _options(settings: Settings) -> dict[str, Any]:
-    """Arguments for nats-py's `connect`."""
-    servers = [each.strip() for each in settings.nats_url.split(",") if each.strip()]
-    files = settings.nats_ca_file or settings.nats_cert_file
-    tls = None
-    if files or any(each.startswith("tls://") for each in servers):
-        tls = ssl.create_default_context(cafile=settings.nats_ca_file or None)
-        if settings.nats_cert_file:
-            tls.load_cert_chain(settings.nats_cert_file, settings.nats_key_file or None)
-    return {
-        "servers": servers,
-        "name": "datapipe",
-        "user": settings.nats_user or None,
-        "password": settings.nats_password or None,
-        "user_credentials": settings.nats_creds or None,
-        "nkeys_seed": settings.nats_nkey_file or None,
-        "tls": tls,
-        "connect_timeout": 2,
-        "reconnect_time_wait": _RECONNECT_S,
-        "max_reconnect_attempts": -1,
-        "ping_interval": _PING_S,
-        "max_outstanding_pings": 2,
-        "pending_size": _PENDING_BYTES,
-    }

@@ -37,6 +37,7 @@ from datapipe.mirrors import (
 )
 from datapipe.mirrors.nats import wire
 from datapipe.mirrors.nats.channel import NatsChannel
+from datapipe.mirrors.nats.check import check_nats
 from datapipe.mirrors.nats.client import ANSWER_S, ApiError, Client, NoResponders, decoded
 from datapipe.mirrors.nats.prune import EVERY_S, FENCE_S, Pruning
 from datapipe.mirrors.nats.pull import Delivery, Puller
@@ -90,7 +91,8 @@ class Nats:
             # what turns out to be larger than `max_payload` is cut
             batch_bytes=max(1, min(SEGMENT_BYTES, settings.load_trigger_bytes)),
             identity=process, recover_interval_s=EVERY_S, appends_at_once=_APPENDS,
-            queue_per_lane=True, keep_interval_s=1.0, shared=True, fence_s=FENCE_S,
+            queue_per_lane=True, keep_interval_s=1.0, shared=True,
+            group=wire.source_of(self._prefix), fence_s=FENCE_S,
         )  # fmt: skip
 
     @property
@@ -182,6 +184,8 @@ class Nats:
         if (requeue := self._requeues.get(lane)) is not None:
             await asyncio.wait([requeue], timeout=ANSWER_S)
         stream = await self.streams.ensure(lane)
+        if stream.mark not in (None, self.streams.mark):  # made since we looked for others
+            raise MirrorUnavailable(f"NATS: {stream.name} is loaded into another database")
         segments = await self._take(stream, max_bytes)
         put_off_s = self._put_off_until.pop(lane, 0.0) - time.monotonic()
         if not segments and put_off_s > 0:
@@ -312,8 +316,10 @@ class Nats:
         now: float | None = None
         with suppress(SinkUnavailable, LaneBlocked):
             now = await membership.database_time()  # before the streams are read
-        await self.streams.find()
-        await self._compare_marks(membership)
+        try:
+            await self.streams.find()
+        finally:  # one that can't be seen holds up its own lane alone
+            await self._compare_marks(membership)
         if now is not None:
             await self._prune(membership, now)
         waiting = {lane for lane, stream in self.streams.by_lane.items() if stream.messages}
@@ -357,7 +363,7 @@ class Nats:
                 before = self._pruning.look(lane, now, stream.first_seq, stream.last_seq)
                 if before is not None:
                     with suppress(SinkUnavailable, LaneBlocked):  # the next note covers them
-                        await membership.expire_lane(lane, before)
+                        await membership.expire_lane(self.traits.group, lane, before)
 
     def expirable(self) -> list[str]:
         """See `Mirror.expirable`: none, one by one; `keep` has them forgotten lane by lane."""
@@ -377,6 +383,7 @@ class Nats:
         return MirrorState(
             "nats", bool(health.up), health.error, sum([each.bytes for each in streams]),
             sum([each.max_bytes for each in streams]), calls=self._client.calls,
+            fullest=max([s.bytes / s.max_bytes for s in streams if s.max_bytes > 0], default=None),
         )  # fmt: skip
 
 
@@ -397,3 +404,7 @@ async def open_nats(settings: Settings, process: str) -> AsyncIterator[Nats]:
 class NatsPlugin(MirrorPlugin):
     def open(self, settings: Settings, process: str) -> AbstractAsyncContextManager[Mirror]:
         return open_nats(settings, process)
+
+    async def check(self, settings: Settings) -> list[tuple[str, str]]:
+        """See `MirrorPlugin.check`."""
+        return await check_nats(settings)

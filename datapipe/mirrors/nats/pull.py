@@ -21,6 +21,9 @@ from datapipe.errors import MirrorUnavailable
 from datapipe.mirrors.nats.client import ANSWER_S, Client, NoResponders
 from datapipe.mirrors.nats.streams import ACK_WAIT_S, CONSUMER, Stream
 
+# For the first message, where some are known to wait: a replica may be behind what was stored. Who
+# is asked in vain, as others have them all, answers so after it.
+_BEHIND_S = 0.1
 _STALE_S = ACK_WAIT_S / 2  # a message that came late, and lay here for so long, is left to others
 
 
@@ -79,8 +82,12 @@ class Puller:
         fresh = time.monotonic() - _STALE_S
         if late := [each for each in self._late.pop(stream.lane, ()) if each.at > fresh]:
             return late
-        bound = {"max_bytes": max_bytes} if batch > 1 else {}
-        pull = await self._pull(stream, {"batch": batch, "no_wait": True, **bound})
+        body = {"batch": batch, "no_wait": True}
+        if batch > 1:
+            body["max_bytes"] = max_bytes
+        if stream.parked:
+            body["expires"] = int(_BEHIND_S * 1e9)
+        pull = await self._pull(stream, body)
         if not pull.deliveries and pull.status == "409":  # the first alone is larger
             pull = await self._pull(stream, {"batch": 1, "no_wait": True})
         return pull.deliveries

@@ -33,7 +33,7 @@ _NS = 1_000_000_000
 
 # Codes of JetStream. Source: nats-io/nats-server, server/errors.json.
 NO_PEERS, NOT_CLUSTERED, NO_STREAM, NO_CONSUMER, OTHER_CONFIG = 10005, 10074, 10059, 10014, 10058
-NO_RESOURCES = {NO_PEERS, 10023, 10028, 10047, 10026, 10002, 10121}
+_PASSING = {OTHER_CONFIG, 10004, 10008, 10009}  # the last three: while a leader is elected
 
 log = structlog.stdlib.get_logger("datapipe.mirrors.nats")
 
@@ -98,6 +98,7 @@ class Stream:
         self.mark: str | None = None
         self.looked_at = -math.inf
         self.active = False  # something was appended or removed since the last look
+        self._refuses = False  # the last message, and nothing has left it since
         self.making = asyncio.Lock()
         self.refused: str | None = None  # why it can't be made
         self.refused_at = 0.0
@@ -117,7 +118,10 @@ class Stream:
         """Why nothing more can be stored, as far as is known."""
         if self.refused is not None and time.monotonic() - self.refused_at < _REFUSED_S:
             return self.refused
-        if self.there and self.max_bytes - self.bytes < min(1 << 20, self.max_bytes // 16):
+        few = min(1 << 20, self.max_bytes // 16)
+        # 0: not looked at yet; -1: somebody made it without a limit
+        short = self.max_bytes > 0 and self.max_bytes - self.bytes < few
+        if self.there and (self._refuses or short):
             return f"the lane {self.lane} is full: its stream {self.name} (nats_lane_max_bytes)"
         return None
 
@@ -132,17 +136,16 @@ class Stream:
 
     def left(self, events: int, size: int) -> None:
         """A message was loaded, and is being removed."""
-        self.active = True
+        self.active, self._refuses = True, False
         self.messages = max(0, self.messages - 1)
         self.events = max(0, self.events - events)
         self.bytes = max(0, self.bytes - size)
-        if not self.messages:
-            self._oldest = None
+        if not self.messages:  # the sizes that we count lack what the server stores beside
+            self.bytes, self._oldest = 0, None
 
     def is_full(self) -> None:
         """It refused a message."""
-        self.bytes = max(self.bytes, self.max_bytes)
-        self.active = True
+        self.active = self._refuses = True
 
     def is_gone(self) -> None:
         """There is no such stream, or none yet."""
@@ -153,7 +156,7 @@ class Stream:
     def saw(self, info: dict[str, Any]) -> None:
         """An answer to STREAM.INFO, with the subjects."""
         state, config = info["state"], info["config"]
-        self.there, self.refused = True, None
+        self.there, self.refused, self._refuses = True, None, False
         self.max_bytes, self.replicas = config["max_bytes"], config["num_replicas"]
         self.mark = config.get("metadata", {}).get(MARK)
         self.first_seq, self.last_seq = state["first_seq"], state["last_seq"]
@@ -198,14 +201,14 @@ class Streams:
         Raises: MirrorUnavailable: some could not be looked at.
         """
         try:
-            for name in await self.names():
-                self.of(name.removeprefix(f"{self._prefix}_")).there = True
+            for name in await self.names():  # one that is being made may not be there yet
+                self.of(name.removeprefix(f"{self._prefix}_"))
         except Denied:  # only our own lanes' are seen; `check` says so
             pass
         await self._look(list(self.by_lane.values()))
 
     async def names(self) -> list[str]:
-        """Raises: MirrorUnavailable."""
+        """The names of all streams of the prefix. Raises: MirrorUnavailable."""
         names: list[str] = []
         while True:
             page = await self._client.api(
@@ -213,8 +216,8 @@ class Streams:
             )
             found = page.get("streams") or []
             names += found
-            if not found or len(names) >= page["total"]:
-                return names
+            if not found or len(names) >= page["total"]:  # others may take our subjects, too
+                return [name for name in names if name.startswith(f"{self._prefix}_")]
 
     async def look(self) -> None:
         """Look at those in which something waits or happens, and now and then at the others.
@@ -289,7 +292,7 @@ class Streams:
             except ApiError as exc:
                 fewer = self._fewer(exc, replicas)
                 if fewer is None:
-                    raise self._cant_make(stream, exc, replicas) from exc
+                    raise self._cant_make(stream, exc) from exc
                 replicas = fewer
         if made.get("did_create"):  # not another process at the same moment
             log.info("stream made", stream=stream.name, replicas=replicas,
@@ -308,17 +311,17 @@ class Streams:
         bare = exc.detail.endswith(f"no suitable peers for placement ({NO_PEERS})")
         return replicas - 1 if bare else None
 
-    def _cant_make(self, stream: Stream, exc: ApiError, replicas: int) -> MirrorUnavailable:
-        if exc.code == OTHER_CONFIG:  # somebody made it just now, with another configuration
+    def _cant_make(self, stream: Stream, exc: ApiError) -> MirrorUnavailable:
+        # OTHER_CONFIG: somebody made it just now, with another configuration
+        if exc.code in _PASSING:
             return MirrorUnavailable(exc.detail)
         wanted = self._settings.nats_lane_max_bytes
         stream.refused = (
             f"{exc.detail}: the stream {stream.name} can't be made; it reserves {wanted} bytes "
-            f"(nats_lane_max_bytes) on {replicas} nodes (nats_replicas)"
+            "(nats_lane_max_bytes) on each node that is to store it (nats_replicas)"
         )
         stream.refused_at = time.monotonic()
-        log.error("stream not made", stream=stream.name, error=exc.detail, bytes=wanted,
-                  replicas=replicas)  # fmt: skip
+        log.error("stream not made", stream=stream.name, error=exc.detail, bytes=wanted)
         return MirrorFull(stream.refused)
 
     async def _make_consumer(self, stream: Stream) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 
 from datapipe.events.segment import Segment, decode_head, encode_head, restored
 
-SOURCE = "nats"  # of a segment, in the ledger too
 MSG_ID = "Nats-Msg-Id"
 
 
@@ -39,6 +38,11 @@ def encode(segment: Segment) -> bytes:
     return b"%b %b\n%b" % (sealed, encode_head(segment), segment.data)
 
 
+def source_of(prefix: str) -> str:
+    """Of a segment, in the ledger too: each prefix has streams, and so a pruning, of its own."""
+    return f"nats:{prefix}"
+
+
 def decode(
     prefix: str, subject: str, headers: Mapping[str, str] | None, payload: bytes, position: int
 ) -> Segment:
@@ -53,5 +57,5 @@ def decode(
         )  # fmt: skip
     except (ValueError, KeyError) as exc:
         raise Unreadable(str(exc)) from exc
-    segment.source, segment.position = SOURCE, position
+    segment.source, segment.position = source_of(prefix), position
     return segment

@@ -22,7 +22,7 @@ OWN_TABLES = (
             Column("dead", "bigint DEFAULT 0"),
             Column("duplicates", "bigint DEFAULT 0"),
             Column("body", "text"),  # of a claim: the hash of what stands; a cluster's mark
-            Column("source", "text"),  # where it lies: a journal's id, `ironmq`, `nats`
+            Column("source", "text"),  # where it lies: a journal's id, `ironmq`, `nats:` and prefix
             Column("process", "text"),
             Column("load", "text"),
             Column("loaded_at", "timestamptz NOT NULL DEFAULT now()"),
@@ -45,7 +45,9 @@ OWN_TABLES = (
         "datapipe_processes",
         (
             Column("process", "text PRIMARY KEY"),
-            Column("mirror", "text"),  # a journal's id, or the process's; `nats:` before: shared
+            Column(
+                "mirror", "text"
+            ),  # a journal's id, or the process's; before it, with a colon: its group
             Column("oldest_waiting", "timestamptz"),
             Column("started_at", "timestamptz NOT NULL DEFAULT now()"),
             Column("seen_at", "timestamptz NOT NULL DEFAULT now()"),

@@ -28,7 +28,7 @@ from datapipe import sinks
 from datapipe.errors import ConfigError, SinkUnavailable
 from datapipe.events.types import Column
 from datapipe.settings import Settings
-from datapipe.sinks import SHARED, Beat, Heartbeat, Selection, SinkPlugin, Table
+from datapipe.sinks import Beat, Heartbeat, Selection, SinkPlugin, Table
 from datapipe.sinks.postgres.connections import PEER_MAY_VANISH, Sessions
 from datapipe.sinks.postgres.copy import Copier, attempt
 from datapipe.sinks.postgres.database import Database
@@ -72,8 +72,12 @@ _BEAT_SLACK_S = 15.0
 # In `datapipe_processes`: those that share a mirror. Each shows the oldest that waits for them all,
 # so one that others have outlived by a minute says nothing any more; the last ones seen do, for
 # what their mirror holds may come back with them.
-_SHARES = f"split_part(mirror, ':', 1) = '{SHARED}'"
-_OUTLIVED = f"{_SHARES} AND seen_at < (SELECT max(seen_at) FROM {{processes}} WHERE {_SHARES})"
+_GROUP = "substring({}.mirror FROM '^(.*):')"  # it stands before the mirror, with a colon
+_OURS = _GROUP.format("datapipe_processes")
+_OUTLIVED = (
+    "seen_at < (SELECT max(other.seen_at) FROM {processes} AS other"
+    f" WHERE {_GROUP.format('other')} = {_OURS})"
+)
 
 # Thousands of values go as one, in JSON: psycopg2 quotes those of a list one by one, and holds the
 # interpreter lock until it has done all of them.
@@ -183,18 +187,19 @@ class PostgresSink(Database):
             (f"DELETE FROM {self._processes} WHERE mirror {of_others}", (source, process)),
         )
 
-    async def expire_lane(self, lane: str, before: float) -> None:
+    async def expire_lane(self, source: str, lane: str, before: float) -> None:
         """See `Ledger.expire_lane`."""
         await self.transaction(
             (
                 f"DELETE FROM {self._ledger} WHERE kind = 'segment' AND source = %s AND lane = %s"
                 " AND loaded_at < to_timestamp(%s)",
-                (SHARED, lane, before),
+                (source, lane, before),
             )
         )
 
     async def now(self) -> float:
         """See `Ledger.now`."""
+        await self.prepare(OWN_TABLES[0])
         ((now,),) = await self.query("SELECT extract(epoch FROM clock_timestamp())::float8")
         return float(now)
 
@@ -212,7 +217,7 @@ class PostgresSink(Database):
 
     async def heartbeat(self, beat: Heartbeat) -> dict[str, Beat]:
         """See `Heartbeats.heartbeat`."""
-        mirror = f"{SHARED}:{beat.mirror}" if beat.shared else beat.mirror
+        mirror = f"{beat.group}:{beat.mirror}" if beat.group else beat.mirror
         began = time.perf_counter()
         rows = await self.transaction(
             (
@@ -229,7 +234,7 @@ class PostgresSink(Database):
                 (mirror, beat.process),
             ),
             (
-                f"SELECT process, beats, ended, coalesce(host, ''), coalesce({_SHARES}, false)"
+                f"SELECT process, beats, ended, coalesce(host, ''), coalesce({_OURS}, '')"
                 f" FROM {self._processes}",
                 (),
             ),

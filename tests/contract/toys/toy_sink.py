@@ -17,7 +17,7 @@ from uuid import uuid4
 from datapipe.errors import LaneBlocked, SinkUnavailable
 from datapipe.events.types import Column
 from datapipe.settings import Settings
-from datapipe.sinks import SHARED, Beat, Heartbeat, Selection, SinkPlugin, Table
+from datapipe.sinks import Beat, Heartbeat, Selection, SinkPlugin, Table
 from datapipe.sinks.transaction import (
     Entry,
     Known,
@@ -39,7 +39,7 @@ CREATE TABLE IF NOT EXISTS datapipe_dead_letters (
     created_at
 );
 CREATE TABLE IF NOT EXISTS datapipe_processes (
-    process TEXT PRIMARY KEY, mirror, beats, ended, host, shared
+    process TEXT PRIMARY KEY, mirror, beats, ended, host, grouped
 );
 """
 
@@ -208,12 +208,12 @@ class ToySink(TransactionalSink):
 
         await self._run(forget)
 
-    async def expire_lane(self, lane: str, before: float) -> None:
+    async def expire_lane(self, source: str, lane: str, before: float) -> None:
         sql = (
             "DELETE FROM datapipe_ledger"
             " WHERE kind = 'segment' AND source = ? AND lane = ? AND loaded_at < ?"
         )
-        await self._run(lambda connection: connection.execute(sql, (SHARED, lane, before)))
+        await self._run(lambda connection: connection.execute(sql, (source, lane, before)))
 
     async def now(self) -> float:
         return time.time()
@@ -233,18 +233,18 @@ class ToySink(TransactionalSink):
             connection.execute(
                 "INSERT INTO datapipe_processes VALUES (?, ?, 1, ?, ?, ?) ON CONFLICT DO UPDATE"
                 " SET beats = beats + 1, ended = excluded.ended",
-                (beat.process, beat.mirror, beat.ended, beat.host, beat.shared),
+                (beat.process, beat.mirror, beat.ended, beat.host, beat.group),
             )
             connection.execute(
                 "DELETE FROM datapipe_processes WHERE mirror = ? AND process <> ?",
                 (beat.mirror, beat.process),
             )
             rows = connection.execute(
-                "SELECT process, beats, ended, host, shared FROM datapipe_processes"
+                "SELECT process, beats, ended, host, grouped FROM datapipe_processes"
             )
             return {
-                process: Beat(beats, bool(ended), host, bool(shared))
-                for process, beats, ended, host, shared in rows
+                process: Beat(beats, bool(ended), host, group)
+                for process, beats, ended, host, group in rows
             }
 
         return await self._run(show)

@@ -1,0 +1,58 @@
+"""The page where machines share a mirror: the equation that holds there, in both schemes."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from datapipe import testing
+from datapipe.monitor.peers import Heard
+from tests.browser.chromium import OpenPage
+from tests.browser.test_looks import violations
+from tests.doubles.shared_books import share
+
+INSTALL = {"event_name": "install", "user_id": 1, "timestamp": 2}
+HEADS = ["lane", "taken", "= loaded", "+ duplicate", "+ dead", "+ returned", "+ in hand",
+         "balanced", "accepted", "waiting"]  # fmt: skip
+
+
+async def one_is_silent(*_: Any) -> Heard:
+    return Heard((), ["web2.internal.example.com:4711"])
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("script", [True, False])
+async def test_what_was_taken_is_accounted_for(
+    open_page: OpenPage, scheme: str, script: bool
+) -> None:
+    async with testing.service(load_interval=300) as service:
+        await service.post([INSTALL] * 5)
+        await service.rows("install")
+        await service.post([INSTALL] * 3)
+        share(service.pipeline.status)
+        service.pipeline.status.peers.ask = one_is_silent  # type: ignore[method-assign]
+        for width in (1280, 360):
+            tab = await open_page(
+                service.url.rstrip("/"), color_scheme=scheme, java_script_enabled=script,
+                viewport={"width": width, "height": 800},
+            )  # fmt: skip
+            heads = await tab.page.locator("#books_table thead th").all_text_contents()
+            assert heads == HEADS
+            row = await tab.page.locator("#books_table tr", has_text="install").inner_text()
+            numbers = re.findall(r"[\d,]+|\N{CHECK MARK}", row)
+            assert numbers == ["10", "5", "0", "0", "2", "3", "\N{CHECK MARK}", "8", "1,003"]
+            assert "Taken = loaded + duplicate + dead + returned + in hand" in await tab.text(
+                "#books-text"
+            )
+            assert "No answer from web2.internal" in await tab.text("#sentence")
+            assert "1 process, 1 silent" in await tab.text("#uptime")
+            assert "NATS, shared by all processes" in await tab.text("#mirror_facts")
+            names = await tab.page.locator("#books_table tbody th").all()
+            heights = [(await name.bounding_box() or {})["height"] for name in names]
+            assert max(heights) < 40, "a name wraps"
+            across = await tab.page.evaluate("document.documentElement.scrollWidth")
+            assert across == width, "something sticks out"
+            if script:
+                assert await violations(tab) == []

@@ -1,0 +1,258 @@
+"""What the NATS mirror says of what waits, and whose it is."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from unittest import mock
+
+import pytest
+
+from datapipe.errors import ConfigError, MirrorUnavailable, SinkUnavailable
+from datapipe.mirrors.nats import streams as streams_module
+from datapipe.mirrors.nats.mirror import open_nats
+from datapipe.mirrors.nats.streams import MARK
+from tests.jetstream import NatsCluster, request
+from tests.mirror_nats import (
+    Members,
+    Tap,
+    info,
+    opened,
+    segment,
+    settings_of,
+    store,
+    take_until,
+)
+from tests.service import until
+
+MEMBERS = Members()
+
+
+# --- what waits ---
+
+
+async def test_what_waits_is_known_to_all_after_a_look(
+    nats_cluster: NatsCluster, nats_prefix: str
+) -> None:
+    cluster, prefix = nats_cluster, nats_prefix
+    async with opened(cluster, prefix) as one, opened(cluster, prefix, "two") as two:
+        mine, theirs = one.waiting("install"), two.waiting("install")
+        assert theirs.events == 0
+        await store(one, *[segment(n, rows=n) for n in range(1, 5)])
+        assert mine.events == 10  # at once
+        await two.keep(MEMBERS)
+        assert (theirs.events, theirs.in_memory, theirs.parked) == (10, 0, 10)
+        stored = (await info(cluster, prefix))["state"]
+        assert theirs.bytes == stored["bytes"]
+
+        taken = await take_until(one, 4)
+        await two.keep(MEMBERS)
+        assert (mine.events, mine.in_memory, mine.parked) == (10, 10, 0)
+        assert (theirs.events, theirs.in_memory, theirs.parked) == (10, 0, 10)
+
+        removal = one.remove(taken[:2])
+        assert (mine.events, mine.in_memory) == (7, 7)  # at once
+        await removal
+        await store(two, segment(0, rows=5))
+        assert theirs.events == 15  # it has not looked since
+
+        async def seen() -> bool:
+            await one.keep(MEMBERS)
+            await two.keep(MEMBERS)
+            return mine.events == theirs.events == 12
+
+        await until(seen)
+        one.requeue("install", taken[2:], put_off=False)
+        assert (mine.events, mine.in_memory) == (12, 0)
+
+
+async def test_what_is_shown_between_looks_is_about_what_a_look_shows(
+    nats_node: NatsCluster, nats_prefix: str
+) -> None:
+    async with opened(nats_node, nats_prefix) as mirror:
+        waiting = mirror.waiting("install")
+        await store(mirror, *[segment(n, size=1000) for n in range(100)])
+        between = waiting.bytes
+        await mirror.keep(MEMBERS)
+        assert 0.7 * waiting.bytes < between <= waiting.bytes
+        await mirror.remove(await take_until(mirror, 100))
+        assert (waiting.events, waiting.bytes, waiting.oldest) == (0, 0, None)
+
+
+async def test_the_age_of_the_oldest(nats_cluster: NatsCluster, nats_prefix: str) -> None:
+    cluster, prefix = nats_cluster, nats_prefix
+    async with opened(cluster, prefix) as one, opened(cluster, prefix, "two") as two:
+        theirs = two.waiting("install")
+        assert theirs.oldest == -math.inf  # never looked
+        await two.keep(MEMBERS)
+        assert theirs.oldest is None
+        await store(one, segment(1))
+        stored = time.time()
+        await asyncio.sleep(1.1)
+        await store(one, segment(2))
+        await two.keep(MEMBERS)
+        assert theirs.oldest == pytest.approx(stored, abs=0.5)
+        assert one.waiting("install").oldest == pytest.approx(stored, abs=0.5)
+        taken = await one.take("install", 1)
+        await two.keep(MEMBERS)
+        assert theirs.oldest == pytest.approx(stored, abs=0.5)  # it waits until it is loaded
+        await one.remove(taken)
+
+        async def newer() -> bool:
+            await two.keep(MEMBERS)
+            return (theirs.oldest or 0.0) > stored + 0.6
+
+        await until(newer)
+        with mock.patch.object(streams_module, "_UNKNOWN_S", 0.0):
+            assert theirs.oldest == -math.inf
+
+
+async def test_a_look_that_fails_leaves_the_age_unknown_in_the_end(
+    nats_node: NatsCluster, nats_prefix: str
+) -> None:
+    """Something may have come since that keeps idempotency keys from being forgotten."""
+    async with (
+        Tap(nats_node.nodes[0].url).running() as tap,
+        opened(nats_node, nats_prefix, nats_url=tap.url) as mirror,
+    ):
+        await store(mirror, segment(1))
+        await mirror.remove(await take_until(mirror, 1))
+        await mirror.keep(MEMBERS)
+        assert mirror.waiting("install").oldest is None
+        tap.answers.clear()
+        with mock.patch.object(streams_module, "_UNKNOWN_S", 1.0):
+            await asyncio.sleep(1.0)
+            with pytest.raises(MirrorUnavailable):
+                await mirror.keep(MEMBERS)
+            assert mirror.waiting("install").oldest == -math.inf
+            tap.answers.set()
+            await mirror.keep(MEMBERS)
+            assert mirror.waiting("install").oldest is None
+
+
+async def test_lanes_in_which_nothing_waits_are_looked_at_too(
+    nats_node: NatsCluster, nats_prefix: str
+) -> None:
+    """Another process may store there; but a hundred of them are not asked for each second."""
+    lanes = [f"lane_{n}" for n in range(100)]
+    async with opened(nats_node, nats_prefix) as mirror:
+        for lane in lanes:
+            mirror.waiting(lane)
+        await mirror.keep(MEMBERS)
+        before = mirror.state().calls["STREAM.INFO"]
+        await mirror.keep(MEMBERS)
+        assert mirror.state().calls["STREAM.INFO"] == before
+        async with opened(nats_node, nats_prefix, "two") as two:
+            await store(two, segment(1, lanes[50]))
+
+        async def seen() -> bool:
+            await mirror.keep(MEMBERS)
+            return mirror.waiting(lanes[50]).events == 1
+
+        await until(seen)
+
+
+async def test_lanes_that_nobody_registered_are_found(
+    nats_node: NatsCluster, nats_prefix: str
+) -> None:
+    members = Members()
+    members.unregistered = {"old", "empty"}
+    async with opened(nats_node, nats_prefix) as one:
+        await store(one, segment(1, "old"), segment(2, "empty"))
+        await one.remove(await take_until(one, 1, "empty"))
+        async with open_nats(settings_of(nats_node, nats_prefix), "two") as two:
+            found = await two.recover(members)
+            assert (found.unregistered, found.due, found.lanes) == ({"old"}, {"old"}, {})
+            assert two.waiting("old").events == 1
+
+
+# --- whose it is ---
+
+
+class Away(Members):
+    async def database_mark(self, prefix: str) -> str:
+        raise SinkUnavailable("away")
+
+
+async def mark_of(cluster: NatsCluster, prefix: str) -> str | None:
+    found: str | None = (await info(cluster, prefix))["config"]["metadata"].get(MARK)
+    return found
+
+
+async def test_a_stream_bears_the_mark_of_its_database(
+    nats_cluster: NatsCluster, nats_prefix: str
+) -> None:
+    async with opened(nats_cluster, nats_prefix) as mirror:
+        await store(mirror, segment(1))
+    assert await mark_of(nats_cluster, nats_prefix) == "one"
+
+
+async def test_another_database_is_refused(nats_cluster: NatsCluster, nats_prefix: str) -> None:
+    async with opened(nats_cluster, nats_prefix) as mirror:
+        await store(mirror, segment(1))
+    async with open_nats(settings_of(nats_cluster, nats_prefix), "two") as other:
+        with pytest.raises(ConfigError, match=r"nats_url, database_url: .*nats_prefix"):
+            await other.recover(Members("another"))
+        with pytest.raises(MirrorUnavailable):  # and nothing of it is taken
+            await other.take("install", 1000)
+    async with opened(nats_cluster, f"{nats_prefix}b") as another:  # of another prefix
+        await store(another, segment(1))
+    await nats_cluster.delete_streams(f"{nats_prefix}b")
+
+
+async def test_a_stream_that_was_made_while_the_database_was_away_is_marked_later(
+    nats_cluster: NatsCluster, nats_prefix: str
+) -> None:
+    async with open_nats(settings_of(nats_cluster, nats_prefix), "one") as mirror:
+        await mirror.recover(Away())
+        assert await mirror.keep(Away())  # recover again before long
+        await store(mirror, segment(1))
+        assert await mark_of(nats_cluster, nats_prefix) is None
+        before = (await info(nats_cluster, nats_prefix))["config"]
+        await mirror.recover(Members())
+        assert not await mirror.keep(Members())
+        config = (await info(nats_cluster, nats_prefix))["config"]
+        assert config["metadata"].pop(MARK) == "one"
+        assert config == before  # nothing else has changed
+        assert len(await take_until(mirror, 1)) == 1
+
+
+async def test_a_stream_that_others_made_for_another_database_is_found_later(
+    nats_node: NatsCluster, nats_prefix: str
+) -> None:
+    """Made after our start, by a process that had not seen any other's."""
+    async with opened(nats_node, nats_prefix) as mirror:
+        async with nats_node.client() as client:
+            name = f"{nats_prefix}_install"
+            await request(client, f"STREAM.CREATE.{name}",
+                          {"name": name, "subjects": [f"{nats_prefix}.install.*"],
+                           "retention": "workqueue", "max_bytes": 1 << 20,
+                           "metadata": {MARK: "another"}})  # fmt: skip
+        with pytest.raises(MirrorUnavailable, match="another database"):
+            await mirror.take("install", 1000)
+        with pytest.raises(ConfigError):
+            await mirror.recover(Members())
+
+
+async def test_a_stream_that_can_not_be_seen_at_the_start_holds_up_its_lane_alone(
+    nats_node: NatsCluster, nats_prefix: str
+) -> None:
+    async with opened(nats_node, nats_prefix) as one:
+        await store(one, segment(1), segment(2, "purchase"))
+    async with open_nats(settings_of(nats_node, nats_prefix), "two") as mirror:
+        look_at = mirror.streams.look_at
+
+        async def not_installs(stream: streams_module.Stream) -> None:
+            if stream.lane == "install":
+                raise MirrorUnavailable("it has no leader")
+            await look_at(stream)
+
+        with mock.patch.object(mirror.streams, "look_at", not_installs):
+            with pytest.raises(MirrorUnavailable):
+                await mirror.recover(MEMBERS)
+            assert len(await take_until(mirror, 1, "purchase")) == 1
+            with pytest.raises(MirrorUnavailable):
+                await mirror.take("install", 1000)
+        assert (await mirror.recover(MEMBERS)).due == {"install", "purchase"}
+        assert len(await take_until(mirror, 1)) == 1

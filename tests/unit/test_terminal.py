@@ -1,0 +1,54 @@
+"""What `datapipe status` prints of processes on several machines."""
+
+from __future__ import annotations
+
+import pytest
+
+from datapipe import testing
+from datapipe.cli.terminal import show_status
+from tests.doubles.shared_books import share
+
+
+async def test_a_shared_mirror_has_its_own_equation(capsys: pytest.CaptureFixture[str]) -> None:
+    async with testing.service(load_interval=300) as service:
+        status = service.pipeline.status
+        await service.post([{"event_name": "install", "user_id": 1, "timestamp": 2}] * 3)
+        share(status)
+        status._others.answers = [await status.for_peers()] * 2
+        status._others.silent = ["web2:4711"]
+        capsys.readouterr()
+        show_status(status.snapshot())
+    table = [line.split() for line in capsys.readouterr().out.splitlines() if "  " in line]
+    (install,) = [row for row in table if row[0] == "install"]
+    books = [
+        "taken",
+        "loaded",
+        "duplicate",
+        "dead",
+        "returned",
+        "in",
+        "hand",
+        "accepted",
+        "waiting",
+    ]
+    assert table[0][: len(books) + 1] == ["lane", *books]
+    assert install[:9] == ["install", "15", "0", "0", "0", "6", "9", "9", "1,003"]
+
+
+async def test_processes_are_counted_and_the_silent_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    async with testing.service() as service:
+        others = service.pipeline.status._others
+        one = await service.pipeline.status.for_peers()
+        shown = []
+        for others.answers, others.silent in (
+            ((), ()), ((), ["web2:4711"]), ([one], ()), ([one], ["web2:4711", "web3:12"]),
+        ):  # fmt: skip
+            capsys.readouterr()
+            show_status(service.pipeline.status.snapshot())
+            shown.append(capsys.readouterr().out.splitlines()[-1].split(", ", 2)[2:])
+    assert shown == [
+        [], ["1 process, silent: web2:4711"], ["2 processes"],
+        ["2 processes, silent: web2:4711, web3:12"],
+    ]  # fmt: skip
