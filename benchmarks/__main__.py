@@ -20,6 +20,7 @@ from benchmarks import (
     ironmq,
     keys,
     memory,
+    nats,
     outage,
     page,
     peers,
@@ -42,6 +43,7 @@ PARTS: dict[str, ModuleType] = {
     "outage": outage,
     "ironmq": ironmq,
     "processes": processes,
+    "nats": nats,
     "refused": refused,
     "memory": memory,
 }

@@ -21,6 +21,11 @@ _BATCH = (
     "everything, and an answer that is lost doubles what is sent again."
 )
 
+_NODES = (
+    "The three nodes run on the service's two cores, which are used up (*machine's busy cores*); "
+    "what an event costs in each stands in [NATS](#nats)."
+)
+
 _GATHERED, _CLUSTERED, _INSERTS = (peer.name for peer in PEERS[:3])
 
 LIMITS: dict[str, str] = {
@@ -45,6 +50,16 @@ LIMITS: dict[str, str] = {
     f"batches of 1,000 / {_GATHERED}": _BATCH,
     f"batches of 1,000 / {_CLUSTERED}": _BATCH,
     f"batches of 1,000 / {_INSERTS}": _BATCH,
+    **{
+        goal: _NODES
+        for name in ("NATS (default sync)", "NATS (sync always)")
+        for goal in (
+            f"single, 64 connections, {name} / journal",
+            f"single, 256 connections, {name} / journal",
+            f"batches of 1,000 until committed, {name} / journal",
+            f"{name}, 2 processes / 1",
+        )
+    },
     "idle after the start, MB": (
         "All but 2 MB are imported code: the interpreter 11, asyncio with OpenSSL 10, aiohttp 15.5 "
         "(its client too, which reads the system's certificates at import), psycopg2 with the "

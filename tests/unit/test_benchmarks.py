@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks import batch, keys, memory, page, single, steady
+from benchmarks import batch, keys, memory, nats, page, single, steady
 from benchmarks.chart import Bar, Group, svg
 from benchmarks.limits import LIMITS
 from benchmarks.measure import (
@@ -141,6 +141,8 @@ def test_a_missed_goal_says_what_holds_it_back(
 def test_limits_are_those_of_goals_that_there_are() -> None:
     goals = [goal for part in (batch, keys, memory, steady) for goal in part.goals()]
     goals += [goal for connections in single.CONNECTIONS for goal in single.goals(connections)]
+    goals += [goal for connections in nats.CONNECTIONS for goal in nats.goals(connections)]
+    goals += nats.batch_goals() + [goal for name in nats.SYNC for goal in nats.process_goals(name)]
     assert LIMITS.keys() <= {goal.what for goal in goals}
 
 
@@ -188,3 +190,11 @@ def test_a_picture_is_well_formed_and_shows_spreads() -> None:
     style = root.find(f"{name}style")
     assert style is not None
     assert "prefers-color-scheme: dark" in (style.text or "")
+
+
+def test_what_an_event_costs_stands_in_one_table() -> None:
+    samples = {"journal": [{"rate": 9.0, "cpu_s_per_million": 30.0}]}
+    contest = Contest("64 connections", samples)
+    costs = nats.costs("single", contest)
+    assert costs == {"single, journal": [{"cpu_s_per_million": 30.0}]}
+    assert contest.samples == {"journal": [{"rate": 9.0}]}

@@ -200,3 +200,73 @@ async def test_one_whose_answer_fails_leaves_no_other_without_one() -> None:
     group._commit.add([CHUNK], fails)
     await group.add()
     assert not group.died
+
+
+class Steps:
+    """A mirror that takes several appends at once, each of which ends when it is told to."""
+
+    def __init__(self, group: Group) -> None:
+        self.sizes: list[int] = []
+        self._ends: list[asyncio.Event] = []
+        group.mirror.traits = Traits(1 << 20, "", 1.0, appends_at_once=8)
+        group.mirror.append = self._append
+
+    async def _append(self, segments: Sequence[Segment]) -> Appended:
+        self.sizes.append(sum(segment.events for segment in segments))
+        self._ends.append(asyncio.Event())
+        await self._ends[-1].wait()
+        return Appended(segments)
+
+    async def end(self, number: int) -> None:
+        self._ends[number].set()
+        await _turns()
+
+
+async def _turns() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def test_while_an_append_is_under_way_the_next_gathers_one_half() -> None:
+    """Else each stray request would be an append of its own, which costs as much as a large one."""
+    group = Group()
+    steps = Steps(group)
+    for _ in range(64):
+        group.add()
+    await _turns()
+    for _ in range(63):
+        group.add()
+        await _turns()
+    assert steps.sizes == [64]
+    group.add()
+    await _turns()
+    assert steps.sizes == [64, 64]
+    for number in range(2):
+        await steps.end(number)
+
+
+async def test_what_is_gathered_goes_out_when_the_append_before_has_ended() -> None:
+    group = Group()
+    steps = Steps(group)
+    group.add()
+    await _turns()
+    late = [group.add(), group.add()]
+    await _turns()
+    assert steps.sizes == [1]  # the first did not wait for company
+    await steps.end(0)
+    assert steps.sizes == [1, 2]
+    await steps.end(1)
+    assert all(each.done() for each in late)
+
+
+async def test_many_rows_wait_for_no_other_append() -> None:
+    group = Group()
+    steps = Steps(group)
+    done: list[Exception | None] = []
+    for _ in range(3):
+        group._commit.add([Chunk("p", COLUMNS, b"1\n" * 50_000, 50_000)], done.append)
+        await _turns()
+    assert steps.sizes == [50_000] * 3
+    for number in range(3):
+        await steps.end(number)
+    assert done == [None] * 3

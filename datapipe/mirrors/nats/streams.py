@@ -337,8 +337,9 @@ class Streams:
 
     async def put_mark(self, stream: Stream, mark: str) -> None:
         """Write our database's mark into a stream that has none. Raises: MirrorUnavailable."""
-        info = await self._client.api(f"STREAM.INFO.{stream.name}")
-        config = info["config"]
-        config["metadata"] = {**config.get("metadata", {}), MARK: mark}
-        await self._client.api(f"STREAM.UPDATE.{stream.name}", timeout_s=_CREATE_S, **config)
-        stream.mark = mark
+        async with stream.making:  # an update takes a creation's place, which is then not answered
+            info = await self._client.api(f"STREAM.INFO.{stream.name}")
+            config = info["config"]
+            config["metadata"] = {**config.get("metadata", {}), MARK: mark}
+            await self._client.api(f"STREAM.UPDATE.{stream.name}", timeout_s=_CREATE_S, **config)
+            stream.mark = mark
