@@ -21,6 +21,7 @@ NOT_RUN = {
     "installs packages": r"(python -m )?pip install .*",
     "needs the network": r"git clone .*|cd \S+",
     "is run by tests/deploy": r".* -m gunicorn .*",
+    "is run by tests/integration": r"make run-cluster",
     "needs root": r"sudo .*|apt(-get)? .*",
     "takes long": r"make (test|bench|torture|screenshots|lock)|python -m (benchmarks|tests\.\S+).*",
 }
