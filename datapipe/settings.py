@@ -58,6 +58,8 @@ OURS = {
     },
 }
 
+# An append must be over long before the ledger forgets a segment: see `mirrors/nats/prune.py`.
+NATS_TIMEOUT_S = 300.0
 NATS_FILES = ("nats_creds", "nats_nkey_file", "nats_ca_file", "nats_cert_file", "nats_key_file")
 EXTRAS = {"nats": "nats", "nkeys": "nats"}  # by the module that is missing
 
@@ -219,6 +221,8 @@ def _nats_faults(settings: Settings) -> Iterator[tuple[str, str]]:
     """What is wrong with the settings of `mirror: nats`: keys and why, with the remedy."""
     if not settings.nats_url:
         yield "mirror", "'nats' needs nats_url, such as nats://host:4222"
+    if settings.mirror_timeout > NATS_TIMEOUT_S:
+        yield "mirror_timeout", f"must be at most {NATS_TIMEOUT_S:g} with mirror 'nats'"
     for number, url in enumerate(settings.nats_url.split(","), 1):
         if why := _nats_url_fault(url.strip()):
             yield "nats_url", f"{why} (the URL at place {number}; several are parted by commas)"

@@ -134,9 +134,8 @@ class Buffer:
             appended.error.retry_after_s = self._until_room_s()
         elif appended.error is None:
             self._works()
-        elif self.health.fails(began, appended.error.detail):
-            kind = self.mirror.state().kind
-            log.error("mirror down", mirror=kind, error=appended.error.detail)
+        else:
+            self._fails(began, appended.error.detail)
         if appended.stored:
             self._observe_append(seconds)
             self.append_seconds = seconds
@@ -152,6 +151,13 @@ class Buffer:
                 self.wake.set()
         if self.mirror.pressed:
             self.wake.set()
+
+    def _fails(self, began: float, error: str) -> None:
+        """Where each lane has a queue of its own, one that is in trouble is not the mirror."""
+        state = self.mirror.state()
+        alone = self.mirror.traits.queue_per_lane and state.up
+        if not alone and self.health.fails(began, error):
+            log.error("mirror down", mirror=state.kind, error=error)
 
     def _works(self) -> None:
         if self.health.works(time.perf_counter()):

@@ -231,11 +231,13 @@ class Coordinator:
     async def _keep(self) -> float:
         """Have the mirror keep what waits. A task of its own: no heartbeat may wait for it."""
         self._buffer.removed.take(self._buffer.removed_bytes)
-        if await self._mirror.keep(self):
-            self._look_now.set()
         traits = self._mirror.traits
-        if traits.shared:  # other processes' events may be due
-            self._buffer.wake.set()
+        try:
+            if await self._mirror.keep(self):
+                self._look_now.set()
+        finally:
+            if traits.shared:  # other processes' events may be due
+                self._buffer.wake.set()
         return traits.keep_interval_s
 
     async def _release_memory(self) -> None:

@@ -157,7 +157,7 @@ class Proxy:
             return Moment.COMMIT
         elif kind == b"Q" and message[5:].startswith((b"BEGIN", b"ROLLBACK\0")):
             link.copying = link.copied = False
-        elif kind == b"Q" and message[5:].startswith(b"INSERT") and b"'segment'" in message:
+        elif kind == b"Q" and b"INSERT INTO" in message and b"'segment'" in message:
             return Moment.LEDGER
         return None
 

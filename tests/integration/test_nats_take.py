@@ -73,10 +73,10 @@ async def test_what_is_redelivered_to_us_is_not_taken_twice(
         async with opened(cluster, prefix) as mirror:
             await store(mirror, *[segment(n) for n in range(3)])
             taken = await take_until(mirror, 3)
-            before = {held.reply for held in mirror._held.values()}
+            before = {held.reply for held in mirror.hand.held.values()}
             await asyncio.sleep(0.8)
             assert await mirror.take("install", 1_000_000) == []
-            assert not before & {held.reply for held in mirror._held.values()}  # the new ones
+            assert not before & {held.reply for held in mirror.hand.held.values()}  # the new ones
             assert mirror.waiting("install").in_memory == 3
             await mirror.remove(taken)
             await until(partial(has, cluster, prefix, 0))

@@ -135,7 +135,7 @@ SHARED = "postgresql://db.example/events"
 CLUSTER = "nats://a.example:4222, tls://b.example, nats://[::1]:4333/"
 
 
-def on_nats(**more: str) -> Settings:
+def on_nats(**more: Any) -> Settings:
     return Settings(**{"nats_url": CLUSTER, "database_url": SHARED, **more})
 
 
@@ -176,6 +176,7 @@ def test_settings_of_nats_that_fit(files: Path, given: dict[str, str]) -> None:
     ("given", "key", "words"),
     [
         ({"mirror": "nats", "nats_url": ""}, "mirror", ["nats_url", "nats://host:4222"]),
+        ({"mirror_timeout": 301.0}, "mirror_timeout", ["at most 300"]),
         ({"database_url": ""}, "database_url", ["all processes share", "postgresql://"]),
         ({"database_url": "sqlite:///s3cret.db"}, "database_url", ["all processes share"]),
         ({"nats_url": "a:4222"}, "nats_url", ["nats://host:4222", "tls://host:4222"]),

@@ -43,7 +43,8 @@ _NO_QUORUM = re.compile(rb'"err_code":(10008|10158|10167)\b')
 _ERROR_BYTES = 500
 _INFOS = {"STREAM.INFO", "CONSUMER.INFO"}  # a leader answers them even if it has lost the others
 _RETRY_MAX_S = 2.0
-_DENIED = re.compile(r'permissions violation for publish to "([^"]+)"', re.IGNORECASE)
+# not of acknowledgements: each of them has a subject of its own
+_DENIED = re.compile(r'permissions violation for publish to "(?!\$js\.ack)([^"]+)"', re.IGNORECASE)
 
 
 OnMessage = Callable[[Msg], Awaitable[None]]
@@ -87,7 +88,7 @@ class Client:
         self._connection = Connection()
         self._connected = asyncio.Event()
         self._ended = asyncio.Event()  # the connection is closed for good, or of no use
-        self._silent_since: float | None = None
+        self._silent_since: dict[bool, float] = {}  # of calls that are infos, and of others
         self._error = "not connected yet"
         self._subscriptions: dict[str, OnMessage] = {}
         self._subscribed: set[str] = set()  # of them, on this connection
@@ -147,8 +148,9 @@ class Client:
             self.health.fails(time.perf_counter(), f"NATS: {self._error}")
 
     async def _on_connected(self) -> None:
-        self.refused = self._silent_since = None
+        self.refused = None
         self.denied.clear()
+        self._silent_since.clear()
         self._connected.set()
         await self._subscribe_all()
 
@@ -244,15 +246,13 @@ class Client:
                     subject, payload, timeout=timeout_s, headers=dict(headers) if headers else None
                 )
         except nats.errors.NoRespondersError:
-            self._heard(useful=False)
+            self._heard(call, useful=False)
             raise NoResponders("NATS: nobody answers: no such stream, or no leader") from None
         except (nats.errors.Error, TimeoutError, OSError) as exc:
-            self._heard(useful=False)
+            self._heard(call, useful=False)
             self._check_right(subject)
             raise self._unavailable(exc, timeout_s, began) from exc
-        lost = _NO_QUORUM.search(answer.data, 0, _ERROR_BYTES) is not None
-        if lost or call not in _INFOS:
-            self._heard(useful=not lost)
+        self._heard(call, useful=not _NO_QUORUM.search(answer.data, 0, _ERROR_BYTES))
         self.health.works(began)
         return answer
 
@@ -260,15 +260,20 @@ class Client:
         if subject.lower() in self.denied:  # so does nats-py write them
             raise Denied(f"NATS: not permitted to publish to {subject}: see `datapipe check`")
 
-    def _heard(self, *, useful: bool) -> None:
-        """How a request has ended. After `_SILENT_S` without use another node is tried."""
-        now = time.monotonic()
+    def _heard(self, call: str, *, useful: bool) -> None:
+        """How a request has ended. After `_SILENT_S` without use another node is tried.
+
+        An info that comes says nothing of the other calls, and excuses other infos alone.
+        """
+        infos, now = call in _INFOS, time.monotonic()
         if useful:
-            self._silent_since = None
-        elif self._silent_since is None:
-            self._silent_since = now
-        elif self._connected.is_set() and now - self._silent_since > _SILENT_S:
-            self._silent_since = None
+            self._silent_since.pop(infos, None)
+            if not infos:
+                self._silent_since.clear()
+        elif (
+            self._connected.is_set() and now - self._silent_since.setdefault(infos, now) > _SILENT_S
+        ):
+            self._silent_since.clear()
             self._ended.set()
 
     def _unavailable(self, exc: Exception, timeout_s: float, began: float) -> MirrorUnavailable:

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
-from dataclasses import dataclass
 
 import structlog
 
@@ -39,9 +38,10 @@ from datapipe.mirrors.nats import wire
 from datapipe.mirrors.nats.channel import NatsChannel
 from datapipe.mirrors.nats.check import check_nats
 from datapipe.mirrors.nats.client import ANSWER_S, ApiError, Client, NoResponders, decoded
+from datapipe.mirrors.nats.hand import Hand
 from datapipe.mirrors.nats.prune import EVERY_S, FENCE_S, Pruning
 from datapipe.mirrors.nats.pull import Delivery, Puller
-from datapipe.mirrors.nats.streams import ACK_WAIT_S, Stream, Streams
+from datapipe.mirrors.nats.streams import Stream, Streams
 from datapipe.retry import backoff
 from datapipe.settings import Settings
 
@@ -49,27 +49,16 @@ SEGMENT_BYTES = 900_000  # less than `max_payload`, 1 MB unless the servers say 
 _APPENDS = 8  # under way at once, per lane
 _HEADERS_BYTES = 1024  # more than ours take
 _RETRY_MAX_S = 0.5  # between two tries of an append
-_PUT_OFF_S = 1.0  # until another process may take what could not be loaded here
-_ACKS_AT_ONCE = 64
-_ACK_PATIENCE_S = 120.0  # then it is redelivered, and the ledger skips it
+_IN_VAIN_S = 2.0  # after an append in vain the next ones are refused at once
+_PRESSED_S = 0.1  # for which that is remembered: there may be a thousand lanes
 _UNREADABLE_S = 600.0
 _MAXED_OUT = 10077  # source: nats-io/nats-server, server/errors.json
 
 log = structlog.stdlib.get_logger("datapipe.mirrors.nats")
 
 
-@dataclass(slots=True)
-class _Held:
-    """A segment that we have taken. Attributes: reply: of its newest delivery."""
-
-    lane: str
-    reply: str
-    events: int
-    bytes: int
-
-
 class Nats:
-    """Implements `Mirror`. `streams` knows what waits, `held` is what we have taken of it."""
+    """Implements `Mirror`. `streams` knows what waits, `hand` what we have taken of it."""
 
     def __init__(self, client: Client, settings: Settings, process: str) -> None:
         self.streams = Streams(client, settings)
@@ -80,12 +69,9 @@ class Nats:
         self._process = process
         self._puller = Puller(client, self._prefix)
         self._pruning = Pruning()
-        self._held: dict[str, _Held] = {}  # by segment
-        self._removing: dict[str, _Held] = {}
+        self.hand = Hand(client, self.streams)
         self._put_off: set[str] = set()  # lanes
-        self._put_off_until: dict[str, float] = {}  # what was requeued can be taken then
-        self._tasks: set[asyncio.Task[None]] = set()  # removals, requeues
-        self._requeues: dict[str, asyncio.Task[None]] = {}  # the last one under way, by lane
+        self._pressed, self._pressed_at = False, -_PRESSED_S
         self._started = False
         self.traits = Traits(
             # what turns out to be larger than `max_payload` is cut
@@ -98,8 +84,13 @@ class Nats:
     @property
     def pressed(self) -> bool:
         """See `Mirror.pressed`: as much waits as would fill half of a memory, if there were one."""
-        able = [s.bytes for lane, s in self.streams.by_lane.items() if lane not in self._put_off]
-        return sum(able) * 2 >= self._settings.buffer_max_bytes
+        now = time.monotonic()
+        if now - self._pressed_at > _PRESSED_S:
+            known = self.streams.by_lane.items()
+            able = sum([each.bytes for lane, each in known if lane not in self._put_off])
+            self._pressed = able * 2 >= self._settings.buffer_max_bytes
+            self._pressed_at = now
+        return self._pressed
 
     def waiting(self, lane: str) -> Waiting:
         """See `Mirror.waiting`."""
@@ -116,7 +107,7 @@ class Nats:
 
     async def append(self, segments: Sequence[Segment]) -> Appended:
         """See `Mirror.append`. What does not fit into one message is cut."""
-        until = time.monotonic() + self._settings.mirror_timeout
+        until = asyncio.get_running_loop().time() + self._settings.mirror_timeout
         pieces: list[list[Segment]] = [[] for _ in segments]
         outcomes = await asyncio.gather(
             *(self._append(each, into, until) for each, into in zip(segments, pieces, strict=True)),
@@ -150,28 +141,33 @@ class Nats:
         """
         subject = wire.subject_of(self._prefix, segment.lane, segment.events)
         headers = wire.headers_of(self._prefix, segment)
-        failures, again = 0, False
+        failures, again, stream = 0, False, self.streams.of(segment.lane)
         while True:
             try:
-                stream = await self.streams.ensure(segment.lane, again=again)
-                left = max(0.1, min(ANSWER_S, until - time.monotonic()))
+                async with asyncio.timeout_at(until):
+                    await self.streams.ensure(segment.lane, again=again)
+                # later than that no copy may be stored: see `prune`
+                left = min(ANSWER_S, until - asyncio.get_running_loop().time())
                 answer = await self._client.request(
                     "publish", subject, payload, headers=headers, timeout_s=left
                 )
                 decoded(answer.data)
                 return
+            except TimeoutError:
+                error = MirrorUnavailable(f"NATS: no answer about the stream {stream.name}")
             except MirrorFull:
                 raise
             except ApiError as exc:
                 if exc.code == _MAXED_OUT:
                     stream.is_full()
                     raise MirrorFull(stream.full or exc.detail) from exc
-                error: MirrorUnavailable = exc
+                error = exc
             except MirrorUnavailable as exc:
                 error, again = exc, isinstance(exc, NoResponders)
             failures += 1
             pause_s = backoff(failures, _RETRY_MAX_S)
-            if time.monotonic() + pause_s >= until:
+            if asyncio.get_running_loop().time() + pause_s >= until:
+                stream.refuse(error.detail, _IN_VAIN_S)
                 raise error
             await asyncio.sleep(pause_s)
 
@@ -181,14 +177,12 @@ class Nats:
         """See `Mirror.take`."""
         if self.streams.mark is None:  # it might be another database's
             raise MirrorUnavailable("NATS: whether these events are ours is not known yet")
-        if (requeue := self._requeues.get(lane)) is not None:
-            await asyncio.wait([requeue], timeout=ANSWER_S)
+        await self.hand.requeued(lane)
         stream = await self.streams.ensure(lane)
         if stream.mark not in (None, self.streams.mark):  # made since we looked for others
             raise MirrorUnavailable(f"NATS: {stream.name} is loaded into another database")
         segments = await self._take(stream, max_bytes)
-        put_off_s = self._put_off_until.pop(lane, 0.0) - time.monotonic()
-        if not segments and put_off_s > 0:
+        if not segments and (put_off_s := self.hand.put_off_s(lane)) > 0:
             await asyncio.sleep(put_off_s)
             segments = await self._take(stream, max_bytes)
         return segments
@@ -208,7 +202,7 @@ class Nats:
         return segments
 
     def _delivered(self, delivery: Delivery) -> Segment | None:
-        """The segment, unless we have it already: then it is acknowledged where it came anew."""
+        """The segment, unless we have it already."""
         try:
             segment = wire.decode(
                 self._prefix, delivery.subject, delivery.headers, delivery.data, delivery.position
@@ -216,94 +210,21 @@ class Nats:
         except wire.Unreadable as exc:
             log.error("message unreadable", subject=delivery.subject, error=str(exc),
                       sequence=delivery.position)  # fmt: skip
-            self._start(self._nak([delivery.reply], _UNREADABLE_S))
+            self.hand.refuse([delivery.reply], _UNREADABLE_S)
             return None
-        for known in (self._held, self._removing):
-            if (held := known.get(segment.id)) is not None:
-                held.reply = delivery.reply
-                return None
-        self._held[segment.id] = _Held(
-            segment.lane, delivery.reply, segment.events, len(delivery.data)
-        )
-        self.streams.of(segment.lane).in_memory += segment.events
-        return segment
+        return segment if self.hand.receive(segment, delivery) else None
 
     # --- remove, requeue ---
 
-    def _released(self, segments: Iterable[Segment]) -> Iterator[tuple[str, _Held]]:
-        for segment in segments:
-            if (held := self._held.pop(segment.id, None)) is not None:
-                self.streams.of(held.lane).in_memory -= held.events
-                yield segment.id, held
-
     def remove(self, segments: Sequence[Segment]) -> asyncio.Future[None]:
         """See `Mirror.remove`."""
-        removing = dict(self._released(segments))
-        self._removing |= removing
-        for held in removing.values():
-            self.streams.of(held.lane).left(held.events, held.bytes)
-            self._put_off.discard(held.lane)
-        return self._start(self._remove(removing))
-
-    async def _remove(self, removing: dict[str, _Held]) -> None:
-        left = list(removing.items())
-        for at in range(0, len(left), _ACKS_AT_ONCE):
-            some = left[at:][:_ACKS_AT_ONCE]
-            await asyncio.gather(*(self._acknowledge(held) for _, held in some))
-            for id, _ in some:
-                del self._removing[id]
-
-    async def _acknowledge(self, held: _Held) -> None:
-        """Until the server has confirmed it, or will have redelivered it long since."""
-        until, failures = time.monotonic() + _ACK_PATIENCE_S, 0
-        while True:
-            try:
-                await self._client.request("ack", held.reply, b"+ACK")
-                return
-            except MirrorUnavailable:
-                failures += 1
-                if time.monotonic() >= until:
-                    log.warning("not acknowledged", lane=held.lane, events=held.events)
-                    return
-                await asyncio.sleep(backoff(failures, _RETRY_MAX_S * 4))
+        self._put_off.difference_update(segment.lane for segment in segments)
+        return self.hand.remove(segments)
 
     def requeue(self, lane: str, segments: Sequence[Segment], *, put_off: bool) -> None:
-        """See `Mirror.requeue`.
-
-        What other processes can't load either must not go round and round between them.
-        """
-        delay_s = _PUT_OFF_S if put_off else 0.0
+        """See `Mirror.requeue`."""
         (self._put_off.add if put_off else self._put_off.discard)(lane)
-        replies = [held.reply for _, held in self._released(segments)]
-        if replies:
-            self._put_off_until[lane] = time.monotonic() + delay_s
-            self._requeues[lane] = self._start(self._nak(replies, delay_s))
-
-    async def _nak(self, replies: Sequence[str], delay_s: float) -> None:
-        """Confirmed, so that they can be taken in their order once this has ended."""
-        body = b'-NAK {"delay": %d}' % int(delay_s * 1e9) if delay_s else b"-NAK"
-        for at in range(0, len(replies), _ACKS_AT_ONCE):
-            some = [
-                self._client.request("nak", each, body) for each in replies[at:][:_ACKS_AT_ONCE]
-            ]
-            # one that does not arrive: they come back by themselves
-            await asyncio.gather(*some, return_exceptions=True)
-
-    def _start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
-
-    async def hold(self) -> None:
-        """For ever: tell the server that we work on what we have taken."""
-        while True:
-            await asyncio.sleep(ACK_WAIT_S / 3)
-            for number, held in enumerate(list(self._held.values())):
-                with suppress(MirrorUnavailable):
-                    await self._client.publish("hold", held.reply, b"+WPI")
-                if number % _ACKS_AT_ONCE == 0:
-                    await asyncio.sleep(0)  # requests come in between
+        self.hand.requeue(lane, segments, put_off=put_off)
 
     # --- recover, keep ---
 
@@ -316,14 +237,16 @@ class Nats:
         now: float | None = None
         with suppress(SinkUnavailable, LaneBlocked):
             now = await membership.database_time()  # before the streams are read
+        began = time.monotonic()
         try:
             await self.streams.find()
         finally:  # one that can't be seen holds up its own lane alone
             await self._compare_marks(membership)
         if now is not None:
-            await self._prune(membership, now)
+            await self._prune(membership, now, began)
         waiting = {lane for lane, stream in self.streams.by_lane.items() if stream.messages}
         found = Recovery(unregistered={lane for lane in waiting if not membership.can_load(lane)})
+        self._put_off |= found.unregistered
         if not self._started:
             found.due = waiting
             self._started = True
@@ -354,28 +277,26 @@ class Nats:
 
     async def keep(self, membership: Membership) -> bool:
         """See `Mirror.keep`: look at what waits."""
+        self._puller.forget_late()
         await self.streams.look()
         return self.streams.mark is None
 
-    async def _prune(self, membership: Membership, now: float) -> None:
+    async def _prune(self, membership: Membership, now: float, since: float) -> None:
+        """Args: now: by the database's clock. since: the same moment (`time.monotonic`)."""
         for lane, stream in self.streams.by_lane.items():
-            if stream.there:
+            if stream.there and stream.looked_at > since:
                 before = self._pruning.look(lane, now, stream.first_seq, stream.last_seq)
                 if before is not None:
                     with suppress(SinkUnavailable, LaneBlocked):  # the next note covers them
                         await membership.expire_lane(self.traits.group, lane, before)
 
     def expirable(self) -> list[str]:
-        """See `Mirror.expirable`: none, one by one; `keep` has them forgotten lane by lane."""
+        """See `Mirror.expirable`: none, one by one; `recover` has them forgotten lane by lane."""
         return []
 
     async def settle(self, timeout_s: float) -> None:
         """See `Mirror.settle`."""
-        replies = [held.reply for held in self._held.values()]
-        if replies:  # their loads were cut short
-            self._start(self._nak(replies, 0.0))
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=timeout_s)
+        await self.hand.settle(timeout_s)
 
     def state(self) -> MirrorState:
         streams = [stream for stream in self.streams.by_lane.values() if stream.there]
@@ -393,7 +314,7 @@ async def open_nats(settings: Settings, process: str) -> AsyncIterator[Nats]:
     client = Client(settings)
     mirror = Nats(client, settings, process)
     async with client.connecting():
-        hold = asyncio.create_task(mirror.hold())
+        hold = asyncio.create_task(mirror.hand.hold())
         try:
             yield mirror
         finally:

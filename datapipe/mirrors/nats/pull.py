@@ -92,6 +92,13 @@ class Puller:
             pull = await self._pull(stream, {"batch": 1, "no_wait": True})
         return pull.deliveries
 
+    def forget_late(self) -> None:
+        """Of lanes that are not pulled any more: what came late is left to others."""
+        fresh = time.monotonic() - _STALE_S
+        for lane, late in list(self._late.items()):
+            if all(each.at <= fresh for each in late):
+                del self._late[lane]
+
     async def _pull(self, stream: Stream, body: dict[str, int]) -> _Pull:
         if not self._inbox:
             self._inbox = self._client.new_inbox()
