@@ -11,6 +11,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from datapipe.errors import MirrorUnavailable
+from datapipe.mirrors.nats import hand as hand_module
 from datapipe.mirrors.nats import mirror as mirror_module
 from datapipe.mirrors.nats import streams as streams_module
 from datapipe.mirrors.nats.mirror import Nats
@@ -88,7 +89,7 @@ async def test_work_is_held_longer_than_ack_wait(
 ) -> None:
     with (
         mock.patch.object(streams_module, "ACK_WAIT_S", 1.0),
-        mock.patch.object(mirror_module, "ACK_WAIT_S", 1.0),
+        mock.patch.object(hand_module, "ACK_WAIT_S", 1.0),
     ):
         async with (
             opened(nats_cluster, nats_prefix) as one,

@@ -72,7 +72,7 @@ class Nats:
         self.hand = Hand(client, self.streams)
         self._put_off: set[str] = set()  # lanes
         self._pressed, self._pressed_at = False, -_PRESSED_S
-        self._started = False
+        self._seen: set[str] = set()  # lanes whose stream was there at a recovery
         self.traits = Traits(
             # what turns out to be larger than `max_payload` is cut
             batch_bytes=max(1, min(SEGMENT_BYTES, settings.load_trigger_bytes)),
@@ -247,9 +247,8 @@ class Nats:
         waiting = {lane for lane, stream in self.streams.by_lane.items() if stream.messages}
         found = Recovery(unregistered={lane for lane in waiting if not membership.can_load(lane)})
         self._put_off |= found.unregistered
-        if not self._started:
-            found.due = waiting
-            self._started = True
+        found.due = waiting - self._seen
+        self._seen |= {lane for lane, stream in self.streams.by_lane.items() if stream.there}
         return found
 
     async def _compare_marks(self, membership: Membership) -> None:

@@ -204,7 +204,7 @@ class Streams:
     async def find(self) -> None:
         """List all streams of the prefix, and look at them and at those of our own lanes.
 
-        Raises: MirrorUnavailable: none could be looked at.
+        Raises: MirrorUnavailable: none can be seen.
         """
         try:
             for name in await self.names():  # one that is being made may not be there yet
@@ -228,7 +228,7 @@ class Streams:
     async def look(self) -> None:
         """Look at those in which something happens, and at the others as often as there is time.
 
-        Raises: MirrorUnavailable: none could be looked at.
+        Raises: MirrorUnavailable: none can be seen.
         """
         now = time.monotonic()
         since = now - max(0.5, len(self.by_lane) / _LOOKS)
@@ -245,12 +245,14 @@ class Streams:
             async with several:
                 await self.look_at(stream)
 
+        lately = time.monotonic() - _UNSEEN_S
         outcomes = await asyncio.gather(*map(one, streams), return_exceptions=True)
-        failed = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
-        unseen = [exc for exc in failed if isinstance(exc, MirrorUnavailable)]
-        # one that can't be seen, as its leader is away, holds up its own lane alone
-        if failed and (len(unseen) < len(failed) or len(failed) == len(streams)):
-            raise failed[0]
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                # one that can't be seen, as its leader is away, holds up its own lane alone
+                alone = any(each.looked_at > lately for each in self.by_lane.values())
+                if not (alone and isinstance(outcome, MirrorUnavailable)):
+                    raise outcome
 
     async def look_at(self, stream: Stream) -> None:
         """Read one stream's state, if it is there. Raises: MirrorUnavailable."""
