@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from uuid import uuid4
 
+from datapipe.errors import MirrorUnavailable
 from datapipe.events.segment import Part, Segment
 from datapipe.events.types import Column
 from datapipe.mirrors.nats.mirror import Nats, open_nats
@@ -73,7 +74,11 @@ async def opened(
 ) -> AsyncIterator[Nats]:
     """A mirror that knows whose database its streams are."""
     async with open_nats(settings_of(cluster, prefix, **more), process) as mirror:
-        await mirror.recover(Members())
+        members = Members()
+        async with asyncio.timeout(20):
+            while not members.found or not members.found.confirmed:
+                with suppress(MirrorUnavailable):  # servers that have just started are slow
+                    await mirror.recover(members)
         yield mirror
 
 
