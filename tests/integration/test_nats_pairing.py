@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -178,6 +179,40 @@ async def test_of_databases_that_come_at_once_one_is_paired(
     assert sum(isinstance(each, ConfigError) for each in outcomes) == 5
 
 
+async def test_another_one_that_pairs_them_while_we_look(cluster: NatsCluster, prefix: str) -> None:
+    """Whatever we ask first is not true any more once we ask the second."""
+    database = Members(None)
+    async with (
+        open_nats(settings_of(cluster, prefix), "one") as mirror,
+        open_nats(settings_of(cluster, prefix), "two") as other,
+    ):
+        marker, find_mark = mirror._pairing._marker, database.find_mark
+        asked: list[str] = []
+
+        async def once_asked(what: str) -> None:
+            asked.append(what)
+            if len(asked) == 1:
+                with mock.patch.object(database, "find_mark", find_mark):
+                    await other.recover(database)
+
+        async def ask_marker() -> str | None:
+            found = await marker()
+            await once_asked("the cluster")
+            return found
+
+        async def ask_ledger(prefix: str) -> Mark | None:
+            found = await find_mark(prefix)
+            await once_asked("the database")
+            return found
+
+        with mock.patch.object(mirror._pairing, "_marker", ask_marker), \
+                mock.patch.object(database, "find_mark", ask_ledger):  # fmt: skip
+            await mirror.recover(database)
+        assert not await mirror.keep(database)
+        assert len(asked) > 1
+    assert database.found == Mark(await id_there(cluster, prefix) or "", confirmed=True)
+
+
 class Dies(Members):
     """Its connection breaks before or after something is written."""
 
@@ -296,8 +331,15 @@ async def test_a_marker_that_a_new_leader_does_not_know_yet_is_looked_for_again(
 ) -> None:
     database = members(CONFIRMED)
     await put_marker(nats_node, nats_prefix, "ours")
+    first = time.monotonic()
+
+    async def seen_later() -> str | None:
+        return "ours" if time.monotonic() - first > 0.04 else None
+
     async with open_nats(settings_of(nats_node, nats_prefix), "one") as mirror:
-        with mock.patch.object(mirror._pairing, "_marker", side_effect=[None, "ours"]):
+        with mock.patch.object(mirror._pairing, "_marker", seen_later), \
+                mock.patch.object(mirror.streams, "find", mock.AsyncMock()):  # fmt: skip
+            first = time.monotonic()
             await mirror.recover(database)
 
 
