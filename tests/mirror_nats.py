@@ -8,21 +8,27 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
+from uuid import uuid4
 
+from datapipe.errors import MirrorUnavailable
 from datapipe.events.segment import Part, Segment
 from datapipe.events.types import Column
 from datapipe.mirrors.nats.mirror import Nats, open_nats
 from datapipe.settings import Settings
+from datapipe.sinks import Mark
 from tests.jetstream import NatsCluster, request
 
 COLUMNS = (Column("n", "bigint"),)
 
 
 class Members:
-    """The rest of the service, for a mirror: the database's mark and clock; it forgets `before`."""
+    """The rest of the service, for a mirror: the database's mark and clock; it forgets `before`.
 
-    def __init__(self, mark: str = "one", clock: Callable[[], float] = time.time) -> None:
-        self.mark = mark
+    Args: id: of the mark, not confirmed; None: there is none.
+    """
+
+    def __init__(self, id: str | None = "one", clock: Callable[[], float] = time.time) -> None:
+        self.found = Mark(id) if id else None
         self.clock = clock
         self.forgotten: list[tuple[str, float]] = []
         self.unregistered: set[str] = set()
@@ -45,8 +51,16 @@ class Members:
     async def database_time(self) -> float:
         return self.clock()
 
-    async def database_mark(self, prefix: str) -> str:
-        return self.mark
+    async def find_mark(self, prefix: str) -> Mark | None:
+        return self.found
+
+    async def mark(self, prefix: str) -> Mark:
+        self.found = self.found or Mark(uuid4().hex)
+        return self.found
+
+    async def confirm_mark(self, prefix: str, id: str) -> None:
+        if self.found and self.found.id == id:
+            self.found = Mark(id, confirmed=True)
 
 
 def settings_of(cluster: NatsCluster, prefix: str, **more: Any) -> Settings:
@@ -60,7 +74,11 @@ async def opened(
 ) -> AsyncIterator[Nats]:
     """A mirror that knows whose database its streams are."""
     async with open_nats(settings_of(cluster, prefix, **more), process) as mirror:
-        await mirror.recover(Members())
+        members = Members()
+        async with asyncio.timeout(20):
+            while not members.found or not members.found.confirmed:
+                with suppress(MirrorUnavailable):  # servers that have just started are slow
+                    await mirror.recover(members)
         yield mirror
 
 

@@ -45,7 +45,7 @@ async def check(settings: Settings, args: argparse.Namespace) -> int:
     async with open_sink(settings, new_process_id()) as sink:
         tables = [table_of(kind) for kind in registry.types.values()]
         failed |= _report(await sink.check(tables), away)
-    failed |= _report(await check_mirror(settings), away)
+        failed |= _report(await check_mirror(settings, sink.find_mark), away)
     return int(failed)
 
 

@@ -168,6 +168,19 @@ class Channel(Protocol):
         """
 
 
+class Mark(Protocol):
+    """The id by which a database is paired with a cluster; see `datapipe.sinks.Mark`."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def confirmed(self) -> bool: ...
+
+
+FindMark = Callable[[str], Awaitable[Mark | None]]  # see `Membership.find_mark`
+
+
 class Membership(Protocol):
     """What a mirror must know about the processes that share it, and about the ledger."""
 
@@ -195,11 +208,17 @@ class Membership(Protocol):
     async def database_time(self) -> float:
         """Unix time by the database's clock. Raises: SinkUnavailable, LaneBlocked."""
 
-    async def database_mark(self, prefix: str) -> str:
-        """The random id that this database has for the streams of that prefix, for ever.
+    async def find_mark(self, prefix: str) -> Mark | None:
+        """What the database has for the cluster of that prefix; changes nothing.
 
         Raises: SinkUnavailable, LaneBlocked.
         """
+
+    async def mark(self, prefix: str) -> Mark:
+        """The same; made if it is missing, not confirmed. Raises: SinkUnavailable, LaneBlocked."""
+
+    async def confirm_mark(self, prefix: str, id: str) -> None:
+        """From now on the mark with that id is confirmed. Raises: SinkUnavailable, LaneBlocked."""
 
 
 class Mirror(Protocol):
@@ -289,6 +308,15 @@ class MirrorPlugin(Plugin):
         """Examine the mirror; findings as (ok, warn, fail or away; text). Changes nothing."""
         return [("ok", f"mirror: {settings.mirror_kind}")]
 
+    async def check_paired(
+        self, settings: Settings, find_mark: FindMark | None
+    ) -> list[tuple[str, str]]:
+        """The same, for a mirror that is paired with one database.
+
+        Args: find_mark: asks the database that is set; None: it is not compared.
+        """
+        return await self.check(settings)
+
 
 def open_mirror(settings: Settings, process: str) -> AbstractAsyncContextManager[Mirror]:
     """See `MirrorPlugin.open`: the mirror that the settings name."""
@@ -296,7 +324,9 @@ def open_mirror(settings: Settings, process: str) -> AbstractAsyncContextManager
     return found.open(settings, process)
 
 
-async def check_mirror(settings: Settings) -> list[tuple[str, str]]:
-    """See `MirrorPlugin.check`."""
+async def check_mirror(
+    settings: Settings, find_mark: FindMark | None = None
+) -> list[tuple[str, str]]:
+    """See `MirrorPlugin.check_paired`."""
     found: MirrorPlugin = plugin(settings, "mirror")
-    return await found.check(settings)
+    return await found.check_paired(settings, find_mark)

@@ -20,7 +20,7 @@ from datapipe.pipeline.loader import Loader
 from datapipe.pipeline.tasks import Failed, background, repeat
 from datapipe.pipeline.watch import Watch
 from datapipe.retry import backoff
-from datapipe.sinks import Database, Heartbeat, Table
+from datapipe.sinks import Database, Heartbeat, Mark, Table
 
 BEAT_S = 5.0
 SILENT_S = 30.0  # six beats missed
@@ -100,8 +100,14 @@ class Coordinator:
     async def database_time(self) -> float:
         return await self._sink.now()
 
-    async def database_mark(self, prefix: str) -> str:
+    async def find_mark(self, prefix: str) -> Mark | None:
+        return await self._sink.find_mark(prefix)
+
+    async def mark(self, prefix: str) -> Mark:
         return await self._sink.mark(prefix)
+
+    async def confirm_mark(self, prefix: str, id: str) -> None:
+        await self._sink.confirm_mark(prefix, id)
 
     # --- recovery ---
 

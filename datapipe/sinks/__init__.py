@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from datapipe.events.segment import Segment
 from datapipe.events.types import Column, EventType
@@ -77,6 +77,13 @@ class Beat:
     ended: bool
     host: str = ""
     group: str = ""
+
+
+class Mark(NamedTuple):
+    """By which a database is paired with a cluster. Attributes: confirmed: the cluster has it."""
+
+    id: str
+    confirmed: bool = False
 
 
 # the row of an event: lane, its JSON, received_at; raises EventRejected
@@ -175,10 +182,22 @@ class Ledger(Protocol):
     async def now(self) -> float:
         """Unix time by the database's clock. Raises: SinkUnavailable, LaneBlocked."""
 
-    async def mark(self, prefix: str) -> str:
-        """The random id that this database has for the streams of that prefix; made if missing.
+    async def find_mark(self, prefix: str) -> Mark | None:
+        """What this database has for the cluster of that prefix; changes nothing.
 
-        It stays for ever. Raises: SinkUnavailable, LaneBlocked.
+        Raises: SinkUnavailable, LaneBlocked.
+        """
+
+    async def mark(self, prefix: str) -> Mark:
+        """The same, for ever; made if it is missing, with a random id and not confirmed.
+
+        Raises: SinkUnavailable, LaneBlocked.
+        """
+
+    async def confirm_mark(self, prefix: str, id: str) -> None:
+        """Once this returns, the mark with that id is confirmed, if there is one.
+
+        Raises: SinkUnavailable, LaneBlocked.
         """
 
 

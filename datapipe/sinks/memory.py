@@ -15,7 +15,7 @@ from uuid import uuid4
 
 from datapipe.events.types import Column
 from datapipe.settings import Settings
-from datapipe.sinks import Beat, Heartbeat, Selection, Table
+from datapipe.sinks import Beat, Heartbeat, Mark, Selection, Table
 from datapipe.sinks.transaction import Entry, Known, Letter, RefusedRow, Rows, Transaction
 from datapipe.sinks.transactional import TransactionalSink, found
 
@@ -51,7 +51,7 @@ class MemoryDatabase:
         self.letters: dict[int, tuple[Letter, datetime]] = {}
         self.beats: dict[str, Beat] = {}
         self.mirrors: dict[str, str] = {}
-        self.marks: defaultdict[str, str] = defaultdict(lambda: uuid4().hex)
+        self.marks: dict[str, Mark] = {}
         self.clock: Callable[[], float] = time.time
         self.letter_ids = count(1)
 
@@ -190,8 +190,15 @@ class MemorySink(TransactionalSink):
     async def now(self) -> float:
         return self._database.clock()
 
-    async def mark(self, prefix: str) -> str:
-        return self._database.marks[prefix]
+    async def find_mark(self, prefix: str) -> Mark | None:
+        return self._database.marks.get(prefix)
+
+    async def mark(self, prefix: str) -> Mark:
+        return self._database.marks.setdefault(prefix, Mark(uuid4().hex))
+
+    async def confirm_mark(self, prefix: str, id: str) -> None:
+        if self._database.marks[prefix].id == id:
+            self._database.marks[prefix] = Mark(id, confirmed=True)
 
     def _forget_others(self, mirror: str, process: str) -> None:
         beats, mirrors = self._database.beats, self._database.mirrors

@@ -22,6 +22,7 @@ from datapipe.events.types import Column
 from datapipe.mirrors import Mirror, Recovery, open_mirror
 from datapipe.mirrors.nats import streams
 from datapipe.settings import Settings
+from datapipe.sinks import Mark
 from tests.doubles.ironmq import IronMQ
 from tests.jetstream import NatsCluster
 
@@ -64,8 +65,13 @@ class Alone:
     async def database_time(self) -> float:
         return time.time()
 
-    async def database_mark(self, prefix: str) -> str:
-        return "the one database"
+    async def find_mark(self, prefix: str) -> Mark:
+        return Mark("the one database")
+
+    mark = find_mark
+
+    async def confirm_mark(self, prefix: str, id: str) -> None:
+        assert id == "the one database"
 
 
 class World:

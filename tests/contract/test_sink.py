@@ -321,7 +321,6 @@ async def test_what_a_shared_mirror_held_is_forgotten_by_source_lane_and_time(wo
     for each in (old, other, *others):
         await load(sink, each)
     await load(sink, segment(6, key="k", source=SHARED))
-    mark = await sink.mark("datapipe")
     between = await sink.now()
     await load(sink, new)
     everything = [each.id for each in (old, new, other, *others)]
@@ -329,18 +328,28 @@ async def test_what_a_shared_mirror_held_is_forgotten_by_source_lane_and_time(wo
     await sink.expire_lane(SHARED, "install", between)  # a repeat is harmless
     assert await sink.loaded(everything) == set(everything) - {old.id}
     assert await load(sink, segment(6, key="k")) == (0, 1, 0)
-    assert await sink.mark("datapipe") == mark
 
 
 async def test_a_mark_is_one_for_all_processes_and_for_ever(world: World) -> None:
     sinks = [await world.open(process) for process in ("one", "two", "three")]
+    assert await sinks[0].find_mark("datapipe") is None
+    assert await sinks[0].find_mark("datapipe") is None  # nothing was made
     marks = await asyncio.gather(*(sink.mark("datapipe") for sink in sinks))
     assert len(set(marks)) == 1
-    assert await sinks[0].mark("another") not in marks
+    assert not marks[0].confirmed
+    another = await sinks[0].mark("another")
+    assert another.id != marks[0].id
+    await sinks[0].confirm_mark("datapipe", another.id)  # it has been made anew since
+    assert await sinks[1].mark("datapipe") == marks[0]
+    await sinks[0].confirm_mark("datapipe", marks[0].id)
+    await sinks[0].confirm_mark("datapipe", marks[0].id)
+    confirmed = marks[0]._replace(confirmed=True)
     await sinks[0].expire([])
     await sinks[0].expire_source("", "two")
     await sinks[0].expire_lane(SHARED, "install", await sinks[0].now() + 3600)
-    assert await sinks[1].mark("datapipe") == marks[0]
+    for sink in sinks:
+        assert await sink.find_mark("datapipe") == await sink.mark("datapipe") == confirmed
+    assert await sinks[0].find_mark("another") == another
 
 
 async def test_its_clock_is_near_ours_and_goes_on(world: World) -> None:

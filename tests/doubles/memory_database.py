@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from datapipe.errors import LaneBlocked, SinkUnavailable
 from datapipe.settings import Settings
-from datapipe.sinks import Beat, Heartbeat, SinkState, Table, memory
+from datapipe.sinks import Beat, Heartbeat, Mark, SinkState, Table, memory
 from datapipe.sinks.transaction import Entry, Transaction
 
 _T = TypeVar("_T")
@@ -79,9 +79,17 @@ class _Sink(memory.MemorySink):
         self._database.reach()
         return await super().now()
 
-    async def mark(self, prefix: str) -> str:
+    async def find_mark(self, prefix: str) -> Mark | None:
+        self._database.reach()
+        return await super().find_mark(prefix)
+
+    async def mark(self, prefix: str) -> Mark:
         self._database.reach()
         return await super().mark(prefix)
+
+    async def confirm_mark(self, prefix: str, id: str) -> None:
+        self._database.reach()
+        await super().confirm_mark(prefix, id)
 
     def state(self) -> SinkState:
         up = self._database.up

@@ -9,13 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 
+from datapipe.errors import LaneBlocked, SinkUnavailable
 from datapipe.mirrors.nats import check as nats_check
 from datapipe.mirrors.nats.check import check_nats
-from datapipe.mirrors.nats.streams import MARK, consumer_config, stream_config
+from datapipe.mirrors.nats.pairing import marker_config
+from datapipe.mirrors.nats.streams import consumer_config, stream_config
 from datapipe.settings import Settings
+from datapipe.sinks import Mark
 from tests import nats_logins as logins
 from tests.jetstream import NatsCluster, free_ports, request
 
@@ -27,9 +31,13 @@ def settings_of(cluster: NatsCluster, **more: Any) -> Settings:
     return Settings(**{"nats_url": cluster.urls, "database_url": "postgresql://a/b", **more})
 
 
-async def findings(cluster: NatsCluster, **more: Any) -> Findings:
+async def findings(
+    cluster: NatsCluster, mark: Mark | Exception | None = None, **more: Any
+) -> Findings:
+    """Args: mark: that the database has, or why that is not known."""
     port = cluster.nodes[0].http_port
-    found = await check_nats(settings_of(cluster, **more), port)
+    find_mark = mock.AsyncMock(side_effect=[mark])
+    found = await check_nats(settings_of(cluster, **more), port, find_mark)
     assert all("\n" not in text for _, text in found)
     return found
 
@@ -44,10 +52,10 @@ def text_of(found: Findings, level: str, words: str) -> str:
     return text
 
 
-async def make(cluster: NatsCluster, lane: str, prefix: str, mark: str = "", **other: Any) -> None:
+async def make(cluster: NatsCluster, lane: str, prefix: str, **other: Any) -> None:
     """A lane's stream and consumer, as they should be but for what differs."""
     consumer = consumer_config() | other.pop("consumer", {})
-    config = stream_config(settings_of(cluster, nats_prefix=prefix), lane, 1, mark or None) | other
+    config = stream_config(settings_of(cluster, nats_prefix=prefix), lane) | other
     async with cluster.client() as client:
         await request(client, f"STREAM.CREATE.{config['name']}", config)
         body = {"stream_name": config["name"], "config": consumer}
@@ -86,11 +94,13 @@ async def test_a_cluster_as_it_should_be(three: NatsCluster) -> None:
 
 async def test_streams_as_they_should_be(nats_node: NatsCluster, nats_prefix: str) -> None:
     for lane in LANES:
-        await make(nats_node, lane, nats_prefix, mark="a")
-    found = await findings(nats_node, nats_prefix=nats_prefix, nats_replicas=1)
+        await make(nats_node, lane, nats_prefix)
+    await make_marker(nats_node, nats_prefix, "a")
+    found = await findings(nats_node, Mark("a"), nats_prefix=nats_prefix, nats_replicas=1)
     assert levels(found) == {"ok"}
     text = text_of(found, "ok", f"stream {nats_prefix}_install:")
     assert "0 messages, 0 of 268435456 bytes, replicas: 1" in text
+    assert text_of(found, "ok", f"stream {nats_prefix}: pairs")
 
 
 async def test_what_differs_is_named(nats_node: NatsCluster, nats_prefix: str) -> None:
@@ -114,11 +124,49 @@ async def test_what_differs_is_named(nats_node: NatsCluster, nats_prefix: str) -
     assert text_of(found, "warn", "max_ack_pending is 10, not -1").endswith(edit)
 
 
-async def test_marks_of_two_databases(nats_node: NatsCluster, nats_prefix: str) -> None:
-    await make(nats_node, "install", nats_prefix, mark="a")
-    await make(nats_node, "purchase", nats_prefix, mark="b")
-    found = await findings(nats_node, nats_prefix=nats_prefix)
-    assert "nats_prefix" in text_of(found, "fail", "loaded into different databases")
+async def make_marker(cluster: NatsCluster, prefix: str, id: str) -> None:
+    async with cluster.client() as client:
+        await request(client, f"STREAM.CREATE.{prefix}", marker_config(prefix, id))
+
+
+async def test_a_database_and_a_cluster_that_are_not_paired_yet(
+    nats_node: NatsCluster, nats_prefix: str
+) -> None:
+    for mark in (None, Mark("a")):
+        found = await findings(nats_node, mark, nats_prefix=nats_prefix)
+        assert "not there yet" in text_of(found, "ok", f"stream {nats_prefix}:")
+    async with nats_node.client() as client:  # nothing has been made
+        names = await request(client, "STREAM.NAMES", {"subject": f"{nats_prefix}.>"})
+    assert not names["streams"]
+
+
+@pytest.mark.parametrize(
+    ("mark", "there", "words"),
+    [
+        (Mark("a", confirmed=True), None, "this database belongs to another cluster"),
+        (Mark("a", confirmed=True), "b", "this cluster belongs to another database"),
+        (Mark("a"), "b", "this cluster belongs to another database"),
+        (None, "b", "this cluster belongs to another database"),
+    ],
+)
+async def test_a_database_and_a_cluster_that_do_not_belong_together(
+    nats_node: NatsCluster, nats_prefix: str, mark: Mark | None, there: str | None, words: str
+) -> None:
+    if there:
+        await make_marker(nats_node, nats_prefix, there)
+    found = await findings(nats_node, mark, nats_prefix=nats_prefix)
+    assert text_of(found, "fail", words).startswith("nats: nats_url, database_url: ")
+    assert "nats_prefix" in text_of(found, "fail", words)
+
+
+@pytest.mark.parametrize("error", [SinkUnavailable("away"), LaneBlocked("away")])
+async def test_a_database_that_does_not_say_what_it_has(
+    nats_node: NatsCluster, nats_prefix: str, error: Exception
+) -> None:
+    found = await findings(nats_node, error, nats_prefix=nats_prefix)
+    assert text_of(found, "away", "whether this is the database's cluster is not seen: away")
+    found = await check_nats(settings_of(nats_node, nats_prefix=nats_prefix))  # not asked
+    assert f"stream {nats_prefix}:" not in str(found)
 
 
 async def test_a_stream_of_no_event_type(nats_node: NatsCluster, nats_prefix: str) -> None:
@@ -198,19 +246,18 @@ async def test_what_must_be_made_by_hand(tmp_path: Path) -> None:
         assert len(files) == 2 * len(LANES)
         found = await findings(alone, **login)
         assert levels(found) == {"ok", "warn"}
-        assert "STREAM.UPDATE" in text_of(found, "warn", "stream datapipe_install: has no mark")
+        text = text_of(found, "warn", "stream datapipe: not there, and the right to publish to")
+        assert text.endswith("once the service has run, `check` says how to make it")
+        found = await findings(alone, Mark("m"), **login)
+        assert text_of(found, "warn", "stream datapipe: not there").endswith("by hand:")
+        echo, add = [text for level, text in found if text.startswith("  ")]
+        config = json.loads(shlex.split(echo)[1])
+        assert add == "  nats stream add --config datapipe.json"
+        async with alone.client(user="root", password="admin") as client:
+            await request(client, "STREAM.CREATE.datapipe", config)
+        assert text_of(await findings(alone, Mark("m"), **login), "ok", "stream datapipe: pairs")
         async with alone.client(user="root", password="admin") as client:
             await request(client, "CONSUMER.DELETE.datapipe_install.load", {})
         found = await findings(alone, **login)
         assert text_of(found, "fail", "consumer datapipe_install load: not there")
         assert text_of(found, "fail", "  nats consumer add datapipe_install --config")
-
-
-async def test_the_mark_is_not_missed_where_it_can_be_put(
-    nats_node: NatsCluster, nats_prefix: str
-) -> None:
-    await make(nats_node, "install", nats_prefix)
-    assert "mark" not in str(await findings(nats_node, nats_prefix=nats_prefix))
-    async with nats_node.client() as client:
-        info = await request(client, f"STREAM.INFO.{nats_prefix}_install", {})
-    assert MARK not in info["config"].get("metadata", {})

@@ -1,4 +1,4 @@
-"""What the NATS mirror says of what waits, and whose it is."""
+"""What the NATS mirror says of what waits."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from unittest import mock
 
 import pytest
 
-from datapipe.errors import ConfigError, MirrorUnavailable, SinkUnavailable
+from datapipe.errors import MirrorUnavailable
 from datapipe.mirrors.nats import streams as streams_module
 from datapipe.mirrors.nats.mirror import open_nats
-from datapipe.mirrors.nats.streams import MARK
-from tests.jetstream import NatsCluster, request
+from tests.jetstream import NatsCluster
 from tests.mirror_nats import (
     Members,
     Tap,
@@ -27,9 +26,6 @@ from tests.mirror_nats import (
 from tests.service import until
 
 MEMBERS = Members()
-
-
-# --- what waits ---
 
 
 async def test_what_waits_is_known_to_all_after_a_look(
@@ -170,80 +166,13 @@ async def test_lanes_that_nobody_registered_are_found(
             assert two.waiting("old").events == 1
 
 
-# --- whose it is ---
-
-
-class Away(Members):
-    async def database_mark(self, prefix: str) -> str:
-        raise SinkUnavailable("away")
-
-
-async def mark_of(cluster: NatsCluster, prefix: str) -> str | None:
-    found: str | None = (await info(cluster, prefix))["config"]["metadata"].get(MARK)
-    return found
-
-
-async def test_a_stream_bears_the_mark_of_its_database(
-    nats_cluster: NatsCluster, nats_prefix: str
-) -> None:
-    async with opened(nats_cluster, nats_prefix) as mirror:
-        await store(mirror, segment(1))
-    assert await mark_of(nats_cluster, nats_prefix) == "one"
-
-
-async def test_another_database_is_refused(nats_cluster: NatsCluster, nats_prefix: str) -> None:
-    async with opened(nats_cluster, nats_prefix) as mirror:
-        await store(mirror, segment(1))
-    async with open_nats(settings_of(nats_cluster, nats_prefix), "two") as other:
-        with pytest.raises(ConfigError, match=r"nats_url, database_url: .*nats_prefix"):
-            await other.recover(Members("another"))
-        with pytest.raises(MirrorUnavailable):  # and nothing of it is taken
-            await other.take("install", 1000)
-    async with opened(nats_cluster, f"{nats_prefix}b") as another:  # of another prefix
-        await store(another, segment(1))
-    await nats_cluster.delete_streams(f"{nats_prefix}b")
-
-
-async def test_a_stream_that_was_made_while_the_database_was_away_is_marked_later(
-    nats_cluster: NatsCluster, nats_prefix: str
-) -> None:
-    async with open_nats(settings_of(nats_cluster, nats_prefix), "one") as mirror:
-        await mirror.recover(Away())
-        assert await mirror.keep(Away())  # recover again before long
-        await store(mirror, segment(1))
-        assert await mark_of(nats_cluster, nats_prefix) is None
-        before = (await info(nats_cluster, nats_prefix))["config"]
-        await mirror.recover(Members())
-        assert not await mirror.keep(Members())
-        config = (await info(nats_cluster, nats_prefix))["config"]
-        assert config["metadata"].pop(MARK) == "one"
-        assert config == before  # nothing else has changed
-        assert len(await take_until(mirror, 1)) == 1
-
-
-async def test_a_stream_that_others_made_for_another_database_is_found_later(
-    nats_node: NatsCluster, nats_prefix: str
-) -> None:
-    """Made after our start, by a process that had not seen any other's."""
-    async with opened(nats_node, nats_prefix) as mirror:
-        async with nats_node.client() as client:
-            name = f"{nats_prefix}_install"
-            await request(client, f"STREAM.CREATE.{name}",
-                          {"name": name, "subjects": [f"{nats_prefix}.install.*"],
-                           "retention": "workqueue", "max_bytes": 1 << 20,
-                           "metadata": {MARK: "another"}})  # fmt: skip
-        with pytest.raises(MirrorUnavailable, match="another database"):
-            await mirror.take("install", 1000)
-        with pytest.raises(ConfigError):
-            await mirror.recover(Members())
-
-
 async def test_a_stream_that_can_not_be_seen_at_the_start_holds_up_its_lane_alone(
     nats_node: NatsCluster, nats_prefix: str
 ) -> None:
     async with opened(nats_node, nats_prefix) as one:
         await store(one, segment(1), segment(2, "purchase"))
     async with open_nats(settings_of(nats_node, nats_prefix), "two") as mirror:
+        members = Members()
         look_at = mirror.streams.look_at
 
         async def not_installs(stream: streams_module.Stream) -> None:
@@ -252,10 +181,10 @@ async def test_a_stream_that_can_not_be_seen_at_the_start_holds_up_its_lane_alon
             await look_at(stream)
 
         with mock.patch.object(mirror.streams, "look_at", not_installs):
-            assert (await mirror.recover(MEMBERS)).due == {"purchase"}
-            await mirror.keep(MEMBERS)
+            assert (await mirror.recover(members)).due == {"purchase"}
+            await mirror.keep(members)
             assert len(await take_until(mirror, 1, "purchase")) == 1
             with pytest.raises(MirrorUnavailable):
                 await mirror.take("install", 1000)
-        assert (await mirror.recover(MEMBERS)).due == {"install"}
+        assert (await mirror.recover(members)).due == {"install"}
         assert len(await take_until(mirror, 1)) == 1

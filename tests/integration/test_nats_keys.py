@@ -23,7 +23,7 @@ from datapipe.pipeline.buffer import Buffer
 from datapipe.pipeline.coordinator import Coordinator
 from datapipe.pipeline.loader import Loader
 from datapipe.pipeline.records import Records
-from datapipe.sinks import Beat, Heartbeat
+from datapipe.sinks import Beat, Heartbeat, Mark
 from datapipe.sinks.memory import MemoryDatabase, MemorySink
 from tests.jetstream import NatsCluster
 from tests.mirror_nats import Members, Tap, keyed, opened, settings_of, store, take_until
@@ -74,7 +74,7 @@ async def test_what_waits_in_any_lane_keeps_keys(
         opened(nats_cluster, nats_prefix, "another") as another,
         running(nats_cluster, nats_prefix) as process,
     ):
-        process.sink._database.marks[nats_prefix] = "one"  # as the other one's
+        process.sink._database.marks[nats_prefix] = Mark("one")  # as the other one's
         await store(another, keyed(2, 1000, lane))
         stored = time.time()
         await asyncio.sleep(1.2)

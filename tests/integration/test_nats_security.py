@@ -252,7 +252,7 @@ async def test_the_example_of_rights_is_enough(
         if not create:
             async with nats.client(nkeys_seed=str(tmp_path / "root.nk")) as client:
                 for lane in ("crash_report", "install", "purchase"):
-                    config = stream_config(Settings(**settings), lane, 1)
+                    config = stream_config(Settings(**settings), lane)
                     await request(client, f"STREAM.CREATE.{config['name']}", config)
                     body = {"stream_name": config["name"], "config": consumer_config()}
                     await request(client, f"CONSUMER.CREATE.{config['name']}.load", body)
@@ -260,7 +260,8 @@ async def test_the_example_of_rights_is_enough(
         code, told = await check(service)
         assert code == 0, told
         assert ("first event makes it" in told) == create
-        assert ("has no mark" in told) == (not create)
+        assert ("the service pairs the cluster" in told) == create
+        assert ("are not kept out" in told) == (not create)
         assert "account DATAPIPE" not in told
         await service.start()
         other = await make_service(**settings).start()
@@ -273,8 +274,9 @@ async def test_the_example_of_rights_is_enough(
         assert (await service.load())["failed"] == {}
         log = nats.nodes[0].log_file.read_text()
         denied = set(re.findall(r'Violation - Subject "([^"]+)"', log))
-        lanes = ("crash_report", "install", "purchase")
-        wanted = {f"$JS.API.STREAM.UPDATE.datapipe_{lane}" for lane in lanes}  # `check` asks
-        assert denied == (set() if create else wanted)
+        assert denied == (set() if create else {"$JS.API.STREAM.CREATE.datapipe"})
+        code, told = await check(service)
+        assert (code, "stream datapipe: pairs" in told) == (0, create), told
+        assert len(service.logged("cluster and database not paired")) == (not create)
         await other.stop()
         await service.stop()

@@ -16,12 +16,13 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from datapipe.errors import MirrorUnavailable
+from datapipe.errors import LaneBlocked, MirrorUnavailable, SinkUnavailable
 from datapipe.events.registry import load_registry
+from datapipe.mirrors import FindMark
 from datapipe.mirrors.nats.client import ApiError, Client, NoResponders
+from datapipe.mirrors.nats.pairing import id_of, marker_config, mismatch
 from datapipe.mirrors.nats.streams import (
     CONSUMER,
-    MARK,
     NO_CONSUMER,
     NO_STREAM,
     consumer_config,
@@ -59,8 +60,12 @@ def _fail(text: str) -> Finding:
     return "fail", f"nats{text}"
 
 
-async def check_nats(settings: Settings, monitoring_port: int = MONITORING_PORT) -> list[Finding]:
-    """See `MirrorPlugin.check`. Raises: ConfigError: a file of certificates is wrong."""
+async def check_nats(
+    settings: Settings,
+    monitoring_port: int = MONITORING_PORT,
+    find_mark: FindMark | None = None,
+) -> list[Finding]:
+    """See `MirrorPlugin.check_paired`. Raises: ConfigError: a file of certificates is wrong."""
     client = Client(settings)
     async with client.connecting():
         try:
@@ -76,6 +81,7 @@ async def check_nats(settings: Settings, monitoring_port: int = MONITORING_PORT)
             *_reached(client, varz, nodes),
             *_synced(client.hosts, varz, nodes, monitoring_port),
             *await look.account(),
+            *(await look.pairing(find_mark) if find_mark else ()),
             *await look.lanes(),
             *await look.unregistered(),
             *_payload(client, settings),
@@ -209,18 +215,41 @@ class _Look:
         return found
 
     async def lanes(self) -> list[Finding]:
-        """Each lane's stream and consumer, and whether one database's mark is on all of them."""
-        marks: set[str] = set()
-        each = await asyncio.gather(*(self._lane(lane, marks) for lane in self._lanes))
-        found = [finding for findings in each for finding in findings]
-        if len(marks) > 1:
-            why = f"streams of {self._prefix} are loaded into different databases"
-            found.append(_fail(f": {why}: set a nats_prefix of its own for each"))
-        return found
+        """Each lane's stream and consumer."""
+        each = await asyncio.gather(*map(self._lane, self._lanes))
+        return [finding for findings in each for finding in findings]
 
-    async def _lane(self, lane: str, marks: set[str]) -> list[Finding]:
+    async def pairing(self, find_mark: FindMark) -> list[Finding]:
+        """Whether the cluster and the database belong together."""
+        try:
+            mark = await find_mark(self._prefix)
+        except (SinkUnavailable, LaneBlocked) as exc:
+            return [("away", f"nats: whether this is the database's cluster is not seen: {exc}")]
+        marker = None
+        try:
+            marker = id_of(await self._ask(call := f"STREAM.INFO.{self._prefix}"))
+        except MirrorUnavailable as exc:
+            if not (isinstance(exc, ApiError) and exc.code == NO_STREAM):
+                unseen = self._unanswered(call, exc)
+                return [(self._level(call, exc), f"nats stream {self._prefix}: {unseen}")]
+        if (why := mismatch(self._prefix, mark, marker)) is not None:
+            return [_fail(f": {why}")]
+        if marker is not None:
+            return [_ok(f" stream {self._prefix}: pairs the cluster with the database")]
+        if await self._may(create := f"STREAM.CREATE.{self._prefix}"):
+            return [_ok(f" stream {self._prefix}: not there yet; the service pairs the cluster "
+                        "with the database by it")]  # fmt: skip
+        why = "processes with another database, which would load events twice, are not kept out"
+        missing = f" stream {self._prefix}: not there, and {self._right(create)}: {why}"
+        if mark is None:
+            return [_warn(f"{missing}; once the service has run, `check` says how to make it")]
+        config = marker_config(self._prefix, mark.id) | {"num_replicas": self._replicas}
+        by_hand = _by_hand(self._prefix, config, "nats stream add", "warn")
+        return [_warn(f"{missing}; to make it by hand:"), *by_hand]
+
+    async def _lane(self, lane: str) -> list[Finding]:
         name = stream_of(self._prefix, lane)
-        wanted = stream_config(self._settings, lane, self._replicas)
+        wanted = stream_config(self._settings, lane) | {"num_replicas": self._replicas}
         call = f"STREAM.INFO.{name}"
         try:
             info = await self._ask(call)
@@ -229,7 +258,7 @@ class _Look:
                 return await self._missing(name, wanted)
             return [(self._level(call, exc), f"nats stream {name}: {self._unanswered(call, exc)}")]
         config, state = info["config"], info["state"]
-        found = [
+        return [
             _ok(
                 f" stream {name}: {state['messages']} messages, {state['bytes']} of "
                 f"{config['max_bytes']} bytes, replicas: {config['num_replicas']}"
@@ -237,12 +266,6 @@ class _Look:
             *_differences(f"stream {name}", config, {**wanted, "no_ack": None, "sealed": None}),
             *await self._consumer(name),
         ]
-        if (mark := config.get("metadata", {}).get(MARK)) is not None:
-            marks.add(mark)
-        elif not await self._may(update := f"STREAM.UPDATE.{name}"):
-            why = "processes with another database, which would load events twice, are not kept out"
-            found.append(_warn(f" stream {name}: has no mark, and {self._right(update)}: {why}"))
-        return found
 
     async def _missing(self, name: str, wanted: dict[str, Any]) -> list[Finding]:
         call = f"STREAM.CREATE.{name}"
@@ -300,7 +323,7 @@ class _Look:
         except MirrorUnavailable as exc:
             why = self._unanswered("STREAM.NAMES", exc)
             return [_warn(f": streams of unregistered event types are not seen: {why}")]
-        known = {stream_of(self._prefix, lane) for lane in self._lanes}
+        known = {self._prefix, *(stream_of(self._prefix, lane) for lane in self._lanes)}
         return [
             _warn(f" stream {name}: is of no event type that is registered here: nothing loads it")
             for name in sorted(set(names) - known)
@@ -329,10 +352,12 @@ def _consumer_by_hand(name: str) -> Iterator[Finding]:
     return _by_hand(f"{name}_{CONSUMER}", consumer_config(), f"nats consumer add {name}")
 
 
-def _by_hand(name: str, config: dict[str, Any], command: str) -> Iterator[Finding]:
+def _by_hand(
+    name: str, config: dict[str, Any], command: str, level: str = "fail"
+) -> Iterator[Finding]:
     """To be pasted: the configuration into a file, and the command that reads it."""
-    yield "fail", f"  echo {shlex.quote(_shown(config))} > {name}.json"
-    yield "fail", f"  {command} --config {name}.json"
+    yield level, f"  echo {shlex.quote(_shown(config))} > {name}.json"
+    yield level, f"  {command} --config {name}.json"
 
 
 def _payload(client: Client, settings: Settings) -> Iterator[Finding]:

@@ -16,16 +16,11 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppres
 
 import structlog
 
-from datapipe.errors import (
-    ConfigError,
-    LaneBlocked,
-    MirrorFull,
-    MirrorUnavailable,
-    SinkUnavailable,
-)
+from datapipe.errors import LaneBlocked, MirrorFull, MirrorUnavailable, SinkUnavailable
 from datapipe.events.segment import SEGMENTS_AT_ONCE, Segment
 from datapipe.mirrors import (
     Appended,
+    FindMark,
     Membership,
     Mirror,
     MirrorPlugin,
@@ -39,6 +34,7 @@ from datapipe.mirrors.nats.channel import NatsChannel
 from datapipe.mirrors.nats.check import check_nats
 from datapipe.mirrors.nats.client import ANSWER_S, ApiError, Client, NoResponders, decoded
 from datapipe.mirrors.nats.hand import Hand
+from datapipe.mirrors.nats.pairing import Pairing
 from datapipe.mirrors.nats.prune import EVERY_S, FENCE_S, Pruning
 from datapipe.mirrors.nats.pull import Delivery, Puller
 from datapipe.mirrors.nats.streams import Stream, Streams
@@ -68,6 +64,7 @@ class Nats:
         self._prefix = settings.nats_prefix
         self._process = process
         self._puller = Puller(client, self._prefix)
+        self._pairing = Pairing(client, self.streams, self._prefix)
         self._pruning = Pruning()
         self.hand = Hand(client, self.streams)
         self._put_off: set[str] = set()  # lanes
@@ -175,12 +172,10 @@ class Nats:
 
     async def take(self, lane: str, max_bytes: int) -> list[Segment]:
         """See `Mirror.take`."""
-        if self.streams.mark is None:  # it might be another database's
+        if not self._pairing.seen:  # it might be another database's
             raise MirrorUnavailable("NATS: whether these events are ours is not known yet")
         await self.hand.requeued(lane)
         stream = await self.streams.ensure(lane)
-        if stream.mark not in (None, self.streams.mark):  # made since we looked for others
-            raise MirrorUnavailable(f"NATS: {stream.name} is loaded into another database")
         segments = await self._take(stream, max_bytes)
         if not segments and (put_off_s := self.hand.put_off_s(lane)) > 0:
             await asyncio.sleep(put_off_s)
@@ -241,8 +236,8 @@ class Nats:
         try:
             await self.streams.find()
         finally:  # one that can't be seen holds up its own lane alone
-            await self._compare_marks(membership)
-        if now is not None:
+            await self._pairing.look(membership)
+        if now is not None and self._pairing.seen:
             await self._prune(membership, now, began)
         waiting = {lane for lane, stream in self.streams.by_lane.items() if stream.messages}
         found = Recovery(unregistered={lane for lane in waiting if not membership.can_load(lane)})
@@ -251,34 +246,11 @@ class Nats:
         self._seen |= {lane for lane, stream in self.streams.by_lane.items() if stream.there}
         return found
 
-    async def _compare_marks(self, membership: Membership) -> None:
-        """A redelivery into another database would double: all processes must share one.
-
-        Raises: ConfigError: this is another one.
-        """
-        try:
-            mark = await membership.database_mark(self._prefix)
-        except (SinkUnavailable, LaneBlocked):  # as long as it is not known, nothing is taken
-            return
-        there = [stream for stream in self.streams.by_lane.values() if stream.there]
-        for stream in there:
-            if stream.mark not in (None, mark):
-                raise ConfigError(
-                    f"nats_url, database_url: the stream {stream.name} is loaded into another "
-                    "database, or this database from another cluster: connect both to what "
-                    "belongs together, or set another nats_prefix"
-                )
-        self.streams.mark = mark
-        for stream in there:
-            if stream.mark is None:
-                with suppress(MirrorUnavailable):  # perhaps we may not; `check` says so
-                    await self.streams.put_mark(stream, mark)
-
     async def keep(self, membership: Membership) -> bool:
         """See `Mirror.keep`: look at what waits."""
         self._puller.forget_late()
         await self.streams.look()
-        return self.streams.mark is None
+        return not self._pairing.seen
 
     async def _prune(self, membership: Membership, now: float, since: float) -> None:
         """Args: now: by the database's clock. since: the same moment (`time.monotonic`)."""
@@ -328,3 +300,9 @@ class NatsPlugin(MirrorPlugin):
     async def check(self, settings: Settings) -> list[tuple[str, str]]:
         """See `MirrorPlugin.check`."""
         return await check_nats(settings)
+
+    async def check_paired(
+        self, settings: Settings, find_mark: FindMark | None
+    ) -> list[tuple[str, str]]:
+        """See `MirrorPlugin.check_paired`."""
+        return await check_nats(settings, find_mark=find_mark)

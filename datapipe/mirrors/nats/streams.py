@@ -21,7 +21,6 @@ from datapipe.mirrors.nats.wire import stream_of, subject_of
 from datapipe.settings import Settings
 
 CONSUMER = "load"
-MARK = "datapipe_database"  # key of a stream's metadata
 ACK_WAIT_S = 30.0
 _DUPLICATE_WINDOW_S = 120.0
 _LOOKS_AT_ONCE = 16
@@ -39,17 +38,14 @@ _PASSING = {OTHER_CONFIG, 10004, 10008, 10009}  # the last three: while a leader
 log = structlog.stdlib.get_logger("datapipe.mirrors.nats")
 
 
-def stream_config(
-    settings: Settings, lane: str, replicas: int, mark: str | None = None
-) -> dict[str, Any]:
-    """A lane's stream, as JetStream's STREAM.CREATE wants it."""
+def stream_config(settings: Settings, lane: str) -> dict[str, Any]:
+    """A lane's stream, as JetStream's STREAM.CREATE wants it, but for its replicas."""
     prefix = settings.nats_prefix
     return {
         "name": stream_of(prefix, lane),
         "subjects": [subject_of(prefix, lane, "*")],
         "retention": "workqueue",
         "storage": "file",
-        "num_replicas": replicas,
         "discard": "new",
         "max_bytes": settings.nats_lane_max_bytes,
         "max_age": 0,
@@ -57,7 +53,6 @@ def stream_config(
         "max_msgs_per_subject": -1,
         "max_msg_size": -1,
         "duplicate_window": int(_DUPLICATE_WINDOW_S * _NS),
-        **({"metadata": {MARK: mark}} if mark else {}),
     }
 
 
@@ -84,7 +79,6 @@ class Stream:
         in_memory: events that this process has taken.
         first_seq, last_seq: of the stream.
         looked_at: when that was read (`time.monotonic`).
-        mark: of the database that it is loaded into.
     """
 
     def __init__(self, lane: str, name: str) -> None:
@@ -95,8 +89,6 @@ class Stream:
         self.in_memory = 0
         self._oldest: float | None = None
         self.first_seq = self.last_seq = 0
-        self.replicas = 0
-        self.mark: str | None = None
         self.looked_at = -math.inf
         self.unseen_at = -math.inf  # when the last look began, if that has not succeeded
         self.active = False  # something was appended or removed since the last look
@@ -163,8 +155,7 @@ class Stream:
         """An answer to STREAM.INFO, with the subjects."""
         state, config = info["state"], info["config"]
         self.there, self._refused, self._refuses = True, None, False
-        self.max_bytes, self.replicas = config["max_bytes"], config["num_replicas"]
-        self.mark = config.get("metadata", {}).get(MARK)
+        self.max_bytes = config["max_bytes"]
         self.first_seq, self.last_seq = state["first_seq"], state["last_seq"]
         self.messages, self.bytes = state["messages"], state["bytes"]
         subjects = state.get("subjects") or {}
@@ -188,7 +179,6 @@ class Streams:
 
     def __init__(self, client: Client, settings: Settings) -> None:
         self.by_lane: dict[str, Stream] = {}
-        self.mark: str | None = None  # of our database, once it is known
         self._client = client
         self._settings = settings
         self._prefix = settings.nats_prefix
@@ -294,23 +284,32 @@ class Streams:
         return stream
 
     async def _make(self, stream: Stream) -> None:
+        try:
+            made = await self.create(stream_config(self._settings, stream.lane), _CREATE_S)
+        except ApiError as exc:
+            raise self._cant_make(stream, exc) from exc
+        if made.get("did_create"):  # not another process at the same moment
+            log.info("stream made", stream=stream.name, replicas=made["config"]["num_replicas"],
+                     max_bytes=self._settings.nats_lane_max_bytes)  # fmt: skip
+        await self.look_at(stream)
+
+    async def create(self, config: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        """Make a stream with as many replicas as there can be; the answer of STREAM.CREATE.
+
+        Raises: MirrorUnavailable, ApiError, Denied.
+        """
         replicas = self._settings.nats_replicas or 3
         while True:
-            config = stream_config(self._settings, stream.lane, replicas, self.mark)
             try:
-                made = await self._client.api(
-                    f"STREAM.CREATE.{stream.name}", timeout_s=_CREATE_S, **config
-                )
-                break
+                return await self._client.api(
+                    f"STREAM.CREATE.{config['name']}", timeout_s=timeout_s, **config,
+                    num_replicas=replicas,
+                )  # fmt: skip
             except ApiError as exc:
                 fewer = self._fewer(exc, replicas)
                 if fewer is None:
-                    raise self._cant_make(stream, exc) from exc
+                    raise
                 replicas = fewer
-        if made.get("did_create"):  # not another process at the same moment
-            log.info("stream made", stream=stream.name, replicas=replicas,
-                     max_bytes=self._settings.nats_lane_max_bytes)  # fmt: skip
-        await self.look_at(stream)
 
     def _fewer(self, exc: ApiError, replicas: int) -> int | None:
         """How many replicas to try next, where the setting leaves it open; None: it is no use.
@@ -347,12 +346,3 @@ class Streams:
                 f"CONSUMER.CREATE.{stream.name}.{CONSUMER}", timeout_s=_CREATE_S,
                 stream_name=stream.name, config=consumer_config(),
             )  # fmt: skip
-
-    async def put_mark(self, stream: Stream, mark: str) -> None:
-        """Write our database's mark into a stream that has none. Raises: MirrorUnavailable."""
-        async with stream.making:  # an update takes a creation's place, which is then not answered
-            info = await self._client.api(f"STREAM.INFO.{stream.name}")
-            config = info["config"]
-            config["metadata"] = {**config.get("metadata", {}), MARK: mark}
-            await self._client.api(f"STREAM.UPDATE.{stream.name}", timeout_s=_CREATE_S, **config)
-            stream.mark = mark

@@ -18,7 +18,7 @@ OWN_TABLES = (
             Column("segment", "text PRIMARY KEY"),  # or a claim, a part, a cluster
             Column("kind", "text NOT NULL"),
             Column("lane", "text"),
-            Column("events", "bigint DEFAULT 0"),
+            Column("events", "bigint DEFAULT 0"),  # of a cluster: 1 once it has the mark
             Column("dead", "bigint DEFAULT 0"),
             Column("duplicates", "bigint DEFAULT 0"),
             Column("body", "text"),  # of a claim: the hash of what stands; a cluster's mark

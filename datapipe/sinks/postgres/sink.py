@@ -28,11 +28,11 @@ from datapipe import sinks
 from datapipe.errors import ConfigError, SinkUnavailable
 from datapipe.events.types import Column
 from datapipe.settings import Settings
-from datapipe.sinks import Beat, Heartbeat, Selection, SinkPlugin, Table
+from datapipe.sinks import Beat, Heartbeat, Mark, Selection, SinkPlugin, Table
 from datapipe.sinks.postgres.connections import PEER_MAY_VANISH, Sessions
 from datapipe.sinks.postgres.copy import Copier, attempt
 from datapipe.sinks.postgres.database import Database
-from datapipe.sinks.postgres.ddl import OWN_TABLES, parameterized
+from datapipe.sinks.postgres.ddl import OWN_TABLES, parameterized, qualified
 from datapipe.sinks.transaction import Entry, Known, Letter, RefusedRow, Rows, Transaction
 from datapipe.sinks.transactional import found
 
@@ -100,6 +100,7 @@ class PostgresSink(Database):
         self._processes = parameterized(self._schema, "datapipe_processes")
         self._letters = parameterized(self._schema, "datapipe_dead_letters")
         self._outlived = _OUTLIVED.format(processes=self._processes)
+        self._mark_of = f"SELECT body, events = 1 FROM {self._ledger} WHERE segment = %s"
         self._sessions = Sessions()
         self._backends: dict[str, int] = {}  # the server's processes of loads under way, by lane
 
@@ -203,17 +204,29 @@ class PostgresSink(Database):
         ((now,),) = await self.query("SELECT extract(epoch FROM clock_timestamp())::float8")
         return float(now)
 
-    async def mark(self, prefix: str) -> str:
+    async def find_mark(self, prefix: str) -> Mark | None:
+        """See `Ledger.find_mark`."""
+        ledger = qualified(self._schema, "datapipe_ledger")
+        ((there,),) = await self.query("SELECT to_regclass(%s) IS NOT NULL", ledger)
+        rows = await self.query(self._mark_of, f"cluster:{prefix}") if there else []
+        return Mark(*rows[0]) if rows else None
+
+    async def mark(self, prefix: str) -> Mark:
         """See `Ledger.mark`."""
-        ((mark,),) = await self.transaction(
+        (row,) = await self.transaction(
             (
                 f"INSERT INTO {self._ledger} (segment, kind, body, process)"
                 " VALUES (%s, 'cluster', %s, %s) ON CONFLICT DO NOTHING",
                 (f"cluster:{prefix}", uuid4().hex, self._process),
             ),
-            (f"SELECT body FROM {self._ledger} WHERE segment = %s", (f"cluster:{prefix}",)),
+            (self._mark_of, (f"cluster:{prefix}",)),
         )
-        return str(mark)
+        return Mark(*row)
+
+    async def confirm_mark(self, prefix: str, id: str) -> None:
+        """See `Ledger.confirm_mark`."""
+        sql = f"UPDATE {self._ledger} SET events = 1 WHERE segment = %s AND body = %s"
+        await self.transaction((sql, (f"cluster:{prefix}", id)))
 
     async def heartbeat(self, beat: Heartbeat) -> dict[str, Beat]:
         """See `Heartbeats.heartbeat`."""

@@ -17,7 +17,7 @@ from uuid import uuid4
 from datapipe.errors import LaneBlocked, SinkUnavailable
 from datapipe.events.types import Column
 from datapipe.settings import Settings
-from datapipe.sinks import Beat, Heartbeat, Selection, SinkPlugin, Table
+from datapipe.sinks import Beat, Heartbeat, Mark, Selection, SinkPlugin, Table
 from datapipe.sinks.transaction import (
     Entry,
     Known,
@@ -218,13 +218,21 @@ class ToySink(TransactionalSink):
     async def now(self) -> float:
         return time.time()
 
-    async def mark(self, prefix: str) -> str:
-        def make(transaction: Transaction) -> str:
-            id = f"cluster:{prefix}"
-            transaction.enter("cluster", [Entry(id, body=uuid4().hex)])
-            return transaction.bodies([id])[id]
+    async def find_mark(self, prefix: str) -> Mark | None:
+        sql = "SELECT body, events = 1 FROM datapipe_ledger WHERE segment = ?"
+        rows = await self._run(lambda c: c.execute(sql, (f"cluster:{prefix}",)).fetchall())
+        return Mark(rows[0][0], bool(rows[0][1])) if rows else None
 
-        return await self.transact("", make)
+    async def mark(self, prefix: str) -> Mark:
+        entry = Entry(f"cluster:{prefix}", body=uuid4().hex)
+        await self.transact("", lambda transaction: transaction.enter("cluster", [entry]))
+        mark = await self.find_mark(prefix)
+        assert mark is not None
+        return mark
+
+    async def confirm_mark(self, prefix: str, id: str) -> None:
+        sql = "UPDATE datapipe_ledger SET events = 1 WHERE segment = ? AND body = ?"
+        await self._run(lambda connection: connection.execute(sql, (f"cluster:{prefix}", id)))
 
     # --- Heartbeats ---
 
