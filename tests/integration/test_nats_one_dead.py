@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from functools import partial
 
 from datapipe.mirrors.nats.streams import stream_config
 from datapipe.settings import Settings
@@ -47,6 +48,12 @@ async def accepts(service: Service, event: object) -> bool:
     return (await posted(service, event))[0] == 200
 
 
+async def loaded(service: Service) -> int:
+    """Rows of the healthy lane that this process has loaded."""
+    lanes = (await service.status())["lanes"]
+    return int(lanes["purchase"]["loaded"])
+
+
 async def settled(service: Service) -> bool:
     return (await service.get("/readyz"))[0] == 200
 
@@ -56,41 +63,58 @@ async def test_the_others_go_on_and_it_heals_by_itself(
 ) -> None:
     more = {"nats_replicas": 1, "nats_lane_max_bytes": 1 << 20, "mirror_timeout": TIMEOUT_S}
     node = await node_of_its_own(own_nats, Settings(**more))
-    service = make_service(
-        database_url=database, load_interval=INTERVAL_S, **more, **own_nats.settings
-    )
-    await service.start()
-    for event in (DEAD, HEALTHY):
-        await until(lambda event=event: accepts(service, event))  # type: ignore[misc]
+    ours = {"database_url": database, **more, **own_nats.settings}
+    service = await make_service(load_interval=INTERVAL_S, **ours).start()
+    other = await make_service(load_interval=300, **ours).start()
+    for each, event in ((service, DEAD), (service, HEALTHY), (other, HEALTHY)):
+        await until(partial(accepts, each, event))
     await service.drained()
     await asyncio.to_thread(node.kill)
     try:
-        # it may have been the one that we, or all, were talking to
-        await until(lambda: accepts(service, HEALTHY))
-        await until(lambda: settled(service))
-        status, retry_after, took_s = await posted(service, DEAD)
-        assert (status, took_s < TIMEOUT_S + 2) == (503, True)
-        assert int(retry_after or 0) >= 1
-        status, retry_after, took_s = await posted(service, DEAD)
-        assert (status, took_s < 0.5) == (503, True)
-        assert int(retry_after or 0) >= 1
-
-        async def try_the_dead() -> None:
-            while True:
-                assert (await posted(service, DEAD))[0] == 503
-
-        trying = asyncio.create_task(try_the_dead())
-        for number in range(40):  # ten seconds
-            if number % 4 == 0:
-                assert await accepts(service, HEALTHY)
-            assert (await service.get("/readyz"))[0] == 200
-            assert (await service.status())["mirror"]["up"]
-            await asyncio.sleep(0.25)
-        assert not trying.done()
-        trying.cancel()
+        for each in (service, other):  # each of them may have been talking to that one
+            await until(partial(accepts, each, HEALTHY))
+            await until(partial(settled, each))
+        await others_events_are_loaded_in_time(service, other)
+        await it_alone_is_refused(service)
     finally:
         await asyncio.to_thread(node.start)
-    await until(lambda: accepts(service, DEAD))
+    await until(partial(accepts, service, DEAD))
     books = await service.drained()
     assert books["balanced"]
-    assert await service.stop() == 0
+    for each in (service, other):
+        assert await each.stop() == 0
+
+
+async def others_events_are_loaded_in_time(service: Service, other: Service) -> None:
+    """Nothing is posted to the one that loads."""
+    for _ in range(5):
+        await service.drained()
+        before = await loaded(service) + await loaded(other)
+        assert await accepts(other, HEALTHY)
+        async with asyncio.timeout(INTERVAL_S + 2):
+            while await loaded(service) + await loaded(other) == before:
+                await asyncio.sleep(0.05)
+
+
+async def it_alone_is_refused(service: Service) -> None:
+    status, retry_after, took_s = await posted(service, DEAD)
+    assert (status, took_s < TIMEOUT_S + 1) == (503, True)
+    assert int(retry_after or 0) >= 1
+    status, retry_after, took_s = await posted(service, DEAD)
+    assert (status, took_s < 0.5) == (503, True)
+    assert int(retry_after or 0) >= 1
+
+    async def try_the_dead() -> None:
+        while True:
+            assert (await posted(service, DEAD))[0] == 503
+            await asyncio.sleep(0.1)
+
+    trying = asyncio.create_task(try_the_dead())
+    for number in range(40):  # ten seconds
+        if number % 4 == 0:
+            assert await accepts(service, HEALTHY)
+        assert (await service.get("/readyz"))[0] == 200
+        assert (await service.status())["mirror"]["up"]
+        await asyncio.sleep(0.25)
+    assert not trying.done()
+    trying.cancel()
