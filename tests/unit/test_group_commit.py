@@ -270,3 +270,22 @@ async def test_many_rows_wait_for_no_other_append() -> None:
     for number in range(3):
         await steps.end(number)
     assert done == [None] * 3
+
+
+async def test_an_append_that_hangs_holds_up_each_request_after_it_for_a_moment_alone() -> None:
+    group = Group()
+    steps = Steps(group)
+    group.add()
+    await _turns()
+    for number in range(1, 4):
+        began = time.perf_counter()
+        alone = group.add()
+        async with asyncio.timeout(2):
+            while len(steps.sizes) == number:
+                await asyncio.sleep(0.001)
+        assert time.perf_counter() - began < 0.02 + 0.1  # and what the machine takes
+        await steps.end(number)
+        async with asyncio.timeout(2):
+            await alone
+    assert steps.sizes == [1] * 4
+    await steps.end(0)

@@ -167,3 +167,18 @@ async def test_what_came_before_a_cancellation_is_taken_next(world: World) -> No
     pulling.cancel()
     await asyncio.wait([pulling])
     assert await world.pull() == [1]
+
+
+async def test_what_came_late_for_a_lane_that_is_not_pulled_any_more_is_forgotten(
+    world: World,
+) -> None:
+    with mock.patch.object(pull_module, "ANSWER_S", 0.05):
+        world.client.act = lambda: world.client.send(1)
+        await world.pull()
+        world.client.send(2)
+        await asyncio.sleep(0.02)
+        world.puller.forget_late()
+        assert [each.position for each in world.puller._late["install"]] == [2]  # still ours
+        with mock.patch.object(pull_module, "_STALE_S", 0.0):
+            world.puller.forget_late()
+        assert not world.puller._late

@@ -42,7 +42,32 @@ class _Transport(TcpTransport):
 
 
 class Connection(NatsClient):
-    """That of nats-py, with two of its faults repaired."""
+    """That of nats-py, with three of its faults repaired.
+
+    What could not be sent at once is never sent: nats-py keeps it until it has a connection again,
+    perhaps for hours, and the ledger may have forgotten it when it is stored.
+    """
+
+    async def publish(
+        self,
+        subject: str,
+        payload: bytes = b"",
+        reply: str = "",
+        headers: dict[str, Any] | None = None,
+    ) -> None:
+        if not self.is_connected:
+            raise nats.errors.ConnectionReconnectingError
+        await super().publish(subject, payload, reply, headers)
+
+    async def _attempt_reconnect(self) -> None:
+        self._pending, self._pending_data_size = [], 0  # subscriptions are made anew in any case
+        self.abort()
+        await super()._attempt_reconnect()
+
+    def abort(self) -> None:
+        """What the node has not read is not sent to it any more, should it be frozen and thaw."""
+        with suppress(Exception):  # no public name reaches the socket
+            self._transport._io_writer.transport.abort()  # type: ignore[union-attr]
 
     async def _connect_to_server(self, s: Srv) -> None:
         self._transport = self._transport or _Transport()  # type: ignore[no-untyped-call]
@@ -69,11 +94,7 @@ async def close(connection: Connection) -> None:
     closing.add_done_callback(lambda task: task.cancelled() or task.exception())
     await asyncio.wait([closing], timeout=_CLOSE_S)
     closing.cancel()  # nats-py may wait here for what was cancelled
-    # nats-py waits until all is sent. What a frozen node has not read must never be sent: it would
-    # be stored when that thaws, perhaps after the ledger has forgotten it. No public name reaches
-    # the socket.
-    with suppress(Exception):
-        connection._transport._io_writer.transport.abort()  # type: ignore[union-attr]
+    connection.abort()  # nats-py waits until all is sent
 
 
 def others_first(servers: list[str], left: ParseResult | None) -> list[str]:

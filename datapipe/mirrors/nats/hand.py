@@ -144,11 +144,17 @@ class Hand:
         """For ever: tell the server that we work on what we have taken."""
         while True:
             await asyncio.sleep(ACK_WAIT_S / 3)
-            for number, held in enumerate(list(self.held.values())):
-                with suppress(MirrorUnavailable):
-                    await self._client.publish("hold", held.reply, b"+WPI")
-                if number % _AT_ONCE == 0:
-                    await asyncio.sleep(0)  # requests come in between
+            try:
+                await self._hold()
+            except Exception:  # unforeseen; without this task all that loads would be redelivered
+                log.critical("background task died", task="hold", exc_info=True)
+
+    async def _hold(self) -> None:
+        for number, held in enumerate(list(self.held.values())):
+            with suppress(MirrorUnavailable):
+                await self._client.publish("hold", held.reply, b"+WPI")
+            if number % _AT_ONCE == 0:
+                await asyncio.sleep(0)  # requests come in between
 
     async def settle(self, timeout_s: float) -> None:
         """See `Mirror.settle`."""

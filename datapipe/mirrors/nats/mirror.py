@@ -143,10 +143,11 @@ class Nats:
             try:
                 async with asyncio.timeout_at(until):
                     await self.streams.ensure(segment.lane, again=again)
-                # later than that no copy may be stored: see `prune`
-                left = min(ANSWER_S, until - asyncio.get_running_loop().time())
+                left = until - asyncio.get_running_loop().time()
+                if left <= 0:  # we slept; later than that no copy may be stored: see `prune`
+                    raise TimeoutError
                 answer = await self._client.request(
-                    "publish", subject, payload, headers=headers, timeout_s=left
+                    "publish", subject, payload, headers=headers, timeout_s=min(ANSWER_S, left)
                 )
                 decoded(answer.data)
                 return
