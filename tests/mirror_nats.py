@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
@@ -45,8 +45,8 @@ class Members:
     async def expire_source(self, source: str) -> None:
         raise AssertionError
 
-    async def expire_lane(self, source: str, lane: str, before: float) -> None:
-        self.forgotten.append((lane, before))
+    async def expire_lanes(self, source: str, before: Mapping[str, float]) -> None:
+        self.forgotten += before.items()
 
     async def database_time(self) -> float:
         return self.clock()

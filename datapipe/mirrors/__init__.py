@@ -199,10 +199,10 @@ class Membership(Protocol):
         Raises: SinkUnavailable, LaneBlocked.
         """
 
-    async def expire_lane(self, source: str, lane: str, before: float) -> None:
-        """Drop the ledger rows of the segments of this source and lane, loaded before then.
+    async def expire_lanes(self, source: str, before: Mapping[str, float]) -> None:
+        """Drop the ledger rows of segments of this source, by lane those loaded before then.
 
-        Args: before: Unix time by the database's clock. Raises: SinkUnavailable, LaneBlocked.
+        Args: before: Unix times by the database's clock. Raises: SinkUnavailable, LaneBlocked.
         """
 
     async def database_time(self) -> float:

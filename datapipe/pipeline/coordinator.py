@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from uuid import uuid4
 
@@ -94,8 +94,8 @@ class Coordinator:
     async def expire_source(self, source: str) -> None:
         await self._sink.expire_source(source, self._process)
 
-    async def expire_lane(self, source: str, lane: str, before: float) -> None:
-        await self._sink.expire_lane(source, lane, before)
+    async def expire_lanes(self, source: str, before: Mapping[str, float]) -> None:
+        await self._sink.expire_lanes(source, before)
 
     async def database_time(self) -> float:
         return await self._sink.now()

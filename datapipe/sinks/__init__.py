@@ -172,11 +172,11 @@ class Ledger(Protocol):
         That is ledger rows and heartbeats. Raises: SinkUnavailable, LaneBlocked.
         """
 
-    async def expire_lane(self, source: str, lane: str, before: float) -> None:
-        """Once this returns, the segments of that lane that a shared mirror held under that source,
-        and that were loaded before then, are forgotten.
+    async def expire_lanes(self, source: str, before: Mapping[str, float]) -> None:
+        """Once this returns, segments that a shared mirror held under that source are forgotten: of
+        each lane named those that were loaded before then.
 
-        Args: before: Unix time by the database's clock. Raises: SinkUnavailable, LaneBlocked.
+        Args: before: Unix times by the database's clock. Raises: SinkUnavailable, LaneBlocked.
         """
 
     async def now(self) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -181,10 +181,10 @@ class MemorySink(TransactionalSink):
             del ledger[id]
         self._forget_others(source, process)
 
-    async def expire_lane(self, source: str, lane: str, before: float) -> None:
+    async def expire_lanes(self, source: str, before: Mapping[str, float]) -> None:
         ledger = self._database.ledger
         for id, row in list(ledger.items()):
-            if (row.entry.source, row.lane) == (source, lane) and row.loaded_at < before:
+            if row.entry.source == source and row.loaded_at < before.get(row.lane or "", 0.0):
                 del ledger[id]
 
     async def now(self) -> float:

@@ -324,8 +324,10 @@ async def test_what_a_shared_mirror_held_is_forgotten_by_source_lane_and_time(wo
     between = await sink.now()
     await load(sink, new)
     everything = [each.id for each in (old, new, other, *others)]
-    await sink.expire_lane(SHARED, "install", between)
-    await sink.expire_lane(SHARED, "install", between)  # a repeat is harmless
+    await sink.expire_lanes(SHARED, {"install": between, "nothing": between})
+    await sink.expire_lanes(
+        SHARED, {"install": between, "nothing": between}
+    )  # a repeat is harmless
     assert await sink.loaded(everything) == set(everything) - {old.id}
     assert await load(sink, segment(6, key="k")) == (0, 1, 0)
 
@@ -346,7 +348,7 @@ async def test_a_mark_is_one_for_all_processes_and_for_ever(world: World) -> Non
     confirmed = marks[0]._replace(confirmed=True)
     await sinks[0].expire([])
     await sinks[0].expire_source("", "two")
-    await sinks[0].expire_lane(SHARED, "install", await sinks[0].now() + 3600)
+    await sinks[0].expire_lanes(SHARED, {"install": await sinks[0].now() + 3600})
     for sink in sinks:
         assert await sink.find_mark("datapipe") == await sink.mark("datapipe") == confirmed
     assert await sinks[0].find_mark("another") == another

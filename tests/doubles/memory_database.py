@@ -6,7 +6,7 @@ create_app(settings, open_sink=database.open)
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from typing import TypeVar
 
@@ -71,9 +71,9 @@ class _Sink(memory.MemorySink):
         self._database.reach()
         await super().expire_source(source, process)
 
-    async def expire_lane(self, source: str, lane: str, before: float) -> None:
+    async def expire_lanes(self, source: str, before: Mapping[str, float]) -> None:
         self._database.reach()
-        await super().expire_lane(source, lane, before)
+        await super().expire_lanes(source, before)
 
     async def now(self) -> float:
         self._database.reach()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from unittest import mock
 
@@ -69,8 +69,8 @@ class Process(Members):
         self._world = world
         self._sink = sink
 
-    async def expire_lane(self, source: str, lane: str, before: float) -> None:
-        await self._sink.expire_lane(source, lane, before)
+    async def expire_lanes(self, source: str, before: Mapping[str, float]) -> None:
+        await self._sink.expire_lanes(source, before)
 
     async def take(self) -> tuple[list[Segment], float]:
         """What can be taken, and until when it may be entered into the ledger."""

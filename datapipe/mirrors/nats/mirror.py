@@ -255,12 +255,15 @@ class Nats:
 
     async def _prune(self, membership: Membership, now: float, since: float) -> None:
         """Args: now: by the database's clock. since: the same moment (`time.monotonic`)."""
+        before = {}
         for lane, stream in self.streams.by_lane.items():
             if stream.there and stream.looked_at > since:
-                before = self._pruning.look(lane, now, stream.first_seq, stream.last_seq)
-                if before is not None:
-                    with suppress(SinkUnavailable, LaneBlocked):  # the next note covers them
-                        await membership.expire_lane(self.traits.group, lane, before)
+                old = self._pruning.look(lane, now, stream.first_seq, stream.last_seq)
+                if old is not None:
+                    before[lane] = old
+        if before:
+            with suppress(SinkUnavailable, LaneBlocked):  # the next notes cover them
+                await membership.expire_lanes(self.traits.group, before)
 
     def expirable(self) -> list[str]:
         """See `Mirror.expirable`: none, one by one; `recover` has them forgotten lane by lane."""

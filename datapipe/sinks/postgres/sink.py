@@ -13,7 +13,7 @@ import json
 import math
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -188,13 +188,15 @@ class PostgresSink(Database):
             (f"DELETE FROM {self._processes} WHERE mirror {of_others}", (source, process)),
         )
 
-    async def expire_lane(self, source: str, lane: str, before: float) -> None:
-        """See `Ledger.expire_lane`."""
+    async def expire_lanes(self, source: str, before: Mapping[str, float]) -> None:
+        """See `Ledger.expire_lanes`. One look at the rows that are old enough, for all lanes."""
         await self.transaction(
             (
-                f"DELETE FROM {self._ledger} WHERE kind = 'segment' AND source = %s AND lane = %s"
-                " AND loaded_at < to_timestamp(%s)",
-                (source, lane, before),
+                f"DELETE FROM {self._ledger} AS ledger"
+                " USING (SELECT key, value::float8 FROM json_each_text(%s)) AS old (lane, before)"
+                " WHERE kind = 'segment' AND source = %s AND loaded_at < to_timestamp(%s)"
+                " AND ledger.lane = old.lane AND loaded_at < to_timestamp(old.before)",
+                (_as_json(before), source, max(before.values(), default=0.0)),
             )
         )
 
@@ -413,7 +415,7 @@ def where(selection: Selection) -> tuple[str, list[Any]]:
     return " AND ".join(["true", *given]), values
 
 
-def _as_json(values: Sequence[Any]) -> str:
+def _as_json(values: Sequence[Any] | Mapping[str, Any]) -> str:
     return msgspec.json.encode(values).decode()
 
 

@@ -7,7 +7,7 @@ import json
 import math
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -208,12 +208,13 @@ class ToySink(TransactionalSink):
 
         await self._run(forget)
 
-    async def expire_lane(self, source: str, lane: str, before: float) -> None:
+    async def expire_lanes(self, source: str, before: Mapping[str, float]) -> None:
         sql = (
             "DELETE FROM datapipe_ledger"
             " WHERE kind = 'segment' AND source = ? AND lane = ? AND loaded_at < ?"
         )
-        await self._run(lambda connection: connection.execute(sql, (source, lane, before)))
+        old = [(source, lane, at) for lane, at in before.items()]
+        await self._run(lambda connection: connection.executemany(sql, old))
 
     async def now(self) -> float:
         return time.time()
