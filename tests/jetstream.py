@@ -317,12 +317,13 @@ def leader_of(nodes: Sequence[NatsNode], stream: str) -> NatsNode | None:
 
 
 def seen_by(node: NatsNode, stream: str) -> dict[str, Any]:
-    """What a node knows of who stores a stream: `leader` and `replicas`; {} if it is silent."""
+    """What a node knows of a stream: `leader`, `replicas`, `messages`; {} if it is silent."""
     for account in node.ask("/jsz?accounts=true&streams=true").get("account_details", []):
         for detail in account.get("stream_detail") or []:
             if detail["name"] == stream:
-                # alone, a server says nothing of a leader
-                return {"leader": node.name} | detail.get("cluster", {})
+                # alone, a server says nothing of a leader; in a cluster it may know of none
+                known = detail.get("cluster", {"leader": node.name})
+                return known | {"messages": detail["state"]["messages"]}
     return {}
 
 

@@ -136,6 +136,7 @@ async def run_nats(make: Callable[..., Service], args: argparse.Namespace) -> li
     pauses: dict[str, list[Pauses]] = {}
     statuses: Counter[int] = Counter()
     sums: Counter[str] = Counter()
+    leaderless = 0
     started = time.monotonic()
     rounds: list[tuple[list[str], dict[str, Any], str]] = [
         (names[at:][:_FAULTS], {"apart": True}, "") for at in range(0, len(names), _FAULTS)
@@ -159,10 +160,12 @@ async def run_nats(make: Callable[..., Service], args: argparse.Namespace) -> li
             postgres.remove()
         shutil.rmtree(folder)  # left there if something failed
         statuses.update(machines.driver.statuses)
+        leaderless += len(machines.leaderless)
         sums.update(answered=verdict.answered, again=verdict.duplicates_by_key)
     return [
         f"| faults | {len(names) + len(_HOLDING)} |",
         f"| events answered 200 | {sums['answered']:,} |",
+        f"| empty streams left without a leader, and deleted by hand | {leaderless} |",
         f"| of these sent twice under one key, counted once | {sums['again']:,} |",
         f"| answers | {', '.join(f'{code}: {n:,}' for code, n in sorted(statuses.items()))} |",
         "| lost, doubled, damaged; books out of balance | 0 |",
