@@ -244,7 +244,7 @@ class Coordinator:
         finally:
             if traits.shared:  # other processes' events may be due
                 self._buffer.wake.set()
-        return traits.keep_interval_s
+        return min(BEAT_S, traits.keep_interval_s)
 
     async def _release_memory(self) -> None:
         """Give back what is free, again and again; where much waits it is soon needed again."""

@@ -95,6 +95,7 @@ async def close(connection: Connection) -> None:
     await asyncio.wait([closing], timeout=_CLOSE_S)
     closing.cancel()  # nats-py may wait here for what was cancelled
     connection.abort()  # nats-py waits until all is sent
+    await asyncio.wait([closing], timeout=_CLOSE_S)  # the event loop closes the socket meanwhile
 
 
 def others_first(servers: list[str], left: ParseResult | None) -> list[str]:
