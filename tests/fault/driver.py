@@ -220,8 +220,9 @@ class Driver:
     def _part(self, post: Post, refused: set[int]) -> None:
         """Some lanes are full: these events of it were not taken."""
         others = [each for index, each in enumerate(post.events) if index in refused]
-        # an earlier try, answered by nothing or 503, may have stored them
-        self.posts.append(Post(others, b"", None, refused=post.tries == 1, tries=1))
+        # an earlier try, answered by nothing or 503, may have stored them, or a later one may
+        certain = post.tries == 1 and post.key is None
+        self.posts.append(Post(others, b"", None, refused=certain, tries=1))
         post.events = [each for index, each in enumerate(post.events) if index not in refused]
         post.answered += 1
         self.answers += 1
