@@ -69,7 +69,8 @@ class Nats:
         self.hand = Hand(client, self.streams)
         self._put_off: set[str] = set()  # lanes
         self._pressed, self._pressed_at = False, -_PRESSED_S
-        self._seen: set[str] = set()  # lanes whose stream was there at a recovery
+        # lanes that were there at the start, and could not be seen yet; None: not started
+        self._unseen: set[str] | None = None
         self.traits = Traits(
             # what turns out to be larger than `max_payload` is cut
             batch_bytes=max(1, min(SEGMENT_BYTES, settings.load_trigger_bytes)),
@@ -243,8 +244,12 @@ class Nats:
         waiting = {lane for lane, stream in self.streams.by_lane.items() if stream.messages}
         found = Recovery(unregistered={lane for lane in waiting if not membership.can_load(lane)})
         self._put_off |= found.unregistered
-        found.due = waiting - self._seen
-        self._seen |= {lane for lane, stream in self.streams.by_lane.items() if stream.there}
+        if self._unseen is None:
+            self._unseen = set(self.streams.by_lane)
+        found.due = waiting & self._unseen
+        self._unseen -= {
+            lane for lane, stream in self.streams.by_lane.items() if stream.looked_at > began
+        }
         return found
 
     async def keep(self, membership: Membership) -> bool:
