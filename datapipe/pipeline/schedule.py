@@ -108,22 +108,24 @@ class Schedule:
         self._turn_rows += rows
         until = self._turn_until
         if until is None or self.lane.total_out >= until or not self.lane.waiting.events:
-            self._tries += self._next_tries
-            self._next_tries = []
-            self._end_turn(None)
+            self._finish_turn()
 
     def exhausted(self) -> None:
         """Nothing could be taken: the turn is over, whatever waits for other processes."""
         self.exhausted_at = now()
-        self._tries += self._next_tries
-        self._next_tries = []
-        self._end_turn(None)
+        self._finish_turn()
 
     def failed(self, error: str, retry_s: float) -> None:
         """A load failed; it is retried after `retry_s`, or at once if that was requested."""
         self.failures += 1
         self._retry_at = now() + retry_s
         self._end_turn(error)
+
+    def _finish_turn(self) -> None:
+        """Nothing is left: whoever has asked for a try since it began is served, too."""
+        self._tries += self._next_tries
+        self._next_tries = []
+        self._end_turn(None)
 
     def _end_turn(self, error: str | None) -> None:
         self._turn_until, self._turn_ended = None, now()
