@@ -27,9 +27,9 @@ class Traits:
         identity: the store that only this process appends to.
         recover_interval_s: seconds between two recoveries, while nothing asks for one sooner.
         keep_interval_s: seconds between two calls of `keep`.
-        shared: any process may load what any of them stored. Then `waiting` is the count of all of
-            them, whatever is taken may be redelivered to another process, and there is a `channel`.
-        group: of the processes that share it; the source of its segments. Else empty.
+        group: names the processes that share it, and is the source of its segments: any of them may
+            load what any of them stored. Then `waiting` is the count of all of them, whatever is
+            taken may be redelivered to another process, and there is a `channel`. Else empty.
         fence_s: seconds after it was taken at which a segment must be in the ledger, or not at all;
             None: it is ours for as long as we live.
     """
@@ -42,9 +42,12 @@ class Traits:
     queue_per_lane: bool = False
     durable: bool = True
     keep_interval_s: float = 5.0
-    shared: bool = False
     group: str = ""
     fence_s: float | None = None
+
+    @property
+    def shared(self) -> bool:
+        return bool(self.group)
 
 
 class Appended(NamedTuple):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -53,7 +51,6 @@ class Status:
     def __post_init__(self) -> None:
         self._started = time.monotonic()
         self._started_at = now()
-        self._host = f"{socket.gethostname()}:{os.getpid()}"
         self._others = Others(self.peers)
         self._local = self._others if self.local is self.peers else Others(self.local)
         # what keeps no health of its own, or behind its interface: judged each second
@@ -168,7 +165,7 @@ class Status:
         return {
             "version": __version__,
             "process": self.process,
-            "host": self._host,
+            "host": self.coordinator.host,
             "now": now(),
             "started_at": self._started_at,
             "uptime_seconds": round(time.monotonic() - self._started, 3),

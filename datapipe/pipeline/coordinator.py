@@ -44,7 +44,9 @@ class Coordinator:
 
     It is the mirror's `Membership`: what it needs to know of other processes.
 
-    Attributes: parts: the health of all that it does for ever.
+    Attributes:
+        parts: the health of all that it does for ever.
+        host: the machine of this process and its number there, for people.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Coordinator:
         self._loader = loader
         self._sink = sink
         self._process = process
+        self.host = f"{socket.gethostname()}:{os.getpid()}"
         self._tables = tables
         self.parts = (Health("recovery"), Health("heartbeat"), Health("upkeep"))
         self._pause_s = _FIRST_PAUSE_S
@@ -182,8 +185,9 @@ class Coordinator:
         self._ended |= ended  # no beat may follow the last one
         traits, oldest = self._mirror.traits, self._buffer.oldest
         oldest_s = None if oldest is None else max(time.time() - oldest, 0.0)
-        host = f"{socket.gethostname()}:{os.getpid()}"
-        beat = Heartbeat(self._process, traits.identity, oldest_s, self._ended, host, traits.group)
+        beat = Heartbeat(
+            self._process, traits.identity, oldest_s, self._ended, self.host, traits.group
+        )
         beats = await self._sink.heartbeat(beat)
         await self._sink.expire(self._expirable)  # after the heartbeat: it says which keys to keep
         del self._expirable[:sent]

@@ -75,7 +75,7 @@ class Nats:
             # what turns out to be larger than `max_payload` is cut
             batch_bytes=max(1, min(SEGMENT_BYTES, settings.load_trigger_bytes)),
             identity=process, recover_interval_s=EVERY_S, appends_at_once=_APPENDS,
-            queue_per_lane=True, keep_interval_s=1.0, shared=True,
+            queue_per_lane=True, keep_interval_s=1.0,
             group=wire.source_of(self._prefix), fence_s=FENCE_S,
         )  # fmt: skip
 
