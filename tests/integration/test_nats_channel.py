@@ -65,12 +65,6 @@ class World:
                         await arrived.wait()
 
 
-@pytest.fixture(params=["nats_node", "nats_cluster"])
-def cluster(request: pytest.FixtureRequest) -> NatsCluster:
-    found: NatsCluster = request.getfixturevalue(request.param)
-    return found
-
-
 @pytest.fixture
 async def world(cluster: NatsCluster, nats_prefix: str) -> AsyncIterator[World]:
     async with AsyncExitStack() as stack:

@@ -27,17 +27,6 @@ from tests.wire import crash
 OURS, CONFIRMED = Mark("ours"), Mark("ours", confirmed=True)
 
 
-@pytest.fixture(params=["nats_node", "nats_cluster"])
-def cluster(request: pytest.FixtureRequest) -> NatsCluster:
-    found: NatsCluster = request.getfixturevalue(request.param)
-    return found
-
-
-@pytest.fixture
-async def prefix(cluster: NatsCluster, nats_prefix: str) -> str:
-    return nats_prefix
-
-
 @pytest.fixture(autouse=True)
 def soon() -> Iterator[None]:
     with mock.patch.object(pairing, "_AGAIN_S", 0.05):

@@ -30,17 +30,6 @@ from tests.mirror_nats import (
 from tests.service import until
 
 
-@pytest.fixture(params=["nats_node", "nats_cluster"])
-def cluster(request: pytest.FixtureRequest) -> NatsCluster:
-    found: NatsCluster = request.getfixturevalue(request.param)
-    return found
-
-
-@pytest.fixture
-async def prefix(cluster: NatsCluster, nats_prefix: str) -> str:
-    return nats_prefix
-
-
 async def test_one_take_gives_all_that_fits(cluster: NatsCluster, prefix: str) -> None:
     """Though the status that ends a pull overtakes the messages of a stream with replicas."""
     async with opened(cluster, prefix) as mirror:
