@@ -79,3 +79,17 @@ async def test_a_publish_that_is_answered_excuses_infos() -> None:
 @pytest.mark.parametrize("answer", [None, NO_QUORUM])
 async def test_infos_that_are_all_in_vain_are(answer: bytes | None) -> None:
     assert await left(("STREAM.INFO.install", answer), ("CONSUMER.INFO.install.load", answer))
+
+
+async def test_what_was_sent_once_connected_shows_that_it_works() -> None:
+    """However often connecting failed while it waited."""
+    client = Client(Settings(mirror="nats", nats_url="nats://127.0.0.1:1"))
+    node: Any = Node({"STREAM.INFO.t": FINE})
+    client._connection = node
+    asking = asyncio.create_task(client.api("STREAM.INFO.t"))
+    await asyncio.sleep(0.01)
+    await client._on_error(OSError("refused"))
+    assert client.health.up is False
+    client._connected.set()
+    await asking
+    assert client.health.up

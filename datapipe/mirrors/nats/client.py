@@ -242,6 +242,7 @@ class Client:
         try:
             async with asyncio.timeout(timeout_s):
                 await self._connected.wait()
+                began = time.perf_counter()  # a failure while it waited says nothing of it
                 answer = await self._connection.request(
                     subject, payload, timeout=timeout_s, headers=dict(headers) if headers else None
                 )
