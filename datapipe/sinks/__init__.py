@@ -37,7 +37,8 @@ class Loaded:
 class SinkState:
     """For the page; `up` is None until the first real work was tried.
 
-    `answer_s` is what the last small piece of work took, such as the heartbeat.
+    `answer_s` is what the last small piece of work took, such as the heartbeat; `product` is what
+    people call the database, such as PostgreSQL.
     """
 
     up: bool | None
@@ -45,6 +46,7 @@ class SinkState:
     version: str | None
     schema: str
     answer_s: float | None = None
+    product: str = "the database"
 
 
 @dataclass(slots=True, frozen=True)
