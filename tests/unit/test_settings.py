@@ -12,7 +12,7 @@ import pytest
 
 from datapipe import settings
 from datapipe.errors import ConfigError
-from datapipe.settings import Settings
+from datapipe.settings import Settings, plugins
 
 ROOT = Path(__file__).parents[2]
 
@@ -254,7 +254,7 @@ def test_without_its_packages_nats_is_one_clear_line(
         monkeypatch.setitem(sys.modules, missing, None)
         __import__(missing)
 
-    monkeypatch.setattr(settings, "_imported", imported)
+    monkeypatch.setattr(plugins, "_imported", imported)
     with pytest.raises(ConfigError) as refused:
         settings.check(on_nats(), {"mirror": "variable X"})
     told = "mirror (from variable X): 'nats' needs more packages: pip install 'datapipe[nats]'"
