@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -125,7 +126,7 @@ class Settings(
     @property
     def sink_kind(self) -> str:
         """Which sink is meant: the scheme of `database_url`."""
-        return self.database_url.partition("://")[0] if self.database_url else "postgresql"
+        return self.database_url.partition(":")[0] if self.database_url else "postgresql"
 
 
 def load(
@@ -134,7 +135,7 @@ def load(
     *,
     run_defaults: Mapping[str, Any] | None = None,
 ) -> Settings:
-    """Read the settings from all their sources.
+    """Read the settings from all their sources; `database_url` names a file by an absolute path.
 
     Args:
         options: of the command, highest; None values count as not given.
@@ -157,11 +158,14 @@ def load(
             "IRON_MQ_PROJECT_ID and IRON_MQ_TOKEN, or NATS_URL, or set mirror to 'journal' or "
             "'none' yourself"
         )
-    return settings
+    named = env.get("DATAPIPE_CNF")
+    folder = Path(named).parent if named else Path()
+    settled: Settings = plugin(settings, "sink").settled(settings, folder)
+    return settled
 
 
 def check(settings: Settings, sources: Mapping[str, str] | None = None) -> None:
-    """Refuse what is out of range, and an unknown mirror or sink.
+    """Refuse what is out of range, an unknown mirror or sink, and what these refuse.
 
     Args: sources: where a key's value came from.
     Raises: ConfigError: names the key and its source.
@@ -180,8 +184,9 @@ def check(settings: Settings, sources: Mapping[str, str] | None = None) -> None:
         if not _ORIGIN.fullmatch(origin):
             why = f"{origin!r} is neither '*' nor like 'https://example.com'"
             raise wrong("cors_origins", why, origins.get("cors_origins"))
-    plugin(settings, "mirror", origins)
-    plugin(settings, "sink", origins)
+    plugins = plugin(settings, "mirror", origins), plugin(settings, "sink", origins)
+    for key, why in chain.from_iterable(each.faults(settings) for each in plugins):
+        raise wrong(key, why, origins.get(key))
 
 
 def _sources(

@@ -25,8 +25,8 @@ def nats_faults(settings: Settings) -> Iterator[tuple[str, str]]:
         if why := _url_fault(url.strip()):
             yield "nats_url", f"{why} (the URL at place {number}; several are parted by commas)"
     if not settings.database_url or settings.database_url.startswith("sqlite:"):
-        why = "mirror 'nats' needs a database that all processes share: postgresql://..."
-        yield "database_url", why
+        why = "mirror 'nats' needs a database that all processes share"
+        yield "database_url", f"{why}: postgresql://... or mysql://..."
     keys = [key for key in ("nats_creds", "nats_nkey_file", "nats_user") if getattr(settings, key)]
     keys += ["a login in nats_url"] if "@" in settings.nats_url else []
     if len(keys) > 1:

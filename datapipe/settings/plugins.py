@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -26,15 +27,32 @@ OURS = {
         "none": "datapipe.mirrors.memory:MemoryPlugin",
     },
     "sink": {
-        "postgres": "datapipe.sinks.postgres.sink:PostgresPlugin",
         "postgresql": "datapipe.sinks.postgres.sink:PostgresPlugin",
+        "postgres": "datapipe.sinks.postgres.sink:PostgresPlugin",
+        "mysql": "datapipe.sinks.mysql.sink:MysqlPlugin",
+        "mariadb": "datapipe.sinks.mysql.sink:MysqlPlugin",
+        "sqlite": "datapipe.sinks.sqlite.sink:SqlitePlugin",
     },
 }
-EXTRAS = {"nats": "nats", "nkeys": "nats"}  # by the module that is missing
+# by the module that is missing
+EXTRAS = {"nats": "nats", "nkeys": "nats", "aiomysql": "mysql", "pymysql": "mysql"}
 
 
 class Plugin(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """What an entry point names: a class whose fields are the options of a mirror or a sink."""
+
+    def faults(self, settings: Settings) -> Iterable[tuple[str, str]]:
+        """What is wrong with the settings, for whoever takes this one: keys and why, with the
+        remedy.
+        """
+        return ()
+
+    def settled(self, settings: Settings, folder: Path) -> Settings:
+        """The settings as this one means them; `faults` found none.
+
+        Args: folder: what relative paths start from.
+        """
+        return settings
 
 
 def plugin(
@@ -82,13 +100,17 @@ def _others(room: str, key: str, name: str, source: str | None) -> EntryPoint:
     found = [each for each in known if each.name == name]
     if not found:
         names = [*OURS[room], *(each.name for each in known)]
-        shown = ", ".join(f"{each}://" if room == "sink" else each for each in names)
+        shown = ", ".join(_scheme(each) if room == "sink" else each for each in names)
         wanted = "must begin with one of" if room == "sink" else f"{name!r} is none of auto,"
         raise wrong(key, f"{wanted} {shown}", source)
     if len(found) > 1:
         which = " and ".join(f"{each.value}{_package(each)}" for each in found)
         raise wrong(key, f"{name!r} is the name of {which}: uninstall one of them", source)
     return found[0]
+
+
+def _scheme(name: str) -> str:
+    return f"{name}:///" if name == "sqlite" else f"{name}://"
 
 
 def _package(entry: EntryPoint) -> str:
