@@ -23,6 +23,7 @@ import psycopg2.extras
 
 from datapipe import sinks
 from datapipe.errors import ConfigError, SinkUnavailable
+from datapipe.events.limits import Limits
 from datapipe.events.types import Column
 from datapipe.settings import Settings
 from datapipe.sinks import SinkPlugin, Table
@@ -225,6 +226,17 @@ def _commit(cursor: psycopg2.extensions.cursor) -> None:
 
 
 class PostgresPlugin(SinkPlugin):
+    has_schemas = True
+    # Source: PostgreSQL documentation, "Numeric Types", "System Columns", "Identifiers"; of the
+    # offsets that times may have: datetime.h, MAX_TZDISP_HOUR
+    limits = Limits(
+        whole_digits=131_072,
+        decimal_digits=16_383,
+        beyond_years=True,
+        reserved=frozenset({"tableoid", "xmin", "cmin", "xmax", "cmax", "ctid"}),
+        name_bytes=63,
+    )
+
     @asynccontextmanager
     async def open(self, settings: Settings, process: str) -> AsyncIterator[sinks.Database]:
         """Raises: ConfigError: no database is named, and none can be started."""
