@@ -20,7 +20,7 @@ from tests.service import Service, until
 # None: at any time, most likely while something is being appended
 MOMENTS = (None, *Moment)
 
-_REFUSED_EACH = 10  # of the ids in the table of one lane
+_REFUSED_EACH = 50  # of the ids in the table of one lane
 _REFUSING = "install"
 
 MakeService = Callable[..., Service]
@@ -78,7 +78,7 @@ class Fleet:
         """Load all that waits, and compare; AssertionError if an event is not where it must be."""
         await self.driver.settle()
         for service in self.services:
-            await service.drained()
+            await service.drained(120)
         await self.look()
         verdict = await self.driver.check(self.database)
         assert not self.unbalanced, f"the books did not balance {self.unbalanced} times"
