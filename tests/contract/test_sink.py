@@ -106,12 +106,13 @@ class InMemory:
         del self._database.checks["install"]
 
 
-class InToy:
-    def __init__(self, path: Path) -> None:
+class InSqlite:
+    def __init__(self, url: str, path: Path) -> None:
+        self._url = url
         self._path = path
 
     def open(self, process: str) -> AbstractAsyncContextManager[Database]:
-        return open_sink(Settings(database_url=f"toy://{self._path}"), process)
+        return open_sink(Settings(database_url=self._url), process)
 
     def _execute(self, sql: str) -> list[tuple[Any, ...]]:
         connection = sqlite3.connect(self._path, isolation_level=None)
@@ -146,13 +147,14 @@ class World:
 
 
 # `toy` is a third party's, in a package of its own
-@pytest.fixture(params=["postgres", "mariadb", "memory", "toy"])
+@pytest.fixture(params=["postgres", "mariadb", "memory", "sqlite", "toy"])
 async def world(request: pytest.FixtureRequest, tmp_path: Path, toys: Path) -> AsyncIterator[World]:
     places: dict[str, Callable[[], Place]] = {
         "postgres": lambda: InPostgres(request.getfixturevalue("database")),
         "mariadb": lambda: InMariaDB(request.getfixturevalue("mysql_database")),
         "memory": InMemory,
-        "toy": lambda: InToy(tmp_path / "toy.db"),
+        "sqlite": lambda: InSqlite(f"sqlite:///{tmp_path}/events.db", tmp_path / "events.db"),
+        "toy": lambda: InSqlite(f"toy://{tmp_path}/toy.db", tmp_path / "toy.db"),
     }
     async with AsyncExitStack() as stack:
         yield World(places[request.param](), stack)
