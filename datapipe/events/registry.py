@@ -10,7 +10,7 @@ import msgspec
 
 from datapipe.errors import ConfigError
 from datapipe.events.types import PG_TYPES, Event, EventType, register, registered
-from datapipe.settings import Settings
+from datapipe.settings import Settings, plugin
 
 _TYPE_NAMES = {kind.__name__: kind for kind in PG_TYPES}
 # type, `?` for nullable, and the default as JSON: "bool = false"
@@ -61,6 +61,8 @@ class Registry:
 def load_registry(settings: Settings) -> Registry:
     """Import `event_modules`, read `events`, and gather every type.
 
+    Their values and names are held to the limits of the sink that the settings name.
+
     Raises: ConfigError: names the module or the place in `events`.
     """
     for module in settings.event_modules:
@@ -71,15 +73,15 @@ def load_registry(settings: Settings) -> Registry:
         except Exception as exc:
             why = f"{type(exc).__name__}: {exc}"
             raise ConfigError(f"event_modules: {module!r} can't be imported: {why}") from exc
-    length = settings.input_max_len
-    types = [EventType(name, cls, length) for name, cls in registered()]
+    bounds = settings.input_max_len, plugin(settings, "sink").limits
+    types = [EventType(name, cls, *bounds) for name, cls in registered()]
     taken = {kind.name for kind in types}
     for name, fields in settings.events.items():
         if name in taken:
             raise ConfigError(f"events.{name}: there is an event type of this name already")
         cls = declared_class(name, fields)
         try:
-            types.append(EventType(name, cls, length))
+            types.append(EventType(name, cls, *bounds))
         except ConfigError as exc:
             raise ConfigError(f"events.{name}: {exc}") from exc
     return Registry(types)
