@@ -31,6 +31,20 @@ def postgres() -> Iterator[Postgres]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def postgres13() -> Iterator[Postgres]:
+    """The oldest that we promise."""
+    with Postgres.running(version="13") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def postgres18() -> Iterator[Postgres]:
+    """The newest."""
+    with Postgres.running(version="18") as server:
+        yield server
+
+
 @pytest.fixture
 def own_postgres() -> Iterator[Postgres]:
     """A server for one test, to be hurt."""

