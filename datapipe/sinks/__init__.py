@@ -13,6 +13,7 @@ from msgspec import structs
 from datapipe.events.limits import Limits
 from datapipe.events.segment import Segment
 from datapipe.events.types import Column, EventType
+from datapipe.health import Wait
 from datapipe.settings import Plugin, Settings, plugin
 from datapipe.sinks import urls
 
@@ -42,7 +43,8 @@ class Loaded:
 class SinkState:
     """For the page; `up` is None until the first real work was tried.
 
-    `answer_s` is what the last small piece of work took, such as the heartbeat.
+    `answer_s` is what the last small piece of work took, such as the heartbeat; `product` is what
+    people call the database, such as PostgreSQL.
     """
 
     up: bool | None
@@ -50,6 +52,7 @@ class SinkState:
     version: str | None
     schema: str
     answer_s: float | None = None
+    product: str = "the database"
 
 
 @dataclass(slots=True, frozen=True)
@@ -133,7 +136,7 @@ class Sink(Protocol):
         and a person must act.
         """
 
-    async def waits(self) -> dict[str, str]:
+    async def waits(self) -> dict[str, Wait]:
         """What the database says that loads under way wait for, by lane; not those that work.
 
         Raises: SinkUnavailable.

@@ -24,7 +24,7 @@ import structlog
 from datapipe.errors import EventRejected, SinkUnavailable
 from datapipe.events.segment import Part, Segment
 from datapipe.events.types import Column, with_offset
-from datapipe.health import Health
+from datapipe.health import Health, Wait
 from datapipe.sinks import Check, Loaded, Selection, SinkState, Table
 from datapipe.sinks.guard import Guard
 from datapipe.sinks.transaction import (
@@ -50,8 +50,11 @@ log = structlog.stdlib.get_logger("datapipe.sinks")
 class TransactionalSink(ABC):
     """A sink over a database with transactions; all but `load` and `replay` is its own.
 
-    Attributes: version: of the server, once it is known. answer_s: see `SinkState`.
+    Attributes: product: its name, for people. version: of the server, once it is known. answer_s:
+        see `SinkState`.
     """
+
+    product = "the database"
 
     def __init__(self, schema: str) -> None:
         self.version: str | None = None
@@ -75,7 +78,7 @@ class TransactionalSink(ABC):
         back, or unknown.
         """
 
-    async def waits(self) -> dict[str, str]:
+    async def waits(self) -> dict[str, Wait]:
         """See `Sink.waits`: nothing, where the database doesn't say."""
         return {}
 
@@ -91,7 +94,7 @@ class TransactionalSink(ABC):
         what only read, once it was down: a standby, or a full disk, lets us read.
         """
         if self._health.works(began):
-            log.info("database up", version=self.version, schema=self._schema)
+            log.info("database up", product=self.product, version=self.version, schema=self._schema)
 
     def down(self, error: str) -> None:
         """Note that the database does not answer, or not as it should."""
@@ -101,7 +104,9 @@ class TransactionalSink(ABC):
     def state(self) -> SinkState:
         """See `Sink.state`."""
         health = self._health
-        return SinkState(health.up, health.error, self.version, self._schema, self.answer_s)
+        return SinkState(
+            health.up, health.error, self.version, self._schema, self.answer_s, self.product
+        )
 
     # --- load ---
 

@@ -50,6 +50,8 @@ _T = TypeVar("_T")
 class Database(TransactionalSink):
     """Where the tables are; it need not be there yet."""
 
+    product = "PostgreSQL"
+
     def __init__(self, settings: Settings, stack: AsyncExitStack) -> None:
         super().__init__(settings.database_schema)
         self._data_dir = Path(settings.data_dir)

@@ -28,6 +28,7 @@ from datapipe import sinks
 from datapipe.errors import ConfigError, SinkUnavailable
 from datapipe.events.limits import Limits
 from datapipe.events.types import Column
+from datapipe.health import Wait
 from datapipe.settings import Settings
 from datapipe.sinks import Beat, Heartbeat, Mark, Selection, SinkPlugin, Table
 from datapipe.sinks.postgres.connections import PEER_MAY_VANISH, Sessions
@@ -84,6 +85,13 @@ _OUTLIVED = (
 # interpreter lock until it has done all of them.
 _ONE_OF = "ANY(ARRAY(SELECT json_array_elements_text(%s)))"
 
+# Source: PostgreSQL documentation, "Wait Events"
+_FOR_STANDBY = Wait(
+    "IPC: SyncRep",
+    "COMMIT waits for the synchronous standby",
+    "Bring the standby back, or change synchronous_standby_names.",
+)
+
 _BEYOND_ASCII = re.compile(r"[^\x00-\x7f]+")
 
 _T = TypeVar("_T")
@@ -126,7 +134,7 @@ class PostgresSink(Database):
         finally:
             self._backends.pop(lane, None)
 
-    async def waits(self) -> dict[str, str]:
+    async def waits(self) -> dict[str, Wait]:
         """See `Sink.waits`."""
         lanes = {backend: lane for lane, backend in self._backends.items()}
         rows = await self.query(
@@ -134,7 +142,10 @@ class PostgresSink(Database):
             " WHERE pid = ANY(%s) AND wait_event IS NOT NULL",
             list(lanes),
         )
-        return {lanes[backend]: event for backend, event in rows}
+        return {
+            lanes[backend]: _FOR_STANDBY if event == _FOR_STANDBY.event else Wait(event)
+            for backend, event in rows
+        }
 
     def down(self, error: str) -> None:
         """See `TransactionalSink.down`."""
