@@ -20,7 +20,7 @@ from datapipe.events.registry import Registry, load_registry
 from datapipe.events.types import Event, EventType, neutral_time, with_offset
 from datapipe.settings import Settings
 from datapipe.sinks import table_of
-from datapipe.sinks.postgres.ddl import ddl
+from datapipe.sinks.postgres.dialect import dialect
 from datapipe.sinks.postgres.sink import PostgresPlugin
 
 AT = "2026-11-22 12:00:00.123456"
@@ -280,8 +280,11 @@ def test_defaults_become_column_defaults() -> None:
     assert [column.default for column in kind.columns] == [
         "it's", '{"x":[1]}', None, "2026-01-02 00:34:05", None,
     ]  # fmt: skip
-    assert ddl("s", [table_of(kind)]).endswith(
-        """
+    assert (
+        dialect("s")
+        .script([table_of(kind)])
+        .endswith(
+            """
     "a" text DEFAULT 'it''s'::text,
     "b" jsonb DEFAULT '{"x":[1]}'::jsonb,
     "c" bigint,
@@ -290,6 +293,7 @@ def test_defaults_become_column_defaults() -> None:
 );
 
 """
+        )
     )
     row = ["it's", '{"x":[1]}', None, "2026-01-02 00:34:05", AT]
     assert unescape(kind.look_closer(b"{}", AT)) == row
