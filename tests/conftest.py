@@ -12,6 +12,7 @@ from uuid import uuid4
 import pytest
 
 from tests.jetstream import NatsCluster
+from tests.mariadb import MariaDB
 from tests.postgres import Postgres
 from tests.service import Service
 
@@ -47,6 +48,26 @@ def database(postgres: Postgres) -> str:
 def database_url(postgres: Postgres) -> str:
     """The URL of a database for the service that a module's tests share."""
     return postgres.create_database()
+
+
+@pytest.fixture(scope="session")
+def mariadb() -> Iterator[MariaDB]:
+    """A server for the whole run, as fast as one that flushes nothing."""
+    with MariaDB.running(innodb_flush_method="nosync") as server:
+        yield server
+
+
+@pytest.fixture
+def own_mariadb() -> Iterator[MariaDB]:
+    """A server for one test, to be hurt."""
+    with MariaDB.running() as server:
+        yield server
+
+
+@pytest.fixture
+def mysql_database(mariadb: MariaDB) -> str:
+    """The URL of a new, empty database."""
+    return mariadb.create_database()
 
 
 @pytest.fixture(scope="session")

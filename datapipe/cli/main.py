@@ -32,9 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         configured = settings.load(
-            {"host": args.host, "port": args.port},
+            {"host": args.host, "port": args.port, "database_url": args.database_url},
             run_defaults=_RUN_DEFAULTS if args.try_out else None,
         )
+        if args.uses_database and settings.plugin(configured, "sink").is_file:
+            print(f"datapipe: database {configured.database_url}", file=sys.stderr, flush=True)
         code: int = _run(args.command(configured, args))
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of the output has closed it, as `head` does
@@ -61,15 +63,21 @@ def _run(command: Coroutine[Any, Any, int]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="datapipe",
-        description="Takes JSON events by HTTP POST and loads them into PostgreSQL.",
+        description="Takes JSON events by HTTP POST and loads them into a database, each once.",
     )
     parser.add_argument("--version", action="version", version=f"datapipe {__version__}")
-    parser.set_defaults(command=None, host=None, port=None, try_out=False)
+    parser.set_defaults(
+        command=None, host=None, port=None, database_url=None, uses_database=False, try_out=False
+    )  # fmt: skip
     sub = parser.add_subparsers(title="commands", metavar="COMMAND")
 
-    def add(name: str, command: Command, text: str) -> argparse.ArgumentParser:
+    def add(
+        name: str, command: Command, text: str, *, uses_database: bool = True
+    ) -> argparse.ArgumentParser:
         made = sub.add_parser(name, help=text, description=text)
         made.set_defaults(command=command)
+        if uses_database:
+            _add_database(made)
         return made
 
     serving = add("serve", serve, "run the service")
@@ -84,16 +92,24 @@ def _parser() -> argparse.ArgumentParser:
     loading.add_argument(
         "--accept-dead", action="store_true", help="let refused rows through to the dead letters"
     )
-    looking = add("status", commands.status, "the page at a glance")
+    looking = add("status", commands.status, "the page at a glance", uses_database=False)
     looking.add_argument(
         "url", nargs="?", metavar="URL", help="of the service, this machine's if not given"
     )
     add("schema", commands.schema, "print the DDL for all event types")
     _add_dead(sub)
-    new = add("new-event", commands.new_event, "print the class of a new event type")
+    text = "print the class of a new event type"
+    new = add("new-event", commands.new_event, text, uses_database=False)
     new.add_argument("name", help="the event_name")
     new.add_argument("fields", nargs="*", metavar="field:type", help="e.g. user_id:int plan:str?")
     return parser
+
+
+def _add_database(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(uses_database=True)
+    parser.add_argument(
+        "--database-url", metavar="URL", help="instead of the setting; others see what it holds"
+    )
 
 
 def _add_dead(sub: Any) -> None:
@@ -107,6 +123,7 @@ def _add_dead(sub: Any) -> None:
     for name, text in texts.items():
         made = actions.add_parser(name, help=text, description=text)
         made.set_defaults(command=commands.dead, action=name)
+        _add_database(made)
         made.add_argument("--lane", help="only of this lane")
         made.add_argument("--sqlstate", help="only with this SQLSTATE")
         if name == "list":

@@ -10,7 +10,7 @@ import msgspec
 
 from datapipe.errors import ConfigError
 from datapipe.events.types import PG_TYPES, Event, EventType, registered
-from datapipe.settings import Settings
+from datapipe.settings import Settings, plugin
 
 _TYPE_NAMES = {kind.__name__: kind for kind in PG_TYPES}
 # type, `?` for nullable, and the default as JSON: "bool = false"
@@ -64,6 +64,8 @@ class Registry:
 def load_registry(settings: Settings) -> Registry:
     """Import `event_modules`, read `events`, and gather every type.
 
+    Their values and names are held to the limits of the sink that the settings name.
+
     Raises: ConfigError: names the module or the place in `events`; or there is no type at all.
     """
     for module in settings.event_modules:
@@ -74,20 +76,20 @@ def load_registry(settings: Settings) -> Registry:
         except Exception as exc:
             why = f"{type(exc).__name__}: {exc}"
             raise ConfigError(f"event_modules: {module!r} can't be imported: {why}") from exc
-    length = settings.input_max_len
-    types = [EventType(name, cls, length) for name, cls in registered()]
+    bounds = settings.input_max_len, plugin(settings, "sink").limits
+    types = [EventType(name, cls, *bounds) for name, cls in registered()]
     taken = {kind.name for kind in types}
     for name, fields in settings.events.items():
         if name in taken:
             raise ConfigError(f"events.{name}: there is an event type of this name already")
         cls = declared_class(name, fields)
         try:
-            types.append(EventType(name, cls, length))
+            types.append(EventType(name, cls, *bounds))
         except ConfigError as exc:
             raise ConfigError(f"events.{name}: {exc}") from exc
     if settings.builtin_events:
         taken = {kind.name for kind in types}
-        types += [EventType(n, cls, length) for n, cls in _BUILTIN.items() if n not in taken]
+        types += [EventType(n, cls, *bounds) for n, cls in _BUILTIN.items() if n not in taken]
     if not types:
         raise ConfigError(
             "builtin_events: there is no event type: set it to true, or declare types in "

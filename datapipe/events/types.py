@@ -1,8 +1,7 @@
 """Event types: the class, its columns, and the way from a JSON object to a row. No I/O.
 
-A row is a line of PostgreSQL's COPY, text format: its values joined by tab and ended by newline;
-backslash, tab, newline and carriage return inside a value are escaped, NULL is `\\N`.
-Source: PostgreSQL documentation, COPY, "Text Format".
+A row is a line of text: its values joined by tab and ended by newline; backslash, tab, newline and
+carriage return inside a value are escaped, NULL is `\\N`. Bulk loads of databases read it as it is.
 
 Rows are neutral: any database can be made to read them. Times are in UTC and have no offset, as
 in `2026-11-25 12:00:00.123456`; bools are `True` and `False`, because release 1.0, which may load
@@ -15,7 +14,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, date, datetime
+from datetime import date, datetime
 from decimal import Decimal
 from typing import Annotated, Any, NamedTuple, TypeVar
 from uuid import UUID
@@ -23,8 +22,9 @@ from uuid import UUID
 import msgspec
 
 from datapipe.errors import ConfigError, EventRejected, Reason
+from datapipe.events.limits import Limits
 
-# The names are PostgreSQL's; each sink says what they are in its database.
+# The names of release 1.0; each sink says what they are in its database.
 PG_TYPES: dict[type, str] = {
     int: "bigint",
     float: "double precision",
@@ -39,16 +39,16 @@ PG_TYPES: dict[type, str] = {
 }
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,47}")
-# Reserved by us, and by PostgreSQL. Source: its documentation, "System Columns"
-_RESERVED = {"received_at", "event_name", "tableoid", "xmin", "cmin", "xmax", "cmax", "ctid"}
+_RESERVED = {"received_at", "event_name"}  # by us
 
 _INT64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 _JSON = (dict, list)
-_MAX_OFFSET_S = 57_600  # PostgreSQL takes less. Source: its datetime.h, MAX_TZDISP_HOUR
+DEFAULTS = Limits()
 # U+0000 in JSON: behind an even number of backslashes, or the backslash is itself escaped
 _NUL_IN_JSON = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 NO_NUL = "U+0000 can't be stored"
+TOO_DEEP = "nested too deep to be stored"
 NULL = "\\N"
 _ESCAPED = re.compile(r"\\.")
 
@@ -103,14 +103,17 @@ class EventType:
         struct: what its objects are decoded into.
     """
 
-    def __init__(self, name: str, cls: type[Event], input_max_len: int = 2048) -> None:
-        if not _NAME.fullmatch(name) or name.startswith("datapipe_"):
+    def __init__(
+        self, name: str, cls: type[Event], input_max_len: int = 2048, limits: Limits = DEFAULTS
+    ) -> None:
+        taken = ("datapipe_", *limits.reserved_tables)
+        if not _NAME.fullmatch(name) or name.startswith(taken):
             raise ConfigError(
                 f"event type {name!r}: a name is [a-z][a-z0-9_]{{0,47}} and does not begin with "
-                "datapipe_"
+                f"{' or '.join(taken)}"
             )
         self.name = name
-        declared = list(_declared(name, cls))
+        declared = list(_declared(name, cls, limits))
         self.fields = tuple(field for field, _ in declared)
         self.columns = (*(column for _, column in declared), Column("received_at", "timestamptz"))
         self._max_len = input_max_len
@@ -183,19 +186,23 @@ class EventType:
         return EventRejected(Reason.BAD_VALUE, str(error))
 
 
-def _declared(name: str, cls: type[Event]) -> Iterator[tuple[Field, Column]]:
+def _declared(name: str, cls: type[Event], limits: Limits) -> Iterator[tuple[Field, Column]]:
     """The fields of a class and their columns. Raises: ConfigError: one can't be a column."""
     try:
         hints = typing.get_type_hints(cls)
     except Exception as exc:
         raise ConfigError(f"event type {name!r}: an annotation can't be read: {exc}") from exc
+    names = {"received_at"}
     for key, hint in hints.items():
         if typing.get_origin(hint) is typing.ClassVar:
             continue
         place = f"event type {name!r}, field {key!r}"
-        if key in _RESERVED or len(key.encode()) > 63:
+        if key in _RESERVED:
             raise ConfigError(f"{place}: this name is reserved: it can't be a column")
-        field = Field(key, *_kind(place, hint), getattr(cls, key, msgspec.NODEFAULT))
+        if why := limits.column_fault(key, names):
+            raise ConfigError(f"{place}: {why}")
+        names.add(limits.folded(key))
+        field = Field(key, *_kind(place, hint), getattr(cls, key, msgspec.NODEFAULT), limits)
         try:
             default = field.default_text()
         except (ValueError, TypeError, OverflowError) as exc:
@@ -230,6 +237,7 @@ class Field(NamedTuple):
     kind: type
     nullable: bool
     default: Any
+    limits: Limits = DEFAULTS
 
     @property
     def wanted(self) -> str:
@@ -260,9 +268,14 @@ class Field(NamedTuple):
             return None
         value: Any = msgspec.convert(self.default, _INT64 if self.kind is int else self.kind)
         is_json = self.kind in _JSON
-        text = msgspec.json.encode(value).decode() if is_json else _TEXTS.get(self.kind, str)(value)
+        if is_json:
+            text = msgspec.json.encode(value).decode()
+        else:
+            text = self.limits.texts.get(self.kind, str)(value)
         if "\0" in text or (is_json and _NUL_IN_JSON.search(text)):
             raise ValueError(NO_NUL)
+        if is_json and self.limits.is_too_deep(value, text.encode()):
+            raise ValueError(TOO_DEEP)
         return text
 
     def wrong(self, why: str) -> EventRejected:
@@ -307,7 +320,7 @@ def _writer(field: Field, max_len: int, escaped: bool) -> Callable[[Any], str] |
     if field.kind is str:
         default = field.default_text() or ""  # it is not part of the body
         return escape if escaped or escape(default) != default else None
-    text_of = _TEXTS.get(field.kind)
+    text_of = field.limits.texts.get(field.kind)
     if text_of is None:
         return None
 
@@ -335,45 +348,17 @@ def _json_writer(field: Field, max_len: int) -> Callable[[Any], str]:
         text = sent.decode()
         if _NUL_IN_JSON.search(text):
             raise field.wrong(NO_NUL)
+        if field.limits.is_too_deep(value, sent):
+            raise field.wrong(TOO_DEEP)
         return NULL if value is None else escape(text)
 
     return write
 
 
-def _datetime_text(value: datetime) -> str:
-    """A time in UTC; one without a zone is taken to be UTC. Raises: OverflowError.
-
-    Where UTC would be before the year 1 or past 9999 it keeps its offset: PostgreSQL reads that.
-    """
-    if value.tzinfo is None:
-        return str(value)
-    try:
-        return str(value.astimezone(UTC))[:-6]
-    except OverflowError:
-        offset = value.utcoffset()
-        if offset is None or abs(offset.total_seconds()) >= _MAX_OFFSET_S:
-            raise
-        return str(value)
-
-
-def _decimal_text(value: Decimal) -> str:
-    """A number that `numeric` can hold: 131,072 digits before the point, 16,383 after it.
-
-    Source: PostgreSQL documentation, "Numeric Types".
-    """
-    exponent = value.as_tuple().exponent
-    if not isinstance(exponent, int) or value.adjusted() >= 131_072 or exponent < -16_383:
-        raise OverflowError
-    return str(value)
-
-
-_TEXTS: dict[type, Callable[[Any], str]] = {datetime: _datetime_text, Decimal: _decimal_text}
-
-
 def neutral_time(text: str) -> str:
     """A time, with or without an offset, as rows hold it. Raises: EventRejected: it is none."""
     try:
-        return _datetime_text(msgspec.convert(text, datetime))
+        return DEFAULTS.texts[datetime](msgspec.convert(text, datetime))
     except (msgspec.ValidationError, OverflowError) as exc:
         raise EventRejected(Reason.BAD_VALUE, f"a time wanted ({exc})") from None
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Protocol
 
+from msgspec import structs
+
+from datapipe.events.limits import Limits
 from datapipe.events.segment import Segment
 from datapipe.events.types import Column, EventType
 from datapipe.settings import Plugin, Settings, plugin
+from datapipe.sinks import urls
 
 
 @dataclass(slots=True, frozen=True)
@@ -37,7 +42,8 @@ class Loaded:
 class SinkState:
     """For the page; `up` is None until the first real work was tried.
 
-    `answer_s` is what the last small piece of work took, such as the heartbeat.
+    `answer_s` is what the last small piece of work took, such as the heartbeat; `product` is what
+    people call the database, such as PostgreSQL.
     """
 
     up: bool | None
@@ -45,6 +51,7 @@ class SinkState:
     version: str | None
     schema: str
     answer_s: float | None = None
+    product: str = "the database"
 
 
 @dataclass(slots=True, frozen=True)
@@ -251,7 +258,33 @@ class SinkPlugin(Plugin):
     """What an entry point of `datapipe.sinks` names; its fields are those of `sink_options`.
 
     The entry point's name is the scheme of `database_url`.
+
+    Attributes:
+        is_file: whether the database is a file of this machine, and its URL `scheme:///path`.
+        has_schemas: whether `database_schema` means anything to it.
+        limits: what it can't hold of an event.
     """
+
+    is_file: ClassVar[bool] = False
+    has_schemas: ClassVar[bool] = False
+    limits: ClassVar[Limits] = Limits()
+
+    def faults(self, settings: Settings) -> Iterator[tuple[str, str]]:
+        """See `Plugin.faults`."""
+        url, scheme = settings.database_url, settings.sink_kind
+        if self.is_file and (why := urls.file_fault(url)):
+            yield "database_url", why
+        elif url and not url.startswith(f"{scheme}://"):
+            yield "database_url", f"must begin with {scheme}://"
+        if not self.has_schemas and settings.database_schema != Settings().database_schema:
+            yield "database_schema", f"{scheme}:// has no schemas: leave it out"
+
+    def settled(self, settings: Settings, folder: Path) -> Settings:
+        """See `Plugin.settled`."""
+        if not self.is_file:
+            return settings
+        url = urls.absolute_url(settings.database_url, folder)
+        return structs.replace(settings, database_url=url)
 
     def open(self, settings: Settings, process: str) -> AbstractAsyncContextManager[Database]:
         """Open the sink; the database need not be there yet.

@@ -50,8 +50,11 @@ log = structlog.stdlib.get_logger("datapipe.sinks")
 class TransactionalSink(ABC):
     """A sink over a database with transactions; all but `load` and `replay` is its own.
 
-    Attributes: version: of the server, once it is known. answer_s: see `SinkState`.
+    Attributes: product: its name, for people. version: of the server, once it is known. answer_s:
+        see `SinkState`.
     """
+
+    product = "the database"
 
     def __init__(self, schema: str) -> None:
         self.version: str | None = None
@@ -101,7 +104,9 @@ class TransactionalSink(ABC):
     def state(self) -> SinkState:
         """See `Sink.state`."""
         health = self._health
-        return SinkState(health.up, health.error, self.version, self._schema, self.answer_s)
+        return SinkState(
+            health.up, health.error, self.version, self._schema, self.answer_s, self.product
+        )
 
     # --- load ---
 

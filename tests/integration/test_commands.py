@@ -332,7 +332,7 @@ async def test_check_asks_whether_what_is_missing_may_be_made(
     result = await check("b")
     assert result.code == 1
     assert f'may not make it: GRANT CREATE ON DATABASE "{name}" TO "{role}"\n' in result.out
-    postgres.execute(database, "CREATE TABLE a.crash_report (user_id bigint)")
+    postgres.execute(database, "CREATE TABLE a.crash_report (received_at timestamptz)")
     postgres.execute(database, f'GRANT CREATE ON SCHEMA "a" TO "{role}"')
     result = await check("a")
     assert result.code == 1
@@ -400,7 +400,8 @@ async def test_load_accept_dead(
 ) -> None:
     """So many refused rows that the table is taken to be wrong need a person's word."""
     Postgres.execute(
-        database, "CREATE TABLE crash_report (user_id bigint CHECK (user_id > 1000), message text)"
+        database,
+        "CREATE TABLE crash_report (user_id bigint CHECK (user_id > 1000), received_at timestamptz)",
     )
     service = await make_service(database_url=database, load_interval=3600).start()
     await service.post([crash("m", n) for n in range(150)] + [crash("m", 2000)])

@@ -117,6 +117,7 @@ async def test_a_table_that_takes_one_row_at_a_time_refuses_none(
 async def test_the_word_for_line_is_translated(postgres: Postgres, database: str) -> None:
     """The number is found without knowing the word: PostgreSQL says it in its own language."""
     from datapipe.sinks.postgres.copy import Copier
+    from datapipe.sinks.postgres.dialect import dialect
 
     class Diag:
         context = "Funktion f() Zeile 7\nCOPY rows, Zeile 42, Spalte t: »line 9«"
@@ -124,7 +125,7 @@ async def test_the_word_for_line_is_translated(postgres: Postgres, database: str
     class Told(Exception):
         diag = Diag()
 
-    copier = Copier(None, "public", "rows", (), 1)  # type: ignore[arg-type]
+    copier = Copier(None, dialect("public"), "rows", (), 1)  # type: ignore[arg-type]
     assert copier._line(Told()) == 41  # type: ignore[arg-type]
 
 

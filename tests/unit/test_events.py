@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from datetime import date, datetime
 from decimal import Decimal
 from typing import Any
@@ -14,10 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datapipe.errors import ConfigError, EventRejected
-from datapipe.events.registry import Registry
+from datapipe.events.limits import Limits
+from datapipe.events.registry import Registry, load_registry
 from datapipe.events.types import Event, EventType, neutral_time, with_offset
+from datapipe.settings import Settings
 from datapipe.sinks import table_of
-from datapipe.sinks.postgres.ddl import ddl
+from datapipe.sinks.postgres.dialect import dialect
+from datapipe.sinks.postgres.sink import PostgresPlugin
 
 AT = "2026-11-22 12:00:00.123456"
 
@@ -193,6 +197,80 @@ def test_fields_that_are_no_columns(fields: dict[str, Any]) -> None:
         EventType("made", make(**fields))
 
 
+# --- what another database can't hold ---
+
+NARROW = Limits(
+    whole_digits=3, decimal_digits=2, beyond_years=False, json_depth=2, name_bytes=12,
+    reserved=frozenset({"row_id"}), reserved_tables=("own_",), last_character="\uffff",
+    ignores_case=True,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "fits"),
+    [
+        ("price", "999.99", True), ("price", "-999.99", True), ("price", "1000", False),
+        ("price", "0.001", False), ("price", "1e3", False), ("price", "1e2", True),
+        ("price", "0", True), ("price", "1e-2", True), ("price", "1e-3", False),
+        ("at", "0001-01-01T00:00:00Z", True), ("at", "0001-01-01T00:00:00-08:00", True),
+        ("at", "0001-01-01T00:00:00+02:30", False), ("at", "9999-12-31T23:59:59-08:00", False),
+        ("at", "9999-12-31T23:59:59.999999", True),
+        ("tags", [[]], True), ("tags", [[1, "[[["]], True), ("tags", [[[]]], False),
+        ("tags", [1, {"a": 1}, {"b": 2}, [], []], True), ("tags", [1, {"a": [{}]}], False),
+        ("properties", {"a": {"b": 1}}, True), ("properties", {"a": {"b": []}}, False),
+    ],
+)  # fmt: skip
+def test_what_the_database_can_not_hold_is_refused(key: str, value: Any, fits: bool) -> None:
+    """Here alone: it would be rounded, or cut, or be a dead letter, later."""
+    kind = EventType("everything", Everything, limits=replace(NARROW, name_bytes=63))
+    raw = json.dumps(EVERYTHING | {key: value, "event_name": "everything"}).encode()
+    event = Registry([kind]).one.decode(raw)
+    if fits:
+        assert kind.rows([event], AT) == kind.look_closer(raw, AT)
+        return
+    for write in (lambda: kind.rows([event], AT), lambda: kind.look_closer(raw, AT)):
+        with pytest.raises(EventRejected) as refused:
+            write()
+        assert refused.value.reason.code == 5
+        assert refused.value.detail.startswith(f"{key}: ")
+    assert EventType("everything", Everything).look_closer(raw, AT)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"Row_Id": (int,)}, "'Row_Id': this name is reserved"),
+        ({"Received_At": (int,)}, "'Received_At': .* in case alone"),
+        ({"user": (int,), "User": (int,)}, "'User': .* in case alone"),
+        ({"i": (int,), "\u0130": (int,)}, "in case alone"),
+        ({"a" * 13: (int,)}, "longer than 12 bytes"),
+        ({"\U00020000": (int,)}, "can't be in the name"),
+        ({"x": (list, [[[]]])}, "'x': default: nested too deep"),
+        ({"x": (Decimal, Decimal(1000))}, "'x': default"),
+    ],
+)
+def test_what_the_database_can_not_have_as_a_column(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        EventType("made", make(**fields), limits=NARROW)
+    EventType("made", make(**fields))
+    with pytest.raises(ConfigError, match="datapipe_ or own_"):
+        EventType("own_made", Note, limits=NARROW)
+
+
+def test_types_are_held_to_the_limits_of_the_sink_that_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    types = {"made": {"price": "Decimal", "user": "int", "User": "int"}}
+    assert "made" in load_registry(Settings(events=types)).types
+    monkeypatch.setattr(PostgresPlugin, "limits", NARROW)
+    with pytest.raises(ConfigError, match=r"events\.made: .*in case alone"):
+        load_registry(Settings(events=types))
+    del types["made"]["User"]
+    kind = load_registry(Settings(events=types)).types["made"]
+    with pytest.raises(EventRejected, match="price"):
+        kind.look_closer(b'{"price": 1000, "user": 1}', AT)
+
+
 def test_defaults_become_column_defaults() -> None:
     at = datetime.fromisoformat("2026-01-02T03:04:05+02:30")
     kind = EventType(
@@ -202,8 +280,11 @@ def test_defaults_become_column_defaults() -> None:
     assert [column.default for column in kind.columns] == [
         "it's", '{"x":[1]}', None, "2026-01-02 00:34:05", None,
     ]  # fmt: skip
-    assert ddl("s", [table_of(kind)]).endswith(
-        """
+    assert (
+        dialect("s")
+        .script([table_of(kind)])
+        .endswith(
+            """
     "a" text DEFAULT 'it''s'::text,
     "b" jsonb DEFAULT '{"x":[1]}'::jsonb,
     "c" bigint,
@@ -212,6 +293,7 @@ def test_defaults_become_column_defaults() -> None:
 );
 
 """
+        )
     )
     row = ["it's", '{"x":[1]}', None, "2026-01-02 00:34:05", AT]
     assert unescape(kind.look_closer(b"{}", AT)) == row

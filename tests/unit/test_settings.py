@@ -12,7 +12,8 @@ import pytest
 
 from datapipe import settings
 from datapipe.errors import ConfigError
-from datapipe.settings import Settings
+from datapipe.settings import Settings, plugins
+from datapipe.sinks import SinkPlugin
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,7 +68,19 @@ def test_variables_are_text_and_json() -> None:
         ({"mirror_options": {"a": 1}}, {}, ["mirror_options.a", "datapipe.json", "there are none"]),
         ({"sink_options": []}, {}, ["sink_options", "JSON object"]),
         ({"mirror": "ironmq"}, {}, ["ironmq_project_id", "ironmq_token"]),
-        ({"database_url": "mysql://x"}, {}, ["database_url", "postgres://", "postgresql://"]),
+        (
+            {"database_url": "oracle://x"},
+            {},
+            [
+                "database_url",
+                "postgresql://",
+                "postgres://",
+                "mysql://",
+                "mariadb://",
+                "sqlite:///",
+            ],
+        ),
+        ({"database_url": "postgresql:x"}, {}, ["database_url", "begin with postgresql://"]),
         ({"ingest_keys": [""]}, {}, ["ingest_keys[0]", "datapipe.json"]),
         ({"ingest_keys": [1]}, {}, ["ingest_keys[0]", "str", "int"]),
         ({"events": {"a": {"b": 1}}}, {}, ["events", "str", "int"]),
@@ -129,6 +142,94 @@ def test_secrets_are_not_shown() -> None:
         assert "s3cret" not in str(refused.value)
 
 
+# --- databases ---
+
+
+class Files(SinkPlugin):
+    is_file = True
+
+
+@pytest.fixture
+def files_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sink that takes `sqlite:` is one that needs no driver."""
+    monkeypatch.setattr(plugins, "_imported", lambda value: Files)
+
+
+@pytest.mark.usefixtures("files_of_ours")
+@pytest.mark.parametrize("named", [True, False])
+def test_the_path_of_a_database_becomes_absolute_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool
+) -> None:
+    """By the folder of the settings file, if one is named, else by the working folder."""
+    (tmp_path / "conf").mkdir()
+    monkeypatch.chdir(tmp_path if named else tmp_path / "conf")
+    file = tmp_path / "conf" / "my.json"
+    file.write_text("{}")
+    env = {"DATAPIPE_CNF": "conf/my.json"} if named else {}
+    for relative in ("events.db", "a/../b c%20.db"):
+        found = settings.load({"database_url": f"sqlite:///{relative}"}, env)
+        assert found.database_url == f"sqlite:///{tmp_path}/conf/{relative}"
+        assert settings.load({"database_url": found.database_url}, env) == found
+    absolute = "sqlite:////var/lib/events.db"
+    assert settings.load({"database_url": absolute}, env).database_url == absolute
+
+
+@pytest.mark.usefixtures("files_of_ours")
+@pytest.mark.parametrize(
+    ("rest", "words"),
+    [
+        ("//events.db", ["sqlite:///events.db", "three slashes", "sqlite:////var/lib/events.db"]),
+        ("events.db", ["sqlite:///events.db", "three slashes"]),
+        ("/events.db", ["sqlite:///events.db", "three slashes"]),
+        ("", ["sqlite:///events.db"]),
+        ("//", ["sqlite:///events.db"]),
+        ("///", ["sqlite:///events.db"]),
+        ("////var/lib/", ["sqlite:///events.db"]),
+        ("///a\0b", ["sqlite:///events.db"]),
+        (":memory:", ["name a file", "sqlite:///events.db"]),
+        ("//:memory:", ["name a file", "sqlite:///events.db"]),
+        ("///:memory:", ["name a file", "sqlite:///events.db"]),
+        ("///events.db?mode=ro", ["options", "'?'"]),
+    ],
+)
+def test_a_database_file_that_is_misspelt_is_one_clear_line(rest: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load(DATABASE_URL=f"sqlite:{rest}")
+    text = str(refused.value)
+    assert text.startswith("database_url (from variable DATABASE_URL): must ")
+    assert "\n" not in text
+    for word in words:
+        assert word in text
+
+
+@pytest.mark.usefixtures("files_of_ours")
+def test_a_schema_is_refused_where_there_are_none() -> None:
+    with pytest.raises(ConfigError) as refused:
+        load(DATABASE_URL="sqlite:///events.db", DATAPIPE_DATABASE_SCHEMA="mine")
+    told = (
+        "database_schema (from variable DATAPIPE_DATABASE_SCHEMA): sqlite:// has no schemas: "
+        "leave it out"
+    )
+    assert str(refused.value) == told
+    load(DATABASE_URL="sqlite:///events.db", DATAPIPE_DATABASE_SCHEMA="public")  # as in the sample
+
+
+@pytest.mark.parametrize("scheme", ["mysql", "mariadb"])
+@pytest.mark.parametrize("missing", ["pymysql", "aiomysql"])
+def test_without_its_packages_a_database_is_one_clear_line(
+    monkeypatch: pytest.MonkeyPatch, scheme: str, missing: str
+) -> None:
+    def imported(value: str) -> Any:
+        monkeypatch.setitem(sys.modules, missing, None)
+        __import__(missing)
+
+    monkeypatch.setattr(plugins, "_imported", imported)
+    with pytest.raises(ConfigError) as refused:
+        settings.plugin(Settings(database_url=f"{scheme}://host/db"), "sink")
+    told = f"database_url: '{scheme}' needs more packages: pip install 'datapipe[mysql]'"
+    assert str(refused.value) == told
+
+
 # --- NATS ---
 
 SHARED = "postgresql://db.example/events"
@@ -177,7 +278,11 @@ def test_settings_of_nats_that_fit(files: Path, given: dict[str, str]) -> None:
     [
         ({"mirror": "nats", "nats_url": ""}, "mirror", ["nats_url", "nats://host:4222"]),
         ({"mirror_timeout": 301.0}, "mirror_timeout", ["at most 300"]),
-        ({"database_url": ""}, "database_url", ["all processes share", "postgresql://"]),
+        (
+            {"database_url": ""},
+            "database_url",
+            ["all processes share", "postgresql://", "mysql://"],
+        ),
         ({"database_url": "sqlite:///s3cret.db"}, "database_url", ["all processes share"]),
         ({"nats_url": "a:4222"}, "nats_url", ["nats://host:4222", "tls://host:4222"]),
         ({"nats_url": "ws://s3cret@a"}, "nats_url", ["nats://", "place 1"]),
@@ -254,7 +359,7 @@ def test_without_its_packages_nats_is_one_clear_line(
         monkeypatch.setitem(sys.modules, missing, None)
         __import__(missing)
 
-    monkeypatch.setattr(settings, "_imported", imported)
+    monkeypatch.setattr(plugins, "_imported", imported)
     with pytest.raises(ConfigError) as refused:
         settings.check(on_nats(), {"mirror": "variable X"})
     told = "mirror (from variable X): 'nats' needs more packages: pip install 'datapipe[nats]'"

@@ -11,13 +11,10 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-import threading
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import aiopg
 import psycopg2
@@ -25,6 +22,7 @@ import psycopg2.extensions
 
 from datapipe.errors import ConfigError
 from datapipe.sinks.postgres.errors import one_line
+from datapipe.sinks.threads import Sessions, in_thread
 
 # Source: PostgreSQL documentation, libpq "Parameter Key Words". Seconds, and milliseconds for the
 # last: a peer that vanishes silently is noticed.
@@ -48,10 +46,6 @@ PEER_MAY_VANISH = (
     " SET tcp_keepalives_count = 3; SET tcp_user_timeout = 20000;"
     " SET LOCAL idle_in_transaction_session_timeout = '60s'; SET LOCAL statement_timeout = 0;"
 )
-
-_CLOSE_S = 1.0  # for loads to end once their sockets are shut down
-
-_T = TypeVar("_T")
 
 
 def connection_dsn(url: str) -> str:
@@ -233,92 +227,33 @@ def _answering(dsn: str) -> str:
     return pinned
 
 
-class Sessions:
-    """Plain connections, each used by one thread at a time, kept for the next.
-
-    A thread that waits for a silent server can't be cancelled; `abort` shuts its socket down, which
-    frees it at once.
+class Postgres(Sessions[psycopg2.extensions.connection]):
+    """Plain connections for loads, in autocommit: BEGIN and COMMIT are ours, sent with what belongs
+    to them.
     """
 
-    def __init__(self) -> None:
-        self._threads: set[threading.Thread] = set()
-        self._idle: list[psycopg2.extensions.connection] = []
-        self._busy: set[psycopg2.extensions.connection] = set()
-        self._stopping = threading.Event()
+    def is_closed(self, connection: psycopg2.extensions.connection) -> bool:
+        return bool(connection.closed)
 
-    async def run(self, dsn: str, work: Callable[[psycopg2.extensions.cursor], _T]) -> _T:
-        """Work that begins a transaction and ends it; in a thread.
+    def refusal(self) -> psycopg2.Error:
+        return psycopg2.OperationalError("shutting down")
 
-        Raises: psycopg2.Error; whatever `work` raises: it is rolled back, or unknown.
-        """
-        thread, outcome = in_thread(partial(self._run, dsn, work))
-        self._threads = {each for each in self._threads if each.is_alive()} | {thread}
-        return await outcome
+    def roll_back(self, connection: psycopg2.extensions.connection) -> None:
+        with suppress(psycopg2.Error):
+            connection.cursor().execute("ROLLBACK")
 
-    def _run(self, dsn: str, work: Callable[[psycopg2.extensions.cursor], _T]) -> _T:
-        connection = self._take_idle() or psycopg2.connect(dsn)
-        connection.autocommit = True  # BEGIN and COMMIT are ours, sent with what belongs to them
-        self._busy.add(connection)
-        try:
-            if self._stopping.is_set():
-                raise psycopg2.OperationalError("shutting down")
-            return work(connection.cursor())
-        except BaseException:
-            with suppress(psycopg2.Error):
-                connection.cursor().execute("ROLLBACK")
-            raise
-        finally:
-            self._busy.discard(connection)
-            self._idle.append(connection)
+    def shut(self, connection: psycopg2.extensions.connection) -> None:
+        with suppress(psycopg2.Error, OSError):
+            end = socket.socket(fileno=os.dup(connection.fileno()))
+            with end:
+                end.shutdown(socket.SHUT_RDWR)
 
-    def _take_idle(self) -> psycopg2.extensions.connection | None:
-        with suppress(IndexError):  # threads take them at the same time
-            while True:
-                connection = self._idle.pop()
-                if not connection.closed:
-                    return connection
-        return None
-
-    def close_idle(self) -> None:
-        """An error may hold for the whole session: read-only, or the address is a standby's now."""
-        while (connection := self._take_idle()) is not None:
-            connection.close()
-
-    def abort(self) -> None:
-        """End what is under way, and whatever is begun later."""
-        self._stopping.set()
-        for connection in list(self._busy):
-            with suppress(psycopg2.Error, OSError):
-                end = socket.socket(fileno=os.dup(connection.fileno()))
-                with end:
-                    end.shutdown(socket.SHUT_RDWR)
-
-    async def close(self) -> None:
-        """End all of it; returns within a second or so."""
-        self.abort()
-        await asyncio.to_thread(self._join, time.monotonic() + _CLOSE_S)
-        self.close_idle()
-
-    def _join(self, until: float) -> None:
-        for thread in list(self._threads):
-            thread.join(max(0.0, until - time.monotonic()))
+    def close_one(self, connection: psycopg2.extensions.connection) -> None:
+        connection.close()
 
 
-def in_thread(call: Callable[[], _T]) -> tuple[threading.Thread, asyncio.Future[_T]]:
-    """Start the call in a thread of its own; the thread, and its outcome to await.
-
-    A daemon: one that hangs in a connect must not hold up the exit of the process.
-    """
-    outcome: Future[_T] = Future()
-    thread = threading.Thread(target=_run_into, args=(outcome, call), daemon=True, name="database")
-    thread.start()
-    return thread, asyncio.wrap_future(outcome)
-
-
-def _run_into(outcome: Future[_T], call: Callable[[], _T]) -> None:
-    if not outcome.set_running_or_notify_cancel():
-        return
-    try:
-        outcome.set_result(call())
-    except BaseException as exc:
-        outcome.set_exception(exc)
+def connected(dsn: str) -> psycopg2.extensions.connection:
+    """A plain connection. Raises: psycopg2.Error."""
+    connection = psycopg2.connect(dsn)
+    connection.autocommit = True
+    return connection

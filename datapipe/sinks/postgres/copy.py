@@ -19,7 +19,7 @@ import psycopg2
 import psycopg2.extensions
 
 from datapipe.events.types import Column
-from datapipe.sinks.postgres.ddl import qualified, quote
+from datapipe.sinks.dialect import Dialect
 from datapipe.sinks.postgres.errors import is_unrouted, may_be_of_a_row, one_line
 from datapipe.sinks.transaction import RefusedRow, Rows
 
@@ -85,14 +85,14 @@ class Copier:
     def __init__(
         self,
         cursor: psycopg2.extensions.cursor,
-        schema: str,
+        dialect: Dialect,
         table: str,
         columns: Sequence[Column],
         chunk_bytes: int,
     ) -> None:
         self._cursor = cursor
-        names = ", ".join(quote(column.name) for column in columns)
-        self._statement = f"COPY {qualified(schema, table)} ({names}) FROM STDIN"
+        names = ", ".join(dialect.quote(column.name) for column in columns)
+        self._statement = f"COPY {dialect.table(table)} ({names}) FROM STDIN"
         self._types = {column.name: column.type for column in columns}
         self._chunk_bytes = chunk_bytes
         # a line of the context that begins with the table's name, in whatever language; most have

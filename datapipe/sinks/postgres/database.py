@@ -22,18 +22,9 @@ from datapipe.errors import LaneBlocked, SinkUnavailable
 from datapipe.settings import Settings
 from datapipe.sinks import Table
 from datapipe.sinks.postgres.connections import PEER_MAY_VANISH, Pool, connection_dsn
-from datapipe.sinks.postgres.ddl import (
-    DDL_LOCK,
-    OWN_TABLES,
-    add_columns,
-    create_indexes,
-    create_table,
-    ddl,
-    qualified,
-    quote,
-)
+from datapipe.sinks.postgres.dialect import dialect
 from datapipe.sinks.postgres.errors import Verdict, error_of, is_away, one_line, verdict
-from datapipe.sinks.transactional import TransactionalSink
+from datapipe.sinks.sql import Result, SqlSink, Statement
 
 # Nothing that is done here need wait for a synchronous standby, which may be away for hours: DDL is
 # repeated where it is missing, a heartbeat comes every 5 s, ledger rows that come back do no harm.
@@ -44,14 +35,18 @@ _BEGIN = (
 
 _CONNECTIONS = 2  # at once
 
+_DDL_LOCK = 0x64617461_70697065  # "datapipe": one key for all DDL of ours in a database
+
 _T = TypeVar("_T")
 
 
-class Database(TransactionalSink):
+class Database(SqlSink):
     """Where the tables are; it need not be there yet."""
 
-    def __init__(self, settings: Settings, stack: AsyncExitStack) -> None:
-        super().__init__(settings.database_schema)
+    product = "PostgreSQL"
+
+    def __init__(self, settings: Settings, process: str, stack: AsyncExitStack) -> None:
+        super().__init__(dialect(settings.database_schema), settings, process)
         self._data_dir = Path(settings.data_dir)
         self._stack = stack
         url = settings.database_url
@@ -59,8 +54,6 @@ class Database(TransactionalSink):
         self._psql = 'psql "$DATABASE_URL"'
         self._pool = Pool(self.dsn, _CONNECTIONS)
         self._starting = asyncio.Lock()
-        self._preparing = asyncio.Lock()
-        self._prepared: set[Table] = set()
 
     async def dsn(self) -> str:
         """The libpq connection string; starts the embedded server where that is meant.
@@ -92,10 +85,6 @@ class Database(TransactionalSink):
         """See `Sink.hint`."""
         await self.dsn()
         return f"{self._psql} -c {shlex.quote('SELECT * FROM crash_report')}"
-
-    def ddl(self, tables: Sequence[Table]) -> str:
-        """See `Sink.ddl`."""
-        return ddl(self._schema, tables)
 
     # --- work through the pool ---
 
@@ -135,118 +124,102 @@ class Database(TransactionalSink):
         return result
 
     async def query(self, sql: str, *values: Any, lane: str | None = None) -> list[tuple[Any, ...]]:
-        """The rows of one statement."""
+        """See `SqlSink.query`."""
         return await self.run(partial(fetch, sql=sql, values=values), lane)
 
-    async def transaction(self, *statements: tuple[str, Sequence[Any]]) -> list[tuple[Any, ...]]:
-        """Statements on our own tables, all or nothing; the rows of the last."""
-        await self.prepare(OWN_TABLES[0])
+    async def transaction(self, *statements: Statement) -> Result:
+        """See `SqlSink.transaction`."""
 
-        async def work(cursor: aiopg.Cursor) -> list[tuple[Any, ...]]:
+        async def work(cursor: aiopg.Cursor) -> Result:
             await cursor.execute(_BEGIN)
             for sql, values in statements:
-                rows = await fetch(cursor, sql, values)
+                result = Result(await fetch(cursor, sql, values), cursor.rowcount)
             await cursor.execute("COMMIT")
-            return rows
+            return result
 
         return await self.run(work)
 
+    async def read_version(self) -> str:
+        """See `SqlSink.read_version`."""
+        ((version,),) = await self.query("SHOW server_version")
+        return str(version).split(" ")[0]
+
     # --- tables ---
 
-    async def prepare(self, table: Table, *, again: bool = False) -> None:
-        """Make the lane's table, its missing columns and our own tables, once.
+    async def columns(self, table: str) -> set[str] | None:
+        """See `SqlSink.columns`."""
+        return await self.run(partial(self._columns, table=table), table)
 
-        Raises: SinkUnavailable, LaneBlocked.
-        """
-        wanted = (*OWN_TABLES, table)
-        if not again and self._prepared.issuperset(wanted):
-            return  # nor does it wait for what another table waits for
-        async with self._preparing:
-            for each in wanted:
-                if again or each not in self._prepared:
-                    await self.run(partial(self._make, table=each), table.name)
-                    self._prepared.add(each)
-
-    async def _make(self, cursor: aiopg.Cursor, table: Table) -> None:
-        await self._read_version(cursor)
-        if not await self._missing(cursor, table):
-            return  # nothing to do, and no lock taken
-        await cursor.execute(_BEGIN)
-        await cursor.execute("SELECT pg_advisory_xact_lock(%s)", (DDL_LOCK,))
-        for statement in await self._missing(cursor, table):
-            await cursor.execute(statement)
-        await cursor.execute("COMMIT")
-
-    async def _missing(self, cursor: aiopg.Cursor, table: Table) -> list[str]:
-        """The statements that would make the table as it should be."""
+    async def _columns(self, cursor: aiopg.Cursor, table: str) -> set[str] | None:
         found = await fetch(
             cursor,
-            "SELECT c.relkind, array_agg(a.attname::text)"
-            " FROM pg_namespace n"
-            " LEFT JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = %s"
-            " LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND attnum > 0 AND NOT attisdropped"
-            " WHERE n.nspname = %s GROUP BY n.oid, c.relkind",
-            (table.name, self._schema),
+            "SELECT array_agg(attname::text) FILTER (WHERE attnum > 0 AND NOT attisdropped)"
+            " FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace"
+            " LEFT JOIN pg_attribute ON attrelid = c.oid"
+            " WHERE relname = %s AND nspname = %s GROUP BY c.oid",
+            (table, self._dialect.schema),
         )
-        schema = [] if found else [f"CREATE SCHEMA {quote(self._schema)}"]
-        if not found or found[0][0] is None:
-            made = create_table(self._schema, table)
-            return [*schema, made, *create_indexes(self._schema, table)]
-        missing = [column for column in table.columns if column.name not in found[0][1]]
-        return [add_columns(self._schema, table, missing)] if missing else []
+        return set(found[0][0] or ()) if found else None
 
-    async def _read_version(self, cursor: aiopg.Cursor) -> None:
-        if self.version is None:
-            ((version,),) = await fetch(cursor, "SHOW server_version")
-            self.version = version.split(" ")[0]
+    async def define(self, table: str, changes: Callable[[set[str] | None], Sequence[str]]) -> None:
+        """See `SqlSink.define`."""
+        schema = self._dialect.schema
+
+        async def work(cursor: aiopg.Cursor) -> None:
+            await cursor.execute(_BEGIN)
+            await cursor.execute("SELECT pg_advisory_xact_lock(%s)", (_DDL_LOCK,))
+            there = "SELECT 1 FROM pg_namespace WHERE nspname = %s"
+            if not await fetch(cursor, there, (schema,)):
+                await cursor.execute(f"CREATE SCHEMA {self._dialect.quote(schema)}")
+            for statement in changes(await self._columns(cursor, table)):
+                await cursor.execute(statement)
+            await cursor.execute("COMMIT")
+
+        await self.run(work, table)
 
     # --- check ---
 
-    async def check(self, tables: Sequence[Table]) -> list[tuple[str, str]]:
-        """See `Sink.check`."""
-        try:
-            await self.run(self._read_version)
-            found = [("ok", f"database: PostgreSQL {self.version}, schema {self._schema}")]
-            ((encoding,),) = await self.query("SHOW server_encoding")
-            if encoding != "UTF8":
-                text = "events with text that it lacks become dead letters; UTF8 holds all"
-                found.append(("warn", f"database: its encoding is {encoding}: {text}"))
-            for table in (*OWN_TABLES, *tables):
-                found += await self.run(partial(self._check, table=table))
-        except (SinkUnavailable, LaneBlocked) as exc:
-            return [("away" if is_away(exc.__cause__) else "fail", f"database: {exc}")]
+    def is_away(self, exc: BaseException | None) -> bool:
+        """See `SqlSink.is_away`."""
+        return is_away(exc)
+
+    async def findings(self, tables: Sequence[Table]) -> list[tuple[str, str]]:
+        """See `SqlSink.findings`."""
+        found = []
+        ((encoding,),) = await self.query("SHOW server_encoding")
+        if encoding != "UTF8":
+            text = "events with text that it lacks become dead letters; UTF8 holds all"
+            found.append(("warn", f"database: its encoding is {encoding}: {text}"))
+        for (name,) in await self.query(
+            "SELECT relname FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace"
+            f" WHERE nspname = %s AND relname {self._one_of} AND relpersistence = 'u'",
+            self._dialect.schema, self._dialect.listed([table.name for table in tables]),
+        ):  # fmt: skip
+            text = "is UNLOGGED: a crash of the database empties it, rows and all"
+            found.append(("warn", f"table {name}: {text}"))
+        for table in tables:
+            if denied := await self._denied(table):
+                found.append(("fail", f"table {table.name}: {denied}"))
         return found
 
-    async def _check(self, cursor: aiopg.Cursor, table: Table) -> list[tuple[str, str]]:
-        if await self._missing(cursor, table):
-            if denied := await self._denied(cursor, table):
-                return [("fail", f"table {table.name}: {denied}")]
-            return [("ok", f"table {table.name}: will be made or completed when it is needed")]
-        name = qualified(self._schema, table.name)
-        sql = "SELECT relpersistence = 'u' FROM pg_class WHERE oid = %s::regclass"
-        ((unlogged,),) = await fetch(cursor, sql, (name,))
-        if unlogged:
-            text = "is UNLOGGED: a crash of the database empties it, rows and all"
-            return [("warn", f"table {table.name}: {text}")]
-        return []
-
-    async def _denied(self, cursor: aiopg.Cursor, table: Table) -> str | None:
+    async def _denied(self, table: Table) -> str | None:
         """The right that our role lacks to make or complete this table, and the remedy."""
-        found = await fetch(
-            cursor,
+        rows = await self.query(
             "SELECT current_user::text, current_database()::text, n.oid IS NULL, c.oid IS NULL,"
             " CASE WHEN n.oid IS NULL THEN has_database_privilege(current_database(), 'CREATE')"
             " WHEN c.oid IS NULL THEN has_schema_privilege(n.oid, 'CREATE')"
             " ELSE pg_has_role(c.relowner, 'USAGE') END"
             " FROM (VALUES (1)) AS one LEFT JOIN pg_namespace n ON n.nspname = %s"
             " LEFT JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = %s",
-            (self._schema, table.name),
-        )
-        ((role, database, no_schema, no_table, may),) = found
-        if may:
+            self._dialect.schema, table.name,
+        )  # fmt: skip
+        ((role, database, no_schema, no_table, may),) = rows
+        there = await self.columns(table.name)
+        if may or (there is not None and there.issuperset(each.name for each in table.columns)):
             return None
         if not no_table:
             return f"lacks columns, and only its owner may add them, not {role}"
+        quote = self._dialect.quote
         within = f"DATABASE {quote(database)}" if no_schema else f"SCHEMA {quote(self._schema)}"
         return f"is missing, and {role} may not make it: GRANT CREATE ON {within} TO {quote(role)}"
 

@@ -1,0 +1,424 @@
+"""What databases that speak SQL do alike: tables, ledger, heartbeats, dead letters.
+
+Written once in SQL that all of them have; in what they differ is a `Dialect`. A database brings a
+`SqlTransaction` for its loads and is a `SqlSink`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any, NamedTuple
+from uuid import uuid4
+
+from datapipe.errors import LaneBlocked, SinkUnavailable
+from datapipe.settings import Settings
+from datapipe.sinks import Beat, Heartbeat, Mark, Selection, Table
+from datapipe.sinks.dialect import OWN_TABLES, Dialect
+from datapipe.sinks.transaction import Known, Letter, RefusedRow
+from datapipe.sinks.transactional import TransactionalSink, found
+
+_HOUR_S = 3600.0
+# An IronMQ message lives 30 days at the most, so its segment's ledger row must live longer.
+_IRONMQ_S = 31 * 24 * _HOUR_S
+
+# What others wait for is known by their last heartbeat, which may be some seconds old.
+_BEAT_SLACK_S = 15.0
+
+# Each of those that share a mirror shows the oldest that waits for them all, so one that another of
+# them has outlived by so long says nothing any more. The last one seen does: what their mirror
+# holds may come back with it.
+_OUTLIVED_S = 60.0
+
+_UNKNOWN_AGE_S = 1e9  # before anything that a ledger holds
+
+Statement = tuple[str, Sequence[Any]]
+
+
+class Result(NamedTuple):
+    """Of a statement: its rows, if it gives any, and how many it has changed."""
+
+    rows: list[tuple[Any, ...]]
+    changed: int
+
+
+class _Process(NamedTuple):
+    """A row of `datapipe_processes`; times are Unix times by the database's clock, as is `now`."""
+
+    process: str
+    mirror: str
+    seen: float
+    oldest: float | None
+    now: float
+
+    @property
+    def group(self) -> str:
+        return self.mirror.rpartition(":")[0]
+
+
+class SqlSink(TransactionalSink):
+    """See `Database`. A subclass says how statements reach its server, and sets `product`."""
+
+    def __init__(self, dialect: Dialect, settings: Settings, process: str) -> None:
+        super().__init__(dialect.schema or "main")
+        self._dialect = dialect
+        self._process = process
+        self._dedupe_window_s = settings.dedupe_window
+        self._ledger, self._letters, self._processes = (
+            dialect.parameterized(f"datapipe_{name}")
+            for name in ("ledger", "dead_letters", "processes")
+        )
+        self._one_of = dialect.one_of.format("text")
+        self._mark_of = f"SELECT body, events FROM {self._ledger} WHERE segment = %s"
+        self._preparing = asyncio.Lock()
+        self._prepared: set[Table] = set()
+
+    @abstractmethod
+    async def query(self, sql: str, *values: Any, lane: str | None = None) -> list[tuple[Any, ...]]:
+        """The rows of one statement, in a transaction of its own.
+
+        Args: lane: whose work it is, if it is one lane's.
+        Raises: SinkUnavailable; of a lane's: LaneBlocked, TableMissing.
+        """
+
+    @abstractmethod
+    async def transaction(self, *statements: Statement) -> Result:
+        """Statements on our own tables, all or nothing; the result of the last.
+
+        It need not wait for a standby: heartbeats come again, ledger rows that come back do no
+        harm, and a load's own COMMIT waits for all that was written before it.
+        Raises: SinkUnavailable, LaneBlocked.
+        """
+
+    @abstractmethod
+    async def read_version(self) -> str:
+        """The server's. Raises: SinkUnavailable, LaneBlocked."""
+
+    @abstractmethod
+    async def columns(self, table: str) -> set[str] | None:
+        """Those that a table has; None: there is no such table. Raises: SinkUnavailable."""
+
+    @abstractmethod
+    async def define(self, table: str, changes: Callable[[set[str] | None], Sequence[str]]) -> None:
+        """Run the DDL that a table with these columns needs (see `columns`).
+
+        Processes do it one after the other, and each looks anew: IF NOT EXISTS alone fails for one
+        of two that come at once. Raises: SinkUnavailable, LaneBlocked.
+        """
+
+    @abstractmethod
+    async def findings(self, tables: Sequence[Table]) -> list[tuple[str, str]]:
+        """What `check` has to say of the server, and of these tables, as they are.
+
+        Raises: SinkUnavailable, LaneBlocked.
+        """
+
+    @abstractmethod
+    def is_away(self, exc: BaseException | None) -> bool:
+        """Whether the server does not answer now, or has no room: not a matter of settings."""
+
+    # --- tables ---
+
+    async def prepare(self, table: Table, *, again: bool = False) -> None:
+        """See `TransactionalSink.prepare`; our own tables, too."""
+        wanted = (*OWN_TABLES, table)
+        if not again and self._prepared.issuperset(wanted):
+            return  # nor does it wait for what another table waits for
+        async with self._preparing:
+            await self._know_version()
+            for each in wanted:
+                if again or each not in self._prepared:
+                    await self._make(each)
+                    self._prepared.add(each)
+
+    async def _know_version(self) -> None:
+        if self.version is None:
+            self.version = await self.read_version()
+
+    async def _make(self, table: Table) -> None:
+        changes = partial(self._changes, table)
+        if changes(await self.columns(table.name)):
+            await self.define(table.name, changes)
+
+    def _changes(self, table: Table, there: set[str] | None) -> list[str]:
+        """The statements that make the table as it should be.
+
+        Raises: LaneBlocked: it belongs to somebody else.
+        """
+        if there is None:
+            return self._dialect.create(table)
+        if table not in OWN_TABLES and "received_at" not in there:
+            raise LaneBlocked(
+                f"the table {table.name} has no column received_at, so it is taken to be somebody "
+                "else's, and nothing is added to it"
+            )
+        missing = [column for column in table.columns if column.name not in there]
+        return self._dialect.add_columns(table, missing)
+
+    def ddl(self, tables: Sequence[Table]) -> str:
+        """See `Sink.ddl`."""
+        return self._dialect.script(tables)
+
+    async def check(self, tables: Sequence[Table]) -> list[tuple[str, str]]:
+        """See `Sink.check`."""
+        try:
+            await self._know_version()
+            schema = f", schema {self._dialect.schema}" if self._dialect.schema else ""
+            said = [("ok", f"database: {self.product} {self.version}{schema}")]
+            said += await self.findings((*OWN_TABLES, *tables))
+            for table in (*OWN_TABLES, *tables):
+                said += await self._check(table)
+        except (SinkUnavailable, LaneBlocked) as exc:
+            return [("away" if self.is_away(exc.__cause__) else "fail", f"database: {exc}")]
+        return said
+
+    async def _check(self, table: Table) -> list[tuple[str, str]]:
+        try:
+            changes = self._changes(table, await self.columns(table.name))
+        except LaneBlocked as exc:
+            return [("fail", f"table {table.name}: {exc}")]
+        if changes:
+            return [("ok", f"table {table.name}: will be made or completed when it is needed")]
+        return []
+
+    # --- ledger ---
+
+    async def _own(self, *statements: Statement) -> Result:
+        """The same as `transaction`; our tables are there."""
+        await self.prepare(OWN_TABLES[0])
+        return await self.transaction(*statements)
+
+    async def loaded(self, segments: Sequence[str]) -> set[str]:
+        """See `Ledger.loaded`."""
+        sql = f"SELECT segment FROM {self._ledger} WHERE segment {self._one_of}"
+        return {segment for (segment,) in await self.query(sql, self._dialect.listed(segments))}
+
+    async def expire(self, removed: Sequence[str]) -> None:
+        """See `Ledger.expire`."""
+        d = self._dialect
+        await self.prepare(OWN_TABLES[0])
+        seen, oldest, now = (d.epoch.format(each) for each in ("seen_at", "oldest_waiting", d.now))
+        sql = f"SELECT process, coalesce(mirror, ''), {seen}, {oldest}, {now} FROM "
+        processes = [_Process(*row) for row in await self.query(f"{sql}{self._processes}")]
+        outlived_s = _outlived(processes)
+        # also what waits in the mirror of a process that is dead: it could hold the same event
+        waiting_s = [
+            each.now - each.oldest
+            for each in processes
+            if each.oldest is not None and outlived_s[each.process] < _OUTLIVED_S
+        ]
+        keys_s = self._dedupe_window_s + _BEAT_SLACK_S + max([0.0, *waiting_s])
+        gone = [
+            each.process
+            for each in processes
+            if each.now - each.seen > (_HOUR_S if each.oldest is None else _IRONMQ_S)
+            or outlived_s[each.process] > _HOUR_S
+        ]
+        await self.transaction(
+            (f"DELETE FROM {self._ledger} WHERE segment {self._one_of}", (d.listed(removed),)),
+            (
+                f"DELETE FROM {self._ledger} WHERE kind IN ('claim', 'part')"
+                f" AND loaded_at < {d.ago()}",
+                (keys_s,),
+            ),
+            (
+                f"DELETE FROM {self._ledger} WHERE kind = 'segment' AND source = 'ironmq'"
+                f" AND loaded_at < {d.ago()}",
+                (_IRONMQ_S,),
+            ),
+            (
+                f"DELETE FROM {self._processes} WHERE process {self._one_of}"
+                f" AND seen_at < {d.ago()}",  # it may have come back since we looked
+                (d.listed(gone), _HOUR_S),
+            ),
+        )
+
+    async def expire_source(self, source: str, process: str) -> None:
+        """See `Ledger.expire_source`."""
+        of_others = "= %s AND process <> %s"
+        await self._own(
+            (f"DELETE FROM {self._ledger} WHERE source {of_others}", (source, process)),
+            (f"DELETE FROM {self._processes} WHERE mirror {of_others}", (source, process)),
+        )
+
+    async def expire_lanes(self, source: str, before: Mapping[str, float]) -> None:
+        """See `Ledger.expire_lanes`."""
+        sql = (
+            f"DELETE FROM {self._ledger} WHERE kind = 'segment' AND source = %s AND lane = %s"
+            f" AND loaded_at < {self._dialect.at.format('%s')}"
+        )
+        if before:
+            await self._own(*((sql, (source, lane, at)) for lane, at in before.items()))
+
+    async def now(self) -> float:
+        """See `Ledger.now`."""
+        await self.prepare(OWN_TABLES[0])
+        ((now,),) = await self.query(f"SELECT {self._dialect.epoch.format(self._dialect.clock)}")
+        return float(now)
+
+    async def find_mark(self, prefix: str) -> Mark | None:
+        """See `Ledger.find_mark`."""
+        if await self.columns("datapipe_ledger") is None:
+            return None
+        rows = await self.query(self._mark_of, f"cluster:{prefix}")
+        return Mark(rows[0][0], rows[0][1] == 1) if rows else None
+
+    async def mark(self, prefix: str) -> Mark:
+        """See `Ledger.mark`."""
+        ((id, confirmed),) = (
+            await self._own(
+                (
+                    f"INSERT INTO {self._ledger} (segment, kind, body, process)"
+                    f" VALUES (%s, 'cluster', %s, %s)"
+                    f" {self._dialect.unless_there.format('segment')}",
+                    (f"cluster:{prefix}", uuid4().hex, self._process),
+                ),
+                (self._mark_of, (f"cluster:{prefix}",)),
+            )
+        ).rows
+        return Mark(id, confirmed == 1)
+
+    async def confirm_mark(self, prefix: str, id: str) -> None:
+        """See `Ledger.confirm_mark`."""
+        sql = f"UPDATE {self._ledger} SET events = 1 WHERE segment = %s AND body = %s"
+        await self._own((sql, (f"cluster:{prefix}", id)))
+
+    # --- heartbeats ---
+
+    async def heartbeat(self, beat: Heartbeat) -> dict[str, Beat]:
+        """See `Heartbeats.heartbeat`."""
+        d = self._dialect
+        mirror = f"{beat.group}:{beat.mirror}" if beat.group else beat.mirror
+        age_s = None if beat.oldest_s is None else min(beat.oldest_s, _UNKNOWN_AGE_S)
+        began = time.perf_counter()
+        result = await self._own(
+            (
+                f"INSERT INTO {self._processes} (process, mirror, host) VALUES (%s, %s, %s)"
+                f" {d.unless_there.format('process')}",
+                (beat.process, mirror, beat.host),
+            ),
+            (
+                f"UPDATE {self._processes} SET seen_at = {d.now}, beats = beats + 1, ended = %s,"
+                f" oldest_waiting = {d.ago()} WHERE process = %s",
+                (beat.ended, age_s, beat.process),
+            ),
+            (
+                f"DELETE FROM {self._processes} WHERE mirror = %s AND process <> %s",
+                (mirror, beat.process),
+            ),
+            (f"SELECT process, beats, ended, host, mirror FROM {self._processes}", ()),
+        )
+        self.works(began)
+        return {
+            process: Beat(beats, bool(ended), host or "", (mirror or "").rpartition(":")[0])
+            for process, beats, ended, host, mirror in result.rows
+        }
+
+    # --- dead letters ---
+
+    async def find(self, selection: Selection, limit: int) -> dict[str, Any]:
+        """See `DeadLetters.find`."""
+        await self.prepare(OWN_TABLES[0])
+        condition, values = self._dialect.where(selection)
+        groups = await self.query(
+            f"SELECT lane, sqlstate, min(message), count(*) FROM {self._letters}"
+            f" WHERE {condition} GROUP BY lane, sqlstate ORDER BY count(*) DESC, lane, sqlstate",
+            *values,
+        )
+        written = self._dialect.epoch.format("created_at")
+        letters = await self.query(
+            f"SELECT id, lane, {self._dialect.event}, sqlstate, message, column_name, {written}"
+            f" FROM {self._letters} WHERE {condition} ORDER BY id DESC LIMIT %s",
+            *values, limit,
+        )  # fmt: skip
+        return found(groups, [(*rest, datetime.fromtimestamp(at, UTC)) for *rest, at in letters])
+
+    async def drop(self, selection: Selection) -> int:
+        """See `DeadLetters.drop`."""
+        condition, values = self._dialect.where(selection)
+        return (await self._own((f"DELETE FROM {self._letters} WHERE {condition}", values))).changed
+
+
+def _outlived(processes: Sequence[_Process]) -> dict[str, float]:
+    """By how long another process of the same group was seen later, in seconds; without a group 0,
+    as for the last one of it.
+    """
+    last: dict[str, float] = {}
+    for each in processes:
+        last[each.group] = max(each.seen, last.get(each.group, each.seen))
+    return {each.process: last[each.group] - each.seen if each.group else 0.0 for each in processes}
+
+
+class SqlTransaction(ABC):
+    """A `Transaction` but for `enter` and `copy`."""
+
+    def __init__(self, dialect: Dialect, process: str) -> None:
+        self._dialect = dialect
+        self._process = process
+        self._ledger, self._letters = map(
+            dialect.parameterized, ("datapipe_ledger", "datapipe_dead_letters")
+        )
+        self._one_of = dialect.one_of.format("text")
+
+    @abstractmethod
+    def query(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
+        """The rows of one statement. Raises: the driver's errors."""
+
+    @abstractmethod
+    def many(self, sql: str, rows: Sequence[Sequence[Any]]) -> None:
+        """One statement for each of these, of which it gives no rows; maybe none."""
+
+    def lock(self, segments: Sequence[str]) -> dict[str, Known]:
+        """See `Transaction.lock`."""
+        rows = self.query(
+            f"SELECT segment, {self._dialect.quote('load')}, dead, duplicates FROM {self._ledger}"
+            f" WHERE segment {self._one_of} ORDER BY segment{self._dialect.for_update}",
+            self._dialect.listed(segments),
+        )
+        return {id: Known(*rest) for id, *rest in rows}
+
+    def bodies(self, claims: Sequence[str]) -> dict[str, str]:
+        """See `Transaction.bodies`."""
+        sql = f"SELECT segment, body FROM {self._ledger} WHERE segment {self._one_of}"
+        return dict(self.query(sql, self._dialect.listed(claims)))
+
+    def book(self, counts: Sequence[tuple[str, int, int]]) -> None:
+        """See `Transaction.book`."""
+        self.many(
+            f"UPDATE {self._ledger} SET dead = %s, duplicates = %s WHERE segment = %s",
+            [(dead, duplicates, id) for id, dead, duplicates in counts],
+        )
+
+    def bury(self, letters: Sequence[Letter]) -> None:
+        """See `Transaction.bury`."""
+        self.many(
+            f"INSERT INTO {self._letters}"
+            " (lane, event, sqlstate, message, column_name, segment)"
+            " VALUES (%s, %s, %s, %s, %s, %s)",
+            letters,
+        )
+
+    def letters(
+        self, selection: Selection, after: int, limit: int
+    ) -> Sequence[tuple[int, str, str]]:
+        """See `Transaction.letters`."""
+        condition, values = self._dialect.where(selection)
+        rows: Any = self.query(
+            f"SELECT id, lane, {self._dialect.event} FROM {self._letters} WHERE {condition}"
+            f" AND id > %s ORDER BY id LIMIT %s{self._dialect.skip_locked}",
+            *values, after, limit,
+        )  # fmt: skip
+        return list(rows)
+
+    def settle(self, back: Sequence[int], stay: Sequence[RefusedRow]) -> None:
+        """See `Transaction.settle`."""
+        self.many(f"DELETE FROM {self._letters} WHERE id = %s", [(id,) for id in back])
+        self.many(
+            f"UPDATE {self._letters} SET sqlstate = coalesce(nullif(%s, ''), sqlstate),"
+            " message = %s, column_name = %s WHERE id = %s",
+            [(each.sqlstate, each.message, each.column, int(each.id)) for each in stay],
+        )
