@@ -401,7 +401,8 @@ async def test_load_accept_dead(
     """So many refused rows that the table is taken to be wrong need a person's word."""
     Postgres.execute(
         database,
-        "CREATE TABLE crash_report (user_id bigint CHECK (user_id > 1000), received_at timestamptz)",
+        "CREATE TABLE crash_report"
+        " (user_id bigint CHECK (user_id > 1000), received_at timestamptz)",
     )
     service = await make_service(database_url=database, load_interval=3600).start()
     await service.post([crash("m", n) for n in range(150)] + [crash("m", 2000)])
