@@ -1,4 +1,4 @@
-"""`make run` makes tables at the start: one that can't be made holds up neither others nor us."""
+"""`make run` makes tables at the start; one that can't be made holds up nobody."""
 
 from __future__ import annotations
 
@@ -27,11 +27,10 @@ class _Locked(MemorySink):
         self._asked = asked
         self._everywhere = everywhere
 
-    async def prepare(self, table: Table, *, again: bool = False) -> list[str]:
+    async def prepare(self, table: Table, *, again: bool = False) -> None:
         self._asked[table.name] += 1
         if table.name == "crash_report" or self._everywhere:
             raise SinkUnavailable("lock timeout", everywhere=self._everywhere)
-        return []
 
 
 @pytest.mark.parametrize("everywhere", [False, True])

@@ -225,12 +225,12 @@ class MySqlSink(SqlSink):
 
     # --- check ---
 
-    async def hint(self) -> str:
+    async def hint(self, table: str) -> str:
         """See `Sink.hint`."""
         at = self._address
         password = " -p" if at.password else ""
         to = f"-h {at.host} -P {at.port} -u {shlex.quote(at.user)}{password}"
-        sql = shlex.quote("SELECT * FROM crash_report")
+        sql = shlex.quote(f"SELECT * FROM {table}")
         return f"{self.product.lower()} {to} {shlex.quote(at.database)} -e {sql}"
 
     def is_away(self, exc: BaseException | None) -> bool:
