@@ -145,7 +145,7 @@ class MySqlSink(ServerSink[LoadConnection]):
 
     # --- check ---
 
-    async def hint(self, table: str = "crash_report") -> str:
+    async def hint(self, table: str) -> str:
         """See `Sink.hint`."""
         at = self._address
         to = f"-h {at.host} -P {at.port} -u {shlex.quote(at.user)}{' -p' if at.password else ''}"

@@ -22,6 +22,7 @@ from datapipe.sinks.postgres.connections import (
     Loads,
     connection_dsn,
 )
+from datapipe.sinks.dialect import OWN_TABLES
 from datapipe.sinks.postgres.dialect import dialect
 from datapipe.sinks.postgres.errors import is_away, reason, verdict
 from datapipe.sinks.server import ServerSink, fetch
@@ -33,6 +34,27 @@ from datapipe.sinks.verdict import Verdict
 _BEGIN = (
     f"BEGIN; {PEER_MAY_VANISH} SET LOCAL lock_timeout = '5s'; SET LOCAL synchronous_commit = local"
 )
+
+# What we do with our own tables; a row of the ledger, and a dead letter, is locked FOR UPDATE. The
+# sequence of an identity column needs no right. Rows of events are only written, by COPY.
+_OWN_RIGHTS = ["SELECT", "INSERT", "UPDATE", "DELETE"]
+
+# For our role: whether there are schema and table, whether what is missing may be made, whether
+# names in the schema may be used; and which rights on the table are lacking. That to INSERT may be
+# given for the table, or for each column.
+_RIGHTS = """
+    SELECT current_user::text, current_database()::text, n.oid IS NOT NULL, c.oid IS NOT NULL,
+        CASE WHEN n.oid IS NULL THEN has_database_privilege(current_database(), 'CREATE')
+            WHEN c.oid IS NULL THEN has_schema_privilege(n.oid, 'CREATE')
+            ELSE pg_has_role(c.relowner, 'USAGE') END,
+        n.oid IS NULL OR has_schema_privilege(n.oid, 'USAGE'),
+        ARRAY(SELECT used FROM unnest(%s) AS used
+            WHERE NOT has_table_privilege(c.oid, used) AND (used <> 'INSERT' OR EXISTS
+                (SELECT FROM pg_attribute WHERE attrelid = c.oid AND attname = ANY(%s)
+                    AND NOT has_column_privilege(c.oid, attnum, 'INSERT'))))
+    FROM (VALUES (1)) AS one LEFT JOIN pg_namespace n ON n.nspname = %s
+        LEFT JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = %s
+"""
 
 _CONNECTIONS = 2  # at once
 
@@ -78,10 +100,10 @@ class Database(ServerSink[psycopg2.extensions.connection]):
                 self._dsn = connection_dsn(server.url)
             return self._dsn
 
-    async def hint(self) -> str:
+    async def hint(self, table: str) -> str:
         """See `Sink.hint`."""
         await self.dsn()
-        return f"{self._psql} -c {shlex.quote('SELECT * FROM crash_report')}"
+        return f"{self._psql} -c {shlex.quote(f'SELECT * FROM {table}')}"
 
     # --- the driver's ---
 
@@ -158,10 +180,33 @@ class Database(ServerSink[psycopg2.extensions.connection]):
         ):  # fmt: skip
             text = "is UNLOGGED: a crash of the database empties it, rows and all"
             found.append(("warn", f"table {name}: {text}"))
-        for table in tables:
-            if denied := await self._denied(table):
-                found.append(("fail", f"table {table.name}: {denied}"))
         return found
+
+    async def denied(self, table: Table, changes: Sequence[str]) -> str | None:
+        """See `SqlSink.denied`. The catalogs are open to all."""
+        used = _OWN_RIGHTS if table in OWN_TABLES else ["INSERT"]
+        columns = [column.name for column in table.columns]
+        rows = await self.query(_RIGHTS, used, columns, self._dialect.schema, table.name)
+        ((role, database, schema, there, may_make, may_look, lacking),) = rows
+        quote, name = self._dialect.quote, self._dialect.table(table.name)
+        within, to = f"SCHEMA {quote(self._schema)}", f"TO {quote(role)}"
+        why: list[str] = []
+        grants: list[str] = []
+        if changes and not may_make and there:
+            why.append(f"lacks columns, and only its owner may add them, not {role}")
+            grants += changes
+        elif changes and not may_make:
+            why.append(f"is missing, and {role} may not make it")
+            grants.append(
+                f"GRANT CREATE ON {within if schema else f'DATABASE {quote(database)}'} {to}"
+            )
+        if not may_look:
+            why.append(f"{role} may not look into its schema")
+            grants.append(f"GRANT USAGE ON {within} {to}")
+        if lacking:
+            why.append(f"{role} has no right to {', '.join(lacking)}")
+            grants.append(f"GRANT {', '.join(lacking)} ON {name} {to}")
+        return f"{'; '.join(why)}: {'; '.join(grants)}" if why else None
 
     async def _begin_ends_it(self) -> bool:
         """Whether a transaction costs the connection, where single statements are answered."""
@@ -177,23 +222,3 @@ class Database(ServerSink[psycopg2.extensions.connection]):
             return True
         return False
 
-    async def _denied(self, table: Table) -> str | None:
-        """The right that our role lacks to make or complete this table, and the remedy."""
-        rows = await self.query(
-            "SELECT current_user::text, current_database()::text, n.oid IS NULL, c.oid IS NULL,"
-            " CASE WHEN n.oid IS NULL THEN has_database_privilege(current_database(), 'CREATE')"
-            " WHEN c.oid IS NULL THEN has_schema_privilege(n.oid, 'CREATE')"
-            " ELSE pg_has_role(c.relowner, 'USAGE') END"
-            " FROM (VALUES (1)) AS one LEFT JOIN pg_namespace n ON n.nspname = %s"
-            " LEFT JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = %s",
-            self._dialect.schema, table.name,
-        )  # fmt: skip
-        ((role, database, no_schema, no_table, may),) = rows
-        there = await self.columns(table.name)
-        if may or (there is not None and there.issuperset(each.name for each in table.columns)):
-            return None
-        if not no_table:
-            return f"lacks columns, and only its owner may add them, not {role}"
-        quote = self._dialect.quote
-        within = f"DATABASE {quote(database)}" if no_schema else f"SCHEMA {quote(self._schema)}"
-        return f"is missing, and {role} may not make it: GRANT CREATE ON {within} TO {quote(role)}"

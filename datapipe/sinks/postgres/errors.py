@@ -15,6 +15,7 @@ _BY_STATE = {
     "42P01": Verdict.MISSING,  # undefined table
     "42703": Verdict.MISSING,  # undefined column
     "3F000": Verdict.MISSING,  # no such schema
+    "42501": Verdict.MISSING,  # insufficient privilege
     "55P03": Verdict.LATER,  # lock not available
     "55006": Verdict.LATER,  # object in use
     "25P03": Verdict.LATER,  # idle in transaction for too long
@@ -33,7 +34,7 @@ _BY_CLASS = {
     "58": Verdict.DOWN,  # system error: an I/O error of the server
     "XX": Verdict.DOWN,  # internal error
     "3F": Verdict.BLOCKED,
-    "42": Verdict.BLOCKED,  # permission, wrong types, not a table
+    "42": Verdict.BLOCKED,  # wrong types, not a table
     "22": Verdict.ROW,  # data
     "23": Verdict.ROW,  # integrity
     "54": Verdict.ROW,  # limit exceeded

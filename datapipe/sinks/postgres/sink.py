@@ -133,7 +133,7 @@ class PostgresSink(Database):
 
     async def expire_lanes(self, source: str, before: Mapping[str, float]) -> None:
         """See `Ledger.expire_lanes`. One look at the rows that are old enough, for all lanes."""
-        await self.transaction(
+        await self._own(
             (
                 f"DELETE FROM {self._ledger} AS ledger"
                 " USING (SELECT key, value::float8 FROM json_each_text(%s)) AS old (lane, before)"
