@@ -6,7 +6,6 @@ import sqlite3
 from typing import Any
 
 from datapipe.sinks.sqlite.connections import Connection
-
 from tests.fault.modules.patching import patch
 
 _GATE = ("127.0.0.1", int(os.environ["FAULT_GATE"]))
