@@ -47,6 +47,10 @@ PEER_MAY_VANISH = (
     " SET LOCAL idle_in_transaction_session_timeout = '60s'; SET LOCAL statement_timeout = 0;"
 )
 
+# What is asked through the pool may take so long, in seconds; a pooler holds a query back for
+# longer while the server behind it is away (PgBouncer: `query_wait_timeout`, 120 s).
+_ANSWER_S = 20.0
+
 
 def connection_dsn(url: str) -> str:
     """The libpq string of a database URL; what the URL sets takes precedence.
@@ -194,7 +198,7 @@ class Pool:
             look = partial(_answering, await self._dsn())
             self._answering = await in_thread(look)[1]
         return await aiopg.connect(
-            self._answering, timeout=20.0, enable_json=False, enable_hstore=False,
+            self._answering, timeout=_ANSWER_S, enable_json=False, enable_hstore=False,
             enable_uuid=False, connection_factory=partial(_Connection, self._places),
         )  # fmt: skip
 

@@ -23,8 +23,9 @@ from datapipe.settings import Settings
 from datapipe.sinks import Table
 from datapipe.sinks.postgres.connections import PEER_MAY_VANISH, Pool, connection_dsn
 from datapipe.sinks.postgres.dialect import dialect
-from datapipe.sinks.postgres.errors import Verdict, error_of, is_away, one_line, verdict
+from datapipe.sinks.postgres.errors import error_of, is_away, one_line, reason, verdict
 from datapipe.sinks.sql import Result, SqlSink, Statement
+from datapipe.sinks.verdict import Verdict
 
 # Nothing that is done here need wait for a synchronous standby, which may be away for hours: DDL is
 # repeated where it is missing, a heartbeat comes every 5 s, ledger rows that come back do no harm.
@@ -78,7 +79,7 @@ class Database(SqlSink):
     def error(self, exc: psycopg2.Error, lane: str | None) -> SinkUnavailable | LaneBlocked:
         """Our error to raise for it; notes that the database is down, if that is what it means."""
         if verdict(exc) is Verdict.DOWN:
-            self.down(one_line(exc))
+            self.down(reason(exc))
         return error_of(exc, lane)
 
     async def hint(self) -> str:
@@ -185,6 +186,9 @@ class Database(SqlSink):
 
     async def findings(self, tables: Sequence[Table]) -> list[tuple[str, str]]:
         """See `SqlSink.findings`."""
+        if await self._begin_ends_it():
+            text = "a pooler in statement mode has no transactions: set pool_mode = transaction"
+            return [("fail", f"database: BEGIN ends the connection: {text} (PgBouncer)")]
         found = []
         ((encoding,),) = await self.query("SHOW server_encoding")
         if encoding != "UTF8":
@@ -201,6 +205,20 @@ class Database(SqlSink):
             if denied := await self._denied(table):
                 found.append(("fail", f"table {table.name}: {denied}"))
         return found
+
+    async def _begin_ends_it(self) -> bool:
+        """Whether a transaction costs the connection, where single statements are answered."""
+
+        async def begin(cursor: aiopg.Cursor) -> None:
+            await cursor.execute("BEGIN")  # alone: with a ROLLBACK behind it would pass
+            await cursor.execute("ROLLBACK")
+
+        try:
+            await self.run(begin)
+        except SinkUnavailable:
+            await self.query("SELECT 1")
+            return True
+        return False
 
     async def _denied(self, table: Table) -> str | None:
         """The right that our role lacks to make or complete this table, and the remedy."""

@@ -5,24 +5,13 @@ Source of the classes: PostgreSQL documentation, appendix "PostgreSQL Error Code
 
 from __future__ import annotations
 
-import enum
 import re
 
 import psycopg2
 
 from datapipe.errors import LaneBlocked, SinkUnavailable
 from datapipe.sinks.transaction import TableMissing
-
-
-class Verdict(enum.Enum):
-    """What an error of the database means for the load in hand."""
-
-    DOWN = "the whole database: again later"
-    LATER = "this lane: again later"
-    MISSING = "a table or column is missing: one DDL pass, then again"
-    BLOCKED = "this lane is blocked until a person acts"
-    ROW = "one row is refused"
-
+from datapipe.sinks.verdict import Verdict
 
 _BY_STATE = {
     "42P01": Verdict.MISSING,  # undefined table
@@ -87,7 +76,15 @@ _AWAY_WORDS = re.compile(
     "Connection refused|timeout expired|timed out|no answer in time|unreachable|No route to host"
     "|reset by peer|closed the connection|Temporary failure in name resolution|starting up"
     "|shutting down|recovery mode|not yet accepting|too many|slots are reserved"
+    "|session is read-only|hot standby mode"  # of several hosts the primary is not there yet
+    "|no more connections allowed|login has been failing|query_wait_timeout"  # PgBouncer's
 )
+
+# What a pooler says in its own words, and what a person can do.
+_REMEDIES = {
+    "unsupported startup parameter": "a pooler refuses it: take it out of database_url (and"
+    " PGOPTIONS), set it by ALTER ROLE ... SET instead, or name it in ignore_startup_parameters",
+}
 
 
 def is_away(exc: BaseException | None) -> bool:
@@ -102,7 +99,7 @@ def is_away(exc: BaseException | None) -> bool:
 
 def error_of(exc: psycopg2.Error, lane: str | None = None) -> SinkUnavailable | LaneBlocked:
     """Our error for it, which says what happens next; one line, without the URL's secrets."""
-    text = one_line(exc)
+    text = reason(exc)
     kind = verdict(exc)
     if kind is Verdict.DOWN or lane is None:
         return SinkUnavailable(text)
@@ -110,6 +107,12 @@ def error_of(exc: psycopg2.Error, lane: str | None = None) -> SinkUnavailable | 
         return SinkUnavailable(text, everywhere=False)
     blocked = TableMissing if kind is Verdict.MISSING else LaneBlocked
     return blocked(f"{text} (SQLSTATE {exc.pgcode})" if exc.pgcode else text)
+
+
+def reason(exc: psycopg2.Error) -> str:
+    """What the database said, in one line, with what can be done about it if we know."""
+    text = one_line(exc)
+    return "; ".join([text, *(remedy for words, remedy in _REMEDIES.items() if words in text)])
 
 
 def one_line(exc: BaseException) -> str:
