@@ -34,6 +34,7 @@ from datapipe import sinks
 from datapipe.errors import ConfigError, LaneBlocked, SinkUnavailable
 from datapipe.events.limits import Limits
 from datapipe.events.types import Column
+from datapipe.health import Wait
 from datapipe.settings import Settings
 from datapipe.sinks import SinkPlugin, Table
 from datapipe.sinks.dialect import Dialect
@@ -200,7 +201,7 @@ class MySqlSink(SqlSink):
         finally:
             self._threads.pop(lane, None)
 
-    async def waits(self) -> dict[str, str]:
+    async def waits(self) -> dict[str, Wait]:
         """See `Sink.waits`: for locks of tables; the server does not say for which rows."""
         lanes = {thread: lane for lane, thread in self._threads.items()}
         rows = await self.query(
@@ -208,7 +209,7 @@ class MySqlSink(SqlSink):
             " WHERE id IN %s AND state LIKE 'Waiting for%%'",
             self._dialect.listed(list(lanes)),
         )
-        return {lanes[thread]: state for thread, state in rows}
+        return {lanes[thread]: Wait(state) for thread, state in rows}
 
     def down(self, error: str) -> None:
         """See `TransactionalSink.down`."""
@@ -351,7 +352,8 @@ class MysqlPlugin(SinkPlugin):
         decimal_digits=30,
         beyond_years=False,
         json_depth=31,
-        reserved=frozenset(),
+        # by InnoDB, whatever the case (error 1166)
+        reserved=frozenset({"db_row_id", "db_trx_id", "db_roll_ptr", "fts_doc_id"}),
         name_bytes=64,
         last_character="\uffff",
         ignores_case=True,
