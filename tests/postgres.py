@@ -7,6 +7,7 @@ It is started and ended by process id, and never runs as root: PostgreSQL refuse
 from __future__ import annotations
 
 import asyncio
+import atexit
 import os
 import pwd
 import shutil
@@ -17,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -49,6 +51,21 @@ def run_as() -> dict[str, Any]:
     raise RuntimeError("no user to run PostgreSQL as")
 
 
+@cache
+def _new_data(bin: Path) -> Path:
+    """What initdb makes, once in a process: servers start from copies of it."""
+    folder = Path(tempfile.mkdtemp(prefix="datapipe-test-pg-", dir="/var/tmp"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    run_as = _run_as()
+    if run_as:
+        os.chown(folder, run_as["user"], run_as["group"])
+    subprocess.run(
+        [str(bin / "initdb"), "-D", str(folder), "-U", "postgres", "-A", "trust", "-E", "UTF8",
+         "--locale=C", "--no-sync"], check=True, capture_output=True, cwd="/", **run_as,
+    )  # fmt: skip
+    return folder
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -77,8 +94,7 @@ class Postgres:
         self._options = {"fsync": "off", "max_connections": "60", **options}
         self._server: subprocess.Popen[bytes] | None = None
         if of is None:
-            self._run("initdb", "-D", str(self.data), "-U", "postgres", "-A", "trust", "-E", "UTF8",
-                      "--locale=C", "--no-sync")  # fmt: skip
+            subprocess.run(["cp", "-a", f"{_new_data(self.bin)}/.", str(self.data)], check=True)
         else:
             self.data.chmod(0o700)
             primary = f"host=127.0.0.1 port={of.port} user=postgres application_name=standby"

@@ -74,8 +74,7 @@ async def load(settings: Settings, args: argparse.Namespace) -> int:
     ):
         buffer = Buffer(mirror, settings, lambda seconds: None, died)
         loader = Loader(buffer, sink, registry, settings, Records(), lambda seconds: None)
-        tables = [table_of(kind) for kind in registry.types.values()]
-        coordinator = Coordinator(buffer, loader, sink, process, tables)
+        coordinator = Coordinator(buffer, loader, sink, process)
         waiting = partial(_waiting, buffer)
         async with loader.running(died), progress("loading events", waiting):
             async for _ in coordinator.looks():

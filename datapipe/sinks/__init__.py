@@ -13,6 +13,7 @@ from msgspec import structs
 from datapipe.events.limits import Limits
 from datapipe.events.segment import Segment
 from datapipe.events.types import Column, EventType
+from datapipe.health import Wait
 from datapipe.settings import Plugin, Settings, plugin
 from datapipe.sinks import urls
 
@@ -135,7 +136,7 @@ class Sink(Protocol):
         and a person must act.
         """
 
-    async def waits(self) -> dict[str, str]:
+    async def waits(self) -> dict[str, Wait]:
         """What the database says that loads under way wait for, by lane; not those that work.
 
         Raises: SinkUnavailable.

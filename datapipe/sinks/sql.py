@@ -324,14 +324,15 @@ class SqlSink(TransactionalSink):
         """See `DeadLetters.find`."""
         await self.prepare(OWN_TABLES[0])
         condition, values = self._dialect.where(selection)
+        state = self._dialect.quote("sqlstate")  # a reserved word of MySQL
         groups = await self.query(
-            f"SELECT lane, sqlstate, min(message), count(*) FROM {self._letters}"
-            f" WHERE {condition} GROUP BY lane, sqlstate ORDER BY count(*) DESC, lane, sqlstate",
+            f"SELECT lane, {state}, min(message), count(*) FROM {self._letters}"
+            f" WHERE {condition} GROUP BY lane, {state} ORDER BY count(*) DESC, lane, {state}",
             *values,
         )
         written = self._dialect.epoch.format("created_at")
         letters = await self.query(
-            f"SELECT id, lane, {self._dialect.event}, sqlstate, message, column_name, {written}"
+            f"SELECT id, lane, {self._dialect.event}, {state}, message, column_name, {written}"
             f" FROM {self._letters} WHERE {condition} ORDER BY id DESC LIMIT %s",
             *values, limit,
         )  # fmt: skip
@@ -397,7 +398,7 @@ class SqlTransaction(ABC):
         """See `Transaction.bury`."""
         self.many(
             f"INSERT INTO {self._letters}"
-            " (lane, event, sqlstate, message, column_name, segment)"
+            f" (lane, event, {self._dialect.quote('sqlstate')}, message, column_name, segment)"
             " VALUES (%s, %s, %s, %s, %s, %s)",
             letters,
         )
@@ -417,8 +418,9 @@ class SqlTransaction(ABC):
     def settle(self, back: Sequence[int], stay: Sequence[RefusedRow]) -> None:
         """See `Transaction.settle`."""
         self.many(f"DELETE FROM {self._letters} WHERE id = %s", [(id,) for id in back])
+        state = self._dialect.quote("sqlstate")
         self.many(
-            f"UPDATE {self._letters} SET sqlstate = coalesce(nullif(%s, ''), sqlstate),"
+            f"UPDATE {self._letters} SET {state} = coalesce(nullif(%s, ''), {state}),"
             " message = %s, column_name = %s WHERE id = %s",
             [(each.sqlstate, each.message, each.column, int(each.id)) for each in stay],
         )

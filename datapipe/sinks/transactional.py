@@ -24,7 +24,7 @@ import structlog
 from datapipe.errors import EventRejected, SinkUnavailable
 from datapipe.events.segment import Part, Segment
 from datapipe.events.types import Column, with_offset
-from datapipe.health import Health
+from datapipe.health import Health, Wait
 from datapipe.sinks import Check, Loaded, Selection, SinkState, Table
 from datapipe.sinks.guard import Guard
 from datapipe.sinks.transaction import (
@@ -78,7 +78,7 @@ class TransactionalSink(ABC):
         back, or unknown.
         """
 
-    async def waits(self) -> dict[str, str]:
+    async def waits(self) -> dict[str, Wait]:
         """See `Sink.waits`: nothing, where the database doesn't say."""
         return {}
 
@@ -94,7 +94,7 @@ class TransactionalSink(ABC):
         what only read, once it was down: a standby, or a full disk, lets us read.
         """
         if self._health.works(began):
-            log.info("database up", version=self.version, schema=self._schema)
+            log.info("database up", product=self.product, version=self.version, schema=self._schema)
 
     def down(self, error: str) -> None:
         """Note that the database does not answer, or not as it should."""

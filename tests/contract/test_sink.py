@@ -21,6 +21,7 @@ from datapipe.events.types import Column, Event, EventType
 from datapipe.settings import Settings
 from datapipe.sinks import Beat, Database, Heartbeat, Loaded, Selection, Table, open_sink
 from datapipe.sinks.memory import MemoryDatabase
+from tests.mariadb import MariaDB
 from tests.postgres import Postgres
 
 USER, RECEIVED = Column("user_id", "bigint"), Column("received_at", "timestamptz")
@@ -63,6 +64,25 @@ class InPostgres:
 
     def accept_all(self) -> None:
         Postgres.execute(self._url, "ALTER TABLE install DROP CONSTRAINT even")
+
+
+class InMariaDB:
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def open(self, process: str) -> AbstractAsyncContextManager[Database]:
+        return open_sink(Settings(database_url=self._url), process)
+
+    def users(self, lane: str) -> list[int]:
+        rows = MariaDB.execute(self._url, f"SELECT user_id FROM {lane} ORDER BY 1")
+        return [user for (user,) in rows]
+
+    def refuse_odd(self) -> None:
+        check = "CHECK (user_id % 2 = 0 OR user_id >= 1000)"
+        MariaDB.execute(self._url, f"ALTER TABLE install ADD CONSTRAINT even {check}")
+
+    def accept_all(self) -> None:
+        MariaDB.execute(self._url, "ALTER TABLE install DROP CONSTRAINT even")
 
 
 class InMemory:
@@ -126,7 +146,7 @@ class World:
 
 
 # `toy` is a third party's, in a package of its own
-@pytest.fixture(params=["postgres", "postgres13", "postgres18", "memory", "toy"])
+@pytest.fixture(params=["postgres", "postgres13", "postgres18", "mariadb", "memory", "toy"])
 async def world(request: pytest.FixtureRequest, tmp_path: Path, toys: Path) -> AsyncIterator[World]:
     def in_version() -> Place:
         """One database, emptied: a server of 18 takes 0.2 s to make one."""
@@ -139,6 +159,7 @@ async def world(request: pytest.FixtureRequest, tmp_path: Path, toys: Path) -> A
         "postgres": lambda: InPostgres(request.getfixturevalue("database")),
         "postgres13": in_version,
         "postgres18": in_version,
+        "mariadb": lambda: InMariaDB(request.getfixturevalue("mysql_database")),
         "memory": InMemory,
         "toy": lambda: InToy(tmp_path / "toy.db"),
     }

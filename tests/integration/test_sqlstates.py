@@ -545,6 +545,6 @@ async def test_the_server_restarts(whole: Whole) -> None:
 
 async def test_the_table_of_policies_is_told_in_full() -> None:
     """Each verdict of the code has its test here: a new one must come with its own."""
-    from datapipe.sinks.postgres.errors import Verdict
+    from datapipe.sinks.verdict import Verdict
 
     assert {verdict.name for verdict in Verdict} == {"DOWN", "LATER", "MISSING", "BLOCKED", "ROW"}

@@ -23,8 +23,9 @@ from datapipe.settings import Settings
 from datapipe.sinks import Table
 from datapipe.sinks.postgres.connections import PEER_MAY_VANISH, Pool, connection_dsn
 from datapipe.sinks.postgres.dialect import dialect
-from datapipe.sinks.postgres.errors import Verdict, error_of, is_away, one_line, reason, verdict
+from datapipe.sinks.postgres.errors import error_of, is_away, one_line, reason, verdict
 from datapipe.sinks.sql import Result, SqlSink, Statement
+from datapipe.sinks.verdict import Verdict
 
 # Nothing that is done here need wait for a synchronous standby, which may be away for hours: DDL is
 # repeated where it is missing, a heartbeat comes every 5 s, ledger rows that come back do no harm.

@@ -5,24 +5,13 @@ Source of the classes: PostgreSQL documentation, appendix "PostgreSQL Error Code
 
 from __future__ import annotations
 
-import enum
 import re
 
 import psycopg2
 
 from datapipe.errors import LaneBlocked, SinkUnavailable
 from datapipe.sinks.transaction import TableMissing
-
-
-class Verdict(enum.Enum):
-    """What an error of the database means for the load in hand."""
-
-    DOWN = "the whole database: again later"
-    LATER = "this lane: again later"
-    MISSING = "a table or column is missing: one DDL pass, then again"
-    BLOCKED = "this lane is blocked until a person acts"
-    ROW = "one row is refused"
-
+from datapipe.sinks.verdict import Verdict
 
 _BY_STATE = {
     "42P01": Verdict.MISSING,  # undefined table

@@ -25,6 +25,7 @@ from datapipe import sinks
 from datapipe.errors import ConfigError, SinkUnavailable
 from datapipe.events.limits import Limits
 from datapipe.events.types import Column
+from datapipe.health import Wait
 from datapipe.settings import Settings
 from datapipe.sinks import SinkPlugin, Table
 from datapipe.sinks.dialect import Dialect
@@ -60,6 +61,13 @@ _FENCED = (
     " SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database()"
     " AND usename = current_user AND application_name = 'datapipe nats' AND state = 'active'"
     " AND wait_event = 'ClientRead' AND query_start < now() - interval '1 minute';"
+)
+
+# Source: PostgreSQL documentation, "Wait Events"
+_FOR_STANDBY = Wait(
+    "IPC: SyncRep",
+    "COMMIT waits for the synchronous standby",
+    "Bring the standby back, or change synchronous_standby_names.",
 )
 
 _BEYOND_ASCII = re.compile(r"[^\x00-\x7f]+")
@@ -98,7 +106,7 @@ class PostgresSink(Database):
         finally:
             self._backends.pop(lane, None)
 
-    async def waits(self) -> dict[str, str]:
+    async def waits(self) -> dict[str, Wait]:
         """See `Sink.waits`."""
         lanes = {backend: lane for lane, backend in self._backends.items()}
         rows = await self.query(
@@ -106,7 +114,10 @@ class PostgresSink(Database):
             " WHERE pid = ANY(%s) AND wait_event IS NOT NULL",
             list(lanes),
         )
-        return {lanes[backend]: event for backend, event in rows}
+        return {
+            lanes[backend]: _FOR_STANDBY if event == _FOR_STANDBY.event else Wait(event)
+            for backend, event in rows
+        }
 
     def down(self, error: str) -> None:
         """See `TransactionalSink.down`."""
