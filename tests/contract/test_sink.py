@@ -159,7 +159,9 @@ class World:
 
 
 # `toy` is a third party's, in a package of its own
-@pytest.fixture(params=["postgres", "postgres13", "postgres18", "mariadb", "sqlite", "memory", "toy"])
+@pytest.fixture(
+    params=["postgres", "postgres13", "postgres18", "mariadb", "memory", "sqlite", "toy"]
+)
 async def world(request: pytest.FixtureRequest, tmp_path: Path, toys: Path) -> AsyncIterator[World]:
     def in_version() -> Place:
         """One database, emptied: a server of 18 takes 0.2 s to make one."""
