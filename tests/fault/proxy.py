@@ -36,7 +36,10 @@ class _Link:
 
 
 class _Wire(Protocol):
-    """How a database and its clients talk. Attributes: options: of a URL, so that it is plain."""
+    """How a database and its clients talk.
+
+    Attributes: options: of a URL, without which we can't.
+    """
 
     options: str
 

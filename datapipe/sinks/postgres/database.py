@@ -16,13 +16,13 @@ import psycopg2
 from datapipe.errors import SinkUnavailable
 from datapipe.settings import Settings
 from datapipe.sinks import Table
+from datapipe.sinks.dialect import OWN_TABLES
 from datapipe.sinks.postgres.connections import (
     PEER_MAY_VANISH,
     AiopgPool,
     Loads,
     connection_dsn,
 )
-from datapipe.sinks.dialect import OWN_TABLES
 from datapipe.sinks.postgres.dialect import dialect
 from datapipe.sinks.postgres.errors import is_away, reason, verdict
 from datapipe.sinks.server import ServerSink, fetch
@@ -221,4 +221,3 @@ class Database(ServerSink[psycopg2.extensions.connection]):
             await self.query("SELECT 1")
             return True
         return False
-
