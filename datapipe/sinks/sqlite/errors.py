@@ -73,7 +73,9 @@ def may_be_of_a_row(exc: sqlite3.Error) -> bool:
 
 def state_of(exc: sqlite3.Error) -> str:
     """The name of the code, which stands where other databases have an SQLSTATE."""
-    return getattr(exc, "sqlite_errorname", "SQLITE_ERROR")
+    name: str = getattr(exc, "sqlite_errorname", "SQLITE_ERROR")
+    # Python 3.11 does not know the one code that came with STRICT tables
+    return "SQLITE_CONSTRAINT_DATATYPE" if name == "unknown" else name
 
 
 def one_line(exc: sqlite3.Error) -> str:
