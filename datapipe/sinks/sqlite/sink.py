@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from datapipe.errors import ConfigError
 from datapipe.events.limits import Limits
 from datapipe.events.types import Column
+from datapipe.health import Wait
 from datapipe.settings import Settings
 from datapipe.sinks import Database, SinkPlugin, Table
 from datapipe.sinks.sql import Result, SqlSink, SqlTransaction, Statement
@@ -80,9 +81,9 @@ class SqliteSink(SqlSink):
             self.works(began)
         return result
 
-    async def waits(self) -> dict[str, str]:
+    async def waits(self) -> dict[str, Wait]:
         """See `Sink.waits`."""
-        return dict.fromkeys(self._file.waiting, "lock: another program writes")
+        return dict.fromkeys(self._file.waiting, Wait("lock: another program writes"))
 
     def down(self, error: str) -> None:
         """See `TransactionalSink.down`."""
@@ -96,9 +97,9 @@ class SqliteSink(SqlSink):
     async def close(self) -> None:
         await self._file.close()
 
-    async def hint(self) -> str:
+    async def hint(self, table: str) -> str:
         """See `Sink.hint`."""
-        return shlex.join(["sqlite3", str(self._file.path), "SELECT * FROM crash_report"])
+        return shlex.join(["sqlite3", str(self._file.path), f"SELECT * FROM {table}"])
 
     # --- see `SqlSink` ---
 
