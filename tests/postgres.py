@@ -56,12 +56,12 @@ def _new_data(bin: Path) -> Path:
     """What initdb makes, once in a process: servers start from copies of it."""
     folder = Path(tempfile.mkdtemp(prefix="datapipe-test-pg-", dir="/var/tmp"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    run_as = _run_as()
-    if run_as:
-        os.chown(folder, run_as["user"], run_as["group"])
+    as_user = run_as()
+    if as_user:
+        os.chown(folder, as_user["user"], as_user["group"])
     subprocess.run(
         [str(bin / "initdb"), "-D", str(folder), "-U", "postgres", "-A", "trust", "-E", "UTF8",
-         "--locale=C", "--no-sync"], check=True, capture_output=True, cwd="/", **run_as,
+         "--locale=C", "--no-sync"], check=True, capture_output=True, cwd="/", **as_user,
     )  # fmt: skip
     return folder
 
@@ -155,6 +155,10 @@ class Postgres:
             self._server.send_signal(how)
             self._server.wait(timeout=60)
             self._server = None
+
+    def crash(self) -> None:
+        """End it in the middle of whatever it does."""
+        self.stop(signal.SIGQUIT)
 
     def freeze(self) -> None:
         """Stop it and its backends in the middle of whatever they do."""

@@ -67,8 +67,12 @@ class TransactionalSink(ABC):
         self._guards: defaultdict[str, Guard] = defaultdict(Guard)  # by lane
 
     @abstractmethod
-    async def prepare(self, table: Table, *, again: bool = False) -> None:
+    async def prepare(self, table: Table, *, again: bool = False) -> list[str]:
         """See `Sink.prepare`. Args: again: look, even if the table was there before."""
+
+    @abstractmethod
+    async def find(self, selection: Selection, limit: int) -> dict[str, Any]:
+        """See `DeadLetters.find`."""
 
     @abstractmethod
     async def transact(self, lane: str, work: Callable[[Transaction], _T]) -> _T:
@@ -129,7 +133,7 @@ class TransactionalSink(ABC):
         fence = math.inf if not_after is None else not_after
         try:
             loaded = await self._try(table, segments, accept_dead, fence)
-        except TableMissing:  # dropped or altered since
+        except TableMissing:  # dropped, altered or forbidden since
             await self.prepare(_widened(table, segments), again=True)
             loaded = await self._try(table, segments, accept_dead, fence)
         self._guards[table.name].committed()
@@ -228,8 +232,9 @@ class TransactionalSink(ABC):
         self, selection: Selection, tables: Mapping[str, Table], check: Check
     ) -> tuple[dict[str, int], int]:
         """See `DeadLetters.replay`."""
-        for table in tables.values():
-            await self.prepare(table)
+        lanes = {group["lane"] for group in (await self.find(selection, 0))["groups"]}
+        for lane in lanes & tables.keys():
+            await self.prepare(tables[lane])
         back: Counter[str] = Counter()
         stay, last = 0, 0
         while True:

@@ -83,7 +83,7 @@ def test_a_class_replaces_one_that_is_built_in_and_not_one_of_your_own() -> None
     try:
         types = load_registry(Settings()).types
         assert [field.name for field in types["install"].fields] == ["device"]
-        with pytest.raises(ConfigError, match="events.install: there is an event type"):
+        with pytest.raises(ConfigError, match=r"events\.install: there is an event type"):
             load_registry(Settings(events={"install": {"n": "int"}}))
     finally:
         del Mine

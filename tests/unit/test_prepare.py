@@ -1,4 +1,4 @@
-"""`make run` makes tables at the start; one that can't be made holds up neither others nor its users."""
+"""`make run` makes tables at the start; one that can't be made holds up nobody."""
 
 from __future__ import annotations
 

@@ -9,14 +9,13 @@ import re
 
 import psycopg2
 
-from datapipe.errors import LaneBlocked, SinkUnavailable
-from datapipe.sinks.transaction import TableMissing
 from datapipe.sinks.verdict import Verdict
 
 _BY_STATE = {
     "42P01": Verdict.MISSING,  # undefined table
     "42703": Verdict.MISSING,  # undefined column
     "3F000": Verdict.MISSING,  # no such schema
+    "42501": Verdict.MISSING,  # insufficient privilege
     "55P03": Verdict.LATER,  # lock not available
     "55006": Verdict.LATER,  # object in use
     "25P03": Verdict.LATER,  # idle in transaction for too long
@@ -35,7 +34,7 @@ _BY_CLASS = {
     "58": Verdict.DOWN,  # system error: an I/O error of the server
     "XX": Verdict.DOWN,  # internal error
     "3F": Verdict.BLOCKED,
-    "42": Verdict.BLOCKED,  # permission, wrong types, not a table
+    "42": Verdict.BLOCKED,  # wrong types, not a table
     "22": Verdict.ROW,  # data
     "23": Verdict.ROW,  # integrity
     "54": Verdict.ROW,  # limit exceeded
@@ -95,18 +94,6 @@ def is_away(exc: BaseException | None) -> bool:
         return exc.pgcode[:2] in _AWAY_CLASSES
     tried = str(exc).split("connection to server")  # once for each address of the host
     return all(_AWAY_WORDS.search(each) for each in tried if each.strip())
-
-
-def error_of(exc: psycopg2.Error, lane: str | None = None) -> SinkUnavailable | LaneBlocked:
-    """Our error for it, which says what happens next; one line, without the URL's secrets."""
-    text = reason(exc)
-    kind = verdict(exc)
-    if kind is Verdict.DOWN or lane is None:
-        return SinkUnavailable(text)
-    if kind is Verdict.LATER:
-        return SinkUnavailable(text, everywhere=False)
-    blocked = TableMissing if kind is Verdict.MISSING else LaneBlocked
-    return blocked(f"{text} (SQLSTATE {exc.pgcode})" if exc.pgcode else text)
 
 
 def reason(exc: psycopg2.Error) -> str:
