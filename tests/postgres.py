@@ -156,6 +156,10 @@ class Postgres:
             self._server.wait(timeout=60)
             self._server = None
 
+    def crash(self) -> None:
+        """End it in the middle of whatever it does."""
+        self.stop(signal.SIGQUIT)
+
     def freeze(self) -> None:
         """Stop it and its backends in the middle of whatever they do."""
         self._signal_all(signal.SIGSTOP)

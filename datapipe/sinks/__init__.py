@@ -44,7 +44,7 @@ class SinkState:
     """For the page; `up` is None until the first real work was tried.
 
     `answer_s` is what the last small piece of work took, such as the heartbeat; `product` is what
-    people call the database, such as PostgreSQL.
+    people call the database, such as MariaDB.
     """
 
     up: bool | None

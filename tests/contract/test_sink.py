@@ -115,12 +115,13 @@ class InMemory:
         raise NotImplementedError
 
 
-class InToy:
-    def __init__(self, path: Path) -> None:
+class InSqlite:
+    def __init__(self, url: str, path: Path) -> None:
+        self._url = url
         self._path = path
 
     def open(self, process: str) -> AbstractAsyncContextManager[Database]:
-        return open_sink(Settings(database_url=f"toy://{self._path}"), process)
+        return open_sink(Settings(database_url=self._url), process)
 
     def execute(self, sql: str) -> None:
         self._execute(sql)
@@ -158,7 +159,9 @@ class World:
 
 
 # `toy` is a third party's, in a package of its own
-@pytest.fixture(params=["postgres", "postgres13", "postgres18", "mariadb", "memory", "toy"])
+@pytest.fixture(
+    params=["postgres", "postgres13", "postgres18", "mariadb", "memory", "sqlite", "toy"]
+)
 async def world(request: pytest.FixtureRequest, tmp_path: Path, toys: Path) -> AsyncIterator[World]:
     def in_version() -> Place:
         """One database, emptied: a server of 18 takes 0.2 s to make one."""
@@ -173,7 +176,8 @@ async def world(request: pytest.FixtureRequest, tmp_path: Path, toys: Path) -> A
         "postgres18": in_version,
         "mariadb": lambda: InMariaDB(request.getfixturevalue("mysql_database")),
         "memory": InMemory,
-        "toy": lambda: InToy(tmp_path / "toy.db"),
+        "sqlite": lambda: InSqlite(f"sqlite:///{tmp_path}/events.db", tmp_path / "events.db"),
+        "toy": lambda: InSqlite(f"toy://{tmp_path}/toy.db", tmp_path / "toy.db"),
     }
     async with AsyncExitStack() as stack:
         yield World(places[request.param](), stack)

@@ -16,7 +16,8 @@ from datapipe.events.types import Column
 from datapipe.settings import Settings
 from datapipe.sinks import Table, open_sink
 from tests.fault.driver import Driver
-from tests.fault.proxy import Moment, Proxy, cut
+from tests.fault.moments import Moment, cut
+from tests.fault.proxy import Proxy
 from tests.postgres import Postgres
 from tests.service import Service, until
 

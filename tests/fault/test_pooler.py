@@ -76,20 +76,23 @@ async def test_the_server_behind_it_is_away(
     """It holds queries back for two minutes; the page says so at once, and nothing is lost."""
     database = own_postgres.create_database()
     modules = ["tests.fault.modules.quick_watch", "tests.fault.modules.quick_answers"]
+    harms = ((own_postgres.freeze, own_postgres.thaw), (own_postgres.stop, own_postgres.start))
     with PgBouncer.running(database, **ONE_CONNECTION, server_login_retry=1) as pooler:
         service = make_service(database_url=pooler.url, event_modules=modules, **OFTEN)
         await service.start()
-        for user in (1, 2):
+        await service.post({"event_name": "install", "user_id": 0, "timestamp": 1})
+        await service.drained()
+        for user, (harm, repair) in enumerate(harms, 1):
+            await asyncio.to_thread(harm)
             await service.post({"event_name": "install", "user_id": user, "timestamp": 1})
-            if user == 1:
-                await service.drained()
-                await asyncio.to_thread(own_postgres.stop)
-        await summary_is(service, "database_down")
-        await asyncio.to_thread(own_postgres.start)
+            await summary_is(service, "database_down")
+            await asyncio.to_thread(repair)
+            await service.drained()
+            await summary_is(service, "healthy")
         books = await service.drained()
-        assert (books["loaded"], books["duplicate"], books["balanced"]) == (2, 0, True)
-        await summary_is(service, "healthy")
-    assert own_postgres.execute(database, "SELECT user_id FROM install ORDER BY 1") == [(1,), (2,)]
+    assert (books["loaded"], books["duplicate"], books["balanced"]) == (3, 0, True)
+    users = own_postgres.execute(database, "SELECT user_id FROM install ORDER BY 1")
+    assert users == [(0,), (1,), (2,)]
 
 
 async def found(url: str) -> list[tuple[str, str]]:

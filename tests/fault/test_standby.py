@@ -203,12 +203,27 @@ async def test_a_url_of_both_hosts_follows_the_primary(
     hosts = f"127.0.0.1:{pair.standby.port},127.0.0.1:{pair.primary.port}"
     name = pair.database.rpartition("/")[2]
     url = f"postgresql://postgres@{hosts}/{name}?target_session_attrs=read-write"
-    service = make_service(database_url=url, **OFTEN | {"load_trigger_bytes": 20_000})
+    service = make_service(
+        database_url=url, event_modules=["tests.fault.modules.quick_watch"],
+        **OFTEN | {"load_trigger_bytes": 20_000},
+    )  # fmt: skip
+    there = pair.standby.url(name)
+
+    async def beats() -> int:
+        sql = "SELECT coalesce(max(beats), 0) FROM datapipe_processes"
+        return int((await pair.standby.aexecute(there, sql))[0][0])
+
     async with under_load(service, seed) as driver:
         await asyncio.to_thread(pair.primary.stop, signal.SIGKILL)
         await summary_is(service, "database_down")
         await driver.answered(50)
         await asyncio.to_thread(pair.standby.promote)
+        before = await beats()
         await loads(service)
+
+        async def beaten() -> bool:
+            return await beats() >= before + 3
+
+        await until(beaten, what="three beats there")
         await summary_is(service, "healthy")
-    await check_all(driver, service, pair.standby.url(name))
+    await check_all(driver, service, there)

@@ -14,11 +14,9 @@ import os
 import select
 import socket
 import ssl
-from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
-from urllib.parse import parse_qsl, unquote, urlsplit
 
 import aiomysql
 import pymysql
@@ -26,8 +24,11 @@ from pymysql.connections import Connection, MySQLResult
 from pymysql.constants import CLIENT, CR
 from pymysql.converters import escape_item
 
-from datapipe.errors import ConfigError
+from datapipe.sinks.server import Pool
 from datapipe.sinks.threads import Sessions
+from datapipe.sinks.urls import Address
+
+PACKET_BYTES = 65_536  # at most `max_allowed_packet`; each is put together under the GIL
 
 _CONNECT_S = 10.0
 _SILENT_S = 600.0  # a load's server that answers to keepalives, but says nothing
@@ -50,67 +51,7 @@ _SESSION = (
 _LOAD_LOCK_S = 10
 _LOCK_S = 5
 
-_MODES = ("DISABLED", "PREFERRED", "REQUIRED", "VERIFY_CA", "VERIFY_IDENTITY")
-_OPTIONS = ("ssl-mode", "ssl-ca", "ssl-cert", "ssl-key")
-
-
-@dataclass(frozen=True)
-class Address:
-    """Where the database is. Attributes: tls: None: without; required: never without."""
-
-    host: str
-    port: int
-    user: str
-    password: str = field(repr=False)
-    database: str
-    tls: ssl.SSLContext | None
-    required: bool
-
-    def credentials(self) -> dict[str, Any]:
-        """What both drivers want; a password goes as UTF-8, where they would send Latin-1."""
-        password = self.password.encode().decode("latin-1")
-        return {"user": self.user, "password": password, "host": self.host, "port": self.port}
-
-
-def address_of(url: str) -> Address:
-    """What a database URL names. On a Heroku dyno TLS is required: the network is public.
-
-    Raises: ConfigError: it can't be used; it is not repeated, for it holds a password.
-    """
-    try:
-        parts = urlsplit(url)
-        options = dict(parse_qsl(parts.query, strict_parsing=bool(parts.query)))
-        port = parts.port or 3306
-    except ValueError:
-        raise ConfigError("can't be read as a URL") from None
-    if unknown := options.keys() - set(_OPTIONS):
-        raise ConfigError(f"{min(unknown)!r} is none of {', '.join(_OPTIONS)}")
-    database = unquote(parts.path.lstrip("/"))
-    if not parts.hostname or not database:
-        raise ConfigError("must be like mysql://user:password@host:3306/database")
-    default = "VERIFY_CA" if "ssl-ca" in options else "PREFERRED"
-    mode = options.get("ssl-mode", "REQUIRED" if os.environ.get("DYNO") else default).upper()
-    if mode not in _MODES:
-        raise ConfigError(f"ssl-mode is none of {', '.join(_MODES)}")
-    return Address(
-        parts.hostname, port, unquote(parts.username or ""), unquote(parts.password or ""),
-        database, None if mode == "DISABLED" else _tls(mode, options),
-        mode not in ("DISABLED", "PREFERRED"),
-    )  # fmt: skip
-
-
-def _tls(mode: str, options: dict[str, str]) -> ssl.SSLContext:
-    try:
-        context = ssl.create_default_context(cafile=options.get("ssl-ca"))
-        context.check_hostname = mode == "VERIFY_IDENTITY"
-        context.verify_mode = ssl.CERT_REQUIRED if "VERIFY" in mode else ssl.CERT_NONE
-        if certificate := options.get("ssl-cert"):
-            context.load_cert_chain(certificate, options.get("ssl-key"))
-    except OSError as exc:
-        raise ConfigError(f"ssl-ca, ssl-cert or ssl-key: {exc}") from None
-    # certificates that MySQL makes for itself lack what is strictly wanted
-    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
-    return context
+_ASKS = "the server asks for a file, and no load is under way: is that server the right one?"
 
 
 def _watch(end: socket.socket) -> None:
@@ -138,15 +79,14 @@ def _literal(value: Any) -> str:
 class LoadConnection(Connection):  # type: ignore[misc]
     """A plain connection in autocommit, whose one file is what `load` is given."""
 
-    _offered: Iterable[bytes] | None = None
+    _offered: bytes | memoryview | None = None
 
-    def load(self, statement: str, packets: Iterable[bytes]) -> tuple[int, int]:
+    def load(self, statement: str, data: bytes | memoryview) -> tuple[int, int]:
         """Run a LOAD DATA LOCAL of these bytes: how many rows it stored, how many warnings it has.
 
-        Args: packets: none is empty, none longer than the server's `max_allowed_packet`.
         Raises: pymysql.MySQLError.
         """
-        self._offered = packets
+        self._offered = data
         try:
             with self.cursor() as cursor:
                 return cursor.execute(statement), cursor.warning_count
@@ -177,10 +117,10 @@ class _Result(MySQLResult):  # type: ignore[misc]
         offered, connection._offered = connection._offered, None
         if offered is None:
             connection._force_close()
-            raise pymysql.OperationalError(CR.CR_SERVER_LOST, ASKS)
+            raise pymysql.OperationalError(CR.CR_SERVER_LOST, _ASKS)
         try:
-            for packet in offered:
-                connection.write_packet(packet)
+            for at in range(0, len(offered), PACKET_BYTES):
+                connection.write_packet(offered[at : at + PACKET_BYTES])
         except BaseException:
             connection._force_close()  # an end would make the server store the half of it
             raise
@@ -188,16 +128,12 @@ class _Result(MySQLResult):  # type: ignore[misc]
         self._read_ok_packet(connection._read_packet())
 
 
-ASKS = "the server asks for a file, and no load is under way: is that server the right one?"
-
-
 def connected(address: Address) -> LoadConnection:
     """A connection for loads. Blocks. Raises: pymysql.MySQLError."""
     connection = LoadConnection(
-        **address.credentials(), database=address.database, charset="utf8mb4", autocommit=True,
-        local_infile=True, defer_connect=True, ssl=address.tls if address.required else None,
-        ssl_disabled=address.tls is None, read_timeout=_SILENT_S, write_timeout=_SILENT_S,
-        program_name="datapipe",
+        **_arguments(address), database=address.database, local_infile=True, defer_connect=True,
+        ssl=address.tls if address.required else None, ssl_disabled=address.tls is None,
+        read_timeout=_SILENT_S, write_timeout=_SILENT_S,
     )  # fmt: skip
     try:
         end = socket.create_connection((address.host, address.port), _CONNECT_S)
@@ -243,6 +179,13 @@ class LoadSessions(Sessions[LoadConnection]):
 
 
 class _Cursor(aiomysql.Cursor):  # type: ignore[misc]
+    async def execute(self, sql: str, values: Sequence[Any] = ()) -> int:
+        """See aiomysql, which says with a RuntimeError that the server asks for a file."""
+        try:
+            return int(await super().execute(bound(sql, values)))
+        except RuntimeError as exc:
+            raise pymysql.OperationalError(CR.CR_SERVER_LOST, _ASKS) from exc
+
     async def _show_warnings(self, connection: Any) -> None:
         """None: aiomysql would make Python's warnings of them."""
 
@@ -259,55 +202,36 @@ class _Pooled(aiomysql.Connection):  # type: ignore[misc]
         await super()._request_authentication()
 
 
-class Pool:
-    """A few connections, kept; the dead ones are found by use. One that fails is closed alone."""
+class SmallPool(Pool):
+    """aiomysql's connections."""
 
     def __init__(self, address: Address, size: int) -> None:
+        super().__init__(size)
         self._address = address
-        self._turns = asyncio.Semaphore(size)
-        self._free: list[Any] = []
 
-    @asynccontextmanager
-    async def cursor(self) -> AsyncIterator[aiomysql.Cursor]:
-        """In autocommit, on a connection that is free, or a new one; not used again after an error.
-
-        Raises: pymysql.MySQLError, OSError.
-        """
-        async with self._turns:
-            free = self._free
-            connection = self._free.pop() if self._free else await self._connect()
-            try:
-                async with connection.cursor() as cursor:
-                    yield cursor
-            except RuntimeError as exc:  # as aiomysql says it
-                connection.close()
-                raise pymysql.OperationalError(CR.CR_SERVER_LOST, ASKS) from exc
-            except BaseException:
-                connection.close()
-                raise
-            if free is self._free:
-                free.append(connection)
-            else:
-                connection.close()
-
-    async def _connect(self) -> Any:
-        address = self._address
+    async def connect(self) -> Any:
+        """See `Pool.connect`."""
         connection = _Pooled(
-            **address.credentials(), db=address.database, charset="utf8mb4", autocommit=True,
-            ssl=address.tls, cursorclass=_Cursor, connect_timeout=_CONNECT_S,
-            program_name="datapipe",
+            **_arguments(self._address), db=self._address.database, ssl=self._address.tls,
+            cursorclass=_Cursor, connect_timeout=_CONNECT_S,
         )  # fmt: skip
-        connection.required = address.required
+        connection.required = self._address.required
         await connection._connect()
-        descriptor = connection._writer.get_extra_info("socket").fileno()
-        with socket.socket(fileno=os.dup(descriptor)) as end:
+        with socket.socket(fileno=os.dup(_descriptor(connection._writer))) as end:
             _watch(end)
         for statement in _SESSION:
             await connection.query(statement.format(lock_s=_LOCK_S))
         return connection
 
-    def renew(self) -> None:
-        """Close those that are free, the others as soon as they are."""
-        free, self._free = self._free, []
-        for connection in free:
-            connection.close()
+
+def _arguments(address: Address) -> dict[str, Any]:
+    """What both drivers want; a password goes as UTF-8, where they would send Latin-1."""
+    return {
+        "user": address.user, "password": address.password.encode().decode("latin-1"),
+        "host": address.host, "port": address.port, "charset": "utf8mb4", "autocommit": True,
+        "program_name": "datapipe",
+    }  # fmt: skip
+
+
+def _descriptor(writer: asyncio.StreamWriter) -> int:
+    return int(writer.get_extra_info("socket").fileno())

@@ -10,7 +10,7 @@ Source: MariaDB documentation, "LOAD DATA INFILE"; MySQL documentation, "LOAD DA
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -20,17 +20,15 @@ from datapipe.errors import EventRejected, LaneBlocked
 from datapipe.events.types import Column, neutral_time
 from datapipe.sinks.dialect import Dialect
 from datapipe.sinks.mysql.connections import LoadConnection
-from datapipe.sinks.mysql.errors import may_be_of_a_row, one_line
+from datapipe.sinks.mysql.errors import described, may_be_of_a_row
+from datapipe.sinks.pieces import lines, pieces
 from datapipe.sinks.transaction import RefusedRow, Rows
-
-PIECE_BYTES = 2_097_152  # of the first try: what a refusal makes us send again
-PACKET_BYTES = 65_536
 
 _CHECK_FAILED = 4025  # MariaDB's; its count of rows passes over those that a CHECK refuses
 _AT_ROW = re.compile(r"at row ([0-9]{1,9})$")
 _NAMES = re.compile(r"[`'](\w+)[`']")
 _ROW_NUMBERS = re.compile(r"(?:5\.5\.5-)?(?:1[1-9]|[2-9][0-9]|10\.(?:[7-9]|1[0-9]))\b.*MariaDB")
-_OFFSET = re.compile(rb"[+-]\d\d:\d\d(?::\d\d)?$")
+_OFFSET = re.compile(rb"[+-]\d\d:\d\d(?::\d\d)?\n$")
 
 
 @dataclass(slots=True)
@@ -72,34 +70,34 @@ class Copier:
         Raises: pymysql.MySQLError: what is not about a single row.
         """
         self._connection.query("SAVEPOINT piece")
-        for piece in _pieces(self._neutral(each) for each in rows):
+        for piece in pieces(self._neutral(each) for each in rows):
             if refusal := self._try(piece):
-                self._sift(_lines(piece), refusal)
+                self._sift(lines(piece), refusal)
         self._connection.query("RELEASE SAVEPOINT piece")
         return self._refused
 
     def _neutral(self, rows: Rows) -> Rows:
         """Release 1.0 wrote an offset to each time, which the server would drop."""
-        if self._columns[-1].type != "timestamptz" or not _OFFSET.search(_first_line(rows.data)):
+        if self._columns[-1].type != "timestamptz" or not _OFFSET.search(bytes(rows.data[-40:])):
             return rows
         times = [i for i, column in enumerate(self._columns) if column.type == "timestamptz"]
-        lines = bytes(rows.data).split(b"\n")[:-1]
-        return Rows(rows.id, b"".join(_without_offsets(line, times) for line in lines))
+        each = lines([rows])
+        return Rows(rows.id, b"".join(_without_offsets(bytes(line.data), times) for line in each))
 
     # --- pieces, some rows of which are refused ---
 
     def _try(self, rows: Sequence[Rows]) -> _Refusal | None:
         """Copy behind the savepoint; why not, if it is about a row."""
         error = None
+        data = rows[0].data if len(rows) == 1 else b"".join([each.data for each in rows])
         try:
-            stored, warnings = self._connection.load(self._statement, _packets(rows))
+            stored, warnings = self._connection.load(self._statement, data)
         except pymysql.MySQLError as exc:
             if not may_be_of_a_row(exc):
                 raise
-            error, refusal = exc, _Refusal(exc.sqlstate or "HY000", one_line(exc), set())
+            error, refusal = exc, _Refusal(exc.sqlstate or "HY000", described(exc)[0], set())
         else:
-            expected = sum(bytes(each.data).count(b"\n") for each in rows)
-            if not warnings and stored == expected:
+            if not warnings and stored == bytes(data).count(b"\n"):
                 self._connection.query("SAVEPOINT piece")
                 return None
             refusal = self._diagnosed()
@@ -110,7 +108,7 @@ class Copier:
 
     def _take_none(self, error: pymysql.MySQLError | None) -> None:
         """Copy no rows. Raises: even that is refused, so no row is to blame."""
-        _, warnings = self._connection.load(self._statement, [])
+        _, warnings = self._connection.load(self._statement, b"")
         if warnings:
             raise LaneBlocked(self._diagnosed().message) from error
         self._takes_none = True
@@ -138,24 +136,24 @@ class Copier:
             checked += code == _CHECK_FAILED
         return _Refusal(state, " ".join(said[worst - 1][2].split()), named)
 
-    def _sift(self, lines: list[Rows], refusal: _Refusal) -> None:
+    def _sift(self, rows: list[Rows], refusal: _Refusal) -> None:
         """Copy rows of which at least one is refused, and that were refused as a whole."""
-        named = sorted(each for each in refusal.rows if each < len(lines))
-        if len(lines) == 1:
-            self._refuse(lines[0], refusal)
+        named = sorted(each for each in refusal.rows if each < len(rows))
+        if len(rows) == 1:
+            self._refuse(rows[0], refusal)
         elif not named:
-            self._halve(lines)
+            self._halve(rows)
         else:
-            others = [line for i, line in enumerate(lines) if i not in refusal.rows]
+            others = [row for i, row in enumerate(rows) if i not in refusal.rows]
             if others and (again := self._try(others)):
                 self._sift(others, _Refusal(again.sqlstate, again.message, set()))
             for i in named:
-                if alone := self._try([lines[i]]):
-                    self._refuse(lines[i], alone)
+                if alone := self._try([rows[i]]):
+                    self._refuse(rows[i], alone)
 
-    def _halve(self, lines: list[Rows]) -> None:
-        middle = len(lines) // 2
-        for half in (lines[:middle], lines[middle:]):
+    def _halve(self, rows: list[Rows]) -> None:
+        middle = len(rows) // 2
+        for half in (rows[:middle], rows[middle:]):
             if refusal := self._try(half):
                 self._sift(half, refusal)
 
@@ -169,50 +167,8 @@ class Copier:
 
 
 def _without_offsets(line: bytes, times: Sequence[int]) -> bytes:
-    values = line.split(b"\t")
+    values = line.rstrip(b"\n").split(b"\t")
     for i in times:
         with suppress(EventRejected):  # NULL, or what the server is to refuse
             values[i] = neutral_time(values[i].decode()).encode()
     return b"\t".join(values) + b"\n"
-
-
-def _first_line(data: bytes | memoryview) -> bytes:
-    length = 4096
-    while (end := bytes(data[:length]).find(b"\n")) < 0 and length < len(data):
-        length *= 16
-    return bytes(data[:end]) if end >= 0 else bytes(data)
-
-
-def _packets(rows: Sequence[Rows]) -> Iterator[bytes]:
-    """What is sent; small ones together, large ones in pieces: each holds the interpreter lock."""
-    waiting: list[bytes | memoryview] = []
-    length = 0
-    for each in rows:
-        view = memoryview(each.data)
-        for at in range(0, len(view), PACKET_BYTES):
-            waiting.append(view[at : at + PACKET_BYTES])
-            length += len(waiting[-1])
-            if length >= PACKET_BYTES:
-                yield b"".join(waiting)
-                waiting, length = [], 0
-    if waiting:
-        yield b"".join(waiting)
-
-
-def _pieces(rows: Iterable[Rows]) -> Iterator[list[Rows]]:
-    piece: list[Rows] = []
-    size = 0
-    for each in rows:
-        piece.append(each)
-        size += len(each.data)
-        if size >= PIECE_BYTES:
-            yield piece
-            piece, size = [], 0
-    if piece:
-        yield piece
-
-
-def _lines(rows: Sequence[Rows]) -> list[Rows]:
-    return [
-        Rows(each.id, line + b"\n") for each in rows for line in bytes(each.data).split(b"\n")[:-1]
-    ]

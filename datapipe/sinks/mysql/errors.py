@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import pymysql
 
-from datapipe.errors import LaneBlocked, SinkUnavailable
-from datapipe.sinks.transaction import TableMissing
 from datapipe.sinks.verdict import Verdict
 
 _CODES = {
@@ -29,7 +27,7 @@ _CODES = {
         1317, 1969, 3024,  # interrupted; took too long
         1050, 1060, 1061, 1826,  # somebody else has just made it
     ),
-    Verdict.MISSING: (1054, 1146),
+    Verdict.MISSING: (1054, 1146, 1142, 1143),  # a right may be missing, too
     Verdict.ROW: (
         1048, 1062, 1216, 1263, 1264, 1265, 1292, 1364, 1365, 1366, 1367, 1406, 1411, 1416, 1441,
         1452, 1526, 1561, 1586, 1591, 1644, 1690, 1748, 1761, 1762, 1859, 3140, 3141, 3156, 3819,
@@ -74,21 +72,9 @@ def is_away(exc: BaseException | None) -> bool:
     return isinstance(exc, pymysql.MySQLError) and code_of(exc) in _AWAY
 
 
-def error_of(exc: pymysql.MySQLError, lane: str | None = None) -> SinkUnavailable | LaneBlocked:
-    """Our error for it, which says what happens next; one line, without the URL's secrets."""
-    code, text = code_of(exc), one_line(exc)
-    kind = verdict(exc)
-    if kind is Verdict.DOWN or lane is None:
-        return SinkUnavailable(text)
-    if kind is Verdict.LATER:
-        return SinkUnavailable(text, everywhere=False)
-    if code in _REMEDIES:
-        text = f"{text}: {_REMEDIES[code]}"
-    blocked = TableMissing if kind is Verdict.MISSING else LaneBlocked
-    return blocked(f"{text} (error {code})")
-
-
-def one_line(exc: BaseException) -> str:
-    """The first line of what the database said."""
-    text = str(exc.args[-1] if exc.args else "").strip() or type(exc).__name__
-    return " ".join(text.split("\n")[0].split())
+def described(exc: BaseException) -> tuple[str, str]:
+    """The first line of what the server said, with the remedy if there is one; its code."""
+    code = code_of(exc)
+    said = str(exc.args[-1] if exc.args else "").strip() or type(exc).__name__
+    text = " ".join(said.split("\n")[0].split())
+    return f"{text}: {_REMEDIES[code]}" if code in _REMEDIES else text, f"error {code}"

@@ -7,26 +7,15 @@ ours looks at them first.
 
 from __future__ import annotations
 
-import asyncio
 import math
 import re
 import shlex
-import time
-from collections.abc import (
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 from uuid import uuid4
 
-import aiomysql
 import msgspec
 import pymysql
 
@@ -34,125 +23,101 @@ from datapipe import sinks
 from datapipe.errors import ConfigError, LaneBlocked, SinkUnavailable
 from datapipe.events.limits import Limits
 from datapipe.events.types import Column
+from datapipe.health import Wait
 from datapipe.settings import Settings
 from datapipe.sinks import SinkPlugin, Table
-from datapipe.sinks.dialect import Dialect
-from datapipe.sinks.mysql.connections import (
-    LoadConnection,
-    LoadSessions,
-    Pool,
-    address_of,
-    bound,
-    connected,
-)
-from datapipe.sinks.mysql.copy import PACKET_BYTES, Copier
+from datapipe.sinks.dialect import OWN_TABLES, Dialect
+from datapipe.sinks.mysql import connections
+from datapipe.sinks.mysql.connections import PACKET_BYTES, LoadConnection, LoadSessions, SmallPool
+from datapipe.sinks.mysql.copy import Copier
 from datapipe.sinks.mysql.dialect import dialect
-from datapipe.sinks.mysql.errors import code_of, error_of, is_away, one_line, verdict
-from datapipe.sinks.sql import Result, SqlSink, SqlTransaction, Statement
+from datapipe.sinks.mysql.errors import code_of, described, is_away, verdict
+from datapipe.sinks.server import ServerSink, fetch
+from datapipe.sinks.sql import SqlTransaction
 from datapipe.sinks.transaction import Entry, RefusedRow, Rows, Transaction
-from datapipe.sinks.verdict import Verdict
+from datapipe.sinks.urls import server_address
 
+_PORT = 3306
 _CONNECTIONS = 2  # of the pool, at once
-_ANSWER_S = 20.0
 _DEADLOCK = 1213
 
-# (as the server has it, what is wrong) of settings that a server may have
-_UNFIT = {
-    "innodb_flush_log_at_trx_commit": ({"1"}, "a power cut would lose what was loaded"),
-    "sync_binlog": ({"1"}, "with a binary log, a power cut would lose what was loaded"),
-    "binlog_format": ({"ROW", "MIXED"}, "InnoDB refuses each load"),
-    "wsrep_load_data_splitting": ({"OFF"}, "a load would not be one transaction"),
+# What a setting of the server may be, and why not something else.
+_FIT = {
+    "innodb_flush_log_at_trx_commit": (("1",), "a power cut would lose what was loaded"),
+    "sync_binlog": (("1",), "with a binary log, a power cut would lose what was loaded"),
+    "binlog_format": (("ROW", "MIXED"), "InnoDB refuses each load"),
+    "wsrep_load_data_splitting": (("OFF",), "a load would not be one transaction"),
 }
-_SETTINGS = (*_UNFIT, "log_bin", "wsrep_on", "local_infile", "max_allowed_packet")
-_READ = f"SHOW GLOBAL VARIABLES WHERE variable_name IN {_SETTINGS}"
+_SETTINGS = (
+    "SHOW GLOBAL VARIABLES WHERE variable_name IN"
+    f" {(*_FIT, 'log_bin', 'wsrep_on', 'local_infile', 'max_allowed_packet')}"
+)
+
+_FOR_DDL = {
+    "CREATE TABLE": ("CREATE",), "CREATE INDEX": ("INDEX",), "ALTER TABLE": ("ALTER", "CREATE"),
+}  # fmt: skip
+_GRANT = re.compile(r"GRANT (.+) ON (\*|`(?:[^`]|``)+`)\.(\*|`(?:[^`]|``)+`) TO ")
 
 _ENGINE = (
     "SELECT engine FROM information_schema.tables"
     " WHERE table_schema = DATABASE() AND table_name = %s AND engine <> 'InnoDB'"
 )
 
-_VERSION = re.compile(r"(?:5\.5\.5-)?([0-9.]+)")
-_T = TypeVar("_T")
 
+class MySqlSink(ServerSink[LoadConnection]):
+    """aiomysql's connections for small work, PyMySQL's for loads."""
 
-class MySqlSink(SqlSink):
-    """A thread and a plain connection per load under way, and the pool for the rest."""
+    driver_error = pymysql.MySQLError
+    verdict = staticmethod(verdict)
+    described = staticmethod(described)
+    is_away = staticmethod(is_away)
 
     def __init__(self, settings: Settings, process: str) -> None:
-        super().__init__(dialect(), settings, process)
-        self.product = "MariaDB" if settings.database_url.startswith("mariadb") else "MySQL"
-        self._address = address_of(settings.database_url)
-        self._schema = self._address.database
-        self._pool = Pool(self._address, _CONNECTIONS)
-        self._sessions = LoadSessions()
-        self._threads: dict[str, int] = {}  # the server's threads of loads under way, by lane
+        self._address = at = server_address(settings.database_url, _PORT)
+        pool = SmallPool(at, _CONNECTIONS)
+        super().__init__(dialect(), settings, process, pool, LoadSessions())
+        self.product = "MariaDB" if settings.sink_kind == "mariadb" else "MySQL"
+        self._schema = at.database
 
-    # --- work through the pool ---
+    def is_worth_repeating(self, exc: pymysql.MySQLError) -> bool:
+        """See `ServerSink.is_worth_repeating`. Heartbeats look at each other's rows: deadlocks."""
+        return super().is_worth_repeating(exc) or code_of(exc) == _DEADLOCK
 
-    async def run(
-        self, work: Callable[[aiomysql.Cursor], Awaitable[_T]], lane: str | None = None
-    ) -> _T:
-        """Do something on a pooled connection; once more on a dead one, or after a deadlock.
+    async def begin_small(self, cursor: Any) -> None:
+        """See `ServerSink.begin_small`."""
+        self._must_fit(await fetch(cursor, _SETTINGS))
+        await cursor.execute("START TRANSACTION")
 
-        Args: lane: whose work it is, if it is one lane's.
-        Raises: SinkUnavailable, or LaneBlocked for what only a person can repair.
-        """
-        try:
-            try:
-                return await self._once(work)
-            except pymysql.MySQLError as exc:
-                if verdict(exc) is not Verdict.DOWN and code_of(exc) != _DEADLOCK:
-                    raise
-                return await self._once(work)
-        except pymysql.MySQLError as exc:
-            raise self._error(exc, lane) from exc
+    def connected(self) -> LoadConnection:
+        """See `ServerSink.connected`."""
+        return connections.connected(self._address)
 
-    async def _once(self, work: Callable[[aiomysql.Cursor], Awaitable[_T]]) -> _T:
-        try:
-            async with asyncio.timeout(_ANSWER_S), self._pool.cursor() as cursor:
-                started = time.perf_counter()
-                result = await work(cursor)
-                self.answer_s = time.perf_counter() - started
-        except OSError as exc:  # TimeoutError as well
-            self._pool.renew()
-            text = str(exc) or f"no answer in {_ANSWER_S:.0f} s"
-            raise pymysql.OperationalError(2013, text) from exc
-        except pymysql.MySQLError as exc:
-            if verdict(exc) is Verdict.DOWN:
-                self._pool.renew()
-            raise
-        if self.state().up is None:
-            self.works(started)
-        return result
+    def begin(self, connection: LoadConnection) -> tuple[int, Transaction]:
+        """See `ServerSink.begin`."""
+        self._must_fit(connection.rows(_SETTINGS))
+        connection.query("START TRANSACTION")
+        transaction = MySqlTransaction(connection, self._dialect, self._process)
+        return connection.thread_id(), transaction
 
-    def _error(self, exc: pymysql.MySQLError, lane: str | None) -> SinkUnavailable | LaneBlocked:
-        """Our error to raise for it; notes that the database is down, if that is what it means."""
-        if verdict(exc) is Verdict.DOWN:
-            self.down(one_line(exc))
-        return error_of(exc, lane)
+    def commit(self, connection: LoadConnection) -> None:
+        """See `ServerSink.commit`."""
+        connection.query("COMMIT")
 
-    async def query(self, sql: str, *values: Any, lane: str | None = None) -> list[tuple[Any, ...]]:
-        """See `SqlSink.query`."""
-        return await self.run(partial(_fetch, sql=sql, values=values), lane)
-
-    async def transaction(self, *statements: Statement) -> Result:
-        """See `SqlSink.transaction`."""
-
-        async def work(cursor: aiomysql.Cursor) -> Result:
-            self._is_fit(await _fetch(cursor, _READ))
-            await cursor.execute("START TRANSACTION")
-            for sql, values in statements:
-                result = Result(await _fetch(cursor, sql, values), cursor.rowcount)
-            await cursor.execute("COMMIT")
-            return result
-
-        return await self.run(work)
-
-    def _is_fit(self, settings: Iterable[tuple[str, str]]) -> None:
+    def _must_fit(self, settings: Iterable[Any]) -> None:
         """Raises: SinkUnavailable: with these settings the server breaks what we promise."""
         if wrong := _unfit(dict(settings)):
             self.down(wrong[0])
             raise SinkUnavailable(wrong[0])
+
+    async def waits(self) -> dict[str, Wait]:
+        """See `Sink.waits`: for locks of tables; the server does not say for which rows."""
+        lanes = {thread: lane for lane, thread in self._backends.items()}
+        rows = await self.query(
+            "SELECT id, state FROM information_schema.processlist"
+            " WHERE id IN %s AND state LIKE 'Waiting for%%'",
+            self._dialect.listed(list(lanes)),
+        )
+        return {lanes[thread]: Wait(state) for thread, state in rows}
 
     # --- tables ---
 
@@ -160,8 +125,7 @@ class MySqlSink(SqlSink):
         """See `SqlSink.read_version`."""
         ((version,),) = await self.query("SELECT VERSION()")
         self.product = "MariaDB" if "MariaDB" in version else "MySQL"
-        found = _VERSION.match(version)
-        return found[1] if found else str(version)
+        return str(version).removeprefix("5.5.5-").split("-")[0]
 
     async def columns(self, table: str) -> set[str] | None:
         """See `SqlSink.columns`. Raises: LaneBlocked, too: the table is not InnoDB's."""
@@ -171,8 +135,8 @@ class MySqlSink(SqlSink):
         """See `SqlSink.define`. DDL commits at once; of two processes one waits for the other."""
         name = f"datapipe {self._address.database}"[:64]
 
-        async def work(cursor: aiomysql.Cursor) -> None:
-            if await _fetch(cursor, "SELECT GET_LOCK(%s, 5)", (name,)) != [(1,)]:
+        async def work(cursor: Any) -> None:
+            if await fetch(cursor, "SELECT GET_LOCK(%s, 5)", (name,)) != [(1,)]:
                 raise SinkUnavailable("another process makes tables now", everywhere=False)
             for statement in changes(await _columns(cursor, table)):
                 await cursor.execute(statement)
@@ -180,66 +144,17 @@ class MySqlSink(SqlSink):
 
         await self.run(work, table)
 
-    # --- loads ---
-
-    async def transact(self, lane: str, work: Callable[[Transaction], _T]) -> _T:
-        """See `TransactionalSink.transact`."""
-
-        def whole(connection: LoadConnection) -> _T:
-            self._threads[lane] = connection.thread_id()
-            self._is_fit(connection.rows(_READ))
-            connection.query("START TRANSACTION")
-            result = work(MySqlTransaction(connection, self._dialect, self._process))
-            connection.query("COMMIT")
-            return result
-
-        try:
-            return await self._sessions.run(partial(connected, self._address), whole)
-        except pymysql.MySQLError as exc:
-            raise self._error(exc, lane) from exc
-        finally:
-            self._threads.pop(lane, None)
-
-    async def waits(self) -> dict[str, str]:
-        """See `Sink.waits`: for locks of tables; the server does not say for which rows."""
-        lanes = {thread: lane for lane, thread in self._threads.items()}
-        rows = await self.query(
-            "SELECT id, state FROM information_schema.processlist"
-            " WHERE id IN %s AND state LIKE 'Waiting for%%'",
-            self._dialect.listed(list(lanes)),
-        )
-        return {lanes[thread]: state for thread, state in rows}
-
-    def down(self, error: str) -> None:
-        """See `TransactionalSink.down`."""
-        super().down(error)
-        self._sessions.close_idle()
-
-    def abort(self) -> None:
-        """See `Sink.abort`."""
-        self._sessions.abort()
-
-    async def close(self) -> None:
-        await self._sessions.close()
-        self._pool.renew()
-
     # --- check ---
 
     async def hint(self, table: str) -> str:
         """See `Sink.hint`."""
         at = self._address
-        password = " -p" if at.password else ""
-        to = f"-h {at.host} -P {at.port} -u {shlex.quote(at.user)}{password}"
-        sql = shlex.quote(f"SELECT * FROM {table}")
-        return f"{self.product.lower()} {to} {shlex.quote(at.database)} -e {sql}"
-
-    def is_away(self, exc: BaseException | None) -> bool:
-        """See `SqlSink.is_away`."""
-        return is_away(exc)
+        to = f"-h {at.host} -P {at.port} -u {shlex.quote(at.user)}{' -p' if at.password else ''}"
+        return f"{self.product.lower()} {to} {shlex.quote(at.database)} -e 'SELECT * FROM {table}'"
 
     async def findings(self, tables: Sequence[Table]) -> list[tuple[str, str]]:
         """See `SqlSink.findings`."""
-        settings = dict(await self.query(_READ))
+        settings = dict(await self.query(_SETTINGS))
         found = [("fail", f"database: {each}") for each in _unfit(settings)]
         if settings["local_infile"] != "ON":
             text = "local_infile is OFF: no load can work; set it to ON in the server's settings"
@@ -248,10 +163,28 @@ class MySqlSink(SqlSink):
             text = f"max_allowed_packet is {settings['max_allowed_packet']}: set 16M or more"
             found.append(("fail", f"database: {text}"))
         if self.product == "MySQL":
-            found.append(("warn", "database: MySQL is untested; MariaDB is not"))
+            found.append(("warn", "database: MySQL is untested, MariaDB is not"))
         elif [int(part) for part in (self.version or "").split(".")[:2]] < [10, 6]:
             found.append(("fail", "database: MariaDB 10.6 is the oldest that works"))
         return found
+
+    async def denied(self, table: Table, changes: Sequence[str]) -> str | None:
+        """See `SqlSink.denied`: by what the server says of our account and its active roles."""
+        at = self._address
+        lacking = {"SELECT", "INSERT", "UPDATE", "DELETE"} if table in OWN_TABLES else {"INSERT"}
+        lacking |= {right for each in changes for right in _FOR_DDL[" ".join(each.split()[:2])]}
+        ((account,),) = await self.query("SELECT CURRENT_USER()")
+        for (line,) in await self.query("SHOW GRANTS"):
+            if found := _GRANT.match(line):
+                given, database, name = (each.replace("`", "") for each in found.groups())
+                ((is_here,),) = await self.query("SELECT %s LIKE %s", at.database, database)
+                if (is_here or database == "*") and name in ("*", table.name):
+                    lacking -= lacking if given.startswith("ALL PRIV") else set(given.split(", "))
+        if not lacking:
+            return None
+        rights, to = ", ".join(sorted(lacking)), "@".join(f"'{x}'" for x in account.rsplit("@", 1))
+        on = f"{self._dialect.quote(at.database)}.{self._dialect.table(table.name)}"
+        return f"{account} has no right to {rights}: GRANT {rights} ON {on} TO {to}"
 
 
 class MySqlTransaction(SqlTransaction):
@@ -311,15 +244,15 @@ class MySqlTransaction(SqlTransaction):
 
 def _unfit(settings: Mapping[str, str]) -> list[str]:
     """What is wrong with the server's settings, and what to set."""
-    needless = set()
+    ignored = set()
     if settings.get("log_bin") == "OFF":
-        needless |= {"sync_binlog", "binlog_format"}
+        ignored |= {"sync_binlog", "binlog_format"}
     if settings.get("wsrep_on", "OFF") == "OFF":
-        needless |= {"wsrep_load_data_splitting"}
+        ignored |= {"wsrep_load_data_splitting"}
     return [
-        f"{name} is {settings[name]}: {why}; set it to {max(wanted)}"
-        for name, (wanted, why) in _UNFIT.items()
-        if name in settings and name not in needless and settings[name] not in wanted
+        f"{name} is {settings[name]}: {why}; set it to {wanted[0]}"
+        for name, (wanted, why) in _FIT.items()
+        if settings.get(name, wanted[0]) not in wanted and name not in ignored
     ]
 
 
@@ -327,20 +260,12 @@ def _other_engine(engine: str) -> str:
     return f"its engine is {engine}, which rolls nothing back: ALTER TABLE ... ENGINE = InnoDB"
 
 
-async def _columns(cursor: aiomysql.Cursor, table: str) -> set[str] | None:
-    if engine := await _fetch(cursor, _ENGINE, (table,)):
+async def _columns(cursor: Any, table: str) -> set[str] | None:
+    if engine := await fetch(cursor, _ENGINE, (table,)):
         raise LaneBlocked(_other_engine(engine[0][0]))
     sql = "SELECT column_name FROM information_schema.columns"
     there = f"{sql} WHERE table_schema = DATABASE() AND table_name = %s"
-    return {name for (name,) in await _fetch(cursor, there, (table,))} or None
-
-
-async def _fetch(
-    cursor: aiomysql.Cursor, sql: str, values: Sequence[Any] = ()
-) -> list[tuple[Any, ...]]:
-    """The rows of a statement; of one without rows, none."""
-    await cursor.execute(bound(sql, values))
-    return list(await cursor.fetchall()) if cursor.description else []
+    return {name for (name,) in await fetch(cursor, there, (table,))} or None
 
 
 class MysqlPlugin(SinkPlugin):
@@ -351,7 +276,8 @@ class MysqlPlugin(SinkPlugin):
         decimal_digits=30,
         beyond_years=False,
         json_depth=31,
-        reserved=frozenset(),
+        # by InnoDB, whatever the case (error 1166)
+        reserved=frozenset({"db_row_id", "db_trx_id", "db_roll_ptr", "fts_doc_id"}),
         name_bytes=64,
         last_character="\uffff",
         ignores_case=True,
@@ -361,7 +287,7 @@ class MysqlPlugin(SinkPlugin):
         """See `Plugin.faults`."""
         yield from super().faults(settings)
         try:
-            address_of(settings.database_url)
+            server_address(settings.database_url, _PORT)
         except ConfigError as exc:
             yield "database_url", str(exc)
 

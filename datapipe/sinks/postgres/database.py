@@ -1,31 +1,31 @@
-"""The database as all but the loads see it: where it is, whether it is up, what tables it has.
-
-All of this goes through a pool. Its connections are dead after a restart of the server and may say
-so only when used, so a failure of the connection is tried once more on a new one.
-"""
+"""The database as all but the loads see it: where it is, what tables it has."""
 
 from __future__ import annotations
 
 import asyncio
 import shlex
-import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import aiopg
 import psycopg2
 
-from datapipe.errors import LaneBlocked, SinkUnavailable
+from datapipe.errors import SinkUnavailable
 from datapipe.settings import Settings
 from datapipe.sinks import Table
 from datapipe.sinks.dialect import OWN_TABLES
-from datapipe.sinks.postgres.connections import PEER_MAY_VANISH, Pool, connection_dsn
+from datapipe.sinks.postgres.connections import (
+    PEER_MAY_VANISH,
+    AiopgPool,
+    Loads,
+    connection_dsn,
+)
 from datapipe.sinks.postgres.dialect import dialect
-from datapipe.sinks.postgres.errors import error_of, is_away, one_line, reason, verdict
-from datapipe.sinks.sql import Result, SqlSink, Statement
+from datapipe.sinks.postgres.errors import is_away, reason, verdict
+from datapipe.sinks.server import ServerSink, fetch
 from datapipe.sinks.verdict import Verdict
 
 # Nothing that is done here need wait for a synchronous standby, which may be away for hours: DDL is
@@ -63,19 +63,21 @@ _DDL_LOCK = 0x64617461_70697065  # "datapipe": one key for all DDL of ours in a 
 _T = TypeVar("_T")
 
 
-class Database(SqlSink):
+class Database(ServerSink[psycopg2.extensions.connection]):
     """Where the tables are; it need not be there yet."""
 
     product = "PostgreSQL"
+    driver_error = psycopg2.Error
+    answer_within_s = 60.0  # some hosts may have to be tried
 
     def __init__(self, settings: Settings, process: str, stack: AsyncExitStack) -> None:
-        super().__init__(dialect(settings.database_schema), settings, process)
+        pool = AiopgPool(self.dsn, _CONNECTIONS)
+        super().__init__(dialect(settings.database_schema), settings, process, pool, Loads())
         self._data_dir = Path(settings.data_dir)
         self._stack = stack
         url = settings.database_url
         self._dsn = connection_dsn(url) if url else None
         self._psql = 'psql "$DATABASE_URL"'
-        self._pool = Pool(self.dsn, _CONNECTIONS)
         self._starting = asyncio.Lock()
 
     async def dsn(self) -> str:
@@ -98,69 +100,24 @@ class Database(SqlSink):
                 self._dsn = connection_dsn(server.url)
             return self._dsn
 
-    def error(self, exc: psycopg2.Error, lane: str | None) -> SinkUnavailable | LaneBlocked:
-        """Our error to raise for it; notes that the database is down, if that is what it means."""
-        if verdict(exc) is Verdict.DOWN:
-            self.down(reason(exc))
-        return error_of(exc, lane)
-
     async def hint(self, table: str) -> str:
         """See `Sink.hint`."""
         await self.dsn()
         return f"{self._psql} -c {shlex.quote(f'SELECT * FROM {table}')}"
 
-    # --- work through the pool ---
+    # --- the driver's ---
 
-    async def run(
-        self, work: Callable[[aiopg.Cursor], Awaitable[_T]], lane: str | None = None
-    ) -> _T:
-        """Do something on a pooled connection, in autocommit; on a dead one, once more.
+    def verdict(self, exc: psycopg2.Error) -> Verdict:
+        """See `ServerSink.verdict`."""
+        return verdict(exc)
 
-        Args: lane: whose work it is, if it is one lane's.
-        Raises: SinkUnavailable, or LaneBlocked for what only a person can repair.
-        """
-        try:
-            try:
-                return await self._once(work)
-            except psycopg2.Error as exc:
-                if verdict(exc) is not Verdict.DOWN:
-                    raise
-                return await self._once(work)
-        except psycopg2.Error as exc:
-            raise self.error(exc, lane) from exc
+    def described(self, exc: psycopg2.Error) -> tuple[str, str]:
+        """See `ServerSink.described`."""
+        return reason(exc), f"SQLSTATE {exc.pgcode}" if exc.pgcode else ""
 
-    async def _once(self, work: Callable[[aiopg.Cursor], Awaitable[_T]]) -> _T:
-        try:
-            async with self._pool.cursor() as cursor:
-                started = time.perf_counter()
-                result = await work(cursor)
-                self.answer_s = time.perf_counter() - started
-        except (TimeoutError, OSError) as exc:
-            self._pool.renew()
-            raise psycopg2.OperationalError(one_line(exc)) from exc
-        except psycopg2.Error as exc:
-            if verdict(exc) is Verdict.DOWN:
-                self._pool.renew()
-            raise
-        if self.state().up is None:
-            self.works(started)
-        return result
-
-    async def query(self, sql: str, *values: Any, lane: str | None = None) -> list[tuple[Any, ...]]:
-        """See `SqlSink.query`."""
-        return await self.run(partial(fetch, sql=sql, values=values), lane)
-
-    async def transaction(self, *statements: Statement) -> Result:
-        """See `SqlSink.transaction`."""
-
-        async def work(cursor: aiopg.Cursor) -> Result:
-            await cursor.execute(_BEGIN)
-            for sql, values in statements:
-                result = Result(await fetch(cursor, sql, values), cursor.rowcount)
-            await cursor.execute("COMMIT")
-            return result
-
-        return await self.run(work, OWN_TABLES[0].name)
+    async def begin_small(self, cursor: aiopg.Cursor) -> None:
+        """See `ServerSink.begin_small`."""
+        await cursor.execute(_BEGIN)
 
     async def read_version(self) -> str:
         """See `SqlSink.read_version`."""
@@ -264,12 +221,3 @@ class Database(SqlSink):
             await self.query("SELECT 1")
             return True
         return False
-
-
-async def fetch(
-    cursor: aiopg.Cursor, sql: str, values: Sequence[Any] = ()
-) -> list[tuple[Any, ...]]:
-    """The rows of a statement; of one without rows, none."""
-    await cursor.execute(sql, values)
-    rows: list[tuple[Any, ...]] = await cursor.fetchall() if cursor.description else []
-    return rows

@@ -9,8 +9,6 @@ import re
 
 import psycopg2
 
-from datapipe.errors import LaneBlocked, SinkUnavailable
-from datapipe.sinks.transaction import TableMissing
 from datapipe.sinks.verdict import Verdict
 
 _BY_STATE = {
@@ -96,18 +94,6 @@ def is_away(exc: BaseException | None) -> bool:
         return exc.pgcode[:2] in _AWAY_CLASSES
     tried = str(exc).split("connection to server")  # once for each address of the host
     return all(_AWAY_WORDS.search(each) for each in tried if each.strip())
-
-
-def error_of(exc: psycopg2.Error, lane: str | None = None) -> SinkUnavailable | LaneBlocked:
-    """Our error for it, which says what happens next; one line, without the URL's secrets."""
-    text = reason(exc)
-    kind = verdict(exc)
-    if kind is Verdict.DOWN or lane is None:
-        return SinkUnavailable(text)
-    if kind is Verdict.LATER:
-        return SinkUnavailable(text, everywhere=False)
-    blocked = TableMissing if kind is Verdict.MISSING else LaneBlocked
-    return blocked(f"{text} (SQLSTATE {exc.pgcode})" if exc.pgcode else text)
 
 
 def reason(exc: psycopg2.Error) -> str:
