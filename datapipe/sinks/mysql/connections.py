@@ -9,7 +9,6 @@ Source: MySQL documentation, "Security Considerations for LOAD DATA LOCAL".
 
 from __future__ import annotations
 
-import asyncio
 import os
 import select
 import socket
@@ -180,11 +179,8 @@ class LoadSessions(Sessions[LoadConnection]):
 
 class _Cursor(aiomysql.Cursor):  # type: ignore[misc]
     async def execute(self, sql: str, values: Sequence[Any] = ()) -> int:
-        """See aiomysql, which says with a RuntimeError that the server asks for a file."""
-        try:
-            return int(await super().execute(bound(sql, values)))
-        except RuntimeError as exc:
-            raise pymysql.OperationalError(CR.CR_SERVER_LOST, _ASKS) from exc
+        """See aiomysql."""
+        return int(await super().execute(bound(sql, values)))
 
     async def _show_warnings(self, connection: Any) -> None:
         """None: aiomysql would make Python's warnings of them."""
@@ -201,6 +197,13 @@ class _Pooled(aiomysql.Connection):  # type: ignore[misc]
             self.client_flag &= ~CLIENT.SSL
         await super()._request_authentication()
 
+    async def _read_query_result(self, unbuffered: bool = False) -> None:
+        """See aiomysql, which says with a RuntimeError that the server asks for a file."""
+        try:
+            await super()._read_query_result(unbuffered)
+        except RuntimeError as exc:
+            raise pymysql.OperationalError(CR.CR_SERVER_LOST, _ASKS) from exc
+
 
 class SmallPool(Pool):
     """aiomysql's connections."""
@@ -216,11 +219,16 @@ class SmallPool(Pool):
             cursorclass=_Cursor, connect_timeout=_CONNECT_S,
         )  # fmt: skip
         connection.required = self._address.required
-        await connection._connect()
-        with socket.socket(fileno=os.dup(_descriptor(connection._writer))) as end:
-            _watch(end)
-        for statement in _SESSION:
-            await connection.query(statement.format(lock_s=_LOCK_S))
+        try:
+            await connection._connect()
+            descriptor = os.dup(connection._writer.get_extra_info("socket").fileno())
+            with socket.socket(fileno=descriptor) as end:
+                _watch(end)
+            for statement in _SESSION:
+                await connection.query(statement.format(lock_s=_LOCK_S))
+        except BaseException:
+            connection.close()
+            raise
         return connection
 
 
@@ -231,7 +239,3 @@ def _arguments(address: Address) -> dict[str, Any]:
         "host": address.host, "port": address.port, "charset": "utf8mb4", "autocommit": True,
         "program_name": "datapipe",
     }  # fmt: skip
-
-
-def _descriptor(writer: asyncio.StreamWriter) -> int:
-    return int(writer.get_extra_info("socket").fileno())
