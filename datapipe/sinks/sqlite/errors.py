@@ -40,6 +40,8 @@ _BY_CODE = {
 # All of these are SQLITE_ERROR, as is whatever else is wrong with a statement
 _MISSING = re.compile("no such table|no such column|has no column named")
 
+AWAY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL)  # not a matter of settings
+
 _SAID = {
     sqlite3.SQLITE_BUSY: "another program has locked it",
     sqlite3.SQLITE_CANTOPEN: "it can't be opened, or its folder is missing or can't be written",
@@ -73,7 +75,9 @@ def may_be_of_a_row(exc: sqlite3.Error) -> bool:
 
 def state_of(exc: sqlite3.Error) -> str:
     """The name of the code, which stands where other databases have an SQLSTATE."""
-    return getattr(exc, "sqlite_errorname", "SQLITE_ERROR")
+    name: str = getattr(exc, "sqlite_errorname", "SQLITE_ERROR")
+    # Python 3.11 does not know the one code that came with STRICT tables
+    return "SQLITE_CONSTRAINT_DATATYPE" if name == "unknown" else name
 
 
 def one_line(exc: sqlite3.Error) -> str:
@@ -88,9 +92,8 @@ def error_of(
     kind, text = verdict(exc), one_line(exc)
     if said := _SAID.get(primary(exc)):
         text = f"{path}: {said} ({text})"
-    if kind is Verdict.DOWN or lane is None:
-        return SinkUnavailable(text)
-    if kind is Verdict.LATER:
-        return SinkUnavailable(text, everywhere=False)
-    blocked = TableMissing if kind is Verdict.MISSING else LaneBlocked
-    return blocked(f"{text} ({state_of(exc)})")
+    if kind is Verdict.MISSING:
+        return TableMissing(f"{text} ({state_of(exc)})")
+    if kind in (Verdict.DOWN, Verdict.LATER) or lane is None:
+        return SinkUnavailable(text, everywhere=kind is not Verdict.LATER)
+    return LaneBlocked(f"{text} ({state_of(exc)})")

@@ -24,7 +24,7 @@ from datapipe.sinks.sql import Result, SqlSink, SqlTransaction, Statement
 from datapipe.sinks.sqlite.connections import Connection, File
 from datapipe.sinks.sqlite.copy import copy_rows
 from datapipe.sinks.sqlite.dialect import DIALECT, marked
-from datapipe.sinks.sqlite.errors import Verdict, error_of, primary, verdict
+from datapipe.sinks.sqlite.errors import AWAY, Verdict, error_of, primary, verdict
 from datapipe.sinks.transaction import Entry, RefusedRow, Rows, Transaction
 from datapipe.sinks.urls import file_path
 
@@ -33,8 +33,6 @@ _OLDEST = (3, 37, 0)  # with STRICT tables
 # Source: Linux, `Documentation/filesystems`; SQLite documentation, "How To Corrupt An SQLite
 # Database File", on locks there.
 _NETWORK = ("nfs", "nfs4", "cifs", "smb3", "9p", "afs", "ceph", "fuse.sshfs", "fuse.glusterfs")
-
-_SOON = ", WAL from the first load on, if its file system can"
 
 _T = TypeVar("_T")
 
@@ -83,7 +81,8 @@ class SqliteSink(SqlSink):
 
     async def waits(self) -> dict[str, Wait]:
         """See `Sink.waits`."""
-        return dict.fromkeys(self._file.waiting, Wait("lock: another program writes"))
+        held = Wait("lock", "another program writes to the file", "Let it commit, or end it.")
+        return dict.fromkeys(self._file.waiting, held)
 
     def down(self, error: str) -> None:
         """See `TransactionalSink.down`."""
@@ -155,7 +154,8 @@ class SqliteSink(SqlSink):
         else:
             await self._read(self._file.may_write)
             ((mode,),) = await self.query("PRAGMA journal_mode")
-            found = [("ok", f"{where}: journal mode {mode}{_SOON if mode != 'wal' else ''}")]
+            soon = "" if mode == "wal" else ", WAL from the first load on, if its file system can"
+            found = [("ok", f"{where}: journal mode {mode}{soon}")]
         if kind := _network(self._file.path):
             text = f"is on {kind}, whose locks may fail: two machines at once destroy it"
             found.append(("warn", f"{where}: {text}"))
@@ -163,8 +163,7 @@ class SqliteSink(SqlSink):
 
     def is_away(self, exc: BaseException | None) -> bool:
         """See `SqlSink.is_away`."""
-        away = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL)
-        return isinstance(exc, sqlite3.Error) and primary(exc) in away
+        return isinstance(exc, sqlite3.Error) and primary(exc) in AWAY
 
 
 class SqliteTransaction(SqlTransaction):
