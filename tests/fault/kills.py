@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import random
 import signal
@@ -44,7 +45,12 @@ class Fleet:
     @classmethod
     @asynccontextmanager
     async def running(
-        cls, server: Server, make_service: MakeService, chance: random.Random, count: int = 1
+        cls,
+        server: Server,
+        make_service: MakeService,
+        chance: random.Random,
+        count: int = 1,
+        connections: int = 16,
     ) -> AsyncIterator[Fleet]:
         """They share a data_dir, and adopt what a dead one leaves. Started; killed in the end."""
         database = await asyncio.to_thread(server.create_database)
@@ -63,8 +69,9 @@ class Fleet:
                 service.settings["data_dir"] = data_dir
                 await service.start()
             driver = Driver(
-                lambda: chance.choice(services).url, chance.getrandbits(32), refuses=is_refused
-            )
+                lambda: chance.choice(services).url, chance.getrandbits(32),
+                connections=connections, refuses=is_refused,
+            )  # fmt: skip
             yield cls(database, services, moments, driver)
             for service in services:
                 await service.kill()
@@ -139,7 +146,7 @@ async def ledger_forgets(database: str) -> None:
     await until(forgotten, what="a ledger without segments")
 
 
-async def loads_again(service: Service, more: int = 2) -> None:
+async def loads(service: Service, more: int = 2) -> None:
     """Wait for some more loads."""
     before = len(service.logged("segments loaded"))
 
@@ -151,9 +158,8 @@ async def loads_again(service: Service, more: int = 2) -> None:
 
 def shuffled(chance: random.Random, count: int) -> Iterable[Moment | None]:
     """So many moments, each about as often."""
-    moments = [MOMENTS[n % len(MOMENTS)] for n in range(count)]
-    chance.shuffle(moments)
-    return moments
+    rounds = (chance.sample(MOMENTS, len(MOMENTS)) for _ in itertools.count())
+    return itertools.islice(itertools.chain.from_iterable(rounds), count)
 
 
 async def kill_many(
@@ -164,15 +170,17 @@ async def kill_many(
     *,
     restart_every: int = 0,
     services: int = 1,
+    connections: int = 16,
 ) -> dict[str, int]:
     """So many kills on one new database; AssertionError if an event is lost or doubled.
 
     Args:
         restart_every: kills until the database itself crashes or restarts, in between.
         services: on one data_dir, any of which is killed; the others load what it leaves.
+        connections: that post.
     """
     restarts = 0
-    async with Fleet.running(server, make_service, chance, services) as fleet:
+    async with Fleet.running(server, make_service, chance, services, connections) as fleet:
         async with fleet.driver.running():
             for number, moment in enumerate(shuffled(chance, kills), 1):
                 await fleet.driver.answered(chance.randint(5, 40))
@@ -208,16 +216,17 @@ async def crash_many(
                 )
                 await driver.answered(10)  # events are taken all the same
                 await asyncio.to_thread(server.start)
-                await loads_again(service)
+                await loads(service)
                 await fleet.look()
         verdict = await fleet.check()
     return {"kills": crashes, "restarts": 0, **figures(verdict)}
 
 
 def figures(verdict: Verdict) -> dict[str, int]:
-    """Those of the tables that the long run prints."""
+    """Those of the tables that the long run prints; `accepted`: each event once."""
     return {
         "answered": verdict.answered, "lost": len(verdict.lost), "doubled": len(verdict.doubled),
-        "duplicates_by_key": verdict.duplicates_by_key, "rows": verdict.rows, "dead": verdict.dead,
-        "unanswered": verdict.unanswered_stored, "unbalanced": 0,
+        "duplicates_by_key": verdict.duplicates_by_key, "unbalanced": 0,
+        "accepted": verdict.answered - verdict.duplicates_by_key + verdict.unanswered_stored,
+        "rows": verdict.rows, "distinct": verdict.distinct, "dead": verdict.dead,
     }  # fmt: skip
