@@ -16,6 +16,7 @@ from types import ModuleType
 
 from benchmarks import (
     batch,
+    databases,
     growth,
     ironmq,
     keys,
@@ -44,6 +45,7 @@ PARTS: dict[str, ModuleType] = {
     "ironmq": ironmq,
     "processes": processes,
     "nats": nats,
+    "databases": databases,
     "refused": refused,
     "memory": memory,
 }

@@ -18,7 +18,7 @@ to 1. A peer that writes before it answers has no lag beyond its answer.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -47,7 +47,7 @@ _HALF_S = 20  # at least; longer where a load would not fall into it
 _ROW_BYTES = len(as_rows(crashes(1000))) / 1000
 _DRAWN = ["p50_ms", "p99_ms"]
 _SOON = {"load_interval": 5, "load_min_interval": 1}
-_REQUESTS = "datapipe_request_seconds"
+REQUESTS = "datapipe_request_seconds"
 _LAGS = ("lag_p50_s", "lag_p99_s", "lag_max_s")
 _LAG = f"""
     SELECT percentile_cont(ARRAY[0.5, 0.99, 1]) WITHIN GROUP
@@ -145,7 +145,7 @@ def _loads(server: Server, since: float) -> list[Burst]:
 def _paced(server: Server, rate: float, seconds: float, inside: bool = False) -> Sample:
     """Args: inside: with what a datapipe says of the same requests."""
     wrk(server.url, SINGLE_BODIES, CONNECTIONS, WARM_UP_S)
-    before = server.buckets(_REQUESTS) if inside else {}
+    before = server.buckets(REQUESTS) if inside else {}
     cpu_s = server.cpu_s()
     load = paced(server.url, SINGLE_BODIES, CONNECTIONS, rate, seconds)
     cpu_s = server.cpu_s() - cpu_s
@@ -159,8 +159,13 @@ def _paced(server: Server, rate: float, seconds: float, inside: bool = False) ->
         "generator_cores": load.cores,
     }
     if inside:
-        taken = {le: n - before[le] for le, n in server.buckets(_REQUESTS).items()}
-        for figure, share in (("inside_p50_ms", 0.5), ("inside_p99_ms", 0.99)):
-            if (value := percentile(taken, share)) is not None:
-                sample[figure] = value * 1e3
+        sample |= taken(server.buckets(REQUESTS), before)
     return sample
+
+
+def taken(now: Mapping[float, float], before: Mapping[float, float]) -> Sample:
+    """What requests took inside the service, of those between two looks at `REQUESTS`."""
+    between = {le: n - before[le] for le, n in now.items()}
+    shares = {"inside_p50_ms": 0.5, "inside_p99_ms": 0.99}
+    found = {figure: percentile(between, share) for figure, share in shares.items()}
+    return {figure: value * 1e3 for figure, value in found.items() if value is not None}

@@ -37,6 +37,14 @@ class Pool(ABC):
     async def connect(self) -> Any:
         """A new connection, in autocommit. Raises: the driver's errors, OSError."""
 
+    def is_closed(self, connection: Any) -> bool:
+        """Whether it broke while nobody used it, if that is known."""
+        return False
+
+    def close_one(self, connection: Any) -> None:
+        """Close one that nobody uses; it may be closed."""
+        connection.close()
+
     @asynccontextmanager
     async def cursor(self) -> AsyncIterator[Any]:
         """Of a connection that is free, or a new one; not used again after an error.
@@ -45,23 +53,35 @@ class Pool(ABC):
         """
         async with self._turns:
             free = self._free
-            connection = free.pop() if free else await self.connect()
+            connection = self._take() or await self.connect()
             try:
                 async with connection.cursor() as cursor:
                     yield cursor
             except BaseException:
-                connection.close()
+                self.close_one(connection)
                 raise
             if free is self._free:
                 free.append(connection)
             else:
-                connection.close()
+                self.close_one(connection)
+
+    def _take(self) -> Any:
+        while self._free:
+            connection = self._free.pop()
+            if not self.is_closed(connection):
+                return connection
+            self.close_one(connection)
+        return None
 
     def renew(self) -> None:
         """Close those that are free, the others as soon as they are."""
         free, self._free = self._free, []
         for connection in free:
-            connection.close()
+            self.close_one(connection)
+
+    def close(self) -> None:
+        """Close all of it, for good."""
+        self.renew()
 
 
 class ServerSink(SqlSink, Generic[_C]):
@@ -200,7 +220,7 @@ class ServerSink(SqlSink, Generic[_C]):
     async def close(self) -> None:
         """End all of it; returns within a second or so."""
         await self._loads.close()
-        self._pool.renew()
+        self._pool.close()
 
 
 async def fetch(cursor: Any, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:

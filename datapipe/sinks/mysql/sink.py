@@ -23,6 +23,7 @@ from datapipe import sinks
 from datapipe.errors import ConfigError, LaneBlocked, SinkUnavailable
 from datapipe.events.limits import Limits
 from datapipe.events.types import Column
+from datapipe.health import Wait
 from datapipe.settings import Settings
 from datapipe.sinks import SinkPlugin, Table
 from datapipe.sinks.dialect import OWN_TABLES, Dialect
@@ -108,7 +109,7 @@ class MySqlSink(ServerSink[LoadConnection]):
             self.down(wrong[0])
             raise SinkUnavailable(wrong[0])
 
-    async def waits(self) -> dict[str, str]:
+    async def waits(self) -> dict[str, Wait]:
         """See `Sink.waits`: for locks of tables; the server does not say for which rows."""
         lanes = {thread: lane for lane, thread in self._backends.items()}
         rows = await self.query(
@@ -116,7 +117,7 @@ class MySqlSink(ServerSink[LoadConnection]):
             " WHERE id IN %s AND state LIKE 'Waiting for%%'",
             self._dialect.listed(list(lanes)),
         )
-        return {lanes[thread]: state for thread, state in rows}
+        return {lanes[thread]: Wait(state) for thread, state in rows}
 
     # --- tables ---
 
@@ -145,7 +146,7 @@ class MySqlSink(ServerSink[LoadConnection]):
 
     # --- check ---
 
-    async def hint(self, table: str = "crash_report") -> str:
+    async def hint(self, table: str) -> str:
         """See `Sink.hint`."""
         at = self._address
         to = f"-h {at.host} -P {at.port} -u {shlex.quote(at.user)}{' -p' if at.password else ''}"
@@ -275,7 +276,8 @@ class MysqlPlugin(SinkPlugin):
         decimal_digits=30,
         beyond_years=False,
         json_depth=31,
-        reserved=frozenset(),
+        # by InnoDB, whatever the case (error 1166)
+        reserved=frozenset({"db_row_id", "db_trx_id", "db_roll_ptr", "fts_doc_id"}),
         name_bytes=64,
         last_character="\uffff",
         ignores_case=True,
