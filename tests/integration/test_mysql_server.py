@@ -20,7 +20,7 @@ from datapipe.errors import ConfigError, LaneBlocked, SinkUnavailable
 from datapipe.events.segment import Segment
 from datapipe.events.types import Column
 from datapipe.settings import Settings
-from datapipe.sinks import Heartbeat, Table, open_sink
+from datapipe.sinks import Heartbeat, Selection, Table, open_sink
 from datapipe.sinks.mysql import connections
 from datapipe.sinks.mysql.connections import LoadConnection
 from datapipe.sinks.mysql.errors import verdict
@@ -208,6 +208,32 @@ async def test_wide_grants_are_enough(mariadb: MariaDB, mysql_database: str, gra
         assert await failing(sink) == []
         await sink.load(ONE, [segment(1)])
         assert await failing(sink) == []
+
+
+@pytest.mark.parametrize("account", ["collector", "loader"])
+async def test_the_rights_that_the_docs_name_are_enough(
+    mariadb: MariaDB, mysql_database: str, account: str
+) -> None:
+    name = mysql_database.rpartition("/")[2]
+    page = (Path(__file__).parents[2] / "docs/databases.md").read_text()
+    grants = re.findall(rf"`(GRANT [^`]+ TO {account})`", page)
+    mariadb.execute(mysql_database, f"CREATE USER {name}")
+    if account == "loader":
+        async with opened(mysql_database) as administrator:
+            await administrator.prepare(ONE)
+        (ledger,) = (each for each in grants if "ledger" in each)
+        grants += [ledger.replace("ledger", each) for each in ("dead_letters", "processes")]
+    for grant in grants:
+        here = grant.replace("events.", f"{name}.").replace("crash_report", "one")
+        mariadb.execute(mysql_database, here.replace(account, name))
+    async with opened(mysql_database.replace("root@", f"{name}@")) as sink:
+        assert await failing(sink) == []
+        await sink.load(ONE, [segment(1)])
+        await sink.heartbeat(BEAT)
+        await sink.expire([])
+        assert await sink.replay(Selection(), {"one": ONE}, lambda *_: b"") == ({}, 0)
+        if account == "collector":
+            await sink.prepare(Table("one", (N, T, Column("more", "text"), RECEIVED)))
 
 
 # --- TLS, and the URL ---
