@@ -1,4 +1,4 @@
-"""datapipe takes JSON events by HTTP POST and loads them into PostgreSQL: none lost, none twice."""
+"""datapipe takes JSON events by HTTP POST and loads them into a database: none lost, none twice."""
 
 from datapipe.app import create_app
 from datapipe.events.types import Event, register

@@ -61,6 +61,7 @@ class Pipeline:
 
     Attributes:
         failed: a background task has died.
+        try_out: it is `make run`: tables are made at the start, for people to look at.
         on_failure: called once when that happens; it must end the service.
     """
 
@@ -70,6 +71,7 @@ class Pipeline:
         self.settings = settings
         self.registry = registry
         self.failed = False
+        self.try_out = False
         self.on_failure: Callable[[], None] = lambda: None
         self._open_mirror = open_mirror
         self._open_sink = open_sink
@@ -90,7 +92,8 @@ class Pipeline:
                 self.buffer, sink, self.registry, self.settings, records,
                 metrics.load_seconds.observe,
             )  # fmt: skip
-            tables = [table_of(kind) for kind in self.registry.types.values()]
+            kinds = self.registry.types.values() if self.try_out else ()
+            tables = [table_of(kind) for kind in kinds]
             self.coordinator = Coordinator(self.buffer, self.loader, sink, process, tables)
             self.ingest = Ingest(
                 self.buffer, self.registry, self.settings, records, metrics.request_seconds.observe

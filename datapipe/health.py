@@ -10,9 +10,23 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 SLOW_S = 10.0  # work that takes longer is a trouble
+
+
+class Wait(NamedTuple):
+    """What work under way waits for.
+
+    Attributes:
+        event: its name, where one can look it up.
+        meaning: in plain words, where that is known: a sentence without its end.
+        remedy: what a person can do about it, in whole sentences.
+    """
+
+    event: str
+    meaning: str = ""
+    remedy: str = ""
 
 
 class Health:
@@ -37,7 +51,7 @@ class Health:
         self.up = up
         self.since = self.at = time.time()
         self.error: str | None = None
-        self.waits_for: str | None = None
+        self.waits_for: Wait | None = None
         self._worked_at = self._failed_at = 0.0
         self._under_way: dict[object, tuple[str, float]] = {}  # oldest first
 
@@ -139,8 +153,10 @@ class Health:
         if (began := self._began) is not None:
             doing = next(iter(self._under_way.values()))[0]
             doing_since = time.time() - (time.monotonic() - began)
+        wait = self.waits_for
         return {
             "part": self.part, "lane": self.lane, "up": self.up, "since": self.since,
             "at": self.at, "error": self.error, "doing": doing, "doing_since": doing_since,
-            "slow": self.slow, "waits_for": self.waits_for,
+            "slow": self.slow, "waits_for": wait and wait.event,
+            "meaning": wait and wait.meaning, "remedy": wait and wait.remedy,
         }  # fmt: skip

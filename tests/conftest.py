@@ -16,6 +16,16 @@ from tests.mariadb import MariaDB
 from tests.postgres import Postgres
 from tests.service import Service
 
+# folders with the files that take long, which start first: one that starts last runs alone
+LONG_FIRST = ("deploy", "fault", "browser", "integration", "docs", "contract", "unit")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole files, in an order that keeps all workers busy; within a file nothing moves."""
+    here = Path(__file__).parent
+    order = {name: place for place, name in enumerate(LONG_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.relative_to(here).parts[0], len(order)))
+
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """What needs root and has none is named and fails the run: nothing is skipped in silence."""
@@ -28,6 +38,20 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 def postgres() -> Iterator[Postgres]:
     """A server for the whole run; tests that stop or freeze one take `own_postgres`."""
     with Postgres.running() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def postgres13() -> Iterator[Postgres]:
+    """The oldest that we promise."""
+    with Postgres.running(version="13") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def postgres18() -> Iterator[Postgres]:
+    """The newest."""
+    with Postgres.running(version="18") as server:
         yield server
 
 

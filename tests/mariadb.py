@@ -131,6 +131,10 @@ class MariaDB:
             self._server.wait(timeout=60)
             self._server = None
 
+    def crash(self) -> None:
+        """End it in the middle of whatever it does."""
+        self.stop(signal.SIGKILL)
+
     def freeze(self) -> None:
         """Stop it in the middle of whatever it does."""
         assert self._server is not None

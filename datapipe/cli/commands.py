@@ -16,7 +16,13 @@ import msgspec
 from datapipe import logs
 from datapipe.cli.new_event import class_text
 from datapipe.cli.terminal import progress, show_status
-from datapipe.errors import ConfigError, DatapipeError, EventRejected
+from datapipe.errors import (
+    ConfigError,
+    DatapipeError,
+    EventRejected,
+    LaneBlocked,
+    SinkUnavailable,
+)
 from datapipe.events.registry import load_registry
 from datapipe.mirrors import check_mirror, open_mirror
 from datapipe.pipeline.buffer import Buffer
@@ -26,7 +32,7 @@ from datapipe.pipeline.loader import Loader
 from datapipe.pipeline.records import Records
 from datapipe.pipeline.tasks import ended_by_failure
 from datapipe.settings import Settings
-from datapipe.sinks import Selection, open_sink, table_of
+from datapipe.sinks import Database, Selection, Table, open_sink, table_of
 
 
 async def check(settings: Settings, args: argparse.Namespace) -> int:
@@ -74,8 +80,7 @@ async def load(settings: Settings, args: argparse.Namespace) -> int:
     ):
         buffer = Buffer(mirror, settings, lambda seconds: None, died)
         loader = Loader(buffer, sink, registry, settings, Records(), lambda seconds: None)
-        tables = [table_of(kind) for kind in registry.types.values()]
-        coordinator = Coordinator(buffer, loader, sink, process, tables)
+        coordinator = Coordinator(buffer, loader, sink, process)
         waiting = partial(_waiting, buffer)
         async with loader.running(died), progress("loading events", waiting):
             async for _ in coordinator.looks():
@@ -125,11 +130,42 @@ async def status(settings: Settings, args: argparse.Namespace) -> int:
 
 
 async def schema(settings: Settings, args: argparse.Namespace) -> int:
-    """Print the DDL for all event types and our own tables."""
-    kinds = load_registry(settings).types.values()
+    """Print the DDL for all event types and our own tables; or make what is missing.
+
+    Raises: SinkUnavailable: the database does not answer.
+    """
+    tables = [table_of(kind) for kind in load_registry(settings).types.values()]
     async with open_sink(settings, new_process_id()) as sink:
-        print(sink.ddl([table_of(kind) for kind in kinds]), end="")
+        if args.apply:
+            logs.configure("critical", settings.log_format)
+            return await _apply(sink, tables)
+        print(sink.ddl(tables), end="")
     return 0
+
+
+async def _apply(sink: Database, tables: Sequence[Table]) -> int:
+    """Make what is missing, by the rules of a load, and print the DDL that has been run.
+
+    1 if a table can't be made; the others are.
+    """
+    made, failed = 0, False
+    for table in tables:
+        try:
+            statements = await sink.prepare(table)
+        except SinkUnavailable as exc:
+            if exc.everywhere:
+                raise
+            failed = True
+            print(f"datapipe: table {table.name}: {exc}", file=sys.stderr)
+        except LaneBlocked as exc:
+            failed = True
+            print(f"datapipe: {exc}", file=sys.stderr)
+        else:
+            made += len(statements)
+            print("".join(f"{statement};\n\n" for statement in statements), end="")
+    if not (made or failed):
+        print("nothing is missing")
+    return int(failed)
 
 
 async def dead(settings: Settings, args: argparse.Namespace) -> int:

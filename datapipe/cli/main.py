@@ -96,7 +96,10 @@ def _parser() -> argparse.ArgumentParser:
     looking.add_argument(
         "url", nargs="?", metavar="URL", help="of the service, this machine's if not given"
     )
-    add("schema", commands.schema, "print the DDL for all event types")
+    defining = add("schema", commands.schema, "print the DDL for all event types")
+    defining.add_argument(
+        "--apply", action="store_true", help="make what is missing, and print only that"
+    )
     _add_dead(sub)
     text = "print the class of a new event type"
     new = add("new-event", commands.new_event, text, uses_database=False)

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import errno
 import gc
+import json
 import os
 import signal
 import sys
@@ -18,6 +19,7 @@ import structlog
 from datapipe import logs
 from datapipe.app import PIPELINE, Pipeline, create_app, create_runner, end_process
 from datapipe.errors import DatapipeError
+from datapipe.http.openapi import example
 from datapipe.http.port import Port, raise_limit
 from datapipe.pipeline.allocator import share_one_arena
 from datapipe.settings import Settings
@@ -37,6 +39,7 @@ async def serve(settings: Settings, args: argparse.Namespace) -> int:
     runner = create_runner(app)
     pipeline = app[PIPELINE]
     pipeline.on_failure = end_process
+    pipeline.try_out = args.try_out
     with _signals() as signals:
         try:
             await runner.setup()
@@ -118,12 +121,14 @@ async def _print_hints(pipeline: Pipeline, address: str, ended: asyncio.Future[A
     Raises: SinkUnavailable, ConfigError: there is no database, and none can be made.
     """
     # creating the database takes time, during which a signal must not wait
-    hint = asyncio.ensure_future(pipeline.loader.sink.hint())
+    types = pipeline.registry.types
+    lane = "crash_report" if "crash_report" in types else next(iter(types))
+    hint = asyncio.ensure_future(pipeline.loader.sink.hint(lane))
     await asyncio.wait({hint, ended}, return_when=asyncio.FIRST_COMPLETED)
     if not hint.done():
         hint.cancel()
         return
-    event = '{"event_name": "crash_report","user_id": 888,"timestamp": 1000,"message": "have_fun"}'
+    event = json.dumps(example(types[lane]))
     print(
         f"\n  page   {address}/\n  post   curl -d '{event}' {address}/\n  rows   {hint.result()}\n",
         file=sys.stderr, flush=True,

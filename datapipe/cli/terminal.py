@@ -55,11 +55,12 @@ def _lane(name: str, lane: Mapping[str, Any], keys: Sequence[str]) -> tuple[str,
 def _facts(status: Mapping[str, Any]) -> list[str]:
     mirror, database = status["mirror"], status["database"]
     used = f"{formats.size(mirror['bytes'])} of {formats.size(mirror['max_bytes'])} used"
+    product = database.get("product", "version")  # an older service names none
     refused = ", ".join(f"{why} {count:,}" for why, count in sorted(status["rejected"].items()))
     return [
         f"mirror: {formats.kind(mirror['kind'])}, {formats.up(mirror['up'])}, {used}"
         f"{_error(mirror)}",
-        f"database: PostgreSQL {database['version'] or '(not reached yet)'}, "
+        f"database: {product} {database['version'] or '(not reached yet)'}, "
         f"{formats.up(database['up'])}{_error(database)}",
         f"refused at ingest: {refused or 'nothing'}",
         f"datapipe {status['version']}, up {formats.seconds(status['uptime_seconds'])}"

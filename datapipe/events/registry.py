@@ -9,7 +9,7 @@ from typing import Any, Union
 import msgspec
 
 from datapipe.errors import ConfigError
-from datapipe.events.types import PG_TYPES, Event, EventType, register, registered
+from datapipe.events.types import PG_TYPES, Event, EventType, registered
 from datapipe.settings import Settings, plugin
 
 _TYPE_NAMES = {kind.__name__: kind for kind in PG_TYPES}
@@ -17,31 +17,34 @@ _TYPE_NAMES = {kind.__name__: kind for kind in PG_TYPES}
 _DECLARED = re.compile(r"\s*(\w+)\s*(\?)?\s*(?:=\s*(.+))?", re.DOTALL)
 
 
-@register("crash_report")
 class CrashReport(Event):
     user_id: int
     timestamp: int
     message: str
 
 
-@register("purchase")
 class Purchase(Event):
     user_id: int
     timestamp: int
     sku: str
 
 
-@register("install")
 class Install(Event):
     user_id: int
     timestamp: int
+
+
+# Not registered: so a class of one of these names, or an entry of `events`, replaces it.
+_BUILTIN: dict[str, type[Event]] = {
+    "crash_report": CrashReport, "install": Install, "purchase": Purchase,
+}  # fmt: skip
 
 
 class Registry:
     """All event types, and decoders of their events.
 
     Attributes:
-        types: by event name.
+        types: by event name; there is at least one.
         by_struct: by the class of the decoded object.
         one: decodes one JSON object; `many` an array of them; both raise msgspec's errors.
     """
@@ -63,7 +66,7 @@ def load_registry(settings: Settings) -> Registry:
 
     Their values and names are held to the limits of the sink that the settings name.
 
-    Raises: ConfigError: names the module or the place in `events`.
+    Raises: ConfigError: names the module or the place in `events`; or there is no type at all.
     """
     for module in settings.event_modules:
         try:
@@ -84,6 +87,14 @@ def load_registry(settings: Settings) -> Registry:
             types.append(EventType(name, cls, *bounds))
         except ConfigError as exc:
             raise ConfigError(f"events.{name}: {exc}") from exc
+    if settings.builtin_events:
+        taken = {kind.name for kind in types}
+        types += [EventType(n, cls, *bounds) for n, cls in _BUILTIN.items() if n not in taken]
+    if not types:
+        raise ConfigError(
+            "builtin_events: there is no event type: set it to true, or declare types in "
+            "event_modules or events"
+        )
     return Registry(types)
 
 

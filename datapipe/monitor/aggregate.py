@@ -112,7 +112,7 @@ def together(own: Snapshot, others: Iterable[Snapshot]) -> dict[str, Any]:
         "totals": _merged(_TOTALS, lanes.values()),
         "lanes": lanes,
         "mirror": own["mirror"] | _down(mirrors) | _merged(_MIRROR, mirrors),
-        "database": _down(databases),
+        "database": own["database"] | _down(databases),
         "parts": _parts([part for each in everybody for part in each.get("parts") or _old(each)]),
         "recent_loads": sorted(loads, key=lambda load: load["at"], reverse=True)[:LOADS],
     }

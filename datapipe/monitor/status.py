@@ -244,6 +244,7 @@ class Status:
         return {
             "up": bool(database.up),
             "error": database.error,
+            "product": database.product,
             "version": database.version,
             "schema": database.schema,
             "answer_seconds": _rounded(database.answer_s, 5),

@@ -20,12 +20,11 @@ class Words(NamedTuple):
     then: str
 
 
-_STANDBY = "Bring the standby back, or change synchronous_standby_names. "
 # By part and what is wrong with it; the worst first.
 WORDS = {
     ("ingest", "fails"): Words("refusing", "Events are refused", "{refusing}"),
     ("database", "fails"): Words(
-        "database_down", "PostgreSQL does not answer",
+        "database_down", "{product} does not answer",
         "{kept} Start the database, or repair what the error names; loading then goes on by "
         "itself.",
     ),
@@ -43,7 +42,7 @@ WORDS = {
     ),
     ("load", "is slow"): Words(
         "lane_slow", "A load of lane {lane} has been under way",
-        "{standby}Its events are kept, {waiting}",
+        "{remedy}Its events are kept, {waiting}",
     ),
     ("room", "fails"): Words(
         "nearly_full", "The mirror is nearly full",
@@ -139,7 +138,7 @@ def _trouble(status: Mapping[str, Any], part: Mapping[str, Any], wrong: str) -> 
     words = WORDS.get(key) or work_words(part["part"], slow)
     since = part["doing_since"] if slow else part["since"]
     when = "yet" if wrong == "is new" else f"since {_moment(since, status['now'])}"
-    why = _slow(part["waits_for"]) if slow else part["error"]
+    why = _wait(status, part) if slow else part["error"]
     because = f": {why.rstrip('.')}" if why else ""
     what, then = words.what.format(**facts), words.then.format(**facts)
     sentence = f"{what} {when}{because}. {then}".rstrip()
@@ -167,20 +166,22 @@ def _facts(status: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, str]
         "kept": _kept(status),
         "refusing": _refusing(status, part["error"]),
         "left": formats.roughly(status["mirror"].get("left_seconds") or 0),
-        "standby": _STANDBY if _for_standby(part["waits_for"]) else "",
+        "product": _product(status),
+        "remedy": f"{remedy} " if (remedy := part.get("remedy")) else "",
     }
 
 
-def _for_standby(waits_for: str | None) -> bool:
-    """Whether COMMIT waits for a synchronous standby. Source: PostgreSQL, "Wait Events"."""
-    return (waits_for or "").endswith("SyncRep")
+def _product(status: Mapping[str, Any]) -> str:
+    """What the database is called, to begin a sentence with."""
+    name: str = status["database"]["product"]
+    return name[:1].upper() + name[1:]
 
 
-def _slow(waits_for: str | None) -> str | None:
-    """Why work is slow, by what PostgreSQL says that it waits for."""
-    if _for_standby(waits_for):
-        return f"COMMIT waits for the synchronous standby ({waits_for})"
-    return waits_for and f"PostgreSQL waits ({waits_for})"
+def _wait(status: Mapping[str, Any], part: Mapping[str, Any]) -> str | None:
+    """What work that is slow waits for, if the database says so; older peers know no meaning."""
+    if not (event := part["waits_for"]):
+        return None
+    return f"{part.get('meaning') or f'{_product(status)} waits'} ({event})"
 
 
 def _refusing(status: Mapping[str, Any], why: str | None) -> str:

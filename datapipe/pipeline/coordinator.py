@@ -44,13 +44,19 @@ class Coordinator:
 
     It is the mirror's `Membership`: what it needs to know of other processes.
 
+    Args: tables: to be made at the start; any other is made at its lane's first load.
     Attributes:
         parts: the health of all that it does for ever.
         host: the machine of this process and its number there, for people.
     """
 
     def __init__(
-        self, buffer: Buffer, loader: Loader, sink: Database, process: str, tables: Sequence[Table]
+        self,
+        buffer: Buffer,
+        loader: Loader,
+        sink: Database,
+        process: str,
+        tables: Sequence[Table] = (),
     ) -> None:
         self._buffer = buffer
         self._mirror: Mirror = buffer.mirror
@@ -220,7 +226,7 @@ class Coordinator:
                     await self.heartbeat(ended=True)
 
     async def _prepare(self) -> None:
-        """Make the tables before the first event comes, so that people find them.
+        """Make tables before their first events come, so that people find them.
 
         Not part of the heartbeat: a long SELECT may lock a table for hours. Each wait for that lock
         holds up all who come after us, so such a table is tried less often.

@@ -18,7 +18,7 @@ import structlog
 from datapipe.errors import DatapipeError, LaneBlocked, MirrorUnavailable, SinkUnavailable
 from datapipe.events.registry import Registry
 from datapipe.events.segment import Segment
-from datapipe.health import SLOW_S
+from datapipe.health import SLOW_S, Wait
 from datapipe.pipeline.buffer import Buffer
 from datapipe.pipeline.lane import Lane
 from datapipe.pipeline.records import Load, Records
@@ -78,7 +78,7 @@ class Loader:
         while True:
             await asyncio.sleep(SLOW_S / 5)
             slow = [lane for lane in self.lanes.values() if lane.health.slow]
-            waits: dict[str, str] = {}
+            waits: dict[str, Wait] = {}
             with suppress(SinkUnavailable, LaneBlocked):  # the sink has logged it
                 waits = await self.sink.waits() if slow else {}
             for lane in slow:

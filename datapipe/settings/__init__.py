@@ -65,6 +65,7 @@ class Settings(
     admin_key: str = ""
     cors_origins: list[str] = []  # whose pages may post
 
+    builtin_events: bool = True  # crash_report, purchase, install
     event_modules: list[Annotated[str, Meta(min_length=1)]] = []
     events: dict[str, dict[str, str]] = {}  # types without code: name -> field -> type
 

@@ -13,6 +13,7 @@ from msgspec import structs
 from datapipe.events.limits import Limits
 from datapipe.events.segment import Segment
 from datapipe.events.types import Column, EventType
+from datapipe.health import Wait
 from datapipe.settings import Plugin, Settings, plugin
 from datapipe.sinks import urls
 
@@ -43,7 +44,7 @@ class SinkState:
     """For the page; `up` is None until the first real work was tried.
 
     `answer_s` is what the last small piece of work took, such as the heartbeat; `product` is what
-    people call the database, such as PostgreSQL.
+    people call the database, such as MariaDB.
     """
 
     up: bool | None
@@ -109,9 +110,10 @@ class Selection:
 class Sink(Protocol):
     """Loads segments into the tables of their lanes, each of them once."""
 
-    async def prepare(self, table: Table) -> None:
+    async def prepare(self, table: Table) -> list[str]:
         """Once this returns, the table is there with all its columns; made if it was not.
 
+        Returns: the DDL that has been run; of our own tables, too.
         Raises: SinkUnavailable: again later; LaneBlocked: a person must act.
         """
 
@@ -135,7 +137,7 @@ class Sink(Protocol):
         and a person must act.
         """
 
-    async def waits(self) -> dict[str, str]:
+    async def waits(self) -> dict[str, Wait]:
         """What the database says that loads under way wait for, by lane; not those that work.
 
         Raises: SinkUnavailable.
@@ -147,8 +149,8 @@ class Sink(Protocol):
     def state(self) -> SinkState:
         """Its health, by the outcome of the last real work; does no I/O."""
 
-    async def hint(self) -> str:
-        """A line for the shell that shows rows. Raises: SinkUnavailable."""
+    async def hint(self, table: str) -> str:
+        """A line for the shell that shows that table's rows. Raises: SinkUnavailable."""
 
     async def check(self, tables: Sequence[Table]) -> list[tuple[str, str]]:
         """Reach the database; findings as (ok, warn, fail or away; text). Changes nothing."""

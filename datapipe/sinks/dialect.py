@@ -127,7 +127,7 @@ class Dialect:
         tests = {
             f"id {self.one_of.format('bigint')}": None if ids is None else self.listed(ids),
             "lane = %s": selection.lane,
-            "sqlstate = %s": selection.sqlstate,
+            f"{self.quote('sqlstate')} = %s": selection.sqlstate,
         }
         given = {test: value for test, value in tests.items() if value is not None}
         return " AND ".join(["1 = 1", *given]), list(given.values())

@@ -149,8 +149,8 @@ class MemorySink(TransactionalSink):
         self._database = database
         self._process = process
 
-    async def prepare(self, table: Table, *, again: bool = False) -> None:
-        return
+    async def prepare(self, table: Table, *, again: bool = False) -> list[str]:
+        return []
 
     async def transact(self, lane: str, work: Callable[[Transaction], _T]) -> _T:
         with ExitStack() as undo:
@@ -158,7 +158,7 @@ class MemorySink(TransactionalSink):
             undo.pop_all()
         return result
 
-    async def hint(self) -> str:
+    async def hint(self, table: str) -> str:
         return ""
 
     async def check(self, tables: Sequence[Table]) -> list[tuple[str, str]]:

@@ -11,7 +11,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from functools import partial
 from typing import Any, NamedTuple
 from uuid import uuid4
 
@@ -19,7 +18,7 @@ from datapipe.errors import LaneBlocked, SinkUnavailable
 from datapipe.settings import Settings
 from datapipe.sinks import Beat, Heartbeat, Mark, Selection, Table
 from datapipe.sinks.dialect import OWN_TABLES, Dialect
-from datapipe.sinks.transaction import Known, Letter, RefusedRow
+from datapipe.sinks.transaction import Known, Letter, RefusedRow, TableMissing
 from datapipe.sinks.transactional import TransactionalSink, found
 
 _HOUR_S = 3600.0
@@ -91,7 +90,7 @@ class SqlSink(TransactionalSink):
 
         It need not wait for a standby: heartbeats come again, ledger rows that come back do no
         harm, and a load's own COMMIT waits for all that was written before it.
-        Raises: SinkUnavailable, LaneBlocked.
+        Raises: SinkUnavailable, LaneBlocked; TableMissing: a right may be missing, too.
         """
 
     @abstractmethod
@@ -117,32 +116,63 @@ class SqlSink(TransactionalSink):
         Raises: SinkUnavailable, LaneBlocked.
         """
 
+    async def denied(self, table: Table, changes: Sequence[str]) -> str | None:
+        """Which rights we lack to use this table as we do, and the statements that grant them.
+
+        Never raises an error of the server's, for the sake of its log: this is asked again and
+        again. None: we lack none, or the database has no rights.
+
+        Args: changes: the DDL that makes or completes the table; maybe none.
+        Raises: SinkUnavailable, LaneBlocked.
+        """
+        return None
+
     @abstractmethod
     def is_away(self, exc: BaseException | None) -> bool:
         """Whether the server does not answer now, or has no room: not a matter of settings."""
 
     # --- tables ---
 
-    async def prepare(self, table: Table, *, again: bool = False) -> None:
+    async def prepare(self, table: Table, *, again: bool = False) -> list[str]:
         """See `TransactionalSink.prepare`; our own tables, too."""
         wanted = (*OWN_TABLES, table)
-        if not again and self._prepared.issuperset(wanted):
-            return  # nor does it wait for what another table waits for
+        if again:
+            self._prepared.difference_update(wanted)
+        if self._prepared.issuperset(wanted):
+            return []  # nor does it wait for what another table waits for
+        ran: list[str] = []
         async with self._preparing:
             await self._know_version()
             for each in wanted:
-                if again or each not in self._prepared:
-                    await self._make(each)
+                if each not in self._prepared:
+                    ran += await self._make(each)
                     self._prepared.add(each)
+        return ran
 
     async def _know_version(self) -> None:
         if self.version is None:
             self.version = await self.read_version()
 
-    async def _make(self, table: Table) -> None:
-        changes = partial(self._changes, table)
-        if changes(await self.columns(table.name)):
+    async def _make(self, table: Table) -> list[str]:
+        """Make or complete a table; the DDL that it took.
+
+        Without a right of ours on one of our own tables nothing works, so the database is down.
+        """
+        needed = self._changes(table, await self.columns(table.name))
+        if denied := await self.denied(table, needed):
+            why = f"table {table.name}: {denied}"
+            if table in OWN_TABLES:
+                self.down(why)
+            raise LaneBlocked(why)
+        ran: list[str] = []
+
+        def changes(there: set[str] | None) -> list[str]:
+            ran[:] = self._changes(table, there)
+            return ran
+
+        if needed:
             await self.define(table.name, changes)
+        return ran
 
     def _changes(self, table: Table, there: set[str] | None) -> list[str]:
         """The statements that make the table as it should be.
@@ -152,9 +182,11 @@ class SqlSink(TransactionalSink):
         if there is None:
             return self._dialect.create(table)
         if table not in OWN_TABLES and "received_at" not in there:
+            received = [column for column in table.columns if column.name == "received_at"]
             raise LaneBlocked(
-                f"the table {table.name} has no column received_at, so it is taken to be somebody "
-                "else's, and nothing is added to it"
+                f"table {table.name}: has no column received_at, so it is taken to be somebody "
+                "else's, and nothing is added to it: rename the event type, or, if its events "
+                f"belong there: {'; '.join(self._dialect.add_columns(table, received))}"
             )
         missing = [column for column in table.columns if column.name not in there]
         return self._dialect.add_columns(table, missing)
@@ -180,7 +212,9 @@ class SqlSink(TransactionalSink):
         try:
             changes = self._changes(table, await self.columns(table.name))
         except LaneBlocked as exc:
-            return [("fail", f"table {table.name}: {exc}")]
+            return [("fail", str(exc))]
+        if denied := await self.denied(table, changes):
+            return [("fail", f"table {table.name}: {denied}")]
         if changes:
             return [("ok", f"table {table.name}: will be made or completed when it is needed")]
         return []
@@ -188,12 +222,17 @@ class SqlSink(TransactionalSink):
     # --- ledger ---
 
     async def _own(self, *statements: Statement) -> Result:
-        """The same as `transaction`; our tables are there."""
+        """The same as `transaction`; our tables are there, and may be used."""
         await self.prepare(OWN_TABLES[0])
-        return await self.transaction(*statements)
+        try:
+            return await self.transaction(*statements)
+        except TableMissing:  # dropped, altered or forbidden since
+            await self.prepare(OWN_TABLES[0], again=True)
+            return await self.transaction(*statements)
 
     async def loaded(self, segments: Sequence[str]) -> set[str]:
         """See `Ledger.loaded`."""
+        await self.prepare(OWN_TABLES[0])
         sql = f"SELECT segment FROM {self._ledger} WHERE segment {self._one_of}"
         return {segment for (segment,) in await self.query(sql, self._dialect.listed(segments))}
 
@@ -218,7 +257,7 @@ class SqlSink(TransactionalSink):
             if each.now - each.seen > (_HOUR_S if each.oldest is None else _IRONMQ_S)
             or outlived_s[each.process] > _HOUR_S
         ]
-        await self.transaction(
+        await self._own(
             (f"DELETE FROM {self._ledger} WHERE segment {self._one_of}", (d.listed(removed),)),
             (
                 f"DELETE FROM {self._ledger} WHERE kind IN ('claim', 'part')"
@@ -324,14 +363,15 @@ class SqlSink(TransactionalSink):
         """See `DeadLetters.find`."""
         await self.prepare(OWN_TABLES[0])
         condition, values = self._dialect.where(selection)
+        state = self._dialect.quote("sqlstate")  # a reserved word of MySQL
         groups = await self.query(
-            f"SELECT lane, sqlstate, min(message), count(*) FROM {self._letters}"
-            f" WHERE {condition} GROUP BY lane, sqlstate ORDER BY count(*) DESC, lane, sqlstate",
+            f"SELECT lane, {state}, min(message), count(*) FROM {self._letters}"
+            f" WHERE {condition} GROUP BY lane, {state} ORDER BY count(*) DESC, lane, {state}",
             *values,
         )
         written = self._dialect.epoch.format("created_at")
         letters = await self.query(
-            f"SELECT id, lane, {self._dialect.event}, sqlstate, message, column_name, {written}"
+            f"SELECT id, lane, {self._dialect.event}, {state}, message, column_name, {written}"
             f" FROM {self._letters} WHERE {condition} ORDER BY id DESC LIMIT %s",
             *values, limit,
         )  # fmt: skip
@@ -397,7 +437,7 @@ class SqlTransaction(ABC):
         """See `Transaction.bury`."""
         self.many(
             f"INSERT INTO {self._letters}"
-            " (lane, event, sqlstate, message, column_name, segment)"
+            f" (lane, event, {self._dialect.quote('sqlstate')}, message, column_name, segment)"
             " VALUES (%s, %s, %s, %s, %s, %s)",
             letters,
         )
@@ -417,8 +457,9 @@ class SqlTransaction(ABC):
     def settle(self, back: Sequence[int], stay: Sequence[RefusedRow]) -> None:
         """See `Transaction.settle`."""
         self.many(f"DELETE FROM {self._letters} WHERE id = %s", [(id,) for id in back])
+        state = self._dialect.quote("sqlstate")
         self.many(
-            f"UPDATE {self._letters} SET sqlstate = coalesce(nullif(%s, ''), sqlstate),"
+            f"UPDATE {self._letters} SET {state} = coalesce(nullif(%s, ''), {state}),"
             " message = %s, column_name = %s WHERE id = %s",
             [(each.sqlstate, each.message, each.column, int(each.id)) for each in stay],
         )

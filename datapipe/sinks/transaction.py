@@ -13,7 +13,7 @@ from datapipe.sinks import Selection, Table
 
 
 class TableMissing(LaneBlocked):
-    """A table or a column is missing: one DDL pass, then once more."""
+    """A table, a column or a right is missing: `prepare`, which makes or names it; once more."""
 
 
 class Entry(NamedTuple):

@@ -24,7 +24,7 @@ import structlog
 from datapipe.errors import EventRejected, SinkUnavailable
 from datapipe.events.segment import Part, Segment
 from datapipe.events.types import Column, with_offset
-from datapipe.health import Health
+from datapipe.health import Health, Wait
 from datapipe.sinks import Check, Loaded, Selection, SinkState, Table
 from datapipe.sinks.guard import Guard
 from datapipe.sinks.transaction import (
@@ -67,8 +67,12 @@ class TransactionalSink(ABC):
         self._guards: defaultdict[str, Guard] = defaultdict(Guard)  # by lane
 
     @abstractmethod
-    async def prepare(self, table: Table, *, again: bool = False) -> None:
+    async def prepare(self, table: Table, *, again: bool = False) -> list[str]:
         """See `Sink.prepare`. Args: again: look, even if the table was there before."""
+
+    @abstractmethod
+    async def find(self, selection: Selection, limit: int) -> dict[str, Any]:
+        """See `DeadLetters.find`."""
 
     @abstractmethod
     async def transact(self, lane: str, work: Callable[[Transaction], _T]) -> _T:
@@ -78,7 +82,7 @@ class TransactionalSink(ABC):
         back, or unknown.
         """
 
-    async def waits(self) -> dict[str, str]:
+    async def waits(self) -> dict[str, Wait]:
         """See `Sink.waits`: nothing, where the database doesn't say."""
         return {}
 
@@ -94,7 +98,7 @@ class TransactionalSink(ABC):
         what only read, once it was down: a standby, or a full disk, lets us read.
         """
         if self._health.works(began):
-            log.info("database up", version=self.version, schema=self._schema)
+            log.info("database up", product=self.product, version=self.version, schema=self._schema)
 
     def down(self, error: str) -> None:
         """Note that the database does not answer, or not as it should."""
@@ -129,7 +133,7 @@ class TransactionalSink(ABC):
         fence = math.inf if not_after is None else not_after
         try:
             loaded = await self._try(table, segments, accept_dead, fence)
-        except TableMissing:  # dropped or altered since
+        except TableMissing:  # dropped, altered or forbidden since
             await self.prepare(_widened(table, segments), again=True)
             loaded = await self._try(table, segments, accept_dead, fence)
         self._guards[table.name].committed()
@@ -228,8 +232,9 @@ class TransactionalSink(ABC):
         self, selection: Selection, tables: Mapping[str, Table], check: Check
     ) -> tuple[dict[str, int], int]:
         """See `DeadLetters.replay`."""
-        for table in tables.values():
-            await self.prepare(table)
+        lanes = {group["lane"] for group in (await self.find(selection, 0))["groups"]}
+        for lane in lanes & tables.keys():
+            await self.prepare(tables[lane])
         back: Counter[str] = Counter()
         stay, last = 0, 0
         while True:

@@ -52,8 +52,9 @@ class _Sink(memory.MemorySink):
             raise LaneBlocked(f"{lane} takes nothing")
         return await super().transact(lane, work)
 
-    async def prepare(self, table: Table, *, again: bool = False) -> None:
+    async def prepare(self, table: Table, *, again: bool = False) -> list[str]:
         self._database.reach()
+        return []
 
     async def heartbeat(self, beat: Heartbeat) -> dict[str, Beat]:
         self._database.reach()

@@ -21,7 +21,7 @@ from typing import Any
 
 import aiohttp
 
-from tests.postgres import Postgres
+from tests.databases import dead_ids, execute, has
 from tests.service import Service, until
 
 LANES = ("crash_report", "purchase", "install")
@@ -49,12 +49,14 @@ class Verdict:
     answered: int = 0  # each answer of 200 counts its events
     unanswered_stored: int = 0
     rows: int = 0
+    distinct: int = 0
     dead: int = 0
     waiting: int = 0
     duplicates_by_key: int = 0
     lost: list[int] = field(default_factory=list)
     doubled: list[int] = field(default_factory=list)
     refused_stored: list[int] = field(default_factory=list)
+    wrongly_dead: list[int] = field(default_factory=list)  # or in the table, which refuses it
     damaged: int = 0
 
     def check(self) -> None:
@@ -62,6 +64,7 @@ class Verdict:
         assert not self.lost, f"{len(self.lost)} lost: {self.lost[:10]}"
         assert not self.doubled, f"{len(self.doubled)} doubled: {self.doubled[:10]}"
         assert not self.refused_stored, f"refused, yet stored: {self.refused_stored[:10]}"
+        assert not self.wrongly_dead, f"{len(self.wrongly_dead)} wrongly: {self.wrongly_dead[:10]}"
         assert not self.damaged, f"{self.damaged} rows are not what was sent"
         came = self.answered + self.unanswered_stored
         went = self.rows + self.dead + self.waiting + self.duplicates_by_key
@@ -71,7 +74,9 @@ class Verdict:
 class Driver:
     """Posts to whatever `url` gives at the moment; nothing while that is empty.
 
-    Args: certain: what is answered 503 at the first try is stored nowhere.
+    Args:
+        certain: what is answered 503 at the first try is stored nowhere.
+        refuses: whether the table of a lane refuses this id.
     Attributes:
         faults: answers that no test expects. torn: answers that broke off.
         statuses: of all answers.
@@ -88,12 +93,14 @@ class Driver:
         pause_s: float = 0.01,
         tls: ssl.SSLContext | bool = True,
         certain: bool = True,
+        refuses: Callable[[str, int], bool] = lambda lane, id: False,
     ) -> None:
         self.posts: list[Post] = []
         self.faults: list[str] = []
         self.statuses: Counter[int] = Counter()
         self.torn = 0
         self._certain = certain
+        self._refuses = refuses
         self._url = url
         self._random = random.Random(seed)
         self._lanes = lanes
@@ -239,15 +246,18 @@ class Driver:
 
     def _compare(self, database: str, waiting: int) -> Verdict:
         rows, damaged = read_tables(database, self._lanes)
-        dead = read_letters(database)
+        dead = dead_ids(database)
         verdict = Verdict(
-            rows=rows.total(), dead=dead.total(), waiting=waiting, damaged=damaged,
+            rows=rows.total(), distinct=len(rows), dead=dead.total(), waiting=waiting,
+            damaged=damaged,
         )  # fmt: skip
         for post in self.posts:
             verdict.answered += post.answered * len(post.events)
             verdict.duplicates_by_key += max(0, post.answered - 1) * len(post.events)
             for each in post.events:
                 self._judge(verdict, post, each[1], rows[each] + dead[each])
+                if rows[each] if self._refuses(*each) else dead[each]:
+                    verdict.wrongly_dead.append(each[1])
         return verdict
 
     @staticmethod
@@ -282,36 +292,15 @@ def read_tables(database: str, lanes: Iterable[str]) -> tuple[Counter[tuple[str,
     found: Counter[tuple[str, int]] = Counter()
     damaged = 0
     for lane in lanes:
-        if not _exists(database, lane):
+        if not has(database, lane):
             continue
-        column = _TEXT_COLUMN.get(lane, "'' || user_id")
-        text = TEXT if lane in _TEXT_COLUMN else "{}"
-        rows = Postgres.execute(
-            database,
-            "SELECT user_id, count(*), count(*) FILTER (WHERE timestamp <> 7 * user_id OR"
-            f" {column} IS DISTINCT FROM replace(%s, '{{}}', user_id::text))"
-            f" FROM {lane} GROUP BY user_id",
-            text,
-        )
-        found.update({(lane, id): count for id, count, _ in rows})
-        damaged += sum(wrong for *_, wrong in rows)
+        columns = ["user_id", "timestamp", *([_TEXT_COLUMN[lane]] if lane in _TEXT_COLUMN else [])]
+        rows = execute(database, f"SELECT {', '.join(columns)} FROM {lane}")
+        found.update((lane, id) for id, *_ in rows)
+        for id, *rest in rows:
+            sent = event(lane, id)
+            damaged += rest != [sent[column] for column in columns[1:]]
     return found, damaged
-
-
-def read_letters(database: str) -> Counter[tuple[str, int]]:
-    """How often each event is among the dead letters."""
-    if not _exists(database, "datapipe_dead_letters"):
-        return Counter()
-    rows = Postgres.execute(
-        database,
-        "SELECT lane, (event->>'user_id')::bigint, count(*) FROM datapipe_dead_letters"
-        " GROUP BY 1, 2",
-    )
-    return Counter({(lane, id): count for lane, id, count in rows})
-
-
-def _exists(database: str, table: str) -> bool:
-    return Postgres.execute(database, "SELECT to_regclass(%s)", table)[0][0] is not None
 
 
 async def fill(service: Service, seed: int, answers: int = 40) -> Driver:

@@ -20,8 +20,9 @@ from typing import Any
 from tests.fault.driver import LANES, Driver, Verdict
 from tests.fault.hosts import Disk, Network
 from tests.fault.modules.quick_nats import ACK_WAIT_S
+from tests.fault.moments import Moment
 from tests.fault.pipe import Pipe
-from tests.fault.proxy import Moment, Proxy
+from tests.fault.proxy import Proxy
 from tests.jetstream import NatsCluster, NatsNode
 from tests.postgres import Postgres
 from tests.service import Service, until

@@ -19,7 +19,7 @@ from nats.js.errors import APIError
 from tests.fault.driver import LANES
 from tests.fault.hosts import power_cut
 from tests.fault.machines import Machines
-from tests.fault.proxy import Moment, cut
+from tests.fault.moments import Moment, cut
 from tests.jetstream import NatsNode, request
 from tests.service import until
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import aiohttp
 
-from tests.fault.proxy import Moment, Proxy
+from tests.fault.moments import Moment
+from tests.fault.proxy import Proxy
 from tests.postgres import Postgres
 from tests.service import Service
 from tests.wire import crash, purchase

@@ -13,7 +13,8 @@ from typing import Any
 import psycopg2
 
 from tests.fault.driver import Driver
-from tests.fault.proxy import Moment, Proxy, cut
+from tests.fault.moments import Moment, cut
+from tests.fault.proxy import Proxy
 from tests.postgres import Postgres
 from tests.service import Service, until
 from tests.wire import ask, crash, post, purchase

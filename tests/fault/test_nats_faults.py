@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.fault.machines import Machines, MakeService
+from tests.fault.moments import Moment
 from tests.fault.nats_faults import sent_again, three_at_once
-from tests.fault.proxy import Moment
 from tests.postgres import Postgres
 from tests.service import until
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.fault.driver import Driver, fill
-from tests.fault.proxy import Moment, Proxy
+from tests.fault.moments import Moment
+from tests.fault.proxy import Proxy
 from tests.postgres import Postgres, free_port
 from tests.service import ROOT, Service, until
 from tests.wire import crash

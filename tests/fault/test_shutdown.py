@@ -11,7 +11,8 @@ import psycopg2
 import pytest
 
 from tests.fault.driver import Driver, fill
-from tests.fault.proxy import Moment, Proxy
+from tests.fault.moments import Moment
+from tests.fault.proxy import Proxy
 from tests.postgres import Postgres
 from tests.service import Service, until
 

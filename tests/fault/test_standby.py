@@ -1,4 +1,5 @@
 """A synchronous standby: what it has not confirmed stays in the mirror, whatever COMMIT says.
+At last a URL that names both hosts.
 
 The standby is stopped, so that a COMMIT on the primary waits for it; that wait is then ended in
 each of the ways there are, the primary dies, and the standby, which got nothing of it, is promoted.
@@ -13,7 +14,10 @@ from dataclasses import dataclass
 
 import pytest
 
+from datapipe.settings import Settings
+from datapipe.sinks import open_sink
 from tests.fault.proxy import Proxy
+from tests.fault.test_database import check_all, loads, summary_is, under_load
 from tests.postgres import Postgres
 from tests.service import Service, until
 
@@ -192,3 +196,39 @@ async def test_what_waits_for_the_standby_is_named_and_nothing_else_waits(
     status = await service.status()
     assert status["summary"]["state"] == "healthy"
     assert [status["lanes"][lane]["slow_load"] for lane in lanes] == [None, None]
+
+
+async def test_a_url_of_both_hosts_follows_the_primary(
+    pair: Pair, make_service: MakeService, seed: int
+) -> None:
+    """Killed under load; nobody touches the service while the standby is promoted."""
+    hosts = f"127.0.0.1:{pair.standby.port},127.0.0.1:{pair.primary.port}"
+    name = pair.database.rpartition("/")[2]
+    url = f"postgresql://postgres@{hosts}/{name}?target_session_attrs=read-write"
+    service = make_service(
+        database_url=url, event_modules=["tests.fault.modules.quick_watch"],
+        **OFTEN | {"load_trigger_bytes": 20_000},
+    )  # fmt: skip
+    there = pair.standby.url(name)
+
+    async def beats() -> int:
+        sql = "SELECT coalesce(max(beats), 0) FROM datapipe_processes"
+        return int((await pair.standby.aexecute(there, sql))[0][0])
+
+    async with under_load(service, seed) as driver:
+        await asyncio.to_thread(pair.primary.stop, signal.SIGKILL)
+        await summary_is(service, "database_down")
+        await driver.answered(50)
+        async with open_sink(Settings(database_url=url), "check") as sink:
+            ((level, text),) = await sink.check([])
+        assert level == "away", text  # a release is not held up meanwhile
+        await asyncio.to_thread(pair.standby.promote)
+        before = await beats()
+        await loads(service)
+
+        async def beaten() -> bool:
+            return await beats() >= before + 3
+
+        await until(beaten, what="three beats there")
+        await summary_is(service, "healthy")
+    await check_all(driver, service, there)

@@ -142,7 +142,10 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, str], str]] = {
     "type name in capitals": ({"events": {"Signup": {"n": "int"}}}, {}, "Signup"),
     "type name too long": ({"events": {"x" * 49: {"n": "int"}}}, {}, "x" * 49),
     "type name of ours": ({"events": {"datapipe_x": {"n": "int"}}}, {}, "datapipe_x"),
-    "type name taken": ({"events": {"install": {"n": "int"}}}, {}, "install"),
+    "type name taken": (
+        {"event_modules": ["taken"], "events": {"signup": {"n": "int"}}}, {}, "events.signup",
+    ),
+    "no type at all": ({"builtin_events": False}, {}, "builtin_events events"),
     "field of ours": ({"events": {"a": {"received_at": "int"}}}, {}, "a received_at"),
     "field of the wire": ({"events": {"a": {"event_name": "str"}}}, {}, "a event_name"),
     "no such type": ({"events": {"signup": {"n": "integer"}}}, {}, "signup n integer"),
@@ -176,6 +179,9 @@ for name, env in json.load(sys.stdin).items():
 async def test_wrong_settings(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text("{'port': 1}")
     (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "taken.py").write_text(
+        "from datapipe import Event, register\n@register('signup')\nclass S(Event):\n    n: int\n"
+    )
     environments = {}
     for number, (name, (settings, env, _)) in enumerate(WRONG.items()):
         file = tmp_path / f"{FILE}{number}.json"

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.fault.proxy import Moment, Proxy
+from tests.fault.moments import Moment
+from tests.fault.proxy import Proxy
 from tests.postgres import Postgres
 from tests.service import Service, until
 

@@ -351,7 +351,7 @@ async def test_a_table_that_was_there_before(
     Postgres.execute(
         database,
         "CREATE TABLE crash_report (id serial PRIMARY KEY, message varchar(99) NOT NULL,"
-        " theirs text DEFAULT 'kept', user_id numeric);"
+        " theirs text DEFAULT 'kept', user_id numeric, received_at timestamptz);"
         "INSERT INTO crash_report (message, user_id) VALUES ('old', 1)",
     )
     service = await make_service(database_url=database).start()

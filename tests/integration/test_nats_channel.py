@@ -105,7 +105,7 @@ async def test_one_that_is_silent_is_named(world: World) -> None:
 
 async def test_one_that_is_slow_is_waited_for(world: World) -> None:
     async def slow(question: bytes) -> bytes:
-        await asyncio.sleep(10)
+        await asyncio.sleep(2 * SILENT_S)
         return b"at last"
 
     one, two, three = [await world.open(name) for name in ("one", "two", "three")]

@@ -62,6 +62,13 @@ async def make(cluster: NatsCluster, lane: str, prefix: str, **other: Any) -> No
         await request(client, f"CONSUMER.CREATE.{config['name']}.load", body)
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who gets no answer, or no connection, is told so soon."""
+    monkeypatch.setattr(nats_check, "_CONNECT_S", 1.0)
+    monkeypatch.setattr(nats_check, "_ANSWER_S", 0.5)
+
+
 @pytest.fixture(scope="module")
 def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsCluster]:
     """Three hosts, with the monitoring port at the same number on each."""
@@ -196,6 +203,7 @@ def test_an_older_version() -> None:
     assert text_of(found, "warn", "node n14:")
 
 
+@pytest.mark.usefixtures("quick")
 async def test_away_or_not_let_in(tmp_path: Path) -> None:
     (port,) = free_ports("127.0.0.1", 1)
     login = logins.password("u", "s3cret")
@@ -220,6 +228,7 @@ publish: { allow: [
 """
 
 
+@pytest.mark.usefixtures("quick")
 async def test_what_must_be_made_by_hand(tmp_path: Path) -> None:
     """What is printed makes streams and consumers, after which nothing but rights is missing."""
     both = logins.passwords({"u": ("s3cret", LITTLE), "root": ("admin", "")})

@@ -119,6 +119,7 @@ async def test_a_wrong_login_shows_no_secret(
 
 async def refused(service: Service, secrets: list[str], words: str) -> None:
     """It answers 503, the page and `check` say why, and no secret is seen."""
+    service.settings["event_modules"] = ["tests.fault.modules.quick_check"]
     await service.start()
     status, answer = await service.post(crash())
     assert status == 503, answer

@@ -22,8 +22,10 @@ async def test_a_process_of_1_0_is_counted_in() -> None:
     for lane in old["lanes"].values():
         del lane["slow_load"], lane["taken"], lane["returned"], lane["in_hand"]
     del old["mirror"]["left_messages"], old["mirror"]["left_seconds"]
-    old["mirror"]["up"] = False  # so what it tells stands
+    old["mirror"]["up"] = old["database"]["up"] = False  # so what it tells stands
+    product = old["database"].pop("product")
     status = together(own, [old])
+    assert (status["database"]["product"], status["database"]["up"]) == (product, False)
     assert status["processes"] == 2
     assert status["books"]["accepted"] == 2
     assert status["mirror"]["left_messages"] == 0

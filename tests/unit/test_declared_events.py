@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 from datetime import datetime
 
 import pytest
 
-from datapipe import Event
+from datapipe import Event, register
 from datapipe.errors import ConfigError
 from datapipe.events.registry import load_registry
 from datapipe.events.types import EventType
@@ -56,7 +57,6 @@ def test_keys_that_no_class_could_have() -> None:
         ("signup", "received_at", "int", ["events.signup", "'received_at'"]),
         ("signup", "x" * 64, "int", ["events.signup", "x" * 64]),
         ("Signup", "n", "int", ["events.Signup", "[a-z]"]),
-        ("install", "n", "int", ["events.install", "already"]),
     ],
 )
 def test_errors_name_the_place(name: str, field: str, text: str, words: list[str]) -> None:
@@ -64,3 +64,36 @@ def test_errors_name_the_place(name: str, field: str, text: str, words: list[str
         load_registry(Settings(events={name: {field: text}}))
     for word in words:
         assert word in str(refused.value)
+
+
+# --- the three that are built in ---
+
+
+def test_an_entry_replaces_one_that_is_built_in() -> None:
+    types = load_registry(Settings(events={"install": {"device": "str"}})).types
+    assert sorted(types) == ["crash_report", "install", "purchase"]
+    assert [field.name for field in types["install"].fields] == ["device"]
+
+
+def test_a_class_replaces_one_that_is_built_in_and_not_one_of_your_own() -> None:
+    @register("install")
+    class Mine(Event):
+        device: str
+
+    try:
+        types = load_registry(Settings()).types
+        assert [field.name for field in types["install"].fields] == ["device"]
+        with pytest.raises(ConfigError, match=r"events\.install: there is an event type"):
+            load_registry(Settings(events={"install": {"n": "int"}}))
+    finally:
+        del Mine
+        gc.collect()  # a registered class counts while it lives
+
+
+def test_without_those_that_are_built_in() -> None:
+    registry = load_registry(Settings(builtin_events=False, events={"signup": SIGNUP}))
+    assert list(registry.types) == ["signup"]
+    sent = b'{"event_name": "signup", "user_id": 1, "plan": "pro"}'
+    assert type(registry.one.decode(sent)) is type(registry.many.decode(b"[%s]" % sent)[0])
+    with pytest.raises(ConfigError, match="builtin_events: there is no event type"):
+        load_registry(Settings(builtin_events=False))

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from datapipe import health
-from datapipe.health import Health
+from datapipe.health import Health, Wait
 
 
 class Clock:
@@ -59,11 +59,12 @@ def test_work_under_way_is_slow_by_its_oldest(clock: Clock) -> None:
         clock.now += 6
         with part.doing("the second"):
             clock.now += 6
-            part.waits_for = "the disk"
+            part.waits_for = Wait("the disk")
             shown = part.state()
         assert (shown["doing"], shown["doing_since"]) == ("the first", 1000.0)
         assert (shown["slow"], shown["waits_for"]) == (True, "the disk")
-        assert part.waits_for == "the disk"
+        assert part.waits_for == Wait("the disk")
+        assert (shown["meaning"], shown["remedy"]) == ("", "")
     assert not part.slow
     assert part.state()["waits_for"] is None
     assert part.up is None

@@ -1,4 +1,4 @@
-"""Tables are made at the start; one that can't be made holds up neither others nor its users."""
+"""`make run` makes tables at the start; one that can't be made holds up nobody."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from datapipe.app import create_app, create_runner
+from datapipe.app import PIPELINE, create_app, create_runner
 from datapipe.errors import SinkUnavailable
 from datapipe.settings import Settings
 from datapipe.sinks import Table
@@ -27,10 +27,11 @@ class _Locked(MemorySink):
         self._asked = asked
         self._everywhere = everywhere
 
-    async def prepare(self, table: Table, *, again: bool = False) -> None:
+    async def prepare(self, table: Table, *, again: bool = False) -> list[str]:
         self._asked[table.name] += 1
         if table.name == "crash_report" or self._everywhere:
             raise SinkUnavailable("lock timeout", everywhere=self._everywhere)
+        return []
 
 
 @pytest.mark.parametrize("everywhere", [False, True])
@@ -43,7 +44,9 @@ def test_how_often_tables_are_asked_for(everywhere: bool) -> None:
         yield _Locked(asked, everywhere)
 
     async def main() -> None:
-        runner = create_runner(create_app(Settings(mirror="none"), open_sink=opened))
+        app = create_app(Settings(mirror="none"), open_sink=opened)
+        app[PIPELINE].try_out = True
+        runner = create_runner(app)
         await runner.setup()
         await asyncio.sleep(10)
         early = asked.copy()
@@ -57,3 +60,21 @@ def test_how_often_tables_are_asked_for(everywhere: bool) -> None:
 
     with asyncio.Runner(loop_factory=VirtualTime) as runner:
         runner.run(main())
+
+
+def test_otherwise_none_is_touched_before_its_first_load() -> None:
+    asked: Counter[str] = Counter()
+
+    @asynccontextmanager
+    async def opened(settings: Settings, process: str) -> AsyncIterator[MemorySink]:
+        yield _Locked(asked, everywhere=False)
+
+    async def main() -> None:
+        runner = create_runner(create_app(Settings(mirror="none"), open_sink=opened))
+        await runner.setup()
+        await asyncio.sleep(HOUR_S)
+        await runner.cleanup()
+
+    with asyncio.Runner(loop_factory=VirtualTime) as runner:
+        runner.run(main())
+    assert not asked

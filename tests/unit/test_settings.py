@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import math
 import sys
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from datapipe import settings
+from datapipe.cli.main import main
 from datapipe.errors import ConfigError
 from datapipe.settings import Settings, plugins
-from datapipe.sinks import SinkPlugin
+from datapipe.sinks import Database, SinkPlugin
+from datapipe.sinks.memory import MemoryDatabase
 
 ROOT = Path(__file__).parents[2]
 
@@ -148,6 +151,9 @@ def test_secrets_are_not_shown() -> None:
 class Files(SinkPlugin):
     is_file = True
 
+    def open(self, settings: Settings, process: str) -> AbstractAsyncContextManager[Database]:
+        return MemoryDatabase().open(settings, process)
+
 
 @pytest.fixture
 def files_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,6 +206,24 @@ def test_a_database_file_that_is_misspelt_is_one_clear_line(rest: str, words: li
     assert "\n" not in text
     for word in words:
         assert word in text
+
+
+@pytest.mark.usefixtures("files_of_ours")
+@pytest.mark.parametrize("command", [["schema"], ["new-event", "tick"]])
+def test_commands_name_the_file_that_is_their_database(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delenv("DATAPIPE_CNF", raising=False)
+    monkeypatch.setenv("DATABASE_URL", "sqlite:///other.db")
+    given = ["--database-url", "sqlite:///events.db"] if command == ["schema"] else []
+    assert main([*command, *given]) == 0
+    told = f"datapipe: database sqlite:///{tmp_path}/events.db\n" if given else ""
+    assert capsys.readouterr().err == told
 
 
 @pytest.mark.usefixtures("files_of_ours")

@@ -15,7 +15,8 @@ LANE = {"waiting": 7, "full": False, "blocked": None, "next_load_seconds": 1.9}
 def part(name: str, lane: str | None = None, **changes: Any) -> dict[str, Any]:
     return {
         "part": name, "lane": lane, "up": True, "since": SINCE, "at": NOW, "error": None,
-        "doing": None, "doing_since": None, "slow": False, "waits_for": None, **changes,
+        "doing": None, "doing_since": None, "slow": False, "waits_for": None, "meaning": None,
+        "remedy": None, **changes,
     }  # fmt: skip
 
 
@@ -23,8 +24,9 @@ def fails(name: str, error: str = "", lane: str | None = None) -> dict[str, Any]
     return part(name, lane, up=False, error=error)
 
 
-def hangs(name: str, lane: str | None = None, waits_for: str | None = None) -> dict[str, Any]:
-    return part(name, lane, slow=True, doing_since=SINCE, waits_for=waits_for)
+def hangs(name: str, lane: str | None = None, *wait: str) -> dict[str, Any]:
+    known = zip(("waits_for", "meaning", "remedy"), wait, strict=False)
+    return part(name, lane, slow=True, doing_since=SINCE, **dict(known))
 
 
 def status(*parts: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -33,6 +35,7 @@ def status(*parts: dict[str, Any], **changes: Any) -> dict[str, Any]:
         "books": {"waiting": 1204, "balanced": True},
         "lanes": {"install": dict(LANE)},
         "silent": ["web2:4711", "web3:12"],
+        "database": {"product": "PostgreSQL"},
         "mirror": {
             "up": True,
             "bytes": 0,
@@ -83,7 +86,7 @@ def test_since_another_day() -> None:
         (fails("peers"), {}, "process_silent"),
         (hangs("load", "install"), {}, "lane_slow"),
         (hangs("load", "install", "IO: WALSync"), {}, "lane_slow"),
-        (hangs("load", "install", "IPC: SyncRep"), {}, "lane_slow"),
+        (hangs("load", "install", "IPC: SyncRep", "COMMIT waits", "Bring it."), {}, "lane_slow"),
         *((fails(name, "x"), {}, f"{name}_failing") for name in WORK),
         *((hangs(name), {}, f"{name}_slow") for name in WORK),
         (fails("a part of a newer release", "x"), {}, "a part of a newer release_failing"),
@@ -94,7 +97,30 @@ def test_states(wrong: dict[str, Any], changes: dict[str, Any], state: str) -> N
     assert (shown["state"], shown["also"]) == (state, [])
     assert shown["text"].endswith(".")
     assert str(wrong["error"] or wrong["waits_for"] or "") in shown["text"]
-    assert ("standby" in shown["text"]) == (wrong["waits_for"] == "IPC: SyncRep")
+    assert ("Bring it." in shown["text"]) == (wrong["waits_for"] == "IPC: SyncRep")
+
+
+@pytest.mark.parametrize(
+    ("product", "name"), [("MariaDB", "MariaDB"), ("the database", "The database")]
+)
+def test_the_words_name_the_database_in_use(product: str, name: str) -> None:
+    down = summary(status(fails("database", "x"), database__product=product))
+    assert down["text"].startswith(f"{name} does not answer since 10:05 UTC: x.")
+    slow = summary(status(hangs("load", "install", "a lock"), database__product=product))
+    assert slow["text"].endswith(
+        f"under way since 10:05 UTC: {name} waits (a lock). Its events are kept, 7 events waiting."
+    )
+
+
+def test_what_a_wait_means_is_said_and_what_to_do() -> None:
+    wait = "IPC: SyncRep", "COMMIT waits for the standby", "Bring the standby back."
+    assert summary(status(hangs("load", "install", *wait)))["text"].endswith(
+        "10:05 UTC: COMMIT waits for the standby (IPC: SyncRep). Bring the standby back. Its "
+        "events are kept, 7 events waiting."
+    )
+    older = hangs("load", "install", *wait)
+    del older["meaning"], older["remedy"]
+    assert "PostgreSQL waits (IPC: SyncRep). Its" in summary(status(older))["text"]
 
 
 def test_the_worst_comes_first_and_the_rest_is_named_too() -> None:

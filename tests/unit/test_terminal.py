@@ -18,8 +18,14 @@ async def test_a_shared_mirror_has_its_own_equation(capsys: pytest.CaptureFixtur
         status._others.silent = ["web2:4711"]
         capsys.readouterr()
         show_status(status.snapshot())
-    table = [line.split() for line in capsys.readouterr().out.splitlines() if "  " in line]
-    (install,) = [row for row in table if row[0] == "install"]
+        older = status.snapshot()
+        del older["database"]["product"]
+        show_status(older)
+    said = capsys.readouterr().out
+    assert "\ndatabase: the database " in said
+    assert "\ndatabase: version " in said
+    table = [line.split() for line in said.splitlines() if "  " in line]
+    install = next(row for row in table if row[0] == "install")
     books = [
         "taken",
         "loaded",

@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ import psycopg2.extensions
 
 from datapipe.errors import ConfigError
 from datapipe.sinks.postgres.errors import one_line
+from datapipe.sinks.server import Pool
 from datapipe.sinks.threads import Sessions, in_thread
 
 # Source: PostgreSQL documentation, libpq "Parameter Key Words". Seconds, and milliseconds for the
@@ -46,6 +47,10 @@ PEER_MAY_VANISH = (
     " SET tcp_keepalives_count = 3; SET tcp_user_timeout = 20000;"
     " SET LOCAL idle_in_transaction_session_timeout = '60s'; SET LOCAL statement_timeout = 0;"
 )
+
+# What is asked through the pool may take so long, in seconds; a pooler holds a query back for
+# longer while the server behind it is away (PgBouncer: `query_wait_timeout`, 120 s).
+_ANSWER_S = 20.0
 
 
 def connection_dsn(url: str) -> str:
@@ -146,66 +151,43 @@ class _Connection(psycopg2.extensions.connection):  # type: ignore[misc]
         self._loop.remove_writer(self._watched)
 
 
-class Pool:
-    """A few connections, kept, to the one address that answers; the dead ones are found by use.
+class AiopgPool(Pool):
+    """See `Pool`; to the one address that answers.
 
-    One that fails is closed alone. aiopg's own pool would wake nobody who waits for its place, and
-    ends the work of others when it is terminated.
+    aiopg's own pool would wake nobody who waits for its place, and ends the work of others when it
+    is terminated.
     """
 
     def __init__(self, dsn: Callable[[], Awaitable[str]], size: int) -> None:
+        super().__init__(size)
         self._dsn = dsn
         self._places = _Places(size)
-        self._turns = asyncio.Semaphore(size)
-        self._free: list[aiopg.Connection] = []
         self._answering: str | None = None
 
-    @asynccontextmanager
-    async def cursor(self) -> AsyncIterator[aiopg.Cursor]:
-        """In autocommit, on a connection that is free, or a new one; not used again after an error.
-
-        Raises: psycopg2.Error, OSError, TimeoutError; SinkUnavailable: see `Database.dsn`.
-        """
-        async with self._turns:
-            free = self._free
-            connection = self._take() or await self._connect()
-            try:
-                async with connection.cursor() as cursor:
-                    yield cursor
-            except BaseException:
-                connection.raw.close()
-                raise
-            if free is self._free:
-                free.append(connection)
-            else:
-                connection.raw.close()
-
-    def _take(self) -> aiopg.Connection | None:
-        while self._free:
-            connection = self._free.pop()
-            if not connection.closed:
-                return connection
-            connection.raw.close()  # it broke while nobody used it
-        return None
-
-    async def _connect(self) -> aiopg.Connection:
+    async def connect(self) -> aiopg.Connection:
         if self._answering is None:
             # libpq changes its socket from one address to the next while aiopg watches the first
             look = partial(_answering, await self._dsn())
             self._answering = await in_thread(look)[1]
         return await aiopg.connect(
-            self._answering, timeout=20.0, enable_json=False, enable_hstore=False,
+            self._answering, timeout=_ANSWER_S, enable_json=False, enable_hstore=False,
             enable_uuid=False, connection_factory=partial(_Connection, self._places),
         )  # fmt: skip
 
+    def is_closed(self, connection: aiopg.Connection) -> bool:
+        return bool(connection.closed)
+
+    def close_one(self, connection: aiopg.Connection) -> None:
+        connection.raw.close()
+
     def renew(self) -> None:
-        """Close those that are free, the others as soon as they are; find the address anew."""
-        free, self._free, self._answering = self._free, [], None
-        for connection in free:
-            connection.raw.close()
+        """See `Pool.renew`; find the address anew."""
+        super().renew()
+        self._answering = None
 
     def close(self) -> None:
-        self.renew()
+        """See `Pool.close`."""
+        super().close()
         self._places.close()
 
 
@@ -227,10 +209,8 @@ def _answering(dsn: str) -> str:
     return pinned
 
 
-class Postgres(Sessions[psycopg2.extensions.connection]):
-    """Plain connections for loads, in autocommit: BEGIN and COMMIT are ours, sent with what belongs
-    to them.
-    """
+class Loads(Sessions[psycopg2.extensions.connection]):
+    """Plain connections for loads."""
 
     def is_closed(self, connection: psycopg2.extensions.connection) -> bool:
         return bool(connection.closed)
@@ -250,10 +230,3 @@ class Postgres(Sessions[psycopg2.extensions.connection]):
 
     def close_one(self, connection: psycopg2.extensions.connection) -> None:
         connection.close()
-
-
-def connected(dsn: str) -> psycopg2.extensions.connection:
-    """A plain connection. Raises: psycopg2.Error."""
-    connection = psycopg2.connect(dsn)
-    connection.autocommit = True
-    return connection

@@ -12,7 +12,7 @@ pieces are small.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import psycopg2
@@ -20,10 +20,10 @@ import psycopg2.extensions
 
 from datapipe.events.types import Column
 from datapipe.sinks.dialect import Dialect
+from datapipe.sinks.pieces import lines, pieces
 from datapipe.sinks.postgres.errors import is_unrouted, may_be_of_a_row, one_line
 from datapipe.sinks.transaction import RefusedRow, Rows
 
-PIECE_BYTES = 2_097_152  # of the first try: what a refusal makes us send again
 SMALL_PIECE_ROWS = 512  # after a refusal; doubled with each piece that passes
 
 _NUMBER = "[0-9]{1,18}"  # a line's; of more digits Python might refuse to make an int
@@ -111,9 +111,9 @@ class Copier:
         Raises: psycopg2.Error: what is not about a single row.
         """
         self._cursor.execute("SAVEPOINT piece")
-        for piece in _pieces(rows):
+        for piece in pieces(rows):
             if self._try(piece) is not None:
-                self._copy_lines(_lines(piece))
+                self._copy_lines(lines(piece))
         self._cursor.execute("RELEASE SAVEPOINT piece")
         return self._refused
 
@@ -215,22 +215,3 @@ class Copier:
         self._refused.append(
             RefusedRow(row.id, bytes(row.data), sqlstate, one_line(error), column, bool(of_itself))
         )
-
-
-def _pieces(rows: Iterable[Rows]) -> Iterator[list[Rows]]:
-    piece: list[Rows] = []
-    size = 0
-    for each in rows:
-        piece.append(each)
-        size += len(each.data)
-        if size >= PIECE_BYTES:
-            yield piece
-            piece, size = [], 0
-    if piece:
-        yield piece
-
-
-def _lines(rows: Sequence[Rows]) -> list[Rows]:
-    return [
-        Rows(each.id, line + b"\n") for each in rows for line in bytes(each.data).split(b"\n")[:-1]
-    ]

@@ -1,30 +1,32 @@
-"""The database as all but the loads see it: where it is, whether it is up, what tables it has.
-
-All of this goes through a pool. Its connections are dead after a restart of the server and may say
-so only when used, so a failure of the connection is tried once more on a new one.
-"""
+"""The database as all but the loads see it: where it is, what tables it has."""
 
 from __future__ import annotations
 
 import asyncio
 import shlex
-import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import aiopg
 import psycopg2
 
-from datapipe.errors import LaneBlocked, SinkUnavailable
+from datapipe.errors import SinkUnavailable
 from datapipe.settings import Settings
 from datapipe.sinks import Table
-from datapipe.sinks.postgres.connections import PEER_MAY_VANISH, Pool, connection_dsn
+from datapipe.sinks.dialect import OWN_TABLES
+from datapipe.sinks.postgres.connections import (
+    PEER_MAY_VANISH,
+    AiopgPool,
+    Loads,
+    connection_dsn,
+)
 from datapipe.sinks.postgres.dialect import dialect
-from datapipe.sinks.postgres.errors import Verdict, error_of, is_away, one_line, verdict
-from datapipe.sinks.sql import Result, SqlSink, Statement
+from datapipe.sinks.postgres.errors import is_away, reason, verdict
+from datapipe.sinks.server import ServerSink, fetch
+from datapipe.sinks.verdict import Verdict
 
 # Nothing that is done here need wait for a synchronous standby, which may be away for hours: DDL is
 # repeated where it is missing, a heartbeat comes every 5 s, ledger rows that come back do no harm.
@@ -33,6 +35,27 @@ _BEGIN = (
     f"BEGIN; {PEER_MAY_VANISH} SET LOCAL lock_timeout = '5s'; SET LOCAL synchronous_commit = local"
 )
 
+# What we do with our own tables; a row of the ledger, and a dead letter, is locked FOR UPDATE. The
+# sequence of an identity column needs no right. Rows of events are only written, by COPY.
+_OWN_RIGHTS = ["SELECT", "INSERT", "UPDATE", "DELETE"]
+
+# For our role: whether there are schema and table, whether what is missing may be made, whether
+# names in the schema may be used; and which rights on the table are lacking. That to INSERT may be
+# given for the table, or for each column.
+_RIGHTS = """
+    SELECT current_user::text, current_database()::text, n.oid IS NOT NULL, c.oid IS NOT NULL,
+        CASE WHEN n.oid IS NULL THEN has_database_privilege(current_database(), 'CREATE')
+            WHEN c.oid IS NULL THEN has_schema_privilege(n.oid, 'CREATE')
+            ELSE pg_has_role(c.relowner, 'USAGE') END,
+        n.oid IS NULL OR has_schema_privilege(n.oid, 'USAGE'),
+        ARRAY(SELECT used FROM unnest(%s) AS used
+            WHERE NOT has_table_privilege(c.oid, used) AND (used <> 'INSERT' OR EXISTS
+                (SELECT FROM pg_attribute WHERE attrelid = c.oid AND attname = ANY(%s)
+                    AND NOT has_column_privilege(c.oid, attnum, 'INSERT'))))
+    FROM (VALUES (1)) AS one LEFT JOIN pg_namespace n ON n.nspname = %s
+        LEFT JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = %s
+"""
+
 _CONNECTIONS = 2  # at once
 
 _DDL_LOCK = 0x64617461_70697065  # "datapipe": one key for all DDL of ours in a database
@@ -40,19 +63,21 @@ _DDL_LOCK = 0x64617461_70697065  # "datapipe": one key for all DDL of ours in a 
 _T = TypeVar("_T")
 
 
-class Database(SqlSink):
+class Database(ServerSink[psycopg2.extensions.connection]):
     """Where the tables are; it need not be there yet."""
 
     product = "PostgreSQL"
+    driver_error = psycopg2.Error
+    answer_within_s = 60.0  # some hosts may have to be tried
 
     def __init__(self, settings: Settings, process: str, stack: AsyncExitStack) -> None:
-        super().__init__(dialect(settings.database_schema), settings, process)
+        pool = AiopgPool(self.dsn, _CONNECTIONS)
+        super().__init__(dialect(settings.database_schema), settings, process, pool, Loads())
         self._data_dir = Path(settings.data_dir)
         self._stack = stack
         url = settings.database_url
         self._dsn = connection_dsn(url) if url else None
         self._psql = 'psql "$DATABASE_URL"'
-        self._pool = Pool(self.dsn, _CONNECTIONS)
         self._starting = asyncio.Lock()
 
     async def dsn(self) -> str:
@@ -75,69 +100,24 @@ class Database(SqlSink):
                 self._dsn = connection_dsn(server.url)
             return self._dsn
 
-    def error(self, exc: psycopg2.Error, lane: str | None) -> SinkUnavailable | LaneBlocked:
-        """Our error to raise for it; notes that the database is down, if that is what it means."""
-        if verdict(exc) is Verdict.DOWN:
-            self.down(one_line(exc))
-        return error_of(exc, lane)
-
-    async def hint(self) -> str:
+    async def hint(self, table: str) -> str:
         """See `Sink.hint`."""
         await self.dsn()
-        return f"{self._psql} -c {shlex.quote('SELECT * FROM crash_report')}"
+        return f"{self._psql} -c {shlex.quote(f'SELECT * FROM {table}')}"
 
-    # --- work through the pool ---
+    # --- the driver's ---
 
-    async def run(
-        self, work: Callable[[aiopg.Cursor], Awaitable[_T]], lane: str | None = None
-    ) -> _T:
-        """Do something on a pooled connection, in autocommit; on a dead one, once more.
+    def verdict(self, exc: psycopg2.Error) -> Verdict:
+        """See `ServerSink.verdict`."""
+        return verdict(exc)
 
-        Args: lane: whose work it is, if it is one lane's.
-        Raises: SinkUnavailable, or LaneBlocked for what only a person can repair.
-        """
-        try:
-            try:
-                return await self._once(work)
-            except psycopg2.Error as exc:
-                if verdict(exc) is not Verdict.DOWN:
-                    raise
-                return await self._once(work)
-        except psycopg2.Error as exc:
-            raise self.error(exc, lane) from exc
+    def described(self, exc: psycopg2.Error) -> tuple[str, str]:
+        """See `ServerSink.described`."""
+        return reason(exc), f"SQLSTATE {exc.pgcode}" if exc.pgcode else ""
 
-    async def _once(self, work: Callable[[aiopg.Cursor], Awaitable[_T]]) -> _T:
-        try:
-            async with self._pool.cursor() as cursor:
-                started = time.perf_counter()
-                result = await work(cursor)
-                self.answer_s = time.perf_counter() - started
-        except (TimeoutError, OSError) as exc:
-            self._pool.renew()
-            raise psycopg2.OperationalError(one_line(exc)) from exc
-        except psycopg2.Error as exc:
-            if verdict(exc) is Verdict.DOWN:
-                self._pool.renew()
-            raise
-        if self.state().up is None:
-            self.works(started)
-        return result
-
-    async def query(self, sql: str, *values: Any, lane: str | None = None) -> list[tuple[Any, ...]]:
-        """See `SqlSink.query`."""
-        return await self.run(partial(fetch, sql=sql, values=values), lane)
-
-    async def transaction(self, *statements: Statement) -> Result:
-        """See `SqlSink.transaction`."""
-
-        async def work(cursor: aiopg.Cursor) -> Result:
-            await cursor.execute(_BEGIN)
-            for sql, values in statements:
-                result = Result(await fetch(cursor, sql, values), cursor.rowcount)
-            await cursor.execute("COMMIT")
-            return result
-
-        return await self.run(work)
+    async def begin_small(self, cursor: aiopg.Cursor) -> None:
+        """See `ServerSink.begin_small`."""
+        await cursor.execute(_BEGIN)
 
     async def read_version(self) -> str:
         """See `SqlSink.read_version`."""
@@ -185,6 +165,9 @@ class Database(SqlSink):
 
     async def findings(self, tables: Sequence[Table]) -> list[tuple[str, str]]:
         """See `SqlSink.findings`."""
+        if await self._begin_ends_it():
+            text = "a pooler in statement mode has no transactions: set pool_mode = transaction"
+            return [("fail", f"database: BEGIN ends the connection: {text} (PgBouncer)")]
         found = []
         ((encoding,),) = await self.query("SHOW server_encoding")
         if encoding != "UTF8":
@@ -197,37 +180,44 @@ class Database(SqlSink):
         ):  # fmt: skip
             text = "is UNLOGGED: a crash of the database empties it, rows and all"
             found.append(("warn", f"table {name}: {text}"))
-        for table in tables:
-            if denied := await self._denied(table):
-                found.append(("fail", f"table {table.name}: {denied}"))
         return found
 
-    async def _denied(self, table: Table) -> str | None:
-        """The right that our role lacks to make or complete this table, and the remedy."""
-        rows = await self.query(
-            "SELECT current_user::text, current_database()::text, n.oid IS NULL, c.oid IS NULL,"
-            " CASE WHEN n.oid IS NULL THEN has_database_privilege(current_database(), 'CREATE')"
-            " WHEN c.oid IS NULL THEN has_schema_privilege(n.oid, 'CREATE')"
-            " ELSE pg_has_role(c.relowner, 'USAGE') END"
-            " FROM (VALUES (1)) AS one LEFT JOIN pg_namespace n ON n.nspname = %s"
-            " LEFT JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = %s",
-            self._dialect.schema, table.name,
-        )  # fmt: skip
-        ((role, database, no_schema, no_table, may),) = rows
-        there = await self.columns(table.name)
-        if may or (there is not None and there.issuperset(each.name for each in table.columns)):
-            return None
-        if not no_table:
-            return f"lacks columns, and only its owner may add them, not {role}"
-        quote = self._dialect.quote
-        within = f"DATABASE {quote(database)}" if no_schema else f"SCHEMA {quote(self._schema)}"
-        return f"is missing, and {role} may not make it: GRANT CREATE ON {within} TO {quote(role)}"
+    async def denied(self, table: Table, changes: Sequence[str]) -> str | None:
+        """See `SqlSink.denied`. The catalogs are open to all."""
+        used = _OWN_RIGHTS if table in OWN_TABLES else ["INSERT"]
+        columns = [column.name for column in table.columns]
+        rows = await self.query(_RIGHTS, used, columns, self._dialect.schema, table.name)
+        ((role, database, schema, there, may_make, may_look, lacking),) = rows
+        quote, name = self._dialect.quote, self._dialect.table(table.name)
+        within, to = f"SCHEMA {quote(self._schema)}", f"TO {quote(role)}"
+        why: list[str] = []
+        grants: list[str] = []
+        if changes and not may_make and there:
+            why.append(f"lacks columns, and only its owner may add them, not {role}")
+            grants += changes
+        elif changes and not may_make:
+            why.append(f"is missing, and {role} may not make it")
+            grants.append(
+                f"GRANT CREATE ON {within if schema else f'DATABASE {quote(database)}'} {to}"
+            )
+        if not may_look:
+            why.append(f"{role} may not look into its schema")
+            grants.append(f"GRANT USAGE ON {within} {to}")
+        if lacking:
+            why.append(f"{role} has no right to {', '.join(lacking)}")
+            grants.append(f"GRANT {', '.join(lacking)} ON {name} {to}")
+        return f"{'; '.join(why)}: {'; '.join(grants)}" if why else None
 
+    async def _begin_ends_it(self) -> bool:
+        """Whether a transaction costs the connection, where single statements are answered."""
 
-async def fetch(
-    cursor: aiopg.Cursor, sql: str, values: Sequence[Any] = ()
-) -> list[tuple[Any, ...]]:
-    """The rows of a statement; of one without rows, none."""
-    await cursor.execute(sql, values)
-    rows: list[tuple[Any, ...]] = await cursor.fetchall() if cursor.description else []
-    return rows
+        async def begin(cursor: aiopg.Cursor) -> None:
+            await cursor.execute("BEGIN")  # alone: with a ROLLBACK behind it would pass
+            await cursor.execute("ROLLBACK")
+
+        try:
+            await self.run(begin)
+        except SinkUnavailable:
+            await self.query("SELECT 1")
+            return True
+        return False

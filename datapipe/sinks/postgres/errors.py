@@ -5,29 +5,17 @@ Source of the classes: PostgreSQL documentation, appendix "PostgreSQL Error Code
 
 from __future__ import annotations
 
-import enum
 import re
 
 import psycopg2
 
-from datapipe.errors import LaneBlocked, SinkUnavailable
-from datapipe.sinks.transaction import TableMissing
-
-
-class Verdict(enum.Enum):
-    """What an error of the database means for the load in hand."""
-
-    DOWN = "the whole database: again later"
-    LATER = "this lane: again later"
-    MISSING = "a table or column is missing: one DDL pass, then again"
-    BLOCKED = "this lane is blocked until a person acts"
-    ROW = "one row is refused"
-
+from datapipe.sinks.verdict import Verdict
 
 _BY_STATE = {
     "42P01": Verdict.MISSING,  # undefined table
     "42703": Verdict.MISSING,  # undefined column
     "3F000": Verdict.MISSING,  # no such schema
+    "42501": Verdict.MISSING,  # insufficient privilege
     "55P03": Verdict.LATER,  # lock not available
     "55006": Verdict.LATER,  # object in use
     "25P03": Verdict.LATER,  # idle in transaction for too long
@@ -46,7 +34,7 @@ _BY_CLASS = {
     "58": Verdict.DOWN,  # system error: an I/O error of the server
     "XX": Verdict.DOWN,  # internal error
     "3F": Verdict.BLOCKED,
-    "42": Verdict.BLOCKED,  # permission, wrong types, not a table
+    "42": Verdict.BLOCKED,  # wrong types, not a table
     "22": Verdict.ROW,  # data
     "23": Verdict.ROW,  # integrity
     "54": Verdict.ROW,  # limit exceeded
@@ -87,7 +75,15 @@ _AWAY_WORDS = re.compile(
     "Connection refused|timeout expired|timed out|no answer in time|unreachable|No route to host"
     "|reset by peer|closed the connection|Temporary failure in name resolution|starting up"
     "|shutting down|recovery mode|not yet accepting|too many|slots are reserved"
+    "|session is read-only|hot standby mode"  # of several hosts the primary is not there yet
+    "|no more connections allowed|login has been failing|query_wait_timeout"  # PgBouncer's
 )
+
+# What a pooler says in its own words, and what a person can do.
+_REMEDIES = {
+    "unsupported startup parameter": "a pooler refuses it: take it out of database_url (and"
+    " PGOPTIONS), set it by ALTER ROLE ... SET instead, or name it in ignore_startup_parameters",
+}
 
 
 def is_away(exc: BaseException | None) -> bool:
@@ -100,16 +96,10 @@ def is_away(exc: BaseException | None) -> bool:
     return all(_AWAY_WORDS.search(each) for each in tried if each.strip())
 
 
-def error_of(exc: psycopg2.Error, lane: str | None = None) -> SinkUnavailable | LaneBlocked:
-    """Our error for it, which says what happens next; one line, without the URL's secrets."""
+def reason(exc: psycopg2.Error) -> str:
+    """What the database said, in one line, with what can be done about it if we know."""
     text = one_line(exc)
-    kind = verdict(exc)
-    if kind is Verdict.DOWN or lane is None:
-        return SinkUnavailable(text)
-    if kind is Verdict.LATER:
-        return SinkUnavailable(text, everywhere=False)
-    blocked = TableMissing if kind is Verdict.MISSING else LaneBlocked
-    return blocked(f"{text} (SQLSTATE {exc.pgcode})" if exc.pgcode else text)
+    return "; ".join([text, *(remedy for words, remedy in _REMEDIES.items() if words in text)])
 
 
 def one_line(exc: BaseException) -> str:

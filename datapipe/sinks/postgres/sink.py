@@ -25,10 +25,11 @@ from datapipe import sinks
 from datapipe.errors import ConfigError, SinkUnavailable
 from datapipe.events.limits import Limits
 from datapipe.events.types import Column
+from datapipe.health import Wait
 from datapipe.settings import Settings
 from datapipe.sinks import SinkPlugin, Table
 from datapipe.sinks.dialect import Dialect
-from datapipe.sinks.postgres.connections import PEER_MAY_VANISH, Postgres, connected
+from datapipe.sinks.postgres.connections import PEER_MAY_VANISH
 from datapipe.sinks.postgres.copy import Copier, attempt
 from datapipe.sinks.postgres.database import Database
 from datapipe.sinks.postgres.dialect import as_json
@@ -62,43 +63,62 @@ _FENCED = (
     " AND wait_event = 'ClientRead' AND query_start < now() - interval '1 minute';"
 )
 
+# Source: PostgreSQL documentation, "Wait Events"
+_FOR_STANDBY = Wait(
+    "IPC: SyncRep",
+    "COMMIT waits for the synchronous standby",
+    "Bring the standby back, or change synchronous_standby_names.",
+)
+
 _BEYOND_ASCII = re.compile(r"[^\x00-\x7f]+")
 
 _T = TypeVar("_T")
 
 
 class PostgresSink(Database):
-    """A thread and a plain connection per load under way, and the pool for the rest."""
+    """See `ServerSink`."""
 
     def __init__(self, settings: Settings, process: str, stack: AsyncExitStack) -> None:
         super().__init__(settings, process, stack)
         self._chunk_bytes = settings.load_chunk_bytes
-        self._sessions = Postgres()
-        self._backends: dict[str, int] = {}  # the server's processes of loads under way, by lane
 
     # --- loads ---
 
     async def transact(self, lane: str, work: Callable[[Transaction], _T]) -> _T:
         """See `TransactionalSink.transact`."""
+        await self.dsn()
+        return await super().transact(lane, work)
 
-        def whole(connection: psycopg2.extensions.connection) -> _T:
-            cursor = connection.cursor()
-            cursor.execute(_BEGIN)
-            ((self._backends[lane],),) = cursor.fetchall()
-            result = work(
-                PostgresTransaction(cursor, self._dialect, self._process, self._chunk_bytes)
-            )
-            _commit(cursor)
-            return result
+    def connected(self) -> psycopg2.extensions.connection:
+        """See `ServerSink.connected`."""
+        connection = psycopg2.connect(self._dsn)
+        connection.autocommit = True  # BEGIN and COMMIT are ours, sent with what belongs to them
+        return connection
 
-        try:
-            return await self._sessions.run(partial(connected, await self.dsn()), whole)
-        except psycopg2.Error as exc:
-            raise self.error(exc, lane) from exc
-        finally:
-            self._backends.pop(lane, None)
+    def begin(self, connection: psycopg2.extensions.connection) -> tuple[int, Transaction]:
+        """See `ServerSink.begin`."""
+        cursor = connection.cursor()
+        cursor.execute(_BEGIN)
+        ((backend,),) = cursor.fetchall()
+        chunk_bytes = self._chunk_bytes
+        return backend, PostgresTransaction(cursor, self._dialect, self._process, chunk_bytes)
 
-    async def waits(self) -> dict[str, str]:
+    def commit(self, connection: psycopg2.extensions.connection) -> None:
+        """See `ServerSink.commit`; believed only if the server does not warn.
+
+        Who ends the wait for a synchronous standby leaves the rows on the primary alone, and COMMIT
+        returns with a WARNING. (Source: PostgreSQL, `SyncRepWaitForLSN` in syncrep.c.)
+
+        Raises: SinkUnavailable: to be loaded again, by a new connection, against the ledger of
+        whatever is primary then: what it knows is committed anew, which waits once more.
+        """
+        connection.notices.clear()
+        connection.cursor().execute("COMMIT")
+        if connection.notices:
+            connection.close()
+            raise SinkUnavailable(" ".join(connection.notices[0].split()), everywhere=False)
+
+    async def waits(self) -> dict[str, Wait]:
         """See `Sink.waits`."""
         lanes = {backend: lane for lane, backend in self._backends.items()}
         rows = await self.query(
@@ -106,24 +126,14 @@ class PostgresSink(Database):
             " WHERE pid = ANY(%s) AND wait_event IS NOT NULL",
             list(lanes),
         )
-        return {lanes[backend]: event for backend, event in rows}
-
-    def down(self, error: str) -> None:
-        """See `TransactionalSink.down`."""
-        super().down(error)
-        self._sessions.close_idle()
-
-    def abort(self) -> None:
-        """See `Sink.abort`."""
-        self._sessions.abort()
-
-    async def close(self) -> None:
-        await self._sessions.close()
-        self._pool.close()
+        return {
+            lanes[backend]: _FOR_STANDBY if event == _FOR_STANDBY.event else Wait(event)
+            for backend, event in rows
+        }
 
     async def expire_lanes(self, source: str, before: Mapping[str, float]) -> None:
         """See `Ledger.expire_lanes`. One look at the rows that are old enough, for all lanes."""
-        await self.transaction(
+        await self._own(
             (
                 f"DELETE FROM {self._ledger} AS ledger"
                 " USING (SELECT key, value::float8 FROM json_each_text(%s)) AS old (lane, before)"
@@ -206,23 +216,6 @@ def _in_ascii(letter: Letter) -> Letter:
     # what is beyond ASCII can only stand in strings
     escaped = _BEYOND_ASCII.sub(lambda found: json.dumps(found[0])[1:-1], letter.event)
     return letter._replace(event=json.dumps(escaped), message=message)
-
-
-def _commit(cursor: psycopg2.extensions.cursor) -> None:
-    """COMMIT; believed only if the server does not warn.
-
-    Who ends the wait for a synchronous standby leaves the rows on the primary alone, and COMMIT
-    returns with a WARNING. (Source: PostgreSQL, `SyncRepWaitForLSN` in `replication/syncrep.c`.)
-
-    Raises: psycopg2.Error; SinkUnavailable: to be loaded again, by a new connection, against the
-    ledger of whatever is primary then: what it knows is committed anew, which waits once more.
-    """
-    notices = cursor.connection.notices
-    notices.clear()
-    cursor.execute("COMMIT")
-    if notices:
-        cursor.connection.close()
-        raise SinkUnavailable(" ".join(notices[0].split()), everywhere=False)
 
 
 class PostgresPlugin(SinkPlugin):

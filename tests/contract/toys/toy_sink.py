@@ -172,21 +172,31 @@ class ToySink(TransactionalSink):
 
     # --- Sink ---
 
-    async def prepare(self, table: Table, *, again: bool = False) -> None:
-        def make(connection: sqlite3.Connection) -> None:
-            connection.execute(table_ddl(table))
+    async def prepare(self, table: Table, *, again: bool = False) -> list[str]:
+        def make(connection: sqlite3.Connection) -> list[str]:
             there = {row[1] for row in connection.execute(f'PRAGMA table_info("{table.name}")')}
-            for column in table.columns:
-                if column.name not in there:
-                    connection.execute(f'ALTER TABLE "{table.name}" ADD COLUMN "{column.name}"')
+            add = f'ALTER TABLE "{table.name}" ADD COLUMN '
+            missing = [f'{add}"{each.name}"' for each in table.columns if each.name not in there]
+            if there and "received_at" not in there:
+                raise LaneBlocked(f'{table.name} has no received_at: {add}"received_at"')
+            statements = missing if there else [table_ddl(table)]
+            for statement in statements:
+                connection.execute(statement)
+            return statements
 
-        await self._run(make)
+        return await self._run(make)
 
-    async def hint(self) -> str:
+    async def hint(self, table: str) -> str:
         return f"sqlite3 {self._path} 'SELECT * FROM crash_report'"
 
     async def check(self, tables: Sequence[Table]) -> list[tuple[str, str]]:
-        return [("ok", f"database: SQLite {self.version}, {self._path}")]
+        found = [("ok", f"database: SQLite {self.version}, {self._path}")]
+        for table in tables:
+            sql = f'PRAGMA table_info("{table.name}")'
+            rows = await self._run(lambda connection, sql=sql: connection.execute(sql).fetchall())
+            if rows and "received_at" not in {row[1] for row in rows}:
+                found.append(("fail", f"{table.name} has no received_at"))
+        return found
 
     def ddl(self, tables: Sequence[Table]) -> str:
         return "\n".join([OWN_TABLES, *map(table_ddl, tables)])
