@@ -24,7 +24,7 @@ from typing import Any
 
 from tests.databases import running
 from tests.fault import hostile, pipelines
-from tests.fault.kills import crash_many, kill_many
+from tests.fault.kills import crash_many, cut_many, kill_many
 from tests.fault.machines import Machines, Pauses
 from tests.fault.nats_faults import FAULTS, FAULTS_APART, drawn
 from tests.fault.outage import LIMIT_BYTES, outage
@@ -210,9 +210,11 @@ async def run_databases(make: Callable[..., Service], args: argparse.Namespace) 
         ("mariadb", "MariaDB: the service", kill_many, n, {}),
         ("mariadb", "MariaDB: one of two services", kill_many, n, pair),
         ("mariadb", "MariaDB: the server", crash_many, n, {}),
+        ("mariadb", "MariaDB: nobody, the connection breaks", cut_many, n, {}),
         ("sqlite", "SQLite: the service", kill_many, 2 * n, {}),
         ("sqlite", "SQLite: one of two services", kill_many, 2 * n, pair),
         ("sqlite", "SQLite: nobody, the file's folder is away", crash_many, n, {}),
+        ("sqlite", "SQLite: nobody, the disk fails", cut_many, n, {}),
     ]
     lines = []
     for kind, name, work, count, options in kinds:
