@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from pymysql.constants import CLIENT
 
 from datapipe.events.segment import Part, Segment
 from datapipe.events.types import Column
 from datapipe.settings import Settings
 from datapipe.sinks import Heartbeat, Table, open_sink
+from datapipe.sinks.mysql.connections import LoadConnection
 from tests.mariadb import MariaDB
 
 COLUMNS = (Column("n", "bigint"), Column("received_at", "timestamptz"))
@@ -66,3 +68,32 @@ async def test_safe_updates_stop_no_heartbeat(mariadb: MariaDB, mysql_database: 
             await sink.heartbeat(BEAT)
             await sink.expire(["x"])
             await sink.expire_source("b", "a")
+
+
+async def test_a_proxy_that_has_found_rows_counted_doubles_none(
+    mysql_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = LoadConnection.__init__
+
+    def proxied(self: LoadConnection, **arguments: object) -> None:
+        real(self, **arguments, client_flag=CLIENT.FOUND_ROWS)
+
+    monkeypatch.setattr(LoadConnection, "__init__", proxied)
+    first, other = segment(range(3), keyed=True), segment(range(1, 4), keyed=True)
+    async with open_sink(Settings(database_url=mysql_database), "a") as sink:
+        for each, counts in ((first, (3, 0)), (first, (0, 3)), (other, (1, 2))):
+            loaded = await sink.load(ONE, [each])
+            assert (loaded.loaded, loaded.duplicate) == counts
+    assert there(mysql_database) == [0, 1, 2, 3]
+
+
+async def test_many_keys_fit_into_small_packets(mariadb: MariaDB, mysql_database: str) -> None:
+    many = segment(range(12_000), keyed=True)
+    with configured(mariadb, "max_allowed_packet", 1_048_576):  # what `check` lets pass
+        async with open_sink(Settings(database_url=mysql_database), "a") as sink:
+            loaded = await sink.load(ONE, [many])
+            assert (loaded.loaded, loaded.duplicate) == (12_000, 0)
+            ids = [f"{n:032x}" for n in range(30_000)]
+            assert await sink.loaded([*ids, many.id]) == {many.id}
+            await sink.expire([*ids, many.id])
+            assert await sink.loaded([*ids, many.id]) == set()
