@@ -141,6 +141,10 @@ def connected(address: Address) -> LoadConnection:
         connection.connect(end)
     except OSError as exc:
         raise pymysql.OperationalError(CR.CR_CONN_HOST_ERROR, f"can't connect: {exc}") from exc
+    except pymysql.MySQLError:
+        raise
+    except Exception as exc:  # an answer that PyMySQL can't read; a package that it lacks
+        raise pymysql.OperationalError(CR.CR_SERVER_HANDSHAKE_ERR, f"can't connect: {exc}") from exc
     for statement in _SESSION:
         connection.query(statement.format(lock_s=_LOAD_LOCK_S))
     return connection
