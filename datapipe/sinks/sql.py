@@ -258,6 +258,8 @@ class SqlSink(TransactionalSink):
             if each.oldest is not None and outlived_s[each.process] < _OUTLIVED_S
         ]
         keys_s = self._dedupe_window_s + _BEAT_SLACK_S + max([0.0, *waiting_s])
+        # before what was seen waiting, however much later the DELETE comes
+        keys_until = max((each.now for each in processes), default=0.0) - keys_s
         gone = [
             each.process
             for each in processes
@@ -271,8 +273,8 @@ class SqlSink(TransactionalSink):
             ),
             (
                 f"DELETE FROM {self._ledger} WHERE kind IN ('claim', 'part')"
-                f" AND loaded_at < {d.ago()}",
-                (keys_s,),
+                f" AND loaded_at < {d.at.format('%s')}",
+                (keys_until,),
             ),
             (
                 f"DELETE FROM {self._ledger} WHERE kind = 'segment' AND source = 'ironmq'"

@@ -35,9 +35,11 @@ def test_an_answer_that_makes_no_sense_is_an_error_of_the_driver(
 ) -> None:
     """Any other would end the process."""
     monkeypatch.setattr(mysql_server, "_GREETING", b"\x0a8.0.1")
-    with MySqlServer.running(lambda statement: False) as server:
-        with pytest.raises(pymysql.OperationalError, match="can't connect"):
-            connected(server_address(server.url, 0))
+    with (
+        MySqlServer.running(lambda statement: False) as server,
+        pytest.raises(pymysql.OperationalError, match="can't connect"),
+    ):
+        connected(server_address(server.url, 0))
 
 
 def test_whatever_file_is_asked_for_the_load_s_rows_are_sent_and_once() -> None:
