@@ -44,7 +44,8 @@ _WATCHED = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_
 _SESSION = (
     "SET NAMES utf8mb4 COLLATE utf8mb4_bin, time_zone = '+00:00', lc_messages = 'en_US',"
     " sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION', foreign_key_checks = 1,"
-    " unique_checks = 1, sql_notes = 1, max_error_count = 65535, wait_timeout = 60,"
+    " unique_checks = 1, sql_safe_updates = 0, sql_select_limit = 18446744073709551615,"
+    " sql_notes = 1, max_error_count = 65535, wait_timeout = 60,"
     " net_read_timeout = 30, net_write_timeout = 60, innodb_lock_wait_timeout = {lock_s},"
     " lock_wait_timeout = {lock_s}",
     "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED",
@@ -144,6 +145,10 @@ def connected(address: Address, *, loads: bool = True) -> LoadConnection:
         connection.connect(end)
     except OSError as exc:
         raise pymysql.OperationalError(CR.CR_CONN_HOST_ERROR, f"can't connect: {exc}") from exc
+    except pymysql.MySQLError:
+        raise
+    except Exception as exc:  # an answer that PyMySQL can't read; a package that it lacks
+        raise pymysql.OperationalError(CR.CR_SERVER_HANDSHAKE_ERR, f"can't connect: {exc}") from exc
     for statement in _SESSION:
         connection.query(statement.format(lock_s=_LOAD_LOCK_S if loads else _LOCK_S))
     return connection
