@@ -13,6 +13,7 @@ from datapipe.sinks import open_sink
 from datapipe.sinks.mysql.connections import connected
 from datapipe.sinks.mysql.sink import MySqlSink
 from datapipe.sinks.urls import server_address
+from tests.doubles import mysql_server
 from tests.doubles.mysql_server import MySqlServer
 
 LOAD = "LOAD DATA LOCAL INFILE 'rows' INTO TABLE t"
@@ -27,6 +28,18 @@ def test_a_load_s_connection_gives_no_file_where_none_was_offered(at: str) -> No
             for statement in ("START TRANSACTION", "SAVEPOINT piece", "SELECT 1"):
                 connection.query(statement)
         assert server.received == []
+
+
+def test_an_answer_that_makes_no_sense_is_an_error_of_the_driver(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Any other would end the process."""
+    monkeypatch.setattr(mysql_server, "_GREETING", b"\x0a8.0.1")
+    with (
+        MySqlServer.running(lambda statement: False) as server,
+        pytest.raises(pymysql.OperationalError, match="can't connect"),
+    ):
+        connected(server_address(server.url, 0))
 
 
 def test_whatever_file_is_asked_for_the_load_s_rows_are_sent_and_once() -> None:
@@ -52,7 +65,7 @@ def test_what_a_load_did_not_take_is_not_left_for_the_next_statement() -> None:
         assert server.received == []
 
 
-@pytest.mark.parametrize("at", ["SET NAMES", "SHOW GLOBAL", "SELECT"])
+@pytest.mark.parametrize("at", ["SET NAMES utf8mb4 COLLATE", "SHOW GLOBAL", "SELECT"])
 async def test_nor_does_the_pool_give_one(at: str) -> None:
     with MySqlServer.running(lambda statement: statement.startswith(at)) as server:
         async with open_sink(Settings(database_url=server.url), "one") as sink:

@@ -249,6 +249,7 @@ async def test_of_rows_that_are_one_by_a_key_the_first_stays(
     data = "".join(f"{line}\n" for line in lines).encode()
     loaded = await sink.load(ODD, [Segment("odd", COLUMNS, data, 10, neutral=True)])
     assert (loaded.loaded, loaded.dead) == (8, 2)
+    assert "again" not in "".join(loaded.refused)  # it goes into the log
     there = MariaDB.execute(mysql_database, "SELECT id FROM odd WHERE t = 'again'")
     assert there == [(3,)]
 

@@ -330,6 +330,22 @@ async def test_a_table_that_rolls_back_more_than_the_row_is_blocked(
     assert await letters(path) == []
 
 
+@pytest.mark.parametrize("when", ["BEFORE", "AFTER"])
+async def test_a_row_that_the_table_keeps_is_not_called_refused(tmp_path: Path, when: str) -> None:
+    """It would be there and be a dead letter: after a replay, twice."""
+    path = tmp_path / "events.db"
+    trigger = TRIGGER.format(when=when, does="SELECT RAISE(FAIL, 'said no')")
+    script(path, f"CREATE TABLE rows (n INTEGER, t TEXT, received_at TEXT); {trigger}")
+    data = "".join(f"{n}\t{t}\t{AT}\n" for n, t in enumerate(("a", "bad", "a"))).encode()
+    if when == "BEFORE":  # it is not there yet
+        assert (await load(path, ROWS, data)).dead == 1
+    else:
+        with pytest.raises(LaneBlocked, match="keeps a row that it refuses"):
+            await load(path, ROWS, data)
+    kept = [] if when == "AFTER" else [(0,), (2,)]
+    assert execute(path, "SELECT n FROM rows") == kept
+
+
 async def test_a_key_that_is_checked_at_commit_blocks_the_lane(tmp_path: Path) -> None:
     path = tmp_path / "events.db"
     late = "REFERENCES good DEFERRABLE INITIALLY DEFERRED"
