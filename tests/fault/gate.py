@@ -38,6 +38,6 @@ class Gate(Moments):
             server.close()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        moment = Moment[(await reader.readline()).decode().strip()]
-        writer.write(b"1" if await self.hook(moment) else b"0")
+        if name := (await reader.readline()).decode().strip():  # or it was killed just now
+            writer.write(b"1" if await self.hook(Moment[name]) else b"0")
         writer.close()

@@ -207,14 +207,14 @@ async def run_databases(make: Callable[..., Service], args: argparse.Namespace) 
     n = args.each
     pair = {"services": 2}
     kinds: list[tuple[str, str, Callable[..., Any], int, dict[str, int]]] = [
-        ("mariadb", "MariaDB: the service", kill_many, n, {}),
-        ("mariadb", "MariaDB: one of two services", kill_many, n, pair | {"restart_every": 5}),
-        ("mariadb", "MariaDB: the server", crash_many, n, {}),
-        ("mariadb", "MariaDB: nobody, the connection breaks", cut_many, n, {}),
-        ("sqlite", "SQLite: the service", kill_many, 2 * n, {}),
-        ("sqlite", "SQLite: one of two services", kill_many, 2 * n, pair),
-        ("sqlite", "SQLite: nobody, the file's folder is away", crash_many, n, {}),
-        ("sqlite", "SQLite: nobody, the disk fails", cut_many, n, {}),
+        ("mariadb", "MariaDB: the service is killed", kill_many, n, {}),
+        ("mariadb", "MariaDB: one of two is killed", kill_many, n, pair | {"restart_every": 5}),
+        ("mariadb", "MariaDB: the server is killed", crash_many, n, {}),
+        ("mariadb", "MariaDB: the connection breaks", cut_many, n, {}),
+        ("sqlite", "SQLite: the service is killed", kill_many, 2 * n, {}),
+        ("sqlite", "SQLite: one of two is killed", kill_many, 2 * n, pair),
+        ("sqlite", "SQLite: the file's folder is away", crash_many, n, {}),
+        ("sqlite", "SQLite: the disk fails", cut_many, n, {}),
     ]
     lines = []
     for kind, name, work, count, options in kinds:
@@ -226,7 +226,7 @@ async def run_databases(make: Callable[..., Service], args: argparse.Namespace) 
     return [
         f"| minutes, seed | {(time.monotonic() - started) / 60:.0f}, {args.seed} |",
         "",
-        "| SIGKILL of | times | accepted | rows | distinct | dead letters | lost | doubled |",
+        "| what fails | times | accepted | rows | distinct | dead letters | lost | doubled |",
         f"|{' --- |' * 8}",
         *lines,
     ]
