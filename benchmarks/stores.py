@@ -168,6 +168,9 @@ class SqliteStore(Store):
             yield load
 
 
+STORES: tuple[type[Store], ...] = (PostgresStore, MariaDbStore, SqliteStore)
+
+
 @contextmanager
 def opened(postgres: Any) -> Iterator[list[Store]]:
     """All of them, PostgreSQL first."""

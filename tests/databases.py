@@ -78,7 +78,9 @@ class SqliteFiles:
     def freeze(self) -> None:
         """Hold the lock of each file, as a process does that is frozen while it writes."""
         for path in self.folder.glob("*.db"):
-            connection = sqlite3.connect(path, isolation_level=None, timeout=0)
+            connection = sqlite3.connect(
+                path, isolation_level=None, timeout=0, check_same_thread=False
+            )
             self._frozen.append(connection)
             _locked(connection)
 

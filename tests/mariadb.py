@@ -112,6 +112,7 @@ class MariaDB:
             self._server = subprocess.Popen(
                 [self._mariadbd, "--no-defaults", f"--datadir={self.data}", f"--port={self.port}",
                  "--bind-address=127.0.0.1", "--skip-name-resolve", f"--socket={self.folder}/s",
+                 f"--tmpdir={self.folder}",  # whoever starts deletes temporary tables there
                  f"--pid-file={self.folder}/pid", "--innodb-log-file-size=96M", *options],
                 stdout=log, stderr=log, cwd="/", start_new_session=True, **self._run_as,
             )  # fmt: skip

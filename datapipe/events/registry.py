@@ -36,7 +36,7 @@ class Install(Event):
 
 # Not registered: so a class of one of these names, or an entry of `events`, replaces it.
 _BUILTIN: dict[str, type[Event]] = {
-    "crash_report": CrashReport, "purchase": Purchase, "install": Install,
+    "crash_report": CrashReport, "install": Install, "purchase": Purchase,
 }  # fmt: skip
 
 

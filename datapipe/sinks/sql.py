@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from uuid import uuid4
 
 from datapipe.errors import LaneBlocked, SinkUnavailable
@@ -35,7 +35,11 @@ _OUTLIVED_S = 60.0
 
 _UNKNOWN_AGE_S = 1e9  # before anything that a ledger holds
 
+# Values, or ledger rows, in one statement: servers bound the length of it, to as little as 1 MB.
+AT_ONCE = 4096
+
 Statement = tuple[str, Sequence[Any]]
+_T = TypeVar("_T")
 
 
 class Result(NamedTuple):
@@ -234,7 +238,10 @@ class SqlSink(TransactionalSink):
         """See `Ledger.loaded`."""
         await self.prepare(OWN_TABLES[0])
         sql = f"SELECT segment FROM {self._ledger} WHERE segment {self._one_of}"
-        return {segment for (segment,) in await self.query(sql, self._dialect.listed(segments))}
+        known: set[str] = set()
+        for some in sliced(segments):
+            known |= {id for (id,) in await self.query(sql, self._dialect.listed(some))}
+        return known
 
     async def expire(self, removed: Sequence[str]) -> None:
         """See `Ledger.expire`."""
@@ -251,6 +258,8 @@ class SqlSink(TransactionalSink):
             if each.oldest is not None and outlived_s[each.process] < _OUTLIVED_S
         ]
         keys_s = self._dedupe_window_s + _BEAT_SLACK_S + max([0.0, *waiting_s])
+        # before what was seen waiting, however much later the DELETE comes
+        keys_until = max((each.now for each in processes), default=0.0) - keys_s
         gone = [
             each.process
             for each in processes
@@ -258,11 +267,14 @@ class SqlSink(TransactionalSink):
             or outlived_s[each.process] > _HOUR_S
         ]
         await self._own(
-            (f"DELETE FROM {self._ledger} WHERE segment {self._one_of}", (d.listed(removed),)),
+            *(
+                (f"DELETE FROM {self._ledger} WHERE segment {self._one_of}", (d.listed(some),))
+                for some in sliced(removed)
+            ),
             (
                 f"DELETE FROM {self._ledger} WHERE kind IN ('claim', 'part')"
-                f" AND loaded_at < {d.ago()}",
-                (keys_s,),
+                f" AND loaded_at < {d.at.format('%s')}",
+                (keys_until,),
             ),
             (
                 f"DELETE FROM {self._ledger} WHERE kind = 'segment' AND source = 'ironmq'"
@@ -393,6 +405,11 @@ def _outlived(processes: Sequence[_Process]) -> dict[str, float]:
     return {each.process: last[each.group] - each.seen if each.group else 0.0 for each in processes}
 
 
+def sliced(values: Sequence[_T]) -> Iterator[Sequence[_T]]:
+    """In runs of at most `AT_ONCE`."""
+    return (values[at : at + AT_ONCE] for at in range(0, len(values), AT_ONCE))
+
+
 class SqlTransaction(ABC):
     """A `Transaction` but for `enter` and `copy`."""
 
@@ -424,7 +441,10 @@ class SqlTransaction(ABC):
     def bodies(self, claims: Sequence[str]) -> dict[str, str]:
         """See `Transaction.bodies`."""
         sql = f"SELECT segment, body FROM {self._ledger} WHERE segment {self._one_of}"
-        return dict(self.query(sql, self._dialect.listed(claims)))
+        found: dict[str, str] = {}
+        for some in sliced(claims):
+            found |= self.query(sql, self._dialect.listed(some))
+        return found
 
     def book(self, counts: Sequence[tuple[str, int, int]]) -> None:
         """See `Transaction.book`."""

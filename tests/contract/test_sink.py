@@ -21,6 +21,8 @@ from datapipe.events.types import Column, Event, EventType
 from datapipe.settings import Settings
 from datapipe.sinks import Beat, Database, Heartbeat, Loaded, Selection, Table, open_sink
 from datapipe.sinks.memory import MemoryDatabase
+from datapipe.sinks.sql import Result, SqlSink, Statement
+from tests.databases import execute
 from tests.mariadb import MariaDB
 from tests.postgres import Postgres
 
@@ -89,6 +91,9 @@ class InMariaDB:
 
     def accept_all(self) -> None:
         MariaDB.execute(self._url, "ALTER TABLE install DROP CONSTRAINT even")
+
+    def execute(self, sql: str) -> None:
+        MariaDB.execute(self._url, sql)
 
 
 class InMemory:
@@ -299,6 +304,10 @@ async def test_keys_at_once_in_whatever_order(world: World) -> None:
 # --- ledger ---
 
 
+async def test_before_the_first_load_nothing_is_known(world: World) -> None:
+    assert await (await world.open()).loaded(["x"]) == set()
+
+
 async def test_the_ledger_forgets_what_is_removed_for_good(world: World) -> None:
     sink = await world.open()
     stored = [segment(n) for n in range(3)]
@@ -461,7 +470,7 @@ async def test_the_fence_is_judged_when_the_ledger_is_written(database: str) -> 
             await late
 
 
-# --- which keys are forgotten: by PostgreSQL, the others forget none ---
+# --- which keys are forgotten: by databases that speak SQL, the others forget none ---
 
 
 class Keys:
@@ -477,8 +486,12 @@ class Keys:
 
     def age(self, table: str, column: str, hours: float, where: str = "true") -> None:
         """Make that so old."""
-        at = f"{column} = now() - make_interval(secs => {hours * 3600})"
-        Postgres.execute(self._url, f"UPDATE {table} SET {at} WHERE {where}")
+        ago = {
+            "postgresql": f"now() - make_interval(secs => {hours * 3600})",
+            "mysql": f"UTC_TIMESTAMP(6) - INTERVAL {hours * 3600} SECOND",
+            "sqlite": f"strftime('%Y-%m-%d %H:%M:%f', 'now', '-{hours * 3600} seconds')",
+        }[self._url.split(":")[0]]
+        execute(self._url, f"UPDATE {table} SET {column} = {ago} WHERE {where}")
 
     async def after(self, sink: Database, beat: Heartbeat) -> tuple[int, int, int]:
         """What becomes of an event whose key was loaded an hour ago, after that heartbeat."""
@@ -487,6 +500,16 @@ class Keys:
         await sink.heartbeat(beat)
         await sink.expire([])
         return await load(sink, segment(1, key="k"))
+
+
+@pytest.fixture(params=["postgres", "mariadb", "sqlite"])
+def keys(request: pytest.FixtureRequest, tmp_path: Path) -> Keys:
+    urls: dict[str, Callable[[], str]] = {
+        "postgres": lambda: request.getfixturevalue("database"),
+        "mariadb": lambda: request.getfixturevalue("mysql_database"),
+        "sqlite": lambda: f"sqlite:///{tmp_path}/events.db",
+    }
+    return Keys(urls[request.param]())
 
 
 @pytest.mark.parametrize(
@@ -502,9 +525,8 @@ class Keys:
 )
 @pytest.mark.parametrize("shared", [False, True])
 async def test_keys_are_kept_for_what_waits(
-    database: str, oldest_s: float | None, expected: tuple[int, int, int], shared: bool
+    keys: Keys, oldest_s: float | None, expected: tuple[int, int, int], shared: bool
 ) -> None:
-    keys = Keys(database)
     async with keys.open("one") as one:
         assert (
             await keys.after(one, Heartbeat("one", "one", oldest_s, group=SHARED if shared else ""))
@@ -524,9 +546,8 @@ async def test_keys_are_kept_for_what_waits(
     ],
 )
 async def test_what_a_dead_process_had_waiting_keeps_keys_unless_others_show_it(
-    database: str, dead_group: str, living_group: str, silent_h: float, expected: Any
+    keys: Keys, dead_group: str, living_group: str, silent_h: float, expected: Any
 ) -> None:
-    keys = Keys(database)
     async with keys.open("dead") as dead, keys.open("living") as living:
         await dead.heartbeat(Heartbeat("dead", "dead", math.inf, group=dead_group))
         keys.age("datapipe_processes", "seen_at", silent_h)
@@ -534,8 +555,25 @@ async def test_what_a_dead_process_had_waiting_keeps_keys_unless_others_show_it(
         assert await keys.after(living, beat) == expected
 
 
-async def test_a_dead_process_is_shown_for_an_hour_if_its_mirror_is_shared(database: str) -> None:
-    keys = Keys(database)
+async def test_keys_are_kept_for_what_was_seen_waiting_however_late_they_are_deleted(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Keys(database).open("one") as one:
+        assert isinstance(one, SqlSink)
+        real = one._own
+
+        async def late(*statements: Statement) -> Result:
+            now = "(now() + interval '2 minutes')"
+            return await real(*((sql.replace("now()", now), values) for sql, values in statements))
+
+        await load(one, segment(1, key="k"))
+        await one.heartbeat(Heartbeat("one", "one", 0.0))
+        monkeypatch.setattr(one, "_own", late)
+        await one.expire([])
+        assert await load(one, segment(1, key="k")) == Keys.KNOWN
+
+
+async def test_a_dead_process_is_shown_for_an_hour_if_its_mirror_is_shared(keys: Keys) -> None:
     async with keys.open("living") as living:
         for name, shared in (("shares", True), ("journals", False)):
             await living.heartbeat(Heartbeat(name, name, 1.0, group=SHARED if shared else ""))
@@ -692,7 +730,9 @@ def _parts_of(segment: Segment) -> tuple[Any, ...]:
 
 
 # the memory has no tables
-with_tables = pytest.mark.parametrize("world", ["postgres", "toy"], indirect=True)
+with_tables = pytest.mark.parametrize(
+    "world", ["postgres", "mariadb", "sqlite", "toy"], indirect=True
+)
 
 
 @with_tables

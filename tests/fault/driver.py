@@ -49,6 +49,7 @@ class Verdict:
     answered: int = 0  # each answer of 200 counts its events
     unanswered_stored: int = 0
     rows: int = 0
+    distinct: int = 0
     dead: int = 0
     waiting: int = 0
     duplicates_by_key: int = 0
@@ -247,7 +248,8 @@ class Driver:
         rows, damaged = read_tables(database, self._lanes)
         dead = dead_ids(database)
         verdict = Verdict(
-            rows=rows.total(), dead=dead.total(), waiting=waiting, damaged=damaged,
+            rows=rows.total(), distinct=len(rows), dead=dead.total(), waiting=waiting,
+            damaged=damaged,
         )  # fmt: skip
         for post in self.posts:
             verdict.answered += post.answered * len(post.events)

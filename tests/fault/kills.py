@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import math
 import os
 import random
 import signal
+import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -13,7 +16,7 @@ from typing import Any
 
 from tests.databases import Server, aexecute, make_refusing
 from tests.fault.driver import Driver, Verdict
-from tests.fault.moments import Moment, Moments
+from tests.fault.moments import Moment, Moments, cut
 from tests.fault.proxy import moments_of
 from tests.service import Service, until
 
@@ -44,7 +47,12 @@ class Fleet:
     @classmethod
     @asynccontextmanager
     async def running(
-        cls, server: Server, make_service: MakeService, chance: random.Random, count: int = 1
+        cls,
+        server: Server,
+        make_service: MakeService,
+        chance: random.Random,
+        count: int = 1,
+        connections: int = 16,
     ) -> AsyncIterator[Fleet]:
         """They share a data_dir, and adopt what a dead one leaves. Started; killed in the end."""
         database = await asyncio.to_thread(server.create_database)
@@ -63,8 +71,9 @@ class Fleet:
                 service.settings["data_dir"] = data_dir
                 await service.start()
             driver = Driver(
-                lambda: chance.choice(services).url, chance.getrandbits(32), refuses=is_refused
-            )
+                lambda: chance.choice(services).url, chance.getrandbits(32),
+                connections=connections, batch=20, refuses=is_refused,
+            )  # fmt: skip
             yield cls(database, services, moments, driver)
             for service in services:
                 await service.kill()
@@ -78,7 +87,7 @@ class Fleet:
         """Load all that waits, and compare; AssertionError if an event is not where it must be."""
         await self.driver.settle()
         for service in self.services:
-            await service.drained(120)
+            await drained(service)
         await self.look()
         verdict = await self.driver.check(self.database)
         assert not self.unbalanced, f"the books did not balance {self.unbalanced} times"
@@ -129,6 +138,16 @@ async def books_balance(service: Service) -> bool:
     return bool(books["balanced"] and books["accepted"] + books["recovered"] == went)
 
 
+async def drained(service: Service, stuck_s: float = 60.0) -> None:
+    """Wait until nothing waits, however long it takes, as long as it gets less."""
+    least, until_s = math.inf, 0.0
+    while waiting := (status := await service.status())["books"]["waiting"]:
+        if waiting < least:
+            least, until_s = waiting, time.monotonic() + stuck_s
+        assert time.monotonic() < until_s, (status["summary"], status["lanes"])
+        await asyncio.sleep(0.05)
+
+
 async def ledger_forgets(database: str) -> None:
     """Once the journal is empty no segment need be known any more, of dead processes neither."""
 
@@ -139,7 +158,7 @@ async def ledger_forgets(database: str) -> None:
     await until(forgotten, what="a ledger without segments")
 
 
-async def loads_again(service: Service, more: int = 2) -> None:
+async def loads(service: Service, more: int = 2) -> None:
     """Wait for some more loads."""
     before = len(service.logged("segments loaded"))
 
@@ -151,9 +170,8 @@ async def loads_again(service: Service, more: int = 2) -> None:
 
 def shuffled(chance: random.Random, count: int) -> Iterable[Moment | None]:
     """So many moments, each about as often."""
-    moments = [MOMENTS[n % len(MOMENTS)] for n in range(count)]
-    chance.shuffle(moments)
-    return moments
+    rounds = (chance.sample(MOMENTS, len(MOMENTS)) for _ in itertools.count())
+    return itertools.islice(itertools.chain.from_iterable(rounds), count)
 
 
 async def kill_many(
@@ -164,15 +182,17 @@ async def kill_many(
     *,
     restart_every: int = 0,
     services: int = 1,
+    connections: int = 16,
 ) -> dict[str, int]:
     """So many kills on one new database; AssertionError if an event is lost or doubled.
 
     Args:
         restart_every: kills until the database itself crashes or restarts, in between.
         services: on one data_dir, any of which is killed; the others load what it leaves.
+        connections: that post.
     """
     restarts = 0
-    async with Fleet.running(server, make_service, chance, services) as fleet:
+    async with Fleet.running(server, make_service, chance, services, connections) as fleet:
         async with fleet.driver.running():
             for number, moment in enumerate(shuffled(chance, kills), 1):
                 await fleet.driver.answered(chance.randint(5, 40))
@@ -208,16 +228,44 @@ async def crash_many(
                 )
                 await driver.answered(10)  # events are taken all the same
                 await asyncio.to_thread(server.start)
-                await loads_again(service)
+                await loads(service)
                 await fleet.look()
         verdict = await fleet.check()
+        counts_right(await service.drained(), verdict)
     return {"kills": crashes, "restarts": 0, **figures(verdict)}
 
 
+async def cut_many(
+    server: Server, make_service: MakeService, chance: random.Random, cuts: int
+) -> dict[str, int]:
+    """The same for connections, around COMMIT; of a file: its disk fails."""
+    async with Fleet.running(server, make_service, chance) as fleet:
+        (service,), (moments,), driver = fleet.services, fleet.moments, fleet.driver
+        async with driver.running():
+            for _ in range(cuts):
+                moment = chance.choice([Moment.COMMIT, Moment.SENT, Moment.COMMITTED])
+                await moments.at(moment, cut)
+                await loads(service, 1)
+                await fleet.look()
+        verdict = await fleet.check()
+        counts_right(await service.drained(), verdict)
+    return {"kills": cuts, "restarts": 0, **figures(verdict)}
+
+
+def counts_right(books: dict[str, Any], verdict: Verdict) -> None:
+    """Whether a service that lived all the time says what is true."""
+    assert books["balanced"], books
+    assert books["accepted"] == verdict.answered + verdict.unanswered_stored, (books, verdict)
+    assert books["loaded"] == verdict.rows, (books, verdict)
+    assert books["duplicate"] == verdict.duplicates_by_key, (books, verdict)
+    assert books["dead"] == verdict.dead, (books, verdict)
+
+
 def figures(verdict: Verdict) -> dict[str, int]:
-    """Those of the tables that the long run prints."""
+    """Those of the tables that the long run prints; `accepted`: each event once."""
     return {
         "answered": verdict.answered, "lost": len(verdict.lost), "doubled": len(verdict.doubled),
-        "duplicates_by_key": verdict.duplicates_by_key, "rows": verdict.rows, "dead": verdict.dead,
-        "unanswered": verdict.unanswered_stored, "unbalanced": 0,
+        "duplicates_by_key": verdict.duplicates_by_key, "unbalanced": 0,
+        "accepted": verdict.answered - verdict.duplicates_by_key + verdict.unanswered_stored,
+        "rows": verdict.rows, "distinct": verdict.distinct, "dead": verdict.dead,
     }  # fmt: skip

@@ -1,9 +1,8 @@
-"""Whatever becomes of PostgreSQL: events are taken, kept, and in their tables once."""
+"""Whatever becomes of the database: events are taken, kept, and in their tables once."""
 
 from __future__ import annotations
 
 import asyncio
-import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -15,9 +14,11 @@ from datapipe.events.segment import Segment
 from datapipe.events.types import Column
 from datapipe.settings import Settings
 from datapipe.sinks import Table, open_sink
+from tests.databases import Server, aexecute, make_refusing
 from tests.fault.driver import Driver
-from tests.fault.moments import Moment, cut
-from tests.fault.proxy import Proxy
+from tests.fault.kills import counts_right, is_refused, loads
+from tests.fault.moments import Moment, Moments, cut
+from tests.fault.proxy import Proxy, moments_of
 from tests.postgres import Postgres
 from tests.service import Service, until
 
@@ -26,23 +27,13 @@ MakeService = Callable[..., Service]
 
 
 @asynccontextmanager
-async def under_load(service: Service, seed: int) -> AsyncIterator[Driver]:
+async def under_load(service: Service, seed: int, **options: Any) -> AsyncIterator[Driver]:
     """A started service that is posted to, and has loaded something."""
     await service.start()
-    driver = Driver(lambda: service.url, seed)
+    driver = Driver(lambda: service.url, seed, **options)
     async with driver.running():
         await loads(service)
         yield driver
-
-
-async def loads(service: Service, more: int = 2) -> None:
-    """Wait for some more loads."""
-    before = len(service.logged("segments loaded"))
-
-    async def there() -> bool:
-        return len(service.logged("segments loaded")) >= before + more
-
-    await until(there, what="more loads")
 
 
 async def check_all(driver: Driver, service: Service, database: str) -> dict[str, Any]:
@@ -50,11 +41,7 @@ async def check_all(driver: Driver, service: Service, database: str) -> dict[str
     await driver.settle()
     books = await service.drained()
     verdict = await driver.check(database)
-    assert books["balanced"], books
-    assert books["accepted"] == verdict.answered + verdict.unanswered_stored, (books, verdict)
-    assert books["loaded"] == verdict.rows, (books, verdict)
-    assert books["duplicate"] == verdict.duplicates_by_key, (books, verdict)
-    assert books["dead"] == verdict.dead == 0, (books, verdict)
+    counts_right(books, verdict)
     return books
 
 
@@ -65,22 +52,30 @@ async def summary_is(service: Service, state: str) -> None:
     await until(told, what=f"summary {state!r}")
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGQUIT], ids=["fast", "crash"])
-async def test_postgres_ends_and_comes_back(
-    own_postgres: Postgres, make_service: MakeService, seed: int, how: signal.Signals
+ENDS = [
+    ("postgres", "stop"), ("postgres", "crash"), ("mariadb", "crash"), ("sqlite", "stop")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("own_server", "how"), ENDS, indirect=["own_server"])
+async def test_the_database_ends_and_comes_back(
+    own_server: Server, make_service: MakeService, seed: int, how: str
 ) -> None:
-    database = own_postgres.create_database()
+    """Of SQLite, which has no server: the folder of its file is away for a while."""
+    database = own_server.create_database()
+    make_refusing(database, "install", 50)
     service = make_service(database_url=database, **OFTEN)
-    async with under_load(service, seed) as driver:
+    async with under_load(service, seed, refuses=is_refused) as driver:
         for _ in range(2):
-            await asyncio.to_thread(own_postgres.stop, how)
+            await asyncio.to_thread(getattr(own_server, how))
             await summary_is(service, "database_down")
             await driver.answered(50)  # events are taken all the same
             assert (await service.get("/readyz"))[0] == 200
-            await asyncio.to_thread(own_postgres.start)
+            await asyncio.to_thread(own_server.start)
             await loads(service)
             await summary_is(service, "healthy")
-    await check_all(driver, service, database)
+    books = await check_all(driver, service, database)
+    assert books["dead"] > 0
     assert len(service.logged("database down")) == 2
 
 
@@ -105,23 +100,27 @@ async def test_postgres_is_away_at_the_start(
     await check_all(driver, service, database)
 
 
-async def test_postgres_freezes_in_the_middle_of_copy(
-    own_postgres: Postgres, make_service: MakeService, seed: int
+async def test_the_database_freezes_in_the_middle_of_a_load(
+    own_server: Server, make_service: MakeService, seed: int
 ) -> None:
-    database = own_postgres.create_database()
-    async with Proxy(database).running() as proxy:
-        service = make_service(database_url=proxy.url, **OFTEN)
+    """Of SQLite: another process is frozen while it writes there."""
+    database = own_server.create_database()
+    async with moments_of(database) as moments:
+        service = moments.service(make_service, **OFTEN)
 
         async def freeze() -> bool:
-            own_postgres.freeze()
+            await asyncio.to_thread(own_server.freeze)
             return True
 
         async with under_load(service, seed) as driver:
-            await proxy.at(Moment.COPY, freeze)
+            if database.startswith("sqlite:"):
+                await freeze()  # between two loads
+            else:
+                await moments.at(Moment.COPY, freeze)
             loaded = len(service.logged("segments loaded"))
             await driver.answered(200)
             assert len(service.logged("segments loaded")) <= loaded + 1
-            own_postgres.thaw()
+            own_server.thaw()
             await loads(service)
         await check_all(driver, service, database)
 
@@ -179,20 +178,19 @@ ONE = {"event_name": "install", "user_id": 1, "timestamp": 2}
     ("moment", "committed"), [(Moment.COMMIT, False), (Moment.COMMITTED, True)]
 )
 async def test_one_event_whose_commit_breaks_is_loaded_not_duplicate(
-    postgres: Postgres,
-    proxy: Proxy,
-    database: str,
+    any_database: str,
+    moments: Moments,
     make_service: MakeService,
     moment: Moment,
     committed: bool,
 ) -> None:
     """Step by step: loaded, the request or the answer dropped, tried again."""
-    service = make_service(database_url=proxy.url, **OFTEN)
+    service = moments.service(make_service, **OFTEN)
     await service.start()
     seen: list[int] = []
 
     async def count() -> int:
-        rows = await postgres.aexecute(database, "SELECT count(*) FROM install")
+        rows = await aexecute(any_database, "SELECT count(*) FROM install")
         return int(rows[0][0])
 
     async def count_and_cut() -> bool:
@@ -200,7 +198,7 @@ async def test_one_event_whose_commit_breaks_is_loaded_not_duplicate(
         return False
 
     async with asyncio.TaskGroup() as both:
-        both.create_task(proxy.at(moment, count_and_cut))
+        both.create_task(moments.at(moment, count_and_cut))
         both.create_task(service.post(ONE))
     assert seen == [int(committed)]
     books = await service.drained()
@@ -209,18 +207,19 @@ async def test_one_event_whose_commit_breaks_is_loaded_not_duplicate(
     assert len(service.logged("load failed")) == 1
 
 
-async def test_a_commit_of_unknown_outcome_is_known_again_after_parking(proxy: Proxy) -> None:
+@pytest.mark.parametrize("any_database", ["postgres", "mariadb"], indirect=True)
+async def test_a_commit_of_unknown_outcome_is_known_again_after_parking(moments: Moments) -> None:
     """A parked segment is read anew: what is known of its loads must not hang on the object."""
     table = Table("n", (Column("n", "bigint"), Column("received_at", "timestamptz")))
 
     def anew() -> Segment:
-        row = b"1\t2026-01-01 12:00:00+00:00\n"
+        row = b"1\t2026-01-01 12:00:00\n"
         return Segment("n", table.columns, row, 1, id="0" * 32)
 
-    async with open_sink(Settings(database_url=proxy.url), "a process") as sink:
+    async with open_sink(Settings(database_url=moments.url), "a process") as sink:
         await sink.load(table, [Segment("n", table.columns, anew().data, 1)])
         async with asyncio.TaskGroup() as both:
-            both.create_task(proxy.at(Moment.COMMITTED, cut))
+            both.create_task(moments.at(Moment.COMMITTED, cut))
             with pytest.raises(SinkUnavailable):
                 await sink.load(table, [anew()])
         again = await sink.load(table, [anew()])

@@ -6,6 +6,9 @@ import os
 import random
 from collections.abc import Callable
 
+import pytest
+
+from tests.databases import Server
 from tests.fault.driver import fill
 from tests.fault.kills import kill_many
 from tests.postgres import Postgres
@@ -18,6 +21,14 @@ async def test_sigkill_at_any_moment_loses_and_doubles_nothing(
     postgres: Postgres, make_service: Callable[..., Service], seed: int
 ) -> None:
     await kill_many(postgres, make_service, random.Random(seed), KILLS)
+
+
+@pytest.mark.parametrize("own_server", ["mariadb", "sqlite"], indirect=True)
+async def test_sigkill_of_one_of_two_on_one_folder_and_one_database(
+    own_server: Server, make_service: Callable[..., Service], seed: int
+) -> None:
+    chance = random.Random(seed)
+    await kill_many(own_server, make_service, chance, 3, services=2, connections=6)
 
 
 async def test_sigkill_of_an_idle_service_keeps_what_waits(

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import pytest
 
+from datapipe.settings import Settings
+from datapipe.sinks import open_sink
 from tests.fault.proxy import Proxy
 from tests.fault.test_database import check_all, loads, summary_is, under_load
 from tests.postgres import Postgres
@@ -217,6 +219,9 @@ async def test_a_url_of_both_hosts_follows_the_primary(
         await asyncio.to_thread(pair.primary.stop, signal.SIGKILL)
         await summary_is(service, "database_down")
         await driver.answered(50)
+        async with open_sink(Settings(database_url=url), "check") as sink:
+            ((level, text),) = await sink.check([])
+        assert level == "away", text  # a release is not held up meanwhile
         await asyncio.to_thread(pair.standby.promote)
         before = await beats()
         await loads(service)

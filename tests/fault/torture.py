@@ -1,6 +1,6 @@
 """`make torture`: the long fault run; prints the table of docs/torture.md.
 
-    python -m tests.fault.torture [kills] [outage] [bodies] [heads] [nats]
+    python -m tests.fault.torture [kills] [outage] [bodies] [heads] [nats] [databases]
 
 Everything happens in a temporary folder. A part that fails ends the run with exit code 1.
 """
@@ -22,15 +22,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tests.databases import running
 from tests.fault import hostile, pipelines
-from tests.fault.kills import kill_many
+from tests.fault.kills import crash_many, cut_many, kill_many
 from tests.fault.machines import Machines, Pauses
 from tests.fault.nats_faults import FAULTS, FAULTS_APART, drawn
 from tests.fault.outage import LIMIT_BYTES, outage
 from tests.postgres import Postgres
 from tests.service import Service
 
-PARTS = ("kills", "outage", "bodies", "heads", "nats")
+PARTS = ("kills", "outage", "bodies", "heads", "nats", "databases")
 _ROUND = 50  # kills to a database; then all is compared
 _FAULTS = 25  # to a cluster and a database
 # those after which something waits for `ack_wait`, which the others shrink
@@ -199,6 +200,38 @@ def _row(name: str, pauses: list[Pauses]) -> str:
     return f"| {name} | {len(pauses)} | {' | '.join(columns)} |"
 
 
+async def run_databases(make: Callable[..., Service], args: argparse.Namespace) -> list[str]:
+    """Kills of services and servers; SQLite has none, so its services die twice as often."""
+    chance = random.Random(args.seed)
+    started = time.monotonic()
+    n = args.each
+    pair = {"services": 2, "restart_every": 5}
+    kinds: list[tuple[str, str, Callable[..., Any], int, dict[str, int]]] = [
+        ("mariadb", "MariaDB: the service", kill_many, n, {}),
+        ("mariadb", "MariaDB: one of two services", kill_many, n, pair),
+        ("mariadb", "MariaDB: the server", crash_many, n, {}),
+        ("mariadb", "MariaDB: nobody, the connection breaks", cut_many, n, {}),
+        ("sqlite", "SQLite: the service", kill_many, 2 * n, {}),
+        ("sqlite", "SQLite: one of two services", kill_many, 2 * n, pair),
+        ("sqlite", "SQLite: nobody, the file's folder is away", crash_many, n, {}),
+        ("sqlite", "SQLite: nobody, the disk fails", cut_many, n, {}),
+    ]
+    lines = []
+    for kind, name, work, count, options in kinds:
+        with running(kind) as server:
+            found = await work(server, make, chance, count, **options)
+        _say(f"databases: {name}: {found}")
+        columns = ("kills", "accepted", "rows", "distinct", "dead", "lost", "doubled")
+        lines.append(f"| {name} | {' | '.join(f'{found[each]:,}' for each in columns)} |")
+    return [
+        f"| minutes, seed | {(time.monotonic() - started) / 60:.0f}, {args.seed} |",
+        "",
+        "| SIGKILL of | times | accepted | rows | distinct | dead letters | lost | doubled |",
+        f"|{' --- |' * 8}",
+        *lines,
+    ]
+
+
 async def run(args: argparse.Namespace) -> int:
     folder = Path(tempfile.mkdtemp(prefix="datapipe-torture-", dir="/var/tmp"))
     made: list[Service] = []
@@ -211,7 +244,7 @@ async def run(args: argparse.Namespace) -> int:
 
     runs = {
         "kills": run_kills, "outage": run_outage, "bodies": run_bodies, "heads": run_heads,
-        "nats": run_nats,
+    "nats": run_nats, "databases": run_databases,
     }  # fmt: skip
     try:
         for part in args.parts or PARTS:
@@ -235,6 +268,7 @@ def main() -> int:
     parser.add_argument("--bodies", type=int, default=100_000)
     parser.add_argument("--seconds", type=float, default=60, help="of the heads, at least")
     parser.add_argument("--faults", type=int, default=300, help="of the part nats")
+    parser.add_argument("--each", type=int, default=20, help="kills of each kind in the databases")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(32))
     args = parser.parse_args()
     if unknown := set(args.parts) - set(PARTS):

@@ -90,7 +90,7 @@ def declared(lane: str, fields: dict[str, str] = FIELDS) -> EventType:
 async def test_a_row_is_refused(world: World) -> None:
     for lane, (harm, sqlstate) in REFUSES.items():
         kind = declared(lane)
-        await world.load(kind, {"n": 0})
+        await world.load(kind, {"n": 0, "t": "0"})
         world.execute(harm.format(lane=lane))
         there = len(world.numbers(lane))
         events = [{"n": n, "t": None if n == 13 else str(n)} for n in range(1, 25)]

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import sys
+import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import structlog
 
-from benchmarks import batch, keys, memory, nats, page, single, steady
+from benchmarks import batch, databases, keys, memory, nats, page, single, steady
 from benchmarks.chart import Bar, Group, svg
 from benchmarks.limits import LIMITS
 from benchmarks.measure import (
@@ -23,6 +29,8 @@ from benchmarks.measure import (
 )
 from benchmarks.page import Part
 from benchmarks.results import Result, read, save
+from benchmarks.stores import STORES, SqliteStore
+from datapipe.sinks.transactional import TransactionalSink
 
 _SINGLE = Part("single", "Single events", "One event a POST.")
 _BATCH = Part("batch", "Batches", "Many events a POST.")
@@ -143,6 +151,8 @@ def test_limits_are_those_of_goals_that_there_are() -> None:
     goals += [goal for connections in single.CONNECTIONS for goal in single.goals(connections)]
     goals += [goal for connections in nats.CONNECTIONS for goal in nats.goals(connections)]
     goals += nats.batch_goals() + [goal for name in nats.SYNC for goal in nats.process_goals(name)]
+    goals += databases.batch_goals() + databases.delay_goals()
+    goals += [goal for store in STORES for goal in databases.load_goals(store)]
     assert LIMITS.keys() <= {goal.what for goal in goals}
 
 
@@ -198,3 +208,43 @@ def test_what_an_event_costs_stands_in_one_table() -> None:
     costs = nats.costs("single", contest)
     assert costs == {"single, journal": [{"cpu_s_per_million": 30.0}]}
     assert contest.samples == {"journal": [{"rate": 9.0}]}
+
+
+def test_of_loads_the_median_counts_without_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    took, now = [9.0, 1.0, 4.0, 2.0], 0.0
+    monkeypatch.setattr(databases.time, "perf_counter", lambda: now)
+    store = SqliteStore()
+    monkeypatch.setattr(store, "rows", lambda url: 4 * 180_000)
+    loads = databases.Loads(store, 7)
+    for seconds in took:
+        assert not loads.enough()
+        with loads.timed():
+            now += seconds
+    assert loads.enough()
+    sample = loads.sample("")
+    assert (sample["rate"], sample["loads"]) == (90_000, 3)
+    monkeypatch.setattr(store, "rows", lambda url: 4 * 180_000 - 1)
+    with pytest.raises(RuntimeError, match="720000 rows were loaded, 719999 are in the table"):
+        loads.sample("")
+
+
+async def test_a_watched_load_says_how_late_the_event_loop_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def load(self: object, block: bool) -> str:
+        await asyncio.sleep(0)  # the watcher falls asleep
+        if block:
+            time.sleep(0.05)
+        return "loaded"
+
+    monkeypatch.setattr(TransactionalSink, "load", load)  # what is patched is taken back
+    monkeypatch.delitem(sys.modules, databases.WATCHER, raising=False)
+    import_module(databases.WATCHER)
+    monkeypatch.delitem(sys.modules, databases.WATCHER)
+    call: Any = TransactionalSink.load
+    with structlog.testing.capture_logs() as logged:
+        for block in (True, False):
+            assert await call(None, block) == "loaded"
+    blocked, plain = (line["late_ms"] for line in logged if line["event"] == databases.LOGGED)
+    assert [late >= 40 for late in blocked] == [True]
+    assert plain == [], "it was not late when the load ended"

@@ -27,10 +27,11 @@ class _Locked(MemorySink):
         self._asked = asked
         self._everywhere = everywhere
 
-    async def prepare(self, table: Table, *, again: bool = False) -> None:
+    async def prepare(self, table: Table, *, again: bool = False) -> list[str]:
         self._asked[table.name] += 1
         if table.name == "crash_report" or self._everywhere:
             raise SinkUnavailable("lock timeout", everywhere=self._everywhere)
+        return []
 
 
 @pytest.mark.parametrize("everywhere", [False, True])

@@ -20,7 +20,7 @@ from datapipe.errors import EventRejected, LaneBlocked
 from datapipe.events.types import Column, neutral_time
 from datapipe.sinks.dialect import Dialect
 from datapipe.sinks.mysql.connections import LoadConnection
-from datapipe.sinks.mysql.errors import described, may_be_of_a_row
+from datapipe.sinks.mysql.errors import described, may_be_of_a_row, without_value
 from datapipe.sinks.pieces import lines, pieces
 from datapipe.sinks.transaction import RefusedRow, Rows
 
@@ -134,7 +134,7 @@ class Copier:
             if number := int(found[1]) if found else int(at.get(n) or 0):
                 named.add(number - 1 + checked)
             checked += code == _CHECK_FAILED
-        return _Refusal(state, " ".join(said[worst - 1][2].split()), named)
+        return _Refusal(state, without_value(" ".join(said[worst - 1][2].split())), named)
 
     def _sift(self, rows: list[Rows], refusal: _Refusal) -> None:
         """Copy rows of which at least one is refused, and that were refused as a whole."""

@@ -6,6 +6,8 @@ Error Code Reference"; those from 2000 to 2999 are the client's.
 
 from __future__ import annotations
 
+import re
+
 import pymysql
 
 from datapipe.sinks.verdict import Verdict
@@ -37,6 +39,8 @@ _CODES = {
 _BY_CODE = {code: verdict for verdict, codes in _CODES.items() for code in codes}
 
 _AWAY = (2002, 2003, 2006, 2013, 1040, 1053, 1203, 1226)
+
+_ENTRY = re.compile("entry '.*' for key")
 
 _REMEDIES = {
     1148: "set local_infile = ON in the server's settings",
@@ -72,9 +76,14 @@ def is_away(exc: BaseException | None) -> bool:
     return isinstance(exc, pymysql.MySQLError) and code_of(exc) in _AWAY
 
 
+def without_value(text: str) -> str:
+    """What the server says of a duplicate, for logs: without the value of the row."""
+    return _ENTRY.sub("entry for key", text)
+
+
 def described(exc: BaseException) -> tuple[str, str]:
     """The first line of what the server said, with the remedy if there is one; its code."""
     code = code_of(exc)
     said = str(exc.args[-1] if exc.args else "").strip() or type(exc).__name__
-    text = " ".join(said.split("\n")[0].split())
+    text = without_value(" ".join(said.split("\n")[0].split()))
     return f"{text}: {_REMEDIES[code]}" if code in _REMEDIES else text, f"error {code}"

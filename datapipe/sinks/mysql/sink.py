@@ -33,7 +33,7 @@ from datapipe.sinks.mysql.copy import Copier
 from datapipe.sinks.mysql.dialect import dialect
 from datapipe.sinks.mysql.errors import code_of, described, is_away, verdict
 from datapipe.sinks.server import ServerSink, fetch
-from datapipe.sinks.sql import SqlTransaction
+from datapipe.sinks.sql import SqlTransaction, sliced
 from datapipe.sinks.transaction import Entry, RefusedRow, Rows, Transaction
 from datapipe.sinks.urls import server_address
 
@@ -65,7 +65,7 @@ _ENGINE = (
 
 
 class MySqlSink(ServerSink[LoadConnection]):
-    """aiomysql's connections for small work, PyMySQL's for loads."""
+    """See `connections`."""
 
     driver_error = pymysql.MySQLError
     verdict = staticmethod(verdict)
@@ -79,9 +79,9 @@ class MySqlSink(ServerSink[LoadConnection]):
         self.product = "MariaDB" if settings.sink_kind == "mariadb" else "MySQL"
         self._schema = at.database
 
-    def is_worth_repeating(self, exc: pymysql.MySQLError) -> bool:
+    def is_worth_repeating(self, exc: Exception, left: int) -> bool:
         """See `ServerSink.is_worth_repeating`. Heartbeats look at each other's rows: deadlocks."""
-        return super().is_worth_repeating(exc) or code_of(exc) == _DEADLOCK
+        return super().is_worth_repeating(exc, left) or code_of(exc) == _DEADLOCK
 
     async def begin_small(self, cursor: Any) -> None:
         """See `ServerSink.begin_small`."""
@@ -211,8 +211,25 @@ class MySqlTransaction(SqlTransaction):
         load: str | None = None,
         not_after: float = math.inf,
     ) -> set[str]:
-        """See `Transaction.enter`. A frozen process's session is ended: see `connections`."""
+        """See `Transaction.enter`. A frozen process's session is ended: see `connections`.
+
+        What is ours is looked up, not counted: a proxy between may have set CLIENT_FOUND_ROWS (for
+        ProxySQL that is the default), by which rows that were there count as well.
+        """
         ours = load or uuid4().hex
+        new: set[str] = set()
+        for some in sliced(entries):
+            self._insert(kind, some, lane, ours, not_after)
+            rows = self.query(
+                f"SELECT segment FROM {self._ledger} WHERE segment {self._one_of} AND `load` = %s",
+                self._dialect.listed([entry.id for entry in some]), ours,
+            )  # fmt: skip
+            new.update(id for (id,) in rows)
+        return new
+
+    def _insert(
+        self, kind: str, entries: Sequence[Entry], lane: str | None, load: str, not_after: float
+    ) -> None:
         until = [] if not_after == math.inf else [not_after]
         fence = f" WHERE {self._dialect.clock} < {self._dialect.at.format('%s')}" if until else ""
         self.query(
@@ -223,15 +240,8 @@ class MySqlTransaction(SqlTransaction):
             " events BIGINT PATH '$[1]', source VARCHAR(255) PATH '$[2]',"
             f" body VARCHAR(255) PATH '$[3]')) AS e{fence}"
             f" ON DUPLICATE KEY UPDATE segment = {self._ledger}.segment",
-            kind, lane, self._process, ours, msgspec.json.encode(entries).decode(), *until,
+            kind, lane, self._process, load, msgspec.json.encode(entries).decode(), *until,
         )  # fmt: skip
-        if self._connection.affected_rows() == len(entries):  # most of the time
-            return {entry.id for entry in entries}
-        rows = self.query(
-            f"SELECT segment FROM {self._ledger} WHERE segment {self._one_of} AND `load` = %s",
-            self._dialect.listed([entry.id for entry in entries]), ours,
-        )  # fmt: skip
-        return {id for (id,) in rows}
 
     def copy(
         self, table: Table, columns: Sequence[Column], rows: Iterable[Rows]

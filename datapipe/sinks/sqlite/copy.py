@@ -109,6 +109,11 @@ def _insert(
                     f"the table rolls back a whole transaction (ROLLBACK) for one row that it "
                     f"refuses; let it ABORT: {one_line(exc)}"
                 ) from exc
+            if connection.execute("SELECT changes()").fetchone()[0]:
+                raise LaneBlocked(
+                    f"the table keeps a row that it refuses (FAIL, in a trigger); let it ABORT: "
+                    f"{one_line(exc)}"
+                ) from exc
             yield len(columns[0]) - length_hint(first) - 1, exc
 
 

@@ -1,0 +1,99 @@
+"""What is set on the way to a server, or for all of its sessions, changes no load of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from pymysql.constants import CLIENT
+
+from datapipe.events.segment import Part, Segment
+from datapipe.events.types import Column
+from datapipe.settings import Settings
+from datapipe.sinks import Heartbeat, Table, open_sink
+from datapipe.sinks.mysql.connections import LoadConnection
+from tests.mariadb import MariaDB
+
+COLUMNS = (Column("n", "bigint"), Column("received_at", "timestamptz"))
+ONE = Table("one", COLUMNS)
+BEAT = Heartbeat("a", "a", None)
+
+
+def segment(numbers: range, *, keyed: bool = False) -> Segment:
+    """With keys each row is a POST of its own."""
+    rows = [f"{n}\t2026-01-02 03:04:05\n".encode() for n in numbers]
+    parts, at = [], 0
+    for n, row in zip(numbers, rows, strict=True):
+        parts.append(Part(f"{n:032x}", f"{n:032x}", 0, at, at + len(row), 1))
+        at += len(row)
+    return Segment(
+        "one", COLUMNS, b"".join(rows), len(rows), tuple(parts) if keyed else (), neutral=True
+    )
+
+
+def there(url: str) -> list[int]:
+    return sorted(n for (n,) in MariaDB.execute(url, "SELECT n FROM one"))
+
+
+@contextmanager
+def configured(server: MariaDB, name: str, value: int) -> Iterator[None]:
+    """The setting of new sessions, for the block."""
+    ((before,),) = server.execute(server.url("mysql"), f"SELECT @@GLOBAL.{name}")
+    server.configure(**{name: value})
+    try:
+        yield
+    finally:
+        server.configure(**{name: before})
+
+
+@pytest.mark.parametrize("keyed", [False, True])
+async def test_a_limit_of_rows_hides_none(
+    mariadb: MariaDB, mysql_database: str, keyed: bool
+) -> None:
+    segments = [segment(range(n, n + 1), keyed=keyed) for n in range(50)]
+    with configured(mariadb, "sql_select_limit", 30):
+        async with open_sink(Settings(database_url=mysql_database), "a") as sink:
+            await sink.load(ONE, segments[:1])
+            loaded = await sink.load(ONE, segments)
+            assert (loaded.loaded, loaded.duplicate) == (49, 1)
+            ids = {each.id for each in segments}
+            assert await sink.loaded(list(ids)) == ids
+    assert len(there(mysql_database)) == 50
+
+
+async def test_safe_updates_stop_no_heartbeat(mariadb: MariaDB, mysql_database: str) -> None:
+    with configured(mariadb, "sql_safe_updates", 1):
+        async with open_sink(Settings(database_url=mysql_database), "a") as sink:
+            await sink.heartbeat(BEAT)
+            await sink.expire(["x"])
+            await sink.expire_source("b", "a")
+
+
+async def test_a_proxy_that_has_found_rows_counted_doubles_none(
+    mysql_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = LoadConnection.__init__
+
+    def proxied(self: LoadConnection, **arguments: object) -> None:
+        real(self, **arguments, client_flag=CLIENT.FOUND_ROWS)
+
+    monkeypatch.setattr(LoadConnection, "__init__", proxied)
+    first, other = segment(range(3), keyed=True), segment(range(1, 4), keyed=True)
+    async with open_sink(Settings(database_url=mysql_database), "a") as sink:
+        for each, counts in ((first, (3, 0)), (first, (0, 3)), (other, (1, 2))):
+            loaded = await sink.load(ONE, [each])
+            assert (loaded.loaded, loaded.duplicate) == counts
+    assert there(mysql_database) == [0, 1, 2, 3]
+
+
+async def test_many_keys_fit_into_small_packets(mariadb: MariaDB, mysql_database: str) -> None:
+    many = segment(range(12_000), keyed=True)
+    with configured(mariadb, "max_allowed_packet", 1_048_576):  # what `check` lets pass
+        async with open_sink(Settings(database_url=mysql_database), "a") as sink:
+            loaded = await sink.load(ONE, [many])
+            assert (loaded.loaded, loaded.duplicate) == (12_000, 0)
+            ids = [f"{n:032x}" for n in range(30_000)]
+            assert await sink.loaded([*ids, many.id]) == {many.id}
+            await sink.expire([*ids, many.id])
+            assert await sink.loaded([*ids, many.id]) == set()
