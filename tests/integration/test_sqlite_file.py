@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import shutil
 import sqlite3
@@ -18,7 +19,7 @@ from datapipe.events.segment import Segment
 from datapipe.events.types import Column
 from datapipe.settings import Settings
 from datapipe.sinks import Database, Heartbeat, Table, open_sink
-from datapipe.sinks.sqlite import connections, sink
+from datapipe.sinks.sqlite import connections, copy, sink
 from datapipe.sinks.sqlite.sink import SqlitePlugin
 
 INSTALL = Table("install", (Column("user_id", "bigint"), Column("received_at", "timestamptz")))
@@ -115,8 +116,9 @@ async def test_a_load_that_works_is_ended_by_abort(
 ) -> None:
     if within == "between two":  # where `interrupt` does nothing
         monkeypatch.setattr(connections.File, "shut", lambda *_: None)
+        monkeypatch.setattr(copy, "_pieces", itertools.repeat)
     await database.prepare(INSTALL)
-    large = segment(*range(500_000))
+    large = segment(*range(500_000 if within == "a statement" else 5000))
     loading = asyncio.create_task(database.load(INSTALL, [large]))
     with (
         closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as other,
@@ -127,8 +129,9 @@ async def test_a_load_that_works_is_ended_by_abort(
             other.execute("ROLLBACK")
             await asyncio.sleep(0.001)
     database.abort()
-    with pytest.raises(SinkUnavailable):
-        await loading
+    async with asyncio.timeout(10):
+        with pytest.raises(SinkUnavailable):
+            await loading
     assert users(path) == []
 
 
@@ -156,8 +159,20 @@ async def test_small_work_of_one_process_passes_the_loads_of_another(
     for each in loading:
         each.cancel()
     await asyncio.wait(loading)
-    print("PASSED", passed)
     assert passed < 50  # most often about 10: one load before each
+
+
+async def test_others_may_write_before_the_next_transaction_of_a_process(
+    path: Path, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "_GAP_S", 0.5)
+    async with opened(path, "two") as two:
+        await two.prepare(INSTALL)
+        await database.load(INSTALL, [segment(1)])
+        loading = asyncio.create_task(database.load(INSTALL, [segment(2)]))
+        await two.expire([])
+        assert not loading.done()
+        await loading
 
 
 # --- what becomes of the file ---
