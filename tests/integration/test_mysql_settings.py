@@ -7,9 +7,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pymysql
 import pytest
 from pymysql.constants import CLIENT
 
+from datapipe.errors import SinkUnavailable
 from datapipe.events.segment import Part, Segment
 from datapipe.events.types import Column
 from datapipe.settings import Settings
@@ -130,3 +132,26 @@ async def test_what_expires_does_not_wait_for_loads_under_way(
             other.commit()
     left = MariaDB.execute(mysql_database, "SELECT count(*) FROM datapipe_ledger")
     assert left == [(len(kinds),)]  # what was under way
+
+
+async def test_what_could_not_be_rolled_back_is_not_committed_by_the_next_load(
+    mysql_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = LoadConnection.query
+
+    def query(self: LoadConnection, sql: str, *more: object) -> int:
+        if sql == "ROLLBACK" or "LOAD DATA" in sql:
+            raise pymysql.OperationalError(1317, "Query execution was interrupted")
+        return int(real(self, sql, *more))
+
+    first, second = segment(range(1)), segment(range(1, 2))
+    async with open_sink(Settings(database_url=mysql_database), "a") as sink:
+        await sink.prepare(ONE)
+        monkeypatch.setattr(LoadConnection, "query", query)
+        with pytest.raises(SinkUnavailable, match="interrupted"):
+            await sink.load(ONE, [first])
+        monkeypatch.undo()
+        await sink.load(ONE, [second])
+        assert await sink.loaded([first.id, second.id]) == {second.id}
+        await sink.load(ONE, [first])
+    assert there(mysql_database) == [0, 1]

@@ -165,8 +165,10 @@ class LoadSessions(Sessions[LoadConnection]):
         return pymysql.OperationalError(CR.CR_SERVER_LOST, "shutting down")
 
     def roll_back(self, connection: LoadConnection) -> None:
-        with suppress(pymysql.MySQLError, OSError):
+        try:
             connection.query("ROLLBACK")
+        except (pymysql.MySQLError, OSError):
+            connection._force_close()  # the next START TRANSACTION would commit what is left
 
     def shut(self, connection: LoadConnection) -> None:
         with suppress(OSError, AttributeError):  # it has no socket any more
