@@ -133,7 +133,7 @@ def connected(address: Address) -> LoadConnection:
     connection = LoadConnection(
         **_arguments(address), database=address.database, local_infile=True, defer_connect=True,
         ssl=address.tls if address.required else None, ssl_disabled=address.tls is None,
-        read_timeout=_SILENT_S, write_timeout=_SILENT_S,
+        read_timeout=_CONNECT_S, write_timeout=_CONNECT_S,
     )  # fmt: skip
     try:
         end = socket.create_connection((address.host, address.port), _CONNECT_S)
@@ -147,6 +147,7 @@ def connected(address: Address) -> LoadConnection:
         raise pymysql.OperationalError(CR.CR_SERVER_HANDSHAKE_ERR, f"can't connect: {exc}") from exc
     for statement in _SESSION:
         connection.query(statement.format(lock_s=_LOAD_LOCK_S))
+    connection._read_timeout = connection._write_timeout = _SILENT_S
     return connection
 
 
