@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import pymysql
 import pytest
 from pymysql.constants import CLIENT
+from structlog.testing import capture_logs
 
 from datapipe.errors import SinkUnavailable
 from datapipe.events.segment import Part, Segment
@@ -155,3 +156,12 @@ async def test_what_could_not_be_rolled_back_is_not_committed_by_the_next_load(
         assert await sink.loaded([first.id, second.id]) == {second.id}
         await sink.load(ONE, [first])
     assert there(mysql_database) == [0, 1]
+
+
+async def test_the_log_names_the_server_that_it_is(mysql_database: str) -> None:
+    with capture_logs() as logged:
+        async with open_sink(Settings(database_url=mysql_database), "a") as sink:
+            await sink.heartbeat(BEAT)
+    (up,) = (each for each in logged if each["event"] == "database up")
+    assert up["product"] == "MariaDB"
+    assert up["version"] == sink.state().version is not None
