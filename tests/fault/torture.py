@@ -205,10 +205,10 @@ async def run_databases(make: Callable[..., Service], args: argparse.Namespace) 
     chance = random.Random(args.seed)
     started = time.monotonic()
     n = args.each
-    pair = {"services": 2, "restart_every": 5}
+    pair = {"services": 2}
     kinds: list[tuple[str, str, Callable[..., Any], int, dict[str, int]]] = [
         ("mariadb", "MariaDB: the service", kill_many, n, {}),
-        ("mariadb", "MariaDB: one of two services", kill_many, n, pair),
+        ("mariadb", "MariaDB: one of two services", kill_many, n, pair | {"restart_every": 5}),
         ("mariadb", "MariaDB: the server", crash_many, n, {}),
         ("mariadb", "MariaDB: nobody, the connection breaks", cut_many, n, {}),
         ("sqlite", "SQLite: the service", kill_many, 2 * n, {}),
