@@ -59,8 +59,9 @@ class Server:
         """The server and all that descend from it."""
         pids = [self.pid]
         for pid in pids:  # grows as it is read
-            for task in Path(f"/proc/{pid}/task").glob("*"):
-                pids += map(int, _read(pid, f"task/{task.name}/children").split())
+            with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+                for task in os.listdir(f"/proc/{pid}/task"):
+                    pids += map(int, _read(pid, f"task/{task}/children").split())
         return pids
 
     def load(self) -> dict[str, Any]:

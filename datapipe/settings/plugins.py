@@ -35,7 +35,7 @@ OURS = {
     },
 }
 # by the module that is missing
-EXTRAS = {"nats": "nats", "nkeys": "nats", "aiomysql": "mysql", "pymysql": "mysql"}
+EXTRAS = {"nats": "nats", "nkeys": "nats", "pymysql": "mysql"}
 
 
 class Plugin(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

@@ -62,6 +62,8 @@ _INDEXES = {
     "datapipe_ledger_kind": ("datapipe_ledger", ("kind", "loaded_at")),
     "datapipe_ledger_source": ("datapipe_ledger", ("source",)),
     "datapipe_dead_letters_lane": ("datapipe_dead_letters", ("lane", "sqlstate")),
+    # or each heartbeat locks the rows of all others while it looks for older ones of its mirror
+    "datapipe_processes_mirror": ("datapipe_processes", ("mirror",)),
 }
 
 

@@ -126,9 +126,10 @@ class ServerSink(SqlSink, Generic[_C]):
     async def begin_small(self, cursor: Any) -> None:
         """Begin a transaction on our own tables. Raises: the driver's errors, SinkUnavailable."""
 
-    def is_worth_repeating(self, exc: Any) -> bool:
-        """Whether small work may succeed at once on another connection."""
-        return self.verdict(exc) is Verdict.DOWN
+    def is_worth_repeating(self, exc: Exception, left: int) -> bool:
+        """Whether small work may succeed at once, on a new connection. Args: left: tries."""
+        is_drivers = isinstance(exc, self.driver_error)
+        return left == 2 and is_drivers and self.verdict(exc) is Verdict.DOWN
 
     # --- small work ---
 
@@ -138,15 +139,13 @@ class ServerSink(SqlSink, Generic[_C]):
         Args: lane: whose work it is, if it is one lane's.
         Raises: SinkUnavailable, or LaneBlocked for what only a person can repair.
         """
-        try:
+        for left in (2, 1, 0):
             try:
                 return await self._once(work)
-            except self.driver_error as exc:
-                if not self.is_worth_repeating(exc):
-                    raise
-                return await self._once(work)
-        except (self.driver_error, OSError) as exc:
-            raise self._error(exc, lane) from exc
+            except (self.driver_error, OSError) as exc:
+                if left == 0 or not self.is_worth_repeating(exc, left):
+                    raise self._error(exc, lane) from exc
+        raise AssertionError
 
     async def _once(self, work: Callable[[Any], Awaitable[_T]]) -> _T:
         try:

@@ -92,6 +92,9 @@ class InMariaDB:
     def accept_all(self) -> None:
         MariaDB.execute(self._url, "ALTER TABLE install DROP CONSTRAINT even")
 
+    def execute(self, sql: str) -> None:
+        MariaDB.execute(self._url, sql)
+
 
 class InMemory:
     def __init__(self) -> None:
@@ -299,6 +302,10 @@ async def test_keys_at_once_in_whatever_order(world: World) -> None:
 
 
 # --- ledger ---
+
+
+async def test_before_the_first_load_nothing_is_known(world: World) -> None:
+    assert await (await world.open()).loaded(["x"]) == set()
 
 
 async def test_the_ledger_forgets_what_is_removed_for_good(world: World) -> None:
@@ -723,7 +730,9 @@ def _parts_of(segment: Segment) -> tuple[Any, ...]:
 
 
 # the memory has no tables
-with_tables = pytest.mark.parametrize("world", ["postgres", "toy"], indirect=True)
+with_tables = pytest.mark.parametrize(
+    "world", ["postgres", "mariadb", "sqlite", "toy"], indirect=True
+)
 
 
 @with_tables

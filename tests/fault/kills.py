@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import os
 import random
 import signal
+import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from typing import Any
 
 from tests.databases import Server, aexecute, make_refusing
 from tests.fault.driver import Driver, Verdict
-from tests.fault.moments import Moment, Moments
+from tests.fault.moments import Moment, Moments, cut
 from tests.fault.proxy import moments_of
 from tests.service import Service, until
 
@@ -70,7 +72,7 @@ class Fleet:
                 await service.start()
             driver = Driver(
                 lambda: chance.choice(services).url, chance.getrandbits(32),
-                connections=connections, refuses=is_refused,
+                connections=connections, batch=20, refuses=is_refused,
             )  # fmt: skip
             yield cls(database, services, moments, driver)
             for service in services:
@@ -85,7 +87,7 @@ class Fleet:
         """Load all that waits, and compare; AssertionError if an event is not where it must be."""
         await self.driver.settle()
         for service in self.services:
-            await service.drained(120)
+            await drained(service)
         await self.look()
         verdict = await self.driver.check(self.database)
         assert not self.unbalanced, f"the books did not balance {self.unbalanced} times"
@@ -134,6 +136,16 @@ async def books_balance(service: Service) -> bool:
     books: dict[str, Any] = (await service.status())["books"]
     went = sum(books[key] for key in ("loaded", "duplicate", "dead", "waiting"))
     return bool(books["balanced"] and books["accepted"] + books["recovered"] == went)
+
+
+async def drained(service: Service, stuck_s: float = 60.0) -> None:
+    """Wait until nothing waits, however long it takes, as long as it gets less."""
+    least, until_s = math.inf, 0.0
+    while waiting := (status := await service.status())["books"]["waiting"]:
+        if waiting < least:
+            least, until_s = waiting, time.monotonic() + stuck_s
+        assert time.monotonic() < until_s, (status["summary"], status["lanes"])
+        await asyncio.sleep(0.05)
 
 
 async def ledger_forgets(database: str) -> None:
@@ -219,7 +231,34 @@ async def crash_many(
                 await loads(service)
                 await fleet.look()
         verdict = await fleet.check()
+        counts_right(await service.drained(), verdict)
     return {"kills": crashes, "restarts": 0, **figures(verdict)}
+
+
+async def cut_many(
+    server: Server, make_service: MakeService, chance: random.Random, cuts: int
+) -> dict[str, int]:
+    """The same for connections, around COMMIT; of a file: its disk fails."""
+    async with Fleet.running(server, make_service, chance) as fleet:
+        (service,), (moments,), driver = fleet.services, fleet.moments, fleet.driver
+        async with driver.running():
+            for _ in range(cuts):
+                moment = chance.choice([Moment.COMMIT, Moment.SENT, Moment.COMMITTED])
+                await moments.at(moment, cut)
+                await loads(service, 1)
+                await fleet.look()
+        verdict = await fleet.check()
+        counts_right(await service.drained(), verdict)
+    return {"kills": cuts, "restarts": 0, **figures(verdict)}
+
+
+def counts_right(books: dict[str, Any], verdict: Verdict) -> None:
+    """Whether a service that lived all the time says what is true."""
+    assert books["balanced"], books
+    assert books["accepted"] == verdict.answered + verdict.unanswered_stored, (books, verdict)
+    assert books["loaded"] == verdict.rows, (books, verdict)
+    assert books["duplicate"] == verdict.duplicates_by_key, (books, verdict)
+    assert books["dead"] == verdict.dead, (books, verdict)
 
 
 def figures(verdict: Verdict) -> dict[str, int]:

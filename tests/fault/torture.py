@@ -24,7 +24,7 @@ from typing import Any
 
 from tests.databases import running
 from tests.fault import hostile, pipelines
-from tests.fault.kills import crash_many, kill_many
+from tests.fault.kills import crash_many, cut_many, kill_many
 from tests.fault.machines import Machines, Pauses
 from tests.fault.nats_faults import FAULTS, FAULTS_APART, drawn
 from tests.fault.outage import LIMIT_BYTES, outage
@@ -205,13 +205,16 @@ async def run_databases(make: Callable[..., Service], args: argparse.Namespace) 
     chance = random.Random(args.seed)
     started = time.monotonic()
     n = args.each
+    pair = {"services": 2, "restart_every": 5}
     kinds: list[tuple[str, str, Callable[..., Any], int, dict[str, int]]] = [
         ("mariadb", "MariaDB: the service", kill_many, n, {}),
-        ("mariadb", "MariaDB: one of two services", kill_many, n, {"services": 2}),
+        ("mariadb", "MariaDB: one of two services", kill_many, n, pair),
         ("mariadb", "MariaDB: the server", crash_many, n, {}),
+        ("mariadb", "MariaDB: nobody, the connection breaks", cut_many, n, {}),
         ("sqlite", "SQLite: the service", kill_many, 2 * n, {}),
-        ("sqlite", "SQLite: one of two services", kill_many, 2 * n, {"services": 2}),
-        ("sqlite", "SQLite: the file's folder away", crash_many, n, {}),
+        ("sqlite", "SQLite: one of two services", kill_many, 2 * n, pair),
+        ("sqlite", "SQLite: nobody, the file's folder is away", crash_many, n, {}),
+        ("sqlite", "SQLite: nobody, the disk fails", cut_many, n, {}),
     ]
     lines = []
     for kind, name, work, count, options in kinds:

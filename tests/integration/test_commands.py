@@ -128,7 +128,7 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, str], str]] = {
     "no such mirror": ({"mirror": "redis"}, {}, f"mirror {FILE} redis journal"),
     "no such level": ({"log_level": "loud"}, {}, f"log_level {FILE} loud warning"),
     "no such format": ({"log_format": "xml"}, {}, f"log_format {FILE} json console"),
-    "not PostgreSQL": ({"database_url": "mysql://u:SECRET@h/d"}, {}, f"database_url {FILE}"),
+    "no such database": ({"database_url": "oracle://u:SECRET@h/d"}, {}, f"database_url {FILE}"),
     "no URL": ({"database_url": "postgresql://u:SECRET@h/d?no_such=1"}, {}, "database_url"),
     "secret of a wrong type": ({"admin_key": ["SECRET"]}, {}, f"admin_key {FILE}"),
     "secrets of a wrong type": ({"ingest_keys": "SECRET"}, {}, f"ingest_keys {FILE}"),

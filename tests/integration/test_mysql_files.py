@@ -77,7 +77,7 @@ def test_what_a_load_did_not_take_is_not_left_for_the_next_statement() -> None:
         assert server.received == []
 
 
-@pytest.mark.parametrize("at", ["SET NAMES", "SHOW GLOBAL", "SELECT"])
+@pytest.mark.parametrize("at", ["SET NAMES utf8mb4 COLLATE", "SHOW GLOBAL", "SELECT"])
 async def test_nor_does_the_pool_give_one(at: str) -> None:
     with MySqlServer.running(lambda statement: statement.startswith(at)) as server:
         async with open_sink(Settings(database_url=server.url), "one") as sink:

@@ -1,10 +1,13 @@
-"""Connections to MariaDB or MySQL: a pool of aiomysql's for small work, PyMySQL's for loads.
+"""Connections to MariaDB or MySQL: PyMySQL's, in threads.
 
 LOAD DATA LOCAL sends what the server asks for: it answers a statement with the name of a file, any
 name, whatever the statement was. So a connection here reads no file: the one answer that it has is
 what a load has offered before, and outside of a load it ends the connection. Those of the pool
 don't have the capability at all.
 Source: MySQL documentation, "Security Considerations for LOAD DATA LOCAL".
+
+aiomysql, whose connections would need no threads, begins TLS by a second transport over the same
+socket, which uvloop answers with "Device or resource busy" now and then.
 """
 
 from __future__ import annotations
@@ -12,19 +15,18 @@ from __future__ import annotations
 import os
 import select
 import socket
-import ssl
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
+from functools import partial
 from typing import Any
 
-import aiomysql
 import pymysql
 from pymysql.connections import Connection, MySQLResult
-from pymysql.constants import CLIENT, CR
+from pymysql.constants import CR
 from pymysql.converters import escape_item
 
 from datapipe.sinks.server import Pool
-from datapipe.sinks.threads import Sessions
+from datapipe.sinks.threads import Sessions, in_thread
 from datapipe.sinks.urls import Address
 
 PACKET_BYTES = 65_536  # at most `max_allowed_packet`; each is put together under the GIL
@@ -63,7 +65,7 @@ def _watch(end: socket.socket) -> None:
 
 
 def bound(sql: str, values: Sequence[Any]) -> str:
-    """The statement with its values in it; of a list SQL's: neither driver takes one."""
+    """The statement with its values in it; of a list SQL's: the driver takes none."""
     return sql % tuple(map(_literal, values)) if values else sql
 
 
@@ -128,12 +130,14 @@ class _Result(MySQLResult):  # type: ignore[misc]
         self._read_ok_packet(connection._read_packet())
 
 
-def connected(address: Address) -> LoadConnection:
-    """A connection for loads. Blocks. Raises: pymysql.MySQLError."""
+def connected(address: Address, *, loads: bool = True) -> LoadConnection:
+    """A connection. Blocks. Args: loads: it may send rows. Raises: pymysql.MySQLError."""
     connection = LoadConnection(
-        **_arguments(address), database=address.database, local_infile=True, defer_connect=True,
+        host=address.host, port=address.port, user=address.user, database=address.database,
+        password=address.password.encode().decode("latin-1"),  # as UTF-8, where it sends Latin-1
+        charset="utf8mb4", autocommit=True, local_infile=loads, defer_connect=True,
         ssl=address.tls if address.required else None, ssl_disabled=address.tls is None,
-        read_timeout=_CONNECT_S, write_timeout=_CONNECT_S,
+        read_timeout=_CONNECT_S, write_timeout=_CONNECT_S, program_name="datapipe",
     )  # fmt: skip
     try:
         end = socket.create_connection((address.host, address.port), _CONNECT_S)
@@ -146,9 +150,17 @@ def connected(address: Address) -> LoadConnection:
     except Exception as exc:  # an answer that PyMySQL can't read; a package that it lacks
         raise pymysql.OperationalError(CR.CR_SERVER_HANDSHAKE_ERR, f"can't connect: {exc}") from exc
     for statement in _SESSION:
-        connection.query(statement.format(lock_s=_LOAD_LOCK_S))
+        connection.query(statement.format(lock_s=_LOAD_LOCK_S if loads else _LOCK_S))
     connection._read_timeout = connection._write_timeout = _SILENT_S
     return connection
+
+
+def shut(connection: LoadConnection) -> None:
+    """End what a thread does with it, from another one."""
+    with suppress(OSError, AttributeError):  # it has no socket any more
+        end = socket.socket(fileno=os.dup(connection._sock.fileno()))
+        with end:
+            end.shutdown(socket.SHUT_RDWR)
 
 
 class LoadSessions(Sessions[LoadConnection]):
@@ -172,10 +184,7 @@ class LoadSessions(Sessions[LoadConnection]):
             connection._force_close()  # the next START TRANSACTION would commit what is left
 
     def shut(self, connection: LoadConnection) -> None:
-        with suppress(OSError, AttributeError):  # it has no socket any more
-            end = socket.socket(fileno=os.dup(connection._sock.fileno()))
-            with end:
-                end.shutdown(socket.SHUT_RDWR)
+        shut(connection)
 
     def close_one(self, connection: LoadConnection) -> None:
         with suppress(pymysql.MySQLError):
@@ -185,65 +194,37 @@ class LoadSessions(Sessions[LoadConnection]):
 # --- small work ---
 
 
-class _Cursor(aiomysql.Cursor):  # type: ignore[misc]
-    async def execute(self, sql: str, values: Sequence[Any] = ()) -> int:
-        """See aiomysql."""
-        return int(await super().execute(bound(sql, values)))
-
-    async def _show_warnings(self, connection: Any) -> None:
-        """None: aiomysql would make Python's warnings of them."""
-
-
-class _Pooled(aiomysql.Connection):  # type: ignore[misc]
-    async def _request_authentication(self) -> None:
-        """See aiomysql, which goes on without TLS where the server has none, and says it has."""
-        if self._ssl_context and not self.server_capabilities & CLIENT.SSL:
-            if self.required:
-                text = "TLS is required, and the server has none"
-                raise pymysql.OperationalError(CR.CR_SSL_CONNECTION_ERROR, text)
-            self._ssl_context: ssl.SSLContext | None = None
-            self.client_flag &= ~CLIENT.SSL
-        await super()._request_authentication()
-
-    async def _read_query_result(self, unbuffered: bool = False) -> None:
-        """See aiomysql, which says with a RuntimeError that the server asks for a file."""
-        try:
-            await super()._read_query_result(unbuffered)
-        except RuntimeError as exc:
-            raise pymysql.OperationalError(CR.CR_SERVER_LOST, _ASKS) from exc
-
-
 class SmallPool(Pool):
-    """aiomysql's connections."""
+    """Connections whose statements run in threads, one after the other."""
 
     def __init__(self, address: Address, size: int) -> None:
         super().__init__(size)
         self._address = address
 
-    async def connect(self) -> Any:
+    async def connect(self) -> _Small:
         """See `Pool.connect`."""
-        connection = _Pooled(
-            **_arguments(self._address), db=self._address.database, ssl=self._address.tls,
-            cursorclass=_Cursor, connect_timeout=_CONNECT_S,
-        )  # fmt: skip
-        connection.required = self._address.required
-        try:
-            await connection._connect()
-            descriptor = os.dup(connection._writer.get_extra_info("socket").fileno())
-            with socket.socket(fileno=descriptor) as end:
-                _watch(end)
-            for statement in _SESSION:
-                await connection.query(statement.format(lock_s=_LOCK_S))
-        except BaseException:
-            connection.close()
-            raise
-        return connection
+        return _Small(await in_thread(partial(connected, self._address, loads=False))[1])
 
 
-def _arguments(address: Address) -> dict[str, Any]:
-    """What both drivers want; a password goes as UTF-8, where they would send Latin-1."""
-    return {
-        "user": address.user, "password": address.password.encode().decode("latin-1"),
-        "host": address.host, "port": address.port, "charset": "utf8mb4", "autocommit": True,
-        "program_name": "datapipe",
-    }  # fmt: skip
+class _Small:
+    """A connection, and its cursor."""
+
+    def __init__(self, connection: LoadConnection) -> None:
+        self._connection = connection
+        self._cursor = connection.cursor()
+
+    def cursor(self) -> AbstractAsyncContextManager[_Small]:
+        return nullcontext(self)
+
+    async def execute(self, sql: str, values: Sequence[Any] = ()) -> None:
+        await in_thread(partial(self._cursor.execute, bound(sql, values)))[1]
+        self.description, self.rowcount = self._cursor.description, self._cursor.rowcount
+
+    async def fetchall(self) -> Sequence[tuple[Any, ...]]:
+        rows: Sequence[tuple[Any, ...]] = self._cursor.fetchall()
+        return rows
+
+    def close(self) -> None:
+        """At once, whatever its thread waits for."""
+        shut(self._connection)
+        self._connection._force_close()

@@ -72,7 +72,7 @@ _ENGINE = (
 
 
 class MySqlSink(ServerSink[LoadConnection]):
-    """aiomysql's connections for small work, PyMySQL's for loads."""
+    """See `connections`."""
 
     driver_error = pymysql.MySQLError
     verdict = staticmethod(verdict)
@@ -86,9 +86,9 @@ class MySqlSink(ServerSink[LoadConnection]):
         self.product = "MariaDB" if settings.sink_kind == "mariadb" else "MySQL"
         self._schema = at.database
 
-    def is_worth_repeating(self, exc: pymysql.MySQLError) -> bool:
+    def is_worth_repeating(self, exc: Exception, left: int) -> bool:
         """See `ServerSink.is_worth_repeating`. Heartbeats look at each other's rows: deadlocks."""
-        return super().is_worth_repeating(exc) or code_of(exc) == _DEADLOCK
+        return super().is_worth_repeating(exc, left) or code_of(exc) == _DEADLOCK
 
     async def begin_small(self, cursor: Any) -> None:
         """See `ServerSink.begin_small`."""

@@ -3,26 +3,30 @@
 They go to `executemany` in pieces, column by column: the text of a piece is cut at every tab and
 newline at once, so nothing is done for a single value, unless its type needs it, and nothing for a
 single row. When a row is refused, SQLite has undone it alone, the iterator stands behind it, and
-`executemany` goes on from there. Between rows it lets go of the interpreter lock.
+`executemany` goes on from there.
 """
 
 from __future__ import annotations
 
 import re
 import sqlite3
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import UTC, datetime
 from functools import partial
 from operator import length_hint
 
 from datapipe.errors import LaneBlocked
-from datapipe.events.types import NULL, Column
+from datapipe.events.types import NULL, Column, neutral_time
 from datapipe.sinks.sqlite.connections import Connection
 from datapipe.sinks.sqlite.dialect import DIALECT
 from datapipe.sinks.sqlite.errors import may_be_of_a_row, one_line, state_of
 from datapipe.sinks.transaction import RefusedRow, Rows
 
 PIECE_BYTES = 65_536  # fits into a processor's cache; larger ones are no faster
+
+# After so many bytes, about each ms: `executemany` lets go of the interpreter lock after each row,
+# but has it again before the event loop, which waits for it, is awake.
+_PAUSE_S = 0.00005
 
 # How a type's text becomes its value, where SQLite can tell.
 _VALUES = {"bigint": "CAST(? AS INTEGER)", "boolean": "? = 'True'"}
@@ -48,29 +52,31 @@ def copy_rows(
     values = ", ".join(_VALUES.get(type, "?") for type in types)
     sql = f"INSERT INTO {DIALECT.table(table)} ({names}) VALUES ({values})"
     connection.executemany(sql, ())  # an error without rows is not about a row
-    refused = []
+    refused, unpaused = [], 0
     for each in rows:
         for piece in _pieces(bytes(each.data)):
             connection.go_on()
+            if (unpaused := unpaused + len(piece)) >= PIECE_BYTES:
+                time.sleep(_PAUSE_S)
+                unpaused = 0
             for line, error in _insert(connection, sql, _read(types, piece.decode())):
-                row, said = piece.split(b"\n")[line] + b"\n", one_line(error)
-                column = re.search(rf"\b{re.escape(table)}\.(\w+)", said)
-                refused.append(
-                    RefusedRow(each.id, row, state_of(error), said, column and column[1])
+                row, state, said = (
+                    piece.split(b"\n")[line] + b"\n",
+                    state_of(error),
+                    one_line(error),
                 )
+                named = re.search(rf"\b{re.escape(table)}\.(\w+)", said)
+                refused.append(RefusedRow(each.id, row, state, said, named and named[1]))
     return refused
 
 
 def _pieces(data: bytes) -> Iterator[bytes]:
-    """Cut behind newlines, each of about `PIECE_BYTES`."""
+    """Cut behind newlines; of at most `PIECE_BYTES`, but for a single row."""
     at = 0
-    while len(data) - at > PIECE_BYTES:
-        middle = at + PIECE_BYTES
-        end = data.rfind(b"\n", at, middle) + 1 or data.index(b"\n", middle) + 1
+    while at < len(data):
+        end = data.rfind(b"\n", at, at + PIECE_BYTES) + 1 or data.index(b"\n", at) + 1
         yield data[at:end]
         at = end
-    if at < len(data):
-        yield data[at:]
 
 
 def _read(types: Sequence[str], text: str) -> list[Sequence[object]]:
@@ -126,15 +132,9 @@ def _floats(values: _Values) -> list[float | None]:
 def _times(values: _Values) -> _Values:
     """Without an offset, so that they are in order; release 1.0 wrote one."""
     return [
-        value if value is None or len(value) in _NEUTRAL else _neutral(value) for value in values
+        value if value is None or len(value) in _NEUTRAL else neutral_time(value)
+        for value in values
     ]
-
-
-def _neutral(time: str) -> str:
-    try:
-        return str(datetime.fromisoformat(time).astimezone(UTC))[:-6]
-    except OverflowError:
-        return time  # before the year 1, or past 9999
 
 
 _READ: dict[str, Callable[[_Values], Sequence[object]]] = {

@@ -146,16 +146,16 @@ class SqliteSink(SqlSink):
 
     async def findings(self, tables: Sequence[Table]) -> list[tuple[str, str]]:
         """See `SqlSink.findings`."""
-        where = f"database: {self._file.path}"
-        if not self._file.path.exists():
-            found = [("ok", f"{where}: will be made when it is needed")]
-            if not os.access(self._file.path.parent, os.W_OK):
-                found = [("fail", f"{where}: its folder can't be written")]
-        else:
+        where, may = f"database: {self._file.path}", os.access(self._file.path.parent, os.W_OK)
+        if self._file.path.exists():
             await self._read(self._file.may_write)
             ((mode,),) = await self.query("PRAGMA journal_mode")
             soon = "" if mode == "wal" else ", WAL from the first load on, if its file system can"
             found = [("ok", f"{where}: journal mode {mode}{soon}")]
+        else:
+            found = [("ok", f"{where}: will be made when it is needed")]
+        if not may:
+            found = [("fail", f"{where}: its folder can't be written")]
         if kind := _network(self._file.path):
             text = f"is on {kind}, whose locks may fail: two machines at once destroy it"
             found.append(("warn", f"{where}: {text}"))
