@@ -160,7 +160,7 @@ class ServerSink(SqlSink, Generic[_C]):
         except OSError:  # TimeoutError as well
             self._pool.renew()
             raise
-        if self.state().up is None:
+        if self.state().up is None and self.version:
             self.works(started)
         return result
 

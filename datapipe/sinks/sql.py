@@ -266,44 +266,48 @@ class SqlSink(TransactionalSink):
             if each.now - each.seen > (_HOUR_S if each.oldest is None else _IRONMQ_S)
             or outlived_s[each.process] > _HOUR_S
         ]
-        await self._own(
-            *(
-                (f"DELETE FROM {self._ledger} WHERE segment {self._one_of}", (d.listed(some),))
-                for some in sliced(removed)
-            ),
+        await self.forget(
+            *((f"segment {self._one_of}", (d.listed(some),)) for some in sliced(removed)),
+            (f"kind IN ('claim', 'part') AND loaded_at < {d.at.format('%s')}", (keys_until,)),
             (
-                f"DELETE FROM {self._ledger} WHERE kind IN ('claim', 'part')"
-                f" AND loaded_at < {d.at.format('%s')}",
-                (keys_until,),
-            ),
-            (
-                f"DELETE FROM {self._ledger} WHERE kind = 'segment' AND source = 'ironmq'"
-                f" AND loaded_at < {d.ago()}",
+                f"kind = 'segment' AND source = 'ironmq' AND loaded_at < {d.ago()}",
                 (_IRONMQ_S,),
             ),
-            (
-                f"DELETE FROM {self._processes} WHERE process {self._one_of}"
-                f" AND seen_at < {d.ago()}",  # it may have come back since we looked
-                (d.listed(gone), _HOUR_S),
-            ),
+        )
+        if gone:
+            await self._own(
+                (
+                    f"DELETE FROM {self._processes} WHERE process {self._one_of}"
+                    f" AND seen_at < {d.ago()}",  # it may have come back since we looked
+                    (d.listed(gone), _HOUR_S),
+                )
+            )
+
+    async def forget(self, *conditions: Statement) -> None:
+        """Delete those rows of the ledger; not those of transactions under way.
+
+        Raises: SinkUnavailable, LaneBlocked.
+        """
+        await self._own(
+            *((f"DELETE FROM {self._ledger} WHERE {sql}", values) for sql, values in conditions)
         )
 
     async def expire_source(self, source: str, process: str) -> None:
         """See `Ledger.expire_source`."""
         of_others = "= %s AND process <> %s"
+        await self.forget((f"source {of_others}", (source, process)))
         await self._own(
-            (f"DELETE FROM {self._ledger} WHERE source {of_others}", (source, process)),
-            (f"DELETE FROM {self._processes} WHERE mirror {of_others}", (source, process)),
+            (f"DELETE FROM {self._processes} WHERE mirror {of_others}", (source, process))
         )
 
     async def expire_lanes(self, source: str, before: Mapping[str, float]) -> None:
         """See `Ledger.expire_lanes`."""
         sql = (
-            f"DELETE FROM {self._ledger} WHERE kind = 'segment' AND source = %s AND lane = %s"
+            "kind = 'segment' AND source = %s AND lane = %s"
             f" AND loaded_at < {self._dialect.at.format('%s')}"
         )
         if before:
-            await self._own(*((sql, (source, lane, at)) for lane, at in before.items()))
+            await self.forget(*((sql, (source, lane, at)) for lane, at in before.items()))
 
     async def now(self) -> float:
         """See `Ledger.now`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pymysql
@@ -10,6 +11,7 @@ import pytest
 from datapipe.errors import SinkUnavailable
 from datapipe.settings import Settings
 from datapipe.sinks import open_sink
+from datapipe.sinks.mysql import connections
 from datapipe.sinks.mysql.connections import connected
 from datapipe.sinks.mysql.sink import MySqlSink
 from datapipe.sinks.urls import server_address
@@ -40,6 +42,16 @@ def test_an_answer_that_makes_no_sense_is_an_error_of_the_driver(
         pytest.raises(pymysql.OperationalError, match="can't connect"),
     ):
         connected(server_address(server.url, 0))
+
+
+def test_a_server_that_takes_connections_and_says_nothing_is_given_up_soon(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(connections, "_CONNECT_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"mysql://app@127.0.0.1:{silent.getsockname()[1]}/events"
+        with pytest.raises(pymysql.OperationalError, match="timed out"):
+            connected(server_address(url, 0))
 
 
 def test_whatever_file_is_asked_for_the_load_s_rows_are_sent_and_once() -> None:

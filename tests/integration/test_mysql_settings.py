@@ -1,13 +1,18 @@
-"""What is set on the way to a server, or for all of its sessions, changes no load of ours."""
+"""What is set on the way to a server, or done there by others, changes no work of ours."""
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pymysql
 import pytest
 from pymysql.constants import CLIENT
+from structlog.testing import capture_logs
 
+from datapipe.errors import SinkUnavailable
 from datapipe.events.segment import Part, Segment
 from datapipe.events.types import Column
 from datapipe.settings import Settings
@@ -97,3 +102,66 @@ async def test_many_keys_fit_into_small_packets(mariadb: MariaDB, mysql_database
             assert await sink.loaded([*ids, many.id]) == {many.id}
             await sink.expire([*ids, many.id])
             assert await sink.loaded([*ids, many.id]) == set()
+
+
+@pytest.mark.parametrize("rows", [1, 50])
+async def test_what_expires_does_not_wait_for_loads_under_way(
+    mysql_database: str, rows: int
+) -> None:
+    async with open_sink(Settings(database_url=mysql_database, dedupe_window=0.0), "a") as sink:
+        await sink.prepare(ONE)
+        old = (
+            "INSERT INTO datapipe_ledger (segment, kind, source, lane, process, loaded_at)"
+            " SELECT CONCAT(%s, seq), %s, %s, 'one', 'b', UTC_TIMESTAMP() - INTERVAL 40 DAY"
+            f" FROM seq_1_to_{rows}"
+        )
+        kinds = [("claim", None), ("segment", "ironmq"), ("segment", "nats:x"), ("segment", "j")]
+        for kind, source in kinds:
+            MariaDB.execute(mysql_database, old, f"{kind}:{source}", kind, source)
+        with MariaDB.connect(mysql_database, autocommit=False) as other:
+            under_way = (
+                "INSERT INTO datapipe_ledger (segment, kind, source, lane)"
+                " VALUES (%s, %s, %s, 'one')"
+            )
+            for kind, source in kinds:
+                other.cursor().execute(under_way, (f"{kind}:{source}1a", kind, source))
+            async with asyncio.timeout(4):  # to wait for a lock takes 5 s
+                await sink.heartbeat(BEAT)
+                await sink.expire(["x"])
+                await sink.expire_lanes("nats:x", {"one": time.time() - 60})
+                await sink.expire_source("j", "a")
+            other.commit()
+    left = MariaDB.execute(mysql_database, "SELECT count(*) FROM datapipe_ledger")
+    assert left == [(len(kinds),)]  # what was under way
+
+
+async def test_what_could_not_be_rolled_back_is_not_committed_by_the_next_load(
+    mysql_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = LoadConnection.query
+
+    def query(self: LoadConnection, sql: str, *more: object) -> int:
+        if sql == "ROLLBACK" or "LOAD DATA" in sql:
+            raise pymysql.OperationalError(1317, "Query execution was interrupted")
+        return int(real(self, sql, *more))
+
+    first, second = segment(range(1)), segment(range(1, 2))
+    async with open_sink(Settings(database_url=mysql_database), "a") as sink:
+        await sink.prepare(ONE)
+        monkeypatch.setattr(LoadConnection, "query", query)
+        with pytest.raises(SinkUnavailable, match="interrupted"):
+            await sink.load(ONE, [first])
+        monkeypatch.undo()
+        await sink.load(ONE, [second])
+        assert await sink.loaded([first.id, second.id]) == {second.id}
+        await sink.load(ONE, [first])
+    assert there(mysql_database) == [0, 1]
+
+
+async def test_the_log_names_the_server_that_it_is(mysql_database: str) -> None:
+    with capture_logs() as logged:
+        async with open_sink(Settings(database_url=mysql_database), "a") as sink:
+            await sink.heartbeat(BEAT)
+    (up,) = (each for each in logged if each["event"] == "database up")
+    assert up["product"] == "MariaDB"
+    assert up["version"] == sink.state().version is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import shutil
 import sqlite3
@@ -18,7 +19,8 @@ from datapipe.events.segment import Segment
 from datapipe.events.types import Column
 from datapipe.settings import Settings
 from datapipe.sinks import Database, Heartbeat, Table, open_sink
-from datapipe.sinks.sqlite import connections, sink
+from datapipe.sinks.sqlite import connections, copy, sink
+from datapipe.sinks.sqlite.sink import SqlitePlugin
 
 INSTALL = Table("install", (Column("user_id", "bigint"), Column("received_at", "timestamptz")))
 BEAT = Heartbeat("one", "journal1", None)
@@ -108,9 +110,15 @@ async def test_a_load_that_waits_is_ended_by_abort(path: Path, database: Databas
                 await loading
 
 
-async def test_a_load_that_works_is_ended_by_abort(path: Path, database: Database) -> None:
+@pytest.mark.parametrize("within", ["a statement", "between two"])
+async def test_a_load_that_works_is_ended_by_abort(
+    path: Path, database: Database, within: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if within == "between two":  # where `interrupt` does nothing
+        monkeypatch.setattr(connections.File, "shut", lambda *_: None)
+        monkeypatch.setattr(copy, "_pieces", itertools.repeat)
     await database.prepare(INSTALL)
-    large = segment(*range(500_000))
+    large = segment(*range(500_000 if within == "a statement" else 5000))
     loading = asyncio.create_task(database.load(INSTALL, [large]))
     with (
         closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as other,
@@ -121,8 +129,9 @@ async def test_a_load_that_works_is_ended_by_abort(path: Path, database: Databas
             other.execute("ROLLBACK")
             await asyncio.sleep(0.001)
     database.abort()
-    with pytest.raises(SinkUnavailable):
-        await loading
+    async with asyncio.timeout(10):
+        with pytest.raises(SinkUnavailable):
+            await loading
     assert users(path) == []
 
 
@@ -138,7 +147,7 @@ async def test_small_work_of_one_process_passes_the_loads_of_another(
             await database.load(INSTALL, [segment(*range(20_000))])
             loads += 1
 
-    loading = asyncio.create_task(load_on_and_on())
+    loading = [asyncio.create_task(load_on_and_on()) for _ in range(3)]  # workers
     async with opened(path, "two") as two:
         await two.heartbeat(Heartbeat("two", "two", None))
         while not loads:
@@ -147,9 +156,23 @@ async def test_small_work_of_one_process_passes_the_loads_of_another(
         for _ in range(10):
             await two.heartbeat(Heartbeat("two", "two", None))
         passed = loads - before
-    loading.cancel()
-    await asyncio.wait([loading])
+    for each in loading:
+        each.cancel()
+    await asyncio.wait(loading)
     assert passed < 50  # most often about 10: one load before each
+
+
+async def test_others_may_write_before_the_next_transaction_of_a_process(
+    path: Path, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "_GAP_S", 0.5)
+    async with opened(path, "two") as two:
+        await two.prepare(INSTALL)
+        await database.load(INSTALL, [segment(1)])
+        loading = asyncio.create_task(database.load(INSTALL, [segment(2)]))
+        await two.expire([])
+        assert not loading.done()
+        await loading
 
 
 # --- what becomes of the file ---
@@ -320,3 +343,8 @@ async def test_it_is_one_file_once_all_have_closed_it(path: Path) -> None:
     assert sorted(each.name for each in path.parent.iterdir()) == ["events.db"]
     shutil.copy(path, path.with_name("copy"))
     assert users(path.with_name("copy")) == [1, 2]
+
+
+def test_a_relative_path_is_made_absolute_by_the_settings() -> None:
+    settings = Settings(database_url="sqlite:///events.db")
+    assert SqlitePlugin().settled(settings, Path("/var")).database_url == "sqlite:////var/events.db"

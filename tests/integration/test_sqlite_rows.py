@@ -161,7 +161,16 @@ HOSTILE = [
 EXTREMES: dict[str, list[Any]] = {
     "s": HOSTILE,
     "i": [0, -1, 2**63 - 1, -(2**63), 2**53 + 1],
-    "f": [0.0, 5e-324, 1.7976931348623157e308, 0.1, 1.0, 1e15, 123456789.123456789, 2.0**63],
+    "f": [
+        2.844140741178161e289,
+        5e-324,
+        1.7976931348623157e308,
+        0.1,
+        1.0,
+        1e15,
+        123456789.123456789,
+        2.0**63,
+    ],
     "n": [Decimal(x) for x in ("0", "-0", "1.10", "1e300", "9" * 60 + ".0000000000000000000001")],
     "at": [datetime(1, 1, 1, tzinfo=UTC), datetime(9999, 12, 31, 23, 59, 59, 999999, UTC)],
     "o": [{}, {"é\t\n": ["\\", "\r", {"": None}]}, {"n": 10**40}],
@@ -371,8 +380,11 @@ async def test_what_is_wrong_with_the_table_is_not_a_row(tmp_path: Path) -> None
     assert await letters(path) == []
 
 
-async def test_a_number_that_a_text_column_gets_is_text(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("type", "held"), [("TEXT", "1"), ("ANY", 1)])
+async def test_a_number_is_one_unless_its_column_holds_text(
+    tmp_path: Path, type: str, held: str | int
+) -> None:
     path = tmp_path / "events.db"
-    execute(path, "CREATE TABLE rows (n TEXT, t ANY, received_at TEXT) STRICT")
+    execute(path, f"CREATE TABLE rows (n {type}, t ANY, received_at TEXT) STRICT")
     assert await load(path, ROWS, f"1\t007\t{AT}\n".encode()) == Loaded(1)
-    assert execute(path, "SELECT n, t FROM rows") == [("1", "007")]
+    assert execute(path, "SELECT n, t FROM rows") == [(held, "007")]

@@ -137,7 +137,7 @@ def connected(address: Address, *, loads: bool = True) -> LoadConnection:
         password=address.password.encode().decode("latin-1"),  # as UTF-8, where it sends Latin-1
         charset="utf8mb4", autocommit=True, local_infile=loads, defer_connect=True,
         ssl=address.tls if address.required else None, ssl_disabled=address.tls is None,
-        read_timeout=_SILENT_S, write_timeout=_SILENT_S, program_name="datapipe",
+        read_timeout=_CONNECT_S, write_timeout=_CONNECT_S, program_name="datapipe",
     )  # fmt: skip
     try:
         end = socket.create_connection((address.host, address.port), _CONNECT_S)
@@ -151,6 +151,7 @@ def connected(address: Address, *, loads: bool = True) -> LoadConnection:
         raise pymysql.OperationalError(CR.CR_SERVER_HANDSHAKE_ERR, f"can't connect: {exc}") from exc
     for statement in _SESSION:
         connection.query(statement.format(lock_s=_LOAD_LOCK_S if loads else _LOCK_S))
+    connection._read_timeout = connection._write_timeout = _SILENT_S
     return connection
 
 
@@ -177,8 +178,10 @@ class LoadSessions(Sessions[LoadConnection]):
         return pymysql.OperationalError(CR.CR_SERVER_LOST, "shutting down")
 
     def roll_back(self, connection: LoadConnection) -> None:
-        with suppress(pymysql.MySQLError, OSError):
+        try:
             connection.query("ROLLBACK")
+        except (pymysql.MySQLError, OSError):
+            connection._force_close()  # the next START TRANSACTION would commit what is left
 
     def shut(self, connection: LoadConnection) -> None:
         shut(connection)

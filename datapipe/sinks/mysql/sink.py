@@ -33,7 +33,7 @@ from datapipe.sinks.mysql.copy import Copier
 from datapipe.sinks.mysql.dialect import dialect
 from datapipe.sinks.mysql.errors import code_of, described, is_away, verdict
 from datapipe.sinks.server import ServerSink, fetch
-from datapipe.sinks.sql import SqlTransaction, sliced
+from datapipe.sinks.sql import SqlTransaction, Statement, sliced
 from datapipe.sinks.transaction import Entry, RefusedRow, Rows, Transaction
 from datapipe.sinks.urls import server_address
 
@@ -57,6 +57,13 @@ _FOR_DDL = {
     "CREATE TABLE": ("CREATE",), "CREATE INDEX": ("INDEX",), "ALTER TABLE": ("ALTER", "CREATE"),
 }  # fmt: skip
 _GRANT = re.compile(r"GRANT (.+) ON (\*|`(?:[^`]|``)+`)\.(\*|`(?:[^`]|``)+`) TO ")
+
+_LOOK = "SELECT segment FROM datapipe_ledger"
+_DELETE = (
+    "DELETE datapipe_ledger FROM JSON_TABLE(%s, '$[*]' COLUMNS"
+    " (id VARCHAR(191) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin PATH '$')) AS found"
+    " STRAIGHT_JOIN datapipe_ledger ON datapipe_ledger.segment = found.id"
+)
 
 _ENGINE = (
     "SELECT engine FROM information_schema.tables"
@@ -118,6 +125,16 @@ class MySqlSink(ServerSink[LoadConnection]):
             self._dialect.listed(list(lanes)),
         )
         return {lanes[thread]: Wait(state) for thread, state in rows}
+
+    async def forget(self, *conditions: Statement) -> None:
+        """See `SqlSink.forget`. A DELETE waits for each row under way that it passes, in
+        a small ledger for all: so rows are looked for without locks, and deleted by their keys.
+        """
+        for sql, values in conditions:
+            rows = (await self._own((f"{_LOOK} WHERE {sql}", values))).rows
+            for some in sliced([id for (id,) in rows]):
+                ids = msgspec.json.encode(some).decode()
+                await self._own((f"{_DELETE} WHERE {sql}", (ids, *values)))
 
     # --- tables ---
 

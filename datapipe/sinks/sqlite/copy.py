@@ -105,16 +105,13 @@ def _insert(
             if not may_be_of_a_row(exc):
                 raise
             if not connection.in_transaction:
-                raise LaneBlocked(
-                    f"the table rolls back a whole transaction (ROLLBACK) for one row that it "
-                    f"refuses; let it ABORT: {one_line(exc)}"
-                ) from exc
-            if connection.execute("SELECT changes()").fetchone()[0]:
-                raise LaneBlocked(
-                    f"the table keeps a row that it refuses (FAIL, in a trigger); let it ABORT: "
-                    f"{one_line(exc)}"
-                ) from exc
-            yield len(columns[0]) - length_hint(first) - 1, exc
+                how = "rolls back a whole transaction (ROLLBACK) for one row that it refuses"
+            elif connection.execute("SELECT changes()").fetchone()[0]:
+                how = "keeps a row that it refuses (FAIL, in a trigger)"
+            else:
+                yield len(columns[0]) - length_hint(first) - 1, exc
+                continue
+            raise LaneBlocked(f"the table {how}; let it ABORT: {one_line(exc)}") from exc
 
 
 def _unescaped(values: Sequence[str]) -> _Values:

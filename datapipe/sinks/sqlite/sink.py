@@ -59,7 +59,7 @@ class SqliteSink(SqlSink):
         return await self._outcome(self._file.run(self._file.connect, work), lane)
 
     async def _outcome(self, work: Awaitable[_T], lane: str | None) -> _T:
-        """The same, with errors of ours; notes what it says of the database, and of our tables.
+        """The same, with errors of ours; notes that the database is down, if so.
 
         Raises: SinkUnavailable; of a lane's work: LaneBlocked, TableMissing.
         """
@@ -70,8 +70,6 @@ class SqliteSink(SqlSink):
             error = error_of(exc, self._file.path, lane)
             if verdict(exc) is Verdict.DOWN:
                 self.down(str(error))
-            elif verdict(exc) is Verdict.MISSING:
-                self._prepared.clear()  # it may be a new file
             raise error from exc
         if lane is None:
             self.answer_s = time.perf_counter() - began
