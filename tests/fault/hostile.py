@@ -22,7 +22,7 @@ from multidict import CIMultiDict
 from datapipe.app import PIPELINE, Pipeline, create_app
 from datapipe.http import responses as answers
 from datapipe.settings import Settings
-from tests.postgres import Postgres
+from tests.databases import Server, execute
 
 CORPUS = sorted((Path(__file__).parent.parent / "corpus").iterdir())
 KINDS = ("int", "float", "str", "bool", "datetime", "date", "Decimal", "UUID", "dict", "list")
@@ -166,9 +166,9 @@ class Run:
             await self.post(body)
 
 
-def run(postgres: Postgres, count: int, number: int = 0) -> Hostile:
+def run(server: Server, count: int, number: int = 0) -> Hostile:
     """Send so many. AssertionError: an answer of 5xx, or a good neighbour was lost."""
-    database = postgres.create_database()
+    database = server.create_database()
     app = create_app(
         Settings(
             database_url=database, mirror="none", buffer_max_bytes=1 << 30,
@@ -200,7 +200,7 @@ def run(postgres: Postgres, count: int, number: int = 0) -> Hostile:
             loop.run(runner.cleanup())
     found = sent.found
     assert (found.loaded, found.dead) == (found.accepted, 0), found
-    ((rows, distinct),) = postgres.execute(
+    ((rows, distinct),) = execute(
         database, "SELECT count(*), count(DISTINCT user_id) FROM purchase WHERE sku = 'good'"
     )
     assert rows == distinct == found.good, (rows, found)
