@@ -83,6 +83,16 @@ class Fleet:
         for service in self.services:
             self.unbalanced += not await books_balance(service)
 
+    async def enough(self) -> None:
+        """Wait until what must not go wrong was there: a key used twice, and a refused row."""
+
+        async def there() -> bool:
+            posts = [post for post in self.driver.posts if post.answered]
+            refused = any(is_refused(*each) for post in posts for each in post.events)
+            return refused and any(post.answered > 1 for post in posts)
+
+        await until(there, what="a key used twice, and a refused row")
+
     async def check(self) -> Verdict:
         """Load all that waits, and compare; AssertionError if an event is not where it must be."""
         await self.driver.settle()
@@ -210,6 +220,7 @@ async def kill_many(
                 await kill_at(victim, fleet.moments[index], moment, chance.uniform(0, 0.005))
                 await victim.start()
                 await fleet.look()
+            await fleet.enough()
         verdict = await fleet.check()
     return {"kills": kills, "restarts": restarts, **figures(verdict)}
 
@@ -230,6 +241,7 @@ async def crash_many(
                 await asyncio.to_thread(server.start)
                 await loads(service)
                 await fleet.look()
+            await fleet.enough()
         verdict = await fleet.check()
         counts_right(await service.drained(), verdict)
     return {"kills": crashes, "restarts": 0, **figures(verdict)}
@@ -247,6 +259,7 @@ async def cut_many(
                 await moments.at(moment, cut)
                 await loads(service, 1)
                 await fleet.look()
+            await fleet.enough()
         verdict = await fleet.check()
         counts_right(await service.drained(), verdict)
     return {"kills": cuts, "restarts": 0, **figures(verdict)}
