@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -61,6 +62,7 @@ def paths() -> list[Path]:
     return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
+@cache
 def read(path: Path) -> Page:
     """Raises: AssertionError: it has an indented block, or a mark that marks nothing."""
     page = Page(path)

@@ -209,8 +209,10 @@ async def test_json_that_jsonb_refuses_costs_itself_only(
 async def test_the_page_shows_them_escaped_and_its_buttons_act(
     service: Service, postgres: Postgres, database: str
 ) -> None:
-    postgres.execute(database, "ALTER TABLE crash_report ADD CHECK (user_id > 0)")
     script = {"event_name": "crash_report", "user_id": -1, "timestamp": 1, "message": "<script>x"}
+    await service.post({**script, "user_id": 1})
+    await service.drained()
+    postgres.execute(database, "ALTER TABLE crash_report ADD CHECK (user_id > 0)")
     await service.post([install(3), install(5), script])
     await service.drained()
     async with service.session.get(f"{service.url}/") as answer:

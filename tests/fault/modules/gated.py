@@ -38,6 +38,12 @@ class _Load:
 
     entered = copying = False
 
+    def enter(self) -> None:
+        self.entered = True
+
+    def copy(self, copying: bool) -> None:
+        self.copying = copying
+
 
 def _of(connection: Any) -> _Load:
     load: _Load = connection.__dict__.setdefault("load", _Load())
@@ -49,14 +55,14 @@ def _on_execute(self: Any, sql: str, *values: Any) -> Any:
     if sql.startswith("BEGIN"):
         self.load = load = _Load()
     if not load.entered and "INSERT INTO" in sql and values and "segment" in values[0]:
-        load.entered = True
+        load.enter()
         _ask("LEDGER")
     if sql != "COMMIT" or not load.copying:
         return _execute(self, sql, *values)
     _ask("COMMIT")
     sent = _tell("SENT")
     cursor = _execute(self, sql, *values)
-    load.copying = False
+    load.copy(False)
     _ask("COMMITTED")
     sent.close()
     _tell("TOLD").close()
@@ -66,7 +72,7 @@ def _on_execute(self: Any, sql: str, *values: Any) -> Any:
 def _on_executemany(self: Any, sql: str, rows: Any) -> Any:
     load = _of(self)
     if load.entered and not load.copying and rows != ():
-        load.copying = True
+        load.copy(True)
         _ask("COPY")
     return _executemany(self, sql, rows)
 
