@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
+import sqlite3
+import time
+from contextlib import closing
 from pathlib import Path
 
 import aiohttp
@@ -30,7 +34,7 @@ async def test_four_processes_one_of_them_killed(database: str, tmp_path: Path, 
             await driver.answered(200)
             await until(rotated, 60, "a log of each process that was rotated")
             victim = (await supervisor.pids())["datapipe:2"]
-            os.kill(victim, signal.SIGKILL)
+            await asyncio.to_thread(kill_with_events, victim)
 
             async def replaced() -> bool:
                 pids = await supervisor.pids()
@@ -48,6 +52,22 @@ async def test_four_processes_one_of_them_killed(database: str, tmp_path: Path, 
     assert [line for line in lines if line["event"] == "recovered"]
     told = (supervisor.logs / "supervisord.log").read_text()
     assert told.count("stopped: ") == told.count("(exit status 0)") == PROCESSES, told
+
+
+def kill_with_events(pid: int) -> None:
+    """SIGKILL, at a moment at which its journal holds events that somebody has to recover."""
+    opened = {os.readlink(each) for each in Path(f"/proc/{pid}/fd").iterdir()}
+    (journal,) = (name for name in opened if name.endswith(".sqlite"))
+    for _ in range(1000):
+        os.kill(pid, signal.SIGSTOP)
+        with closing(sqlite3.connect(f"file:{journal}?mode=ro", uri=True)) as look:
+            if look.execute("SELECT count(*) FROM segments").fetchone() > (0,):
+                break
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(0.01)
+    else:
+        raise AssertionError("nothing ever waited")
+    os.kill(pid, signal.SIGKILL)
 
 
 async def test_load_now_reaches_all(database: str, tmp_path: Path) -> None:
