@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from datapipe.errors import LaneBlocked, SinkUnavailable
-from datapipe.sinks.sqlite.errors import Verdict, error_of, may_be_of_a_row, state_of, verdict
+from datapipe.sinks.sqlite.errors import error_of, may_be_of_a_row, state_of, verdict
 from datapipe.sinks.transaction import TableMissing
+from datapipe.sinks.verdict import Verdict
 
 TABLE = (
     "CREATE TABLE install (id INTEGER PRIMARY KEY, user_id INTEGER NOT NULL UNIQUE,"

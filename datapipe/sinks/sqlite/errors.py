@@ -5,24 +5,13 @@ Source of the codes: SQLite documentation, "Result and Error Codes".
 
 from __future__ import annotations
 
-import enum
 import re
 import sqlite3
 from pathlib import Path
 
 from datapipe.errors import LaneBlocked, SinkUnavailable
 from datapipe.sinks.transaction import TableMissing
-
-
-class Verdict(enum.Enum):
-    """What an error of the database means for the load in hand."""
-
-    DOWN = "the whole database: again later"
-    LATER = "this lane: again later"
-    MISSING = "a table or column is missing: one DDL pass, then again"
-    BLOCKED = "this lane is blocked until a person acts"
-    ROW = "one row is refused"
-
+from datapipe.sinks.verdict import Verdict
 
 # By the primary code, which is the lowest byte of an extended one. All others are of the whole
 # file: BUSY (only after a long wait), READONLY, IOERR, CORRUPT, FULL, CANTOPEN, NOTADB, NOMEM, ...

@@ -24,9 +24,10 @@ from datapipe.sinks.sql import Result, SqlSink, SqlTransaction, Statement
 from datapipe.sinks.sqlite.connections import Connection, File
 from datapipe.sinks.sqlite.copy import copy_rows
 from datapipe.sinks.sqlite.dialect import DIALECT, marked
-from datapipe.sinks.sqlite.errors import AWAY, Verdict, error_of, primary, verdict
+from datapipe.sinks.sqlite.errors import AWAY, error_of, primary, verdict
 from datapipe.sinks.transaction import Entry, RefusedRow, Rows, Transaction
 from datapipe.sinks.urls import file_path
+from datapipe.sinks.verdict import Verdict
 
 _OLDEST = (3, 37, 0)  # with STRICT tables
 
