@@ -100,6 +100,10 @@ def _parser() -> argparse.ArgumentParser:
     defining.add_argument(
         "--apply", action="store_true", help="make what is missing, and print only that"
     )
+    defining.add_argument(
+        "--adopt", metavar="NAME", action="append", default=[],
+        help="keep a table that was there before in order as one of ours (PostgreSQL)",
+    )  # fmt: skip
     _add_dead(sub)
     text = "print the class of a new event type"
     new = add("new-event", commands.new_event, text, uses_database=False)

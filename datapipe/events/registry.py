@@ -16,6 +16,12 @@ _TYPE_NAMES = {kind.__name__: kind for kind in PG_TYPES}
 # type, `?` for nullable, and the default as JSON: "bool = false"
 _DECLARED = re.compile(r"\s*(\w+)\s*(\?)?\s*(?:=\s*(.+))?", re.DOTALL)
 
+# of the table, not of an event: no field is called so
+_OPTIONS = {
+    "@partition": "__datapipe_partition__",
+    "@retention": "__datapipe_retention__",
+}
+
 
 class CrashReport(Event):
     user_id: int
@@ -76,7 +82,8 @@ def load_registry(settings: Settings) -> Registry:
         except Exception as exc:
             why = f"{type(exc).__name__}: {exc}"
             raise ConfigError(f"event_modules: {module!r} can't be imported: {why}") from exc
-    bounds = settings.input_max_len, plugin(settings, "sink").limits
+    sink = plugin(settings, "sink")
+    bounds = settings.input_max_len, sink.limits
     types = [EventType(name, cls, *bounds) for name, cls in registered()]
     taken = {kind.name for kind in types}
     for name, fields in settings.events.items():
@@ -95,6 +102,12 @@ def load_registry(settings: Settings) -> Registry:
             "builtin_events: there is no event type: set it to true, or declare types in "
             "event_modules or events"
         )
+    for kind in types:
+        if (kind.partition or kind.retention_s) and not sink.has_partitions:
+            raise ConfigError(
+                f"event type {kind.name!r}: partition and retention are PostgreSQL's alone, not "
+                f"{settings.sink_kind}'s: leave them out, or take a PostgreSQL as database_url"
+            )
     return Registry(types)
 
 
@@ -103,6 +116,11 @@ def declared_class(name: str, fields: dict[str, str]) -> type[Event]:
     body: dict[str, Any] = {"__annotations__": {}}
     for field, text in fields.items():
         place = f"events.{name}.{field}"
+        if field in _OPTIONS:
+            body[_OPTIONS[field]] = text
+            continue
+        if field.startswith("@"):
+            raise ConfigError(f"{place}: no such option; there are {' and '.join(_OPTIONS)}")
         if not field.isidentifier() or field.startswith("__"):
             raise ConfigError(
                 f"events.{name}: {field!r} can't be a key: letters, digits and _, not __ in front"

@@ -78,6 +78,10 @@ WORK = {
         "The upkeep of the mirror",
         "Meanwhile it gives no space back, and messages of a remote one come closer to their end.",
     ),
+    "tables": (
+        "The upkeep of tables",
+        "Meanwhile no partitions are made ahead, and what is older than its retention stays.",
+    ),
 }
 _WORK_RANK = _RANK["room", "fails"] - 0.5
 # A part is not named while one of these fails: then that is why, or says the same. Nor is one that
@@ -85,7 +89,7 @@ _WORK_RANK = _RANK["room", "fails"] - 0.5
 _BECAUSE = {
     "mirror": ("ingest",), "append": ("ingest",), "room": ("ingest",), "load": ("database",),
     "heartbeat": ("database",), "recovery": ("mirror", "database"), "peers": ("mirror",),
-    "upkeep": ("mirror", "database"), "removal": ("mirror",),
+    "upkeep": ("mirror", "database"), "removal": ("mirror",), "tables": ("database",),
 }  # fmt: skip
 
 
