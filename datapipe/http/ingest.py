@@ -1,7 +1,8 @@
-"""`POST /`: body -> rows -> durable -> 200."""
+"""`POST /`: body -> rows -> durable -> 200; or, with `Prefer: wait`, -> loaded -> 200."""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import re
@@ -17,9 +18,11 @@ from datapipe.http.auth import given_key
 from datapipe.http.body import Body, Headers, read_body
 from datapipe.http.cors import Cors
 from datapipe.http.parse import Claim, Parser
+from datapipe.http.prefer import wait_seconds
 from datapipe.http.responses import Answer
 from datapipe.pipeline.buffer import Buffer
 from datapipe.pipeline.records import Records, Refusal, shown
+from datapipe.pipeline.waiters import Wait
 from datapipe.settings import Settings
 
 _KEY_FORM = re.compile(r"[\x21-\x7e]{1,255}")
@@ -52,15 +55,48 @@ class Ingest:
         self._hashes = {key: _hash(key).encode() for key in (b"", *self._keys)}
 
     async def answer(
-        self, headers: Headers, key: str | None, source: bytes | Body, request_id: str
+        self,
+        headers: Headers,
+        key: str | None,
+        source: bytes | Body,
+        request_id: str,
+        gone: Callable[[], asyncio.Future[None]] | None = None,
     ) -> Answer:
         """Answer one POST. Raises nothing.
 
         Args:
             key: the one in the query.
             source: the body, or how it is read while some of it may be on its way.
+            gone: gives what is done once the client has left.
         """
-        body, reservation = b"", Reservation(self.admission)
+        seconds = wait_seconds(headers)
+        wait = None if seconds is None else Wait(seconds)
+        reservation = Reservation(self.admission)
+        try:
+            storing = self._store(headers, key, source, request_id, reservation, wait)
+            del source  # whoever waits holds no body meanwhile
+            answer = await storing
+            if wait is not None and answer.status < 300:  # something was accepted
+                reservation.release()
+                loaded = await wait.loaded(gone and gone())
+                answer = responses.waited(answer, wait.seconds, loaded, wait.dead)
+        finally:
+            reservation.end()
+            if wait is not None:
+                self._buffer.waiters.leave(wait)
+        return self._cors.apply(answer, headers)
+
+    async def _store(
+        self,
+        headers: Headers,
+        key: str | None,
+        source: bytes | Body,
+        request_id: str,
+        reservation: Reservation,
+        wait: Wait | None,
+    ) -> Answer:
+        """Receive a body, check it, make its rows durable."""
+        body = b""
         try:
             self.admission.check()
             ingest_key = self._authorize(headers, key)
@@ -71,7 +107,7 @@ class Ingest:
             full = self.admission.refuse_full(parsed)
             if parsed.chunks:
                 reservation.grow(sum([len(chunk.data) for chunk in parsed.chunks]))
-                await self._buffer.append(parsed.chunks)
+                await self._buffer.append(parsed.chunks, wait)
             if parsed.errors:
                 self._refused(parsed.errors, request_id)
             answer = responses.OK
@@ -80,9 +116,7 @@ class Ingest:
                 answer = responses.batch(accepted, parsed.errors, full)
         except Exception as exc:
             answer = self._failed(exc, body, request_id)
-        finally:
-            reservation.end()
-        return self._cors.apply(answer, headers)
+        return answer
 
     def take(
         self,
