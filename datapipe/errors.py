@@ -29,7 +29,10 @@ class Reason(Enum):
     TOO_LONG = "too_long", 6, 400
     UNSUPPORTED_EVENT = "unsupported_event", 7, 400
     UNAUTHORIZED = "unauthorized", 8, 401
+    FORBIDDEN = "forbidden", 8, 403
     UNSUPPORTED_ENCODING = "unsupported_encoding", 3, 415
+    KEY_REUSED = "key_reused", 10, 422
+    RATE_LIMITED = "rate_limited", 11, 429
     BUSY = "busy", 9, 503
     TIMEOUT = "timeout", 3, 408
 

@@ -104,7 +104,7 @@ class EventType:
     """
 
     def __init__(
-        self, name: str, cls: type[Event], input_max_len: int = 2048, limits: Limits = DEFAULTS
+        self, name: str, cls: type[Event], input_max_len: int = 16_384, limits: Limits = DEFAULTS
     ) -> None:
         if not is_event_name(name, limits):
             raise ConfigError(

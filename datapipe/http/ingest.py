@@ -47,7 +47,8 @@ class Ingest:
         self._records = records
         self._cors = Cors(settings.cors_origins)
         self._clock = _Clock()
-        self._keys = [key.encode() for key in settings.ingest_keys]
+        given = (k if isinstance(k, str) else k.key for k in settings.ingest_keys)
+        self._keys = [key.encode() for key in given]
         self._hashes = {key: _hash(key).encode() for key in (b"", *self._keys)}
 
     async def answer(

@@ -20,11 +20,11 @@ from msgspec import Meta, inspect, structs
 from datapipe.errors import ConfigError
 from datapipe.settings.nats import NATS_FILES, nats_faults
 from datapipe.settings.plugins import OURS, Plugin, plugin
-from datapipe.settings.values import FINITE, SECRETS, convert, types_of, wrong
+from datapipe.settings.values import FINITE, SECRETS, convert, seconds_of, types_of, wrong
 
 __all__ = [
-    "NATS_FILES", "OURS", "PLATFORM", "SECRETS", "SYSTEM_FILE", "Plugin", "Settings", "check",
-    "load", "plugin",
+    "NATS_FILES", "OURS", "PLATFORM", "SECRETS", "SYSTEM_FILE", "IngestKey", "Plugin", "Settings",
+    "check", "load", "plugin",
 ]  # fmt: skip
 
 SYSTEM_FILE = Path("/etc/datapipe.json")
@@ -42,6 +42,23 @@ PLATFORM = {
 _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^\s/?#@A-Z]+")  # as browsers write it
 
 
+class IngestKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An ingest key with a name: what may be done with it.
+
+    Attributes:
+        lanes: that it may post to; empty: all that are registered.
+        rate: accepted events a second and process; 0: no bound.
+    """
+
+    name: Annotated[str, Meta(min_length=1)]
+    key: Annotated[str, Meta(min_length=1)]
+    lanes: list[str] = []
+    rate: Annotated[float, Meta(ge=0, le=FINITE)] = 0.0
+
+    def __repr__(self) -> str:
+        return f"IngestKey(name={self.name!r}, key='***', lanes={self.lanes!r}, rate={self.rate!r})"
+
+
 class Settings(
     msgspec.Struct, frozen=True, kw_only=True, repr_omit_defaults=True, forbid_unknown_fields=True
 ):
@@ -54,20 +71,23 @@ class Settings(
     port: Annotated[int, Meta(ge=0, le=65535)] = 8080
     reuse_port: bool = False  # several processes on one port
 
-    input_max_len: Annotated[int, Meta(ge=1)] = 2048  # bytes of one event's stored values
+    input_max_len: Annotated[int, Meta(ge=1)] = 16_384  # bytes of one event's stored values
     body_max_len: Annotated[int, Meta(ge=1)] = 8_388_608  # bytes of one body, unpacked
     batch_max_events: Annotated[int, Meta(ge=1)] = 20_000
     inflight_max_bytes: Annotated[int, Meta(ge=65536)] = 33_554_432  # received, not yet durable
     # for a whole head, and for a whole body
     request_timeout: Annotated[float, Meta(ge=0.1, le=FINITE)] = 20.0
 
-    ingest_keys: list[Annotated[str, Meta(min_length=1)]] = []  # empty: anyone may post
+    ingest_keys: list[Annotated[str, Meta(min_length=1)] | IngestKey] = []  # empty: anyone may post
+    claims_max_bytes: Annotated[int, Meta(ge=0)] = 8_388_608  # memory for idempotency keys seen
     admin_key: str = ""
     cors_origins: list[str] = []  # whose pages may post
 
     builtin_events: bool = True  # crash_report, purchase, install
     event_modules: list[Annotated[str, Meta(min_length=1)]] = []
     events: dict[str, dict[str, str]] = {}  # types without code: name -> field -> type
+    unknown_events: Literal["reject", "keep"] = "reject"  # those of types that are not registered
+    unknown_retention: str = "30 days"  # of kept ones
 
     database_url: str = ""  # its scheme names the sink; empty: embedded PostgreSQL in data_dir
     database_schema: str = "public"
@@ -181,6 +201,10 @@ def check(settings: Settings, sources: Mapping[str, str] | None = None) -> None:
             raise wrong(key, why, origins.get(key))
     if not settings.database_schema or "\0" in settings.database_schema:
         raise wrong("database_schema", "must name a schema", origins.get("database_schema"))
+    try:
+        seconds_of(settings.unknown_retention)
+    except ValueError as exc:
+        raise wrong("unknown_retention", str(exc), origins.get("unknown_retention")) from None
     for origin in settings.cors_origins:
         if not _ORIGIN.fullmatch(origin):
             why = f"{origin!r} is neither '*' nor like 'https://example.com'"

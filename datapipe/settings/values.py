@@ -20,6 +20,8 @@ SECRETS = frozenset(
 
 FINITE = sys.float_info.max  # an upper bound that excludes infinity
 
+_DURATION = re.compile(r"\s*([0-9]{1,9})\s*(second|minute|hour|day|week)s?\s*")
+_UNIT_S = {"second": 1, "minute": 60, "hour": 3600, "day": 86_400, "week": 604_800}
 
 _Struct = TypeVar("_Struct", bound=msgspec.Struct)
 
@@ -89,6 +91,16 @@ def _wanted(kind: inspect.Type | None) -> str | None:
     if words and most not in (None, FINITE):
         words += f" and at most {most:.15g}"
     return words
+
+
+def seconds_of(text: str) -> int:
+    """A duration such as `90 days`, in seconds. Raises: ValueError: it is none; says the form."""
+    match = _DURATION.fullmatch(text)
+    if match is None or int(match[1]) == 0:
+        raise ValueError(
+            f"{text!r} is no duration: write it as in '90 days', '12 hours', '2 weeks'"
+        )
+    return int(match[1]) * _UNIT_S[match[2]]
 
 
 def wrong(key: str, why: str, source: str | None) -> ConfigError:

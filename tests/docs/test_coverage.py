@@ -86,7 +86,7 @@ def test_every_source_and_choice_is_named() -> None:
     schemes = {f"{name}://" for name in settings.OURS["sink"]}
     choices["database_url"] |= schemes - {"sqlite://"} | {"sqlite:///"}  # a path follows
     assert all(choices.values())
-    assert len(choices) == 4
+    assert len(choices) == 5
     for key, wanted in choices.items():
         (row,) = [row for row in rows("settings.md") if row[0] == f"`{key}`"]
         told = set(re.findall(r"`([\w:/]+)`", row[3])) | {row[1].strip('`"')}

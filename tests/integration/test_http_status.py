@@ -148,7 +148,8 @@ METRICS = {
 }  # fmt: skip
 REASONS = {
     "no_content", "bad_json", "key_missing", "bad_value", "too_long", "unsupported_event",
-    "unauthorized", "unsupported_encoding", "busy", "timeout",
+    "unauthorized", "forbidden", "unsupported_encoding", "key_reused", "rate_limited", "busy",
+    "timeout",
 }  # fmt: skip
 
 
