@@ -158,9 +158,7 @@ class Ingest:
         self._refused([(0, error)], request_id, use)
         return responses.refused(error, stopping=self._buffer.stopping)
 
-    def _refused(
-        self, errors: Sequence[tuple[int, Refused]], request_id: str, use: KeyUse
-    ) -> None:
+    def _refused(self, errors: Sequence[tuple[int, Refused]], request_id: str, use: KeyUse) -> None:
         """Count what was refused, and record the first of it for admins to see."""
         for _, error in errors:
             self._records.rejected[error.reason.label] += 1

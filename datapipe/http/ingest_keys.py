@@ -95,9 +95,7 @@ class IngestKeys:
 
         Raises: ConfigError: a lane that there is not is named; nothing has changed.
         """
-        for entry in entries:
-            if isinstance(entry, IngestKey):
-                self._check_lanes(entry)
+        check_lanes(entries, self._types)
         self._grants = [self._compiled(entry) for entry in entries]
         # what headers and query of those that were granted said: a client says it again and again.
         # A table by hash reveals nothing to those who guess: they don't know this process's hashes.
@@ -121,15 +119,6 @@ class IngestKeys:
             self._remembered[said] = fitting[0]
         return fitting[0]
 
-    def _check_lanes(self, entry: IngestKey) -> None:
-        known = self._types | {UNKNOWN}
-        for lane in set(entry.lanes) - known:
-            import difflib
-
-            near = difflib.get_close_matches(lane, known, n=1, cutoff=0.0)
-            why = f"{entry.name!r} may post to {lane!r}, and there is no such event type"
-            raise ConfigError(f"ingest_keys: {why}; the nearest is {near[0]!r}")
-
     def _compiled(self, entry: str | IngestKey) -> tuple[bytes, Grant]:
         if isinstance(entry, str):
             scope = _scope(entry.encode())
@@ -141,6 +130,18 @@ class IngestKeys:
         lanes = frozenset(entry.lanes) or self._types - {UNKNOWN}
         # no key has the scope of a name: they are hashed apart
         return entry.key.encode(), Grant(_scope(name.encode(), b"name"), lanes, use, bucket)
+
+
+def check_lanes(entries: Sequence[str | IngestKey], types: Collection[str]) -> None:
+    """Raises: ConfigError: a lane that there is not is named."""
+    known = {*types, UNKNOWN}
+    for entry in [each for each in entries if isinstance(each, IngestKey)]:
+        for lane in sorted({*entry.lanes} - known):
+            import difflib
+
+            near = difflib.get_close_matches(lane, known, n=1, cutoff=0.0)
+            why = f"{entry.name!r} may post to {lane!r}, and there is no such event type"
+            raise ConfigError(f"ingest_keys: {why}; the nearest is {near[0]!r}")
 
 
 def _scope(data: bytes, person: bytes = b"") -> bytes:

@@ -72,7 +72,9 @@ def _keys(values: Sequence[Mapping[str, Snapshot] | None]) -> dict[str, Any]:
     """The use of named ingest keys, by name."""
     everybody = [keys for keys in values if keys is not None]
     names = sorted({name for keys in everybody for name in keys})
-    return {name: _merged(_KEY, [keys[name] for keys in everybody if name in keys]) for name in names}
+    return {
+        name: _merged(_KEY, [keys[name] for keys in everybody if name in keys]) for name in names
+    }
 
 
 def _worst(values: Sequence[str]) -> str:

@@ -189,8 +189,8 @@ def check(settings: Settings, sources: Mapping[str, str] | None = None) -> None:
         seconds_of(settings.unknown_retention)
     except ValueError as exc:
         raise wrong("unknown_retention", str(exc), origins.get("unknown_retention")) from None
-    if why := key_fault(settings.ingest_keys):
-        raise wrong("ingest_keys", why, origins.get("ingest_keys"))
+    if contradiction := key_fault(settings.ingest_keys):
+        raise wrong("ingest_keys", contradiction, origins.get("ingest_keys"))
     for origin in settings.cors_origins:
         if not _ORIGIN.fullmatch(origin):
             why = f"{origin!r} is neither '*' nor like 'https://example.com'"
