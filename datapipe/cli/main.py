@@ -7,6 +7,7 @@ import asyncio
 import os
 import sys
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any
 
 from datapipe import settings
@@ -31,10 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        configured = settings.load(
-            {"host": args.host, "port": args.port, "database_url": args.database_url},
-            run_defaults=_RUN_DEFAULTS if args.try_out else None,
-        )
+        options = {"host": args.host, "port": args.port, "database_url": args.database_url}
+        defaults = _RUN_DEFAULTS if args.try_out else None
+        # once more for each reload: variables and options stay as they are now
+        args.load = partial(settings.load, options, dict(os.environ), run_defaults=defaults)
+        configured = args.load()
         if args.uses_database and settings.plugin(configured, "sink").is_file:
             print(f"datapipe: database {configured.database_url}", file=sys.stderr, flush=True)
         code: int = _run(args.command(configured, args))

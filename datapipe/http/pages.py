@@ -78,16 +78,17 @@ class Pages:
         With `?sections`, for the page's own script: the HTML of each section that has changed.
         """
         self.access.may_look(request)
-        admin = self.access.why_not(request) is None
         if self.feed.ended:
             return responses.answer(503, 9, "shutting down").response()
         async with sse_response(request, send_timeout=_SEND_TIMEOUT_S) as response:
             seen = 0
-            # the client has left: nothing to do
-            with suppress(ConnectionResetError, TimeoutError):
+            # the client has left, or a reload has changed the key: nothing to do
+            with suppress(ConnectionResetError, TimeoutError, Refused):
                 async with aclosing(self.feed.listen()) as news:
                     async for status in news:
+                        self.access.may_look(request)
                         if "sections" in request.query:
+                            admin = self.access.why_not(request) is None
                             seen, text = await self._changed(status, seen, admin)
                         else:
                             text = self._json(status)
