@@ -265,7 +265,7 @@ async def gunicorn_app() -> web.AppRunner:
     effect. A background task that dies ends its worker, and gunicorn starts another.
     """
     share_one_arena()
-    logs.configure("info", "json")
+    logs.configure("info", "auto")
     raise_limit()
     with _failure_logged():
         # a loopback `host` would let anybody act as admin without a key, wherever gunicorn listens
