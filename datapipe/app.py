@@ -45,6 +45,7 @@ from datapipe.pipeline.coordinator import Coordinator, new_process_id
 from datapipe.pipeline.dead_letters import DeadLetters
 from datapipe.pipeline.loader import Loader
 from datapipe.pipeline.records import Records
+from datapipe.pipeline.unknown import Unknown
 from datapipe.settings import Settings
 from datapipe.sinks import Database, open_sink, table_of
 
@@ -92,13 +93,14 @@ class Pipeline:
                 self.buffer, sink, self.registry, self.settings, records,
                 metrics.load_seconds.observe,
             )  # fmt: skip
-            kinds = self.registry.types.values() if self.try_out else ()
+            kinds = self.registry.lanes.values() if self.try_out else ()
             tables = [table_of(kind) for kind in kinds]
             self.coordinator = Coordinator(self.buffer, self.loader, sink, process, tables)
             self.ingest = Ingest(
                 self.buffer, self.registry, self.settings, records, metrics.request_seconds.observe
             )
             dead = DeadLetters(sink, self.registry)
+            unknown = Unknown(sink, self.registry, dead)
             local = LocalPeers(Path(self.settings.data_dir), process)
             peers: Peers = local
             if mirror.channel is not None:
@@ -109,8 +111,8 @@ class Pipeline:
             )  # fmt: skip
             access = Access(self.settings)
             self.feed = await stack.enter_async_context(running(self.status, self._task_died))
-            Pages(self.status, self.feed, metrics, self.registry, access, dead).add_to(app)
-            admin = Admin(self.loader, dead, access, peers)
+            Pages(self.status, self.feed, metrics, self.registry, access, dead, unknown).add_to(app)
+            admin = Admin(self.loader, dead, unknown, access, peers)
             admin.add_to(app)
             await stack.enter_async_context(self.loader.running(self._task_died))
             await stack.enter_async_context(self.coordinator.running(self._task_died))
