@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -37,13 +37,15 @@ class Table:
 class Loaded:
     """What became of the events of one load: their sum is what the segments held.
 
-    `refused` names the first few SQLSTATEs and messages of dead letters, for the log.
+    `refused` names the first few SQLSTATEs and messages of dead letters, for the log. `dead_of` says
+    how many dead letters each segment has that has any, also one that was in already.
     """
 
     loaded: int = 0
     duplicate: int = 0
     dead: int = 0
     refused: tuple[str, ...] = ()
+    dead_of: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True, frozen=True)
@@ -188,6 +190,12 @@ class Ledger(Protocol):
 
     async def loaded(self, segments: Sequence[str]) -> set[str]:
         """Which of these segments are committed. Raises: SinkUnavailable, LaneBlocked."""
+
+    async def outcomes(self, segments: Sequence[str]) -> dict[str, int]:
+        """How many dead letters each of these segments has that is committed, by whomever.
+
+        As durable as a load of ours is. Raises: SinkUnavailable, LaneBlocked.
+        """
 
     async def expire(self, removed: Sequence[str]) -> None:
         """Once this returns, the ledger has forgotten these segments, which can't come back.

@@ -197,6 +197,7 @@ class TransactionalSink(ABC):
         if counts := [(id, dead[id], duplicates[id]) for id in dead.keys() | duplicates.keys()]:
             transaction.book(counts)
         result.dead += len(refused)
+        result.dead_of = {**result.dead_of, **dead}
         twice = sum(each.events for each in segments) - sum(each.events for each in once.values())
         result.duplicate += duplicates.total() + twice
         result.loaded += copied - len(refused)
@@ -216,6 +217,7 @@ class TransactionalSink(ABC):
             if not_after < math.inf:
                 text = "the segments were held for too long: others may have loaded them since"
             raise SinkUnavailable(text, everywhere=False)
+        result.dead_of = {id: each.dead for id, each in known.items() if each.dead}
         for segment in segments:
             load, dead, duplicates = known[segment.id]
             if load in self._tried.get(segment.id, ()):
@@ -225,6 +227,11 @@ class TransactionalSink(ABC):
             else:
                 result.duplicate += segment.events
         return result
+
+    async def outcomes(self, segments: Sequence[str]) -> dict[str, int]:
+        """See `Ledger.outcomes`: its COMMIT waits for a standby as a load's does."""
+        known = await self.transact("outcomes", lambda transaction: transaction.lock(segments))
+        return {id: each.dead for id, each in known.items()}
 
     # --- dead letters, unknown events ---
 
