@@ -14,6 +14,7 @@ import aiohttp
 import msgspec
 
 from datapipe import logs
+from datapipe.cli import unknown
 from datapipe.cli.new_event import class_text
 from datapipe.cli.terminal import print_json, progress, show_status
 from datapipe.errors import (
@@ -53,6 +54,7 @@ async def check(settings: Settings, args: argparse.Namespace) -> int:
     async with open_sink(settings, new_process_id()) as sink:
         tables = [table_of(kind) for kind in registry.lanes.values()]
         failed |= _report(await sink.check(tables), away)
+        failed |= _report(await unknown.findings(sink, registry), away)
         failed |= _report(await check_mirror(settings, sink.find_mark), away)
     return int(failed)
 

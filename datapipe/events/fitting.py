@@ -17,6 +17,7 @@ import msgspec
 
 from datapipe.events.limits import Limits
 from datapipe.events.types import DEFAULTS, RESERVED
+from datapipe.events.values import TIMES, wire_type
 
 _MOST_KEYS = 200  # of a declaration; a table of more columns helps nobody
 
@@ -74,6 +75,8 @@ def _common(values: Sequence[Any]) -> str | None:
     kinds = {_kind(value) for value in values}
     if kinds <= {"int", "float", "Decimal"} and kinds:
         return next(kind for kind in ("Decimal", "float", "int") if kind in kinds)
+    if kinds == {"date", "datetime"}:
+        return "datetime"
     if len(kinds) > 1:
         return "str" if kinds <= {"str", "UUID", "date", "datetime"} else None
     return kinds.pop() if kinds else "str"
@@ -98,7 +101,7 @@ def _kind_of_text(text: str) -> str:
     for form, kind in forms:
         if form.fullmatch(text):
             try:
-                msgspec.convert(text, kind)
+                msgspec.convert(text, wire_type(kind), **TIMES)
             except msgspec.ValidationError:
                 return "str"
             return kind.__name__
