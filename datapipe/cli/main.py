@@ -6,13 +6,14 @@ import argparse
 import asyncio
 import os
 import sys
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from datapipe import settings
 from datapipe.cli import commands, configuration
 from datapipe.cli.serve import serve
+from datapipe.cli.unknown import unknown
 from datapipe.errors import ConfigError, DatapipeError
 from datapipe.settings import Settings
 from datapipe.version import __version__
@@ -109,7 +110,24 @@ def _parser() -> argparse.ArgumentParser:
     defining.add_argument(
         "--apply", action="store_true", help="make what is missing, and print only that"
     )
-    _add_dead(sub)
+    _add_shelf(
+        sub, "dead", commands.dead, "dead letters: look, put back, remove",
+        {
+            "list": "count them by reason and show the newest",
+            "replay": "check them again and put them back into their tables",
+            "drop": "remove them for good",
+        },
+        {"--lane": "only of this lane", "--sqlstate": "only with this SQLSTATE"},
+    )  # fmt: skip
+    _add_shelf(
+        sub, "unknown", unknown, "kept events of unknown types: look, move, remove",
+        {
+            "list": "count them by name, with a type that fits them, and show the newest",
+            "replay": "check those whose type is registered by now and move them into its table",
+            "drop": "remove them for good",
+        },
+        {"--name": "only of this event_name"},
+    )  # fmt: skip
     text = "print the class of a new event type"
     new = add("new-event", commands.new_event, text, uses_database=False)
     new.add_argument("name", help="the event_name")
@@ -142,21 +160,25 @@ def _add_database(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_dead(sub: Any) -> None:
-    dead = sub.add_parser("dead", help="dead letters: look, put back, remove")
-    actions = dead.add_subparsers(title="actions", metavar="ACTION", required=True)
-    texts = {
-        "list": "count them by reason and show the newest",
-        "replay": "check them again and put them back into their tables",
-        "drop": "remove them for good",
-    }
+def _add_shelf(
+    sub: Any,
+    shelf: str,
+    command: Command,
+    text: str,
+    texts: Mapping[str, str],
+    selectors: Mapping[str, str],
+) -> None:
+    """A command over dead letters, or unknown events. Args: texts: of its actions."""
+    actions = sub.add_parser(shelf, help=text).add_subparsers(
+        title="actions", metavar="ACTION", required=True
+    )
     for name, text in texts.items():
         made = actions.add_parser(name, help=text, description=text)
-        made.set_defaults(command=commands.dead, action=name, needs="sink")
+        made.set_defaults(command=command, action=name, needs="sink")
         _add_config(made)
         _add_database(made)
-        made.add_argument("--lane", help="only of this lane")
-        made.add_argument("--sqlstate", help="only with this SQLSTATE")
+        for option, meaning in selectors.items():
+            made.add_argument(option, help=meaning)
         if name == "list":
             made.add_argument("--limit", type=int, default=20, help="how many to show")
             _add_json(made)
