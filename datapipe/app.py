@@ -29,12 +29,14 @@ from datapipe.http.admin import Admin
 from datapipe.http.auth import Access
 from datapipe.http.body import Body
 from datapipe.http.cors import Cors
+from datapipe.http.heads import PATHS
 from datapipe.http.ingest import Ingest
 from datapipe.http.ingest_keys import IngestKeys
 from datapipe.http.pages import Pages, add_headers, errors_are_answers
 from datapipe.http.port import raise_limit
 from datapipe.http.responses import request_id
 from datapipe.http.runner import Runner, report_answered
+from datapipe.http.server import Connection
 from datapipe.mirrors import Mirror, open_mirror
 from datapipe.monitor.feed import running
 from datapipe.monitor.metrics import Metrics
@@ -167,6 +169,7 @@ class Pipeline:
         if self._stopped:
             return
         self._stopped = self.buffer.stopping = True
+        self.buffer.waiters.stop()
         self.feed.end()
         try:
             await self._finish()
@@ -193,7 +196,7 @@ class Pipeline:
                 log.warning("drain not done in time", seconds=self.settings.shutdown_timeout)
 
     async def post(self, request: web.Request) -> web.StreamResponse:
-        """`POST /`, as aiohttp has it."""
+        """A POST of events, as aiohttp has it."""
 
         async def read() -> bytes:
             if request.transport is None:  # aiohttp would raise RuntimeError
@@ -202,7 +205,10 @@ class Pipeline:
 
         id, key = request_id(request.headers), request.query.get("key")
         body = Body(request.content_length, read)
-        response = (await self.ingest.answer(request.headers, key, body, id)).response()
+        transport = request.transport
+        connection = None if transport is None else transport.get_protocol()
+        gone = connection.gone if isinstance(connection, Connection) else None
+        response = (await self.ingest.answer(request.headers, key, body, id, gone)).response()
         response.headers["X-Request-ID"] = id
         return response
 
@@ -229,7 +235,8 @@ def create_app(
     middlewares = [report_answered, errors_are_answers]
     app = web.Application(middlewares=middlewares, handler_args={"auto_decompress": False})
     app[PIPELINE] = pipeline
-    app.router.add_post("/", pipeline.post)
+    for path in PATHS:
+        app.router.add_post(path, pipeline.post)
     app.cleanup_ctx.append(pipeline.run)
     app.on_shutdown.append(pipeline.stop)
     app.on_response_prepare.append(add_headers)
@@ -258,7 +265,7 @@ async def gunicorn_app() -> web.AppRunner:
     effect. A background task that dies ends its worker, and gunicorn starts another.
     """
     share_one_arena()
-    logs.configure("info", "json")
+    logs.configure("info", "auto")
     raise_limit()
     with _failure_logged():
         # a loopback `host` would let anybody act as admin without a key, wherever gunicorn listens

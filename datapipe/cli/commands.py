@@ -15,7 +15,7 @@ import msgspec
 
 from datapipe import logs
 from datapipe.cli.new_event import class_text
-from datapipe.cli.terminal import progress, show_status
+from datapipe.cli.terminal import print_json, progress, show_status
 from datapipe.errors import (
     ConfigError,
     DatapipeError,
@@ -177,7 +177,8 @@ async def dead(settings: Settings, args: argparse.Namespace) -> int:
         letters = DeadLetters(sink, load_registry(settings))
         if args.action == "list":
             selection = Selection(lane=args.lane, sqlstate=args.sqlstate)
-            _print_letters(await letters.look(selection, args.limit))
+            found = await letters.look(selection, args.limit)
+            (print_json if args.json else _print_letters)(found)
             return 0
         wanted = {
             "ids": args.id, "all": args.all or None, "lane": args.lane, "sqlstate": args.sqlstate,

@@ -1,8 +1,8 @@
 """CORS: the setting `cors_origins` lets scripts of other sites' pages post events.
 
-A browser asks before it sends what a form could not (the preflight, `OPTIONS /`), and shows the
+A browser asks before it sends what a form could not (the preflight, `OPTIONS`), and shows the
 answer to the script only if a header allows it. The browser's credentials are not allowed: an
-ingest key comes from the script. Only `POST /` is opened, never the page or what an admin may do.
+ingest key comes from the script. Only POSTs of events are opened, never the page or what an admin may do.
 Source: Fetch standard, "CORS protocol".
 """
 
@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 
 from aiohttp import web
 
+from datapipe.http.heads import PATHS
 from datapipe.http.responses import Answer
 
 _PREFLIGHT = {
     "Access-Control-Allow-Methods": "POST",
     "Access-Control-Allow-Headers": (
-        "Content-Type, Content-Encoding, Idempotency-Key, Authorization, X-Request-ID"
+        "Content-Type, Content-Encoding, Idempotency-Key, Prefer, Authorization, X-Request-ID"
     ),
     "Access-Control-Max-Age": "600",
 }
@@ -41,7 +42,7 @@ class Cors:
         return {
             "Vary": "Origin",
             "Access-Control-Allow-Origin": allowed,
-            "Access-Control-Expose-Headers": "Retry-After, X-Request-ID",
+            "Access-Control-Expose-Headers": "Preference-Applied, Retry-After, X-Request-ID",
         }
 
     def apply(self, answer: Answer, headers: Mapping[str, str]) -> Answer:
@@ -61,4 +62,5 @@ class Cors:
                 raise web.HTTPForbidden(reason=reason, headers=headers)
             return web.Response(status=204, headers=_PREFLIGHT | headers)
 
-        app.router.add_route("OPTIONS", "/", preflight)
+        for path in PATHS:
+            app.router.add_route("OPTIONS", path, preflight)

@@ -1,7 +1,8 @@
-"""`POST /`: body -> rows -> durable -> 200."""
+"""`POST /`: body -> rows -> durable -> 200; or, with `Prefer: wait`, -> loaded -> 200."""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
 import time
@@ -16,9 +17,11 @@ from datapipe.http.body import Body, Headers, read_body
 from datapipe.http.cors import Cors
 from datapipe.http.ingest_keys import ANYBODY, IngestKeys
 from datapipe.http.parse import Claim, Parser
+from datapipe.http.prefer import wait_seconds
 from datapipe.http.responses import Answer
 from datapipe.pipeline.buffer import Buffer
 from datapipe.pipeline.records import KeyUse, Records, Refusal, shown
+from datapipe.pipeline.waiters import Wait
 from datapipe.settings import Settings
 
 _KEY_FORM = re.compile(r"[\x21-\x7e]{1,255}")
@@ -51,16 +54,48 @@ class Ingest:
         self._clock = _Clock()
 
     async def answer(
-        self, headers: Headers, key: str | None, source: bytes | Body, request_id: str
+        self,
+        headers: Headers,
+        key: str | None,
+        source: bytes | Body,
+        request_id: str,
+        gone: Callable[[], asyncio.Future[None]] | None = None,
     ) -> Answer:
         """Answer one POST. Raises nothing.
 
         Args:
             key: the one in the query.
             source: the body, or how it is read while some of it may be on its way.
+            gone: gives what is done once the client has left.
         """
-        body, reservation = b"", Reservation(self.admission)
-        grant, taken = ANYBODY, 0
+        seconds = wait_seconds(headers)
+        wait = None if seconds is None else Wait(seconds)
+        reservation = Reservation(self.admission)
+        try:
+            storing = self._store(headers, key, source, request_id, reservation, wait)
+            del source  # whoever waits holds no body meanwhile
+            answer = await storing
+            if wait is not None and answer.status < 300:  # something was accepted
+                reservation.release()
+                loaded = await wait.loaded(gone and gone())
+                answer = responses.waited(answer, wait.seconds, loaded, wait.dead)
+        finally:
+            reservation.end()
+            if wait is not None:
+                self._buffer.waiters.leave(wait)
+        return self._cors.apply(answer, headers)
+
+    async def _store(
+        self,
+        headers: Headers,
+        key: str | None,
+        source: bytes | Body,
+        request_id: str,
+        reservation: Reservation,
+        wait: Wait | None,
+    ) -> Answer:
+        """Receive a body, check it, make its rows durable."""
+        body, grant, taken = b"", ANYBODY, 0
         try:
             self.admission.check()
             grant = self._keys.grant(headers, key)
@@ -76,7 +111,7 @@ class Ingest:
                 grant.bucket.check()  # others may have emptied it meanwhile
                 taken = sum([chunk.events for chunk in parsed.chunks])
                 grant.bucket.take(taken)
-                await self._buffer.append(parsed.chunks)
+                await self._buffer.append(parsed.chunks, wait)
                 grant.use.accepted += taken
             if parsed.errors:
                 self._refused(parsed.errors, request_id, grant.use)
@@ -86,9 +121,7 @@ class Ingest:
         except Exception as exc:
             grant.bucket.take(-taken)
             answer = self._failed(exc, body, request_id, grant.use)
-        finally:
-            reservation.end()
-        return self._cors.apply(answer, headers)
+        return answer
 
     def take(
         self,

@@ -33,7 +33,11 @@ _DEPTH = {_COMMA: 0, ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 _BLANK_LINE = re.compile(rb"\n[ \t\r\n]")  # a line that is blank, or may be
 _LINE = re.compile(rb"[^ \t\r\n][^\n]*")
 _BROKEN = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-_YIELD_EVERY = 256  # events looked at closely, or chunks, before other requests get a turn
+_YIELD_EVERY = 256  # chunks before other requests get a turn
+_YIELD_BYTES = 65_536  # of events looked at closely, each counted as _EVENT_BYTES more; some ms
+_EVENT_BYTES = 256
+_TRAILING = re.compile(r"trailing characters \(byte (\d+)\)")  # as msgspec says it
+_GZIP = b"\x1f\x8b"  # Source: RFC 1952, section 2.3.1
 
 # JSON that is known to parse, taken apart at C speed and in constant memory: possessive quantifiers
 # (`++`, `*+`) never backtrack.
@@ -196,6 +200,7 @@ class Parser:
         rows: list[bytes] = []
         sizes: list[int] = []
         errors: list[tuple[int, Refused]] = []
+        since_turn = 0
         array = body.startswith(b"[")
         raws = _elements(body) if array else _lines(body) if batch else iter([body])
         for raw in raws:
@@ -218,7 +223,9 @@ class Parser:
                 errors.append((index, exc.with_traceback(None)))
             structs.append(struct)
             rows.append(row)
-            if index % _YIELD_EVERY == _YIELD_EVERY - 1:
+            since_turn += len(raw) + _EVENT_BYTES
+            if since_turn >= _YIELD_BYTES:
+                since_turn = 0
                 await asyncio.sleep(0)
         if not sizes:
             raise EventRejected(Reason.NO_CONTENT, "the batch is empty")
@@ -227,21 +234,22 @@ class Parser:
         return Parsed(batch, chunks or [], errors)
 
     def _too_many(self) -> EventRejected:
-        detail = f"more than {self._max_events} events in a batch"
+        detail = f"more than {self._max_events} events in a batch, which batch_max_events sets"
         return EventRejected(Reason.TOO_LONG, detail, 413)
 
     def _row(self, raw: bytes, received_at: str, lanes: Lanes) -> tuple[type, bytes]:
         """The class of one JSON object, and its row. Raises: EventRejected: why it is refused."""
         try:
             if not _is_utf8(raw):
-                raise _not_json("it is not UTF-8")
+                packed = raw.startswith(_GZIP)
+                raise _not_json(_PACKED if packed else "it is not UTF-8")
             kind = self._kind(raw)
             if lanes is not None and kind.name not in lanes:
                 detail = f"this ingest key may not post to {kind.name!r}"
                 raise EventRejected(Reason.FORBIDDEN, detail)
             return kind.struct, kind.look_closer(raw, received_at)
         except _BROKEN as exc:
-            raise _not_json(exc) from None
+            raise _not_json(_TWO_OBJECTS if _are_two(raw, exc) else exc) from None
 
     def _kind(self, raw: bytes) -> EventType:
         try:
@@ -331,6 +339,19 @@ def _elements(body: bytes) -> Iterator[bytes | None]:
             return
         if step % _STEPS_AT_ONCE == 0:
             yield None
+
+
+_PACKED = "it is packed by gzip; send it with the header Content-Encoding: gzip"
+_TWO_OBJECTS = (
+    "a second object follows the first on its line; NDJSON has a line for each (curl -d takes the "
+    "ends of lines out of a file, --data-binary keeps them)"
+)
+
+
+def _are_two(line: bytes, error: Exception) -> bool:
+    """Whether that is why it does not parse."""
+    found = _TRAILING.search(str(error))
+    return found is not None and line[int(found[1]) - 1 :].startswith(b"{")
 
 
 def _not_json(why: object) -> EventRejected:

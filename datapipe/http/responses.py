@@ -110,6 +110,20 @@ def _retry_after(exc: Busy | RateLimited) -> dict[str, str]:
     return {"Retry-After": str(max(1, math.ceil(exc.retry_after_s)))}
 
 
+def waited(answer: Answer, seconds: int, loaded: bool, dead: int) -> Answer:
+    """The same answer to a POST that was to wait so long for its load, and what came of that.
+
+    Args: dead: events that are dead letters. Source: RFC 7240, sections 3 and 4.3.
+    """
+    status = 202 if answer.status == 200 and not loaded else answer.status
+    said = {"loaded": loaded, "dead": dead} if loaded else {"loaded": loaded}
+    more = msgspec.json.format(msgspec.json.encode(said), indent=0)[1:]
+    return answer._replace(
+        status=status, body=answer.body[:-1] + b", " + more,
+        headers={**answer.headers, "Preference-Applied": f"wait={seconds}"},
+    )  # fmt: skip
+
+
 def batch(accepted: int, errors: Sequence[tuple[int, Refused]], full: Sequence[str] = ()) -> Answer:
     """The answer to a batch: what was accepted, and why the rest was not.
 

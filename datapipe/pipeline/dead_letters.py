@@ -50,7 +50,7 @@ def storable(text: str) -> bool:
 class DeadLetters:
     """Looks at dead letters, puts them back, drops them; counts what was put back, by lane."""
 
-    def __init__(self, database: sinks.DeadLetters, registry: Registry) -> None:
+    def __init__(self, database: sinks.Shelves, registry: Registry) -> None:
         self.replayed: Counter[str] = Counter()
         self._database = database
         self._registry = registry

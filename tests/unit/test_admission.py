@@ -37,7 +37,7 @@ class FakeBuffer:
     def full(self, lanes: Iterable[str]) -> dict[str, str]:
         return dict.fromkeys(self._full & set(lanes), "it is full")
 
-    async def append(self, chunks: Sequence[Chunk]) -> None:
+    async def append(self, chunks: Sequence[Chunk], wait: object = None) -> None:
         self.taken += chunks
 
 
