@@ -9,7 +9,7 @@ import msgspec
 
 from datapipe.events.types import PG_TYPES, Column, with_offset
 from datapipe.sinks import Table
-from datapipe.sinks.dialect import OWN_TABLES, Dialect
+from datapipe.sinks.dialect import Dialect
 
 _TYPES = {
     **{name: name for name in PG_TYPES.values()},
@@ -18,6 +18,7 @@ _TYPES = {
     "word": "text",
     "count": "bigint NOT NULL DEFAULT 0",
     "event": "jsonb NOT NULL",
+    "json": "json NOT NULL",
     "time": "timestamptz",
     "moment": "timestamptz NOT NULL DEFAULT now()",
     "flag": "boolean NOT NULL DEFAULT false",
@@ -35,7 +36,7 @@ class PostgresDialect(Dialect):
     def create(self, table: Table) -> list[str]:
         """See `Dialect.create`."""
         made, *more = super().create(table)
-        if table in OWN_TABLES:
+        if table.is_own:
             return [made, *more]
         if table.partition:
             made += " PARTITION BY RANGE (received_at)"
@@ -71,6 +72,7 @@ def dialect(schema: str) -> PostgresDialect:
         for_update=" FOR UPDATE",
         skip_locked=" FOR UPDATE SKIP LOCKED",
         event="event #>> '{}'",
+        unknown_event="event::text",
         schema=schema,
     )
 
