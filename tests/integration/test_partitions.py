@@ -204,6 +204,7 @@ async def test_who_reads_for_long_holds_up_no_load(daily: World) -> None:
     began = time.monotonic()
     await daily.sink.make_ahead(daily.table)
     assert time.monotonic() - began < 0.9
+    reader.rollback()
     reader.close()
     assert await daily.remove() == 3
     assert name(-100) not in daily.tables()
@@ -214,6 +215,7 @@ async def test_only_one_removes_at_a_time(daily: World) -> None:
     holder = psycopg2.connect(daily.url)
     holder.cursor().execute(f"SELECT pg_advisory_xact_lock({0x64617461_70697065 + 1})")
     assert await daily.remove() == 1
+    holder.rollback()
     holder.close()
     assert await daily.remove() == 3
 
@@ -322,6 +324,12 @@ async def test_rows_go_in_small_steps(request: pytest.FixtureRequest, version: s
         )
         assert await world.remove() == 3
         assert world.numbers() == [0, 1]
+        world.execute("CREATE TABLE child () INHERITS (seen)")
+        world.execute("INSERT INTO child SELECT n, now() FROM generate_series(50, 59) AS n")
+        await world.load(-91, first=5)
+        assert await world.remove() == 1
+        assert world.numbers() == [0, 1, *range(50, 60)]
+        world.execute("DROP TABLE child")
         ((level, text),) = await world.said()
         assert level == "ok"
         assert f"its oldest row, after {NOW + timedelta(days=1):%Y-%m-%d}" in text

@@ -191,9 +191,10 @@ class Partitions:
 
     async def make_ahead(self, table: Table) -> list[str]:
         """See `Upkeep.make_ahead`."""
-        state = await self.state(table)
-        if table.partition is None or state is None or not (state.marked and state.ranged):
+        state = await self.state(table) if table.partition else None
+        if state is None or not (state.marked and state.ranged):
             return []
+        assert table.partition is not None
         return await self._make(table, state, ahead(table.partition, state.now))
 
     async def make(self, table: Table, times: Iterable[float]) -> list[str]:

@@ -108,7 +108,8 @@ class Retention:
         if table.retention_s:
             name = self._dialect.parameterized(table.name)
             await cursor.execute(
-                f"DELETE FROM {name} WHERE ctid = ANY(ARRAY(SELECT ctid FROM {name}"
+                # ONLY: a child of it, by INHERITS, has rows of the same ctid
+                f"DELETE FROM ONLY {name} WHERE ctid = ANY(ARRAY(SELECT ctid FROM ONLY {name}"
                 " WHERE received_at < to_timestamp(%s) ORDER BY received_at LIMIT %s))",
                 (state.now - table.retention_s, STEP_ROWS),
             )
@@ -144,8 +145,9 @@ class Retention:
 
     async def findings(self, table: Table) -> list[tuple[str, str]]:
         """For `check`: partitions that are there, and what goes next. Raises: SinkUnavailable."""
-        state = await self._partitions.state(table)
-        if state is None or not (table.partition or table.retention_s):
+        wanted = table.partition or table.retention_s
+        state = await self._partitions.state(table) if wanted else None
+        if state is None:
             return []
         name = f"table {table.name}:"
         said: list[tuple[str, str]] = []
@@ -189,7 +191,7 @@ class Retention:
     async def _oldest(self, table: Table) -> float | None:
         """When the oldest row was received."""
         name = self._dialect.parameterized(table.name)
-        sql = f"SELECT extract(epoch FROM min(received_at))::float8 FROM {name}"
+        sql = f"SELECT extract(epoch FROM min(received_at))::float8 FROM ONLY {name}"
         ((at,),) = await self._run(partial(fetch, sql=sql), table.name)
         return None if at is None else float(at)
 
