@@ -184,6 +184,17 @@ async def test_what_a_person_has_detached_stays(daily: World) -> None:
     assert daily.tables() == ["seen", name(-100)]
 
 
+async def test_what_a_person_attaches_again_is_a_partition_as_before(daily: World) -> None:
+    await daily.load(-100)
+    assert await daily.sink.remove_expired(daily.table)
+    start = (NOW - timedelta(days=100)).date()
+    bounds = f"FROM ('{start} 00:00Z') TO ('{start + timedelta(days=1)} 00:00Z')"
+    daily.execute(f"ALTER TABLE seen ATTACH PARTITION {name(-100)} FOR VALUES {bounds}")
+    async with world_of(daily.url, partition="day", retention="200 days") as patient:
+        assert await patient.remove() == 1
+        assert patient.numbers() == [0]
+
+
 async def test_who_reads_for_long_holds_up_no_load(daily: World) -> None:
     """Partitions are made meanwhile; one that is too old goes once the reader has."""
     await daily.load(-100, 0)
@@ -269,27 +280,33 @@ async def test_a_plain_table_is_loaded_as_it_is_until_it_is_adopted(daily: World
     assert [level for level, _ in await daily.said()] == ["warn", "ok"]
 
 
-async def test_a_partitioned_table_of_others_is_adopted_as_it_is(daily: World) -> None:
-    """Its bounds are odd; one has none at all."""
-    daily.execute(PLAIN + " PARTITION BY RANGE (received_at)")
+@pytest.mark.parametrize("kind", ["timestamptz", "timestamp"])
+async def test_a_partitioned_table_of_others_is_adopted_as_it_is(database: str, kind: str) -> None:
+    """Its bounds are odd, one has none at all; and so are the time zone and the date style."""
     noon = (NOW - timedelta(days=1)).replace(hour=12, minute=34, second=0, microsecond=0)
     old = noon - timedelta(days=200)
-    daily.execute("CREATE SCHEMA attic")
-    daily.execute(
-        f"CREATE TABLE attic.oldest PARTITION OF seen FOR VALUES FROM (MINVALUE) TO ('{old}')"
+    Postgres.execute(
+        database,
+        f"CREATE TABLE seen (n bigint, received_at {kind}) PARTITION BY RANGE (received_at);"
+        "CREATE SCHEMA attic; CREATE TABLE attic.oldest PARTITION OF seen"
+        f" FOR VALUES FROM (MINVALUE) TO ('{old}');"
+        f"CREATE TABLE odd PARTITION OF seen FOR VALUES FROM ('{old}') TO ('{noon}')",
     )
-    daily.execute(f"CREATE TABLE odd PARTITION OF seen FOR VALUES FROM ('{old}') TO ('{noon}')")
-    with pytest.raises(LaneBlocked, match="datapipe schema --adopt seen"):
-        await daily.load(0)
-    told: list[str] = []
-    await daily.sink.adopt(daily.table, told.append)
-    assert "['oldest']" in "".join(told)
-    day = (noon + timedelta(hours=1) - NOW) / timedelta(days=1)
-    assert (await daily.load(0, day, -100, -300)).loaded == 4
-    await daily.remove()
-    assert daily.numbers() == [0, 1, 2]
-    assert daily.execute("SELECT to_regclass('attic.oldest')") == [(None,)]
-    assert "odd" in daily.partitions()
+    name = database.rpartition("/")[2]
+    for setting in ("timezone = 'Asia/Kathmandu'", "datestyle = 'SQL, DMY'"):
+        Postgres.execute(database, f"ALTER DATABASE {name} SET {setting}")
+    async with world_of(database, partition="day", retention="90 days") as world:
+        with pytest.raises(LaneBlocked, match="datapipe schema --adopt seen"):
+            await world.load(0)
+        told: list[str] = []
+        await world.sink.adopt(world.table, told.append)
+        assert "['oldest']" in "".join(told)
+        behind = (noon + timedelta(minutes=2) - NOW) / timedelta(days=1)
+        assert (await world.load(0, behind, -100, -300)).loaded == 4
+        await world.remove()
+        assert world.numbers() == [0, 1, 2]
+        assert world.execute("SELECT to_regclass('attic.oldest')") == [(None,)]
+        assert "odd" in world.partitions()
 
 
 async def test_partitions_by_something_else_are_not_ours(daily: World) -> None:
@@ -325,10 +342,10 @@ async def test_rows_go_in_small_steps(request: pytest.FixtureRequest, version: s
         assert await world.remove() == 3
         assert world.numbers() == [0, 1]
         world.execute("CREATE TABLE child () INHERITS (seen)")
-        world.execute("INSERT INTO child SELECT n, now() FROM generate_series(50, 59) AS n")
+        world.execute("INSERT INTO child SELECT n, now() FROM generate_series(50, 3049) AS n")
         await world.load(-91, first=5)
         assert await world.remove() == 1
-        assert world.numbers() == [0, 1, *range(50, 60)]
+        assert world.numbers() == [0, 1, *range(50, 3050)]
         world.execute("DROP TABLE child")
         ((level, text),) = await world.said()
         assert level == "ok"
