@@ -7,6 +7,7 @@ import asyncio
 import os
 import sys
 from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
 from typing import Any
 
 from datapipe import settings
@@ -96,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     looking.add_argument(
         "url", nargs="?", metavar="URL", help="of the service, this machine's if not given"
     )
+    _add_send(add("send", _send, "send files of events to a service", uses_database=False))
     defining = add("schema", commands.schema, "print the DDL for all event types")
     defining.add_argument(
         "--apply", action="store_true", help="make what is missing, and print only that"
@@ -112,6 +114,36 @@ def _add_database(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(uses_database=True)
     parser.add_argument(
         "--database-url", metavar="URL", help="instead of the setting; others see what it holds"
+    )
+
+
+async def _send(settings: Settings, args: argparse.Namespace) -> int:
+    from datapipe.cli.send.command import send
+
+    return await send(settings, args)
+
+
+def _add_send(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "files", nargs="+", metavar="FILE",
+        help="NDJSON or a JSON array, plain, gzip or zstd; - for standard input",
+    )  # fmt: skip
+    parser.add_argument("--url", help="of the service, this machine's if not given")
+    parser.add_argument("--id", help="what its keys are made of, else of its path and first 64 KiB")
+    parser.add_argument(
+        "--again", action="store_true",
+        help="send anew what was sent; go on with what was broken off too long ago",
+    )  # fmt: skip
+    parser.add_argument("--parallel", type=int, default=4, help="POSTs at a time")
+    parser.add_argument(
+        "--key-file", type=Path, metavar="PATH",
+        help="holds the ingest key, else the first of the setting ingest_keys",
+    )  # fmt: skip
+    parser.add_argument(
+        "--state", type=Path, metavar="PATH", help="how far it is, else FILE.datapipe-sent"
+    )
+    parser.add_argument(
+        "--refused", type=Path, metavar="PATH", help="takes what is refused, else FILE.refused"
     )
 
 
