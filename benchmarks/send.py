@@ -19,8 +19,8 @@ from pathlib import Path
 
 from benchmarks import servers
 from benchmarks.events import as_array, as_ndjson, batches
-from benchmarks.loads import BATCH_CONNECTIONS, WARM_UP_S, database, figures, rows
 from benchmarks.generator import Load, wrk
+from benchmarks.loads import BATCH_CONNECTIONS, WARM_UP_S, database, figures, rows
 from benchmarks.measure import Bench, Contest, Goal, Sample, in_turn
 
 TITLE = "Files"

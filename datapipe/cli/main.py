@@ -7,20 +7,19 @@ import asyncio
 import os
 import sys
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from datapipe import settings
-from datapipe.cli import commands
+from datapipe.cli import commands, configuration
+from datapipe.cli.send.command import send
 from datapipe.cli.serve import serve
 from datapipe.errors import ConfigError, DatapipeError
 from datapipe.settings import Settings
 from datapipe.version import __version__
 
 Command = Callable[[Settings, argparse.Namespace], Coroutine[Any, Any, int]]
-
-# Defaults of `make run`: loads soon enough to be watched, reachable from this machine alone.
-_RUN_DEFAULTS = {"host": "127.0.0.1", "load_interval": 5.0, "load_min_interval": 1.0}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,10 +31,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        configured = settings.load(
-            {"host": args.host, "port": args.port, "database_url": args.database_url},
-            run_defaults=_RUN_DEFAULTS if args.try_out else None,
-        )
+        given = configuration.given(args)
+        # once more for each reload: variables and options stay as they are now
+        args.load = partial(settings.load, **given)
+        shows = args.command is configuration.config
+        configured = settings.read(**given).settings if shows else settings.load(**given)
+        if args.needs:
+            configuration.require(configured, args.needs)
         if args.uses_database and settings.plugin(configured, "sink").is_file:
             print(f"datapipe: database {configured.database_url}", file=sys.stderr, flush=True)
         code: int = _run(args.command(configured, args))
@@ -68,8 +70,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"datapipe {__version__}")
     parser.set_defaults(
-        command=None, host=None, port=None, database_url=None, uses_database=False, try_out=False
+        command=None, host=None, port=None, database_url=None, uses_database=False, needs=None,
+        try_out=False,
     )  # fmt: skip
+    _add_config(parser, None)
     sub = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     def add(
@@ -77,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     ) -> argparse.ArgumentParser:
         made = sub.add_parser(name, help=text, description=text)
         made.set_defaults(command=command)
+        _add_config(made)
         if uses_database:
             _add_database(made)
         return made
@@ -89,7 +94,9 @@ def _parser() -> argparse.ArgumentParser:
     checking.add_argument(
         "--release", action="store_true", help="before a release: to be unreachable is no failure"
     )
+    _add_json(checking)
     loading = add("load", commands.load, "load once all that waits without a living owner")
+    loading.set_defaults(needs="mirror")
     loading.add_argument(
         "--accept-dead", action="store_true", help="let refused rows through to the dead letters"
     )
@@ -97,7 +104,10 @@ def _parser() -> argparse.ArgumentParser:
     looking.add_argument(
         "url", nargs="?", metavar="URL", help="of the service, this machine's if not given"
     )
-    _add_send(add("send", _send, "send files of events to a service", uses_database=False))
+    _add_json(looking)
+    _add_send(add("send", send, "send files of events to a service", uses_database=False))
+    text = "the settings in force, and where each came from"
+    _add_json(add("config", configuration.config, text, uses_database=False))
     defining = add("schema", commands.schema, "print the DDL for all event types")
     defining.add_argument(
         "--apply", action="store_true", help="make what is missing, and print only that"
@@ -110,17 +120,29 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_config(parser: argparse.ArgumentParser, default: Any = argparse.SUPPRESS) -> None:
+    """Before or after the command: one that is not given there must not undo the other."""
+    parser.add_argument(
+        "--config", metavar="FILE", type=_file_name, default=default,
+        help="the settings file, JSON or TOML; before $DATAPIPE_CNF",
+    )  # fmt: skip
+
+
+def _file_name(text: str) -> str:
+    if not text:  # of an unset variable: not the same as not given
+        raise argparse.ArgumentTypeError("a file must be named")
+    return text
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+
+
 def _add_database(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(uses_database=True)
     parser.add_argument(
         "--database-url", metavar="URL", help="instead of the setting; others see what it holds"
     )
-
-
-async def _send(settings: Settings, args: argparse.Namespace) -> int:
-    from datapipe.cli.send.command import send
-
-    return await send(settings, args)
 
 
 def _add_send(parser: argparse.ArgumentParser) -> None:
@@ -157,12 +179,14 @@ def _add_dead(sub: Any) -> None:
     }
     for name, text in texts.items():
         made = actions.add_parser(name, help=text, description=text)
-        made.set_defaults(command=commands.dead, action=name)
+        made.set_defaults(command=commands.dead, action=name, needs="sink")
+        _add_config(made)
         _add_database(made)
         made.add_argument("--lane", help="only of this lane")
         made.add_argument("--sqlstate", help="only with this SQLSTATE")
         if name == "list":
             made.add_argument("--limit", type=int, default=20, help="how many to show")
+            _add_json(made)
         else:
             made.add_argument("--id", type=int, action="append", help="this one; may be repeated")
             made.add_argument("--all", action="store_true", help="all there are")

@@ -9,6 +9,8 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+import msgspec
+
 from datapipe.monitor import formats
 from datapipe.monitor.aggregate import columns
 from datapipe.pipeline.tasks import background
@@ -78,6 +80,11 @@ def _processes(status: Mapping[str, Any]) -> str:
 
 def _error(part: Mapping[str, Any]) -> str:
     return f": {part['error']}" if part["error"] else ""
+
+
+def print_json(value: Any) -> None:
+    """For programs: one JSON value, indented."""
+    print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
 
 
 @asynccontextmanager

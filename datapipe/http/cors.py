@@ -28,6 +28,10 @@ class Cors:
     """Decides by the settings alone; `"*"` among the origins means every page."""
 
     def __init__(self, origins: Sequence[str]) -> None:
+        self.reload(origins)
+
+    def reload(self, origins: Sequence[str]) -> None:
+        """From now on these count."""
         self._origins = frozenset(origins)
 
     def headers(self, origin: str | None) -> dict[str, str]:
@@ -47,15 +51,16 @@ class Cors:
         return answer._replace(headers={**answer.headers, **more}) if more else answer
 
     def add_to(self, app: web.Application) -> None:
-        """Answer preflights, if any page may post at all."""
+        """Answer preflights; while no page may post there is no such method."""
 
         async def preflight(request: web.Request) -> web.StreamResponse:
+            if not self._origins:
+                raise web.HTTPMethodNotAllowed("OPTIONS", ["GET", "HEAD", "POST"])
             headers = self.headers(request.headers.get("Origin"))
             if "Access-Control-Allow-Origin" not in headers:
                 reason = "cors_origins does not name the origin of this page"
                 raise web.HTTPForbidden(reason=reason, headers=headers)
             return web.Response(status=204, headers=_PREFLIGHT | headers)
 
-        if self._origins:
-            for path in PATHS:
-                app.router.add_route("OPTIONS", path, preflight)
+        for path in PATHS:
+            app.router.add_route("OPTIONS", path, preflight)

@@ -78,6 +78,11 @@ class Loader:
             finally:
                 self.sink.abort()
 
+    def reload(self, settings: Settings) -> None:
+        """From now on these intervals count, also for what waits already."""
+        self._settings = settings
+        self._wake.set()
+
     async def _ask_for_slow_ones(self) -> None:
         """For ever: ask the database what slow loads are waiting for."""
         while True:

@@ -35,7 +35,7 @@ from datapipe.sinks.mysql.errors import code_of, described, is_away, verdict
 from datapipe.sinks.server import ServerSink, fetch
 from datapipe.sinks.sql import SqlTransaction, Statement, sliced
 from datapipe.sinks.transaction import Entry, RefusedRow, Rows, Transaction
-from datapipe.sinks.urls import server_address
+from datapipe.sinks.urls import login_fault, server_address
 
 _PORT = 3306
 _CONNECTIONS = 2  # of the pool, at once
@@ -313,6 +313,9 @@ class MysqlPlugin(SinkPlugin):
     def faults(self, settings: Settings) -> Iterator[tuple[str, str]]:
         """See `Plugin.faults`."""
         yield from super().faults(settings)
+        if why := login_fault(settings.database_url, "/?#"):  # as urllib finds its end
+            yield "database_url", why
+            return
         try:
             server_address(settings.database_url, _PORT)
         except ConfigError as exc:
