@@ -31,8 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = configuration.given(args)
         shows = args.command is configuration.config
         configured = settings.read(**given).settings if shows else settings.load(**given)
-        if args.needs:
-            configuration.require(configured, args.needs)
+        if args.needs and (folder := configuration.require(configured, args.needs)):
+            print(f"datapipe: looking in {folder}", file=sys.stderr, flush=True)
         if args.uses_database and settings.plugin(configured, "sink").is_file:
             print(f"datapipe: database {configured.database_url}", file=sys.stderr, flush=True)
         code: int = _run(args.command(configured, args))

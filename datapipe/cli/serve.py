@@ -45,8 +45,11 @@ async def serve(settings: Settings, args: argparse.Namespace) -> int:
             await runner.setup()
             port = Port(runner.server, files)
             async with _listening(port, settings):
-                address = _address(port, settings)
-                log.info("listening", address=address, pid=os.getpid(), mirror=settings.mirror_kind)
+                pipeline.address = address = _address(port, settings)
+                log.info(
+                    "listening", address=address, pid=os.getpid(), mirror=settings.mirror_kind,
+                    data_dir=settings.data_dir,
+                )  # fmt: skip
                 # what start-up made stays for good: the garbage collector need not scan it
                 gc.collect()
                 gc.freeze()
