@@ -137,6 +137,11 @@ def configure(level: str, fmt: str, *, queued: bool = False) -> None:
     threading.excepthook = lambda args: _log_uncaught(*args[:3])
 
 
+def set_level(level: str) -> None:
+    """From now on lines below this level are left out."""
+    logging.getLogger().setLevel(level.upper())
+
+
 def _add_dyno(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
     """Name the dyno on Heroku, where lines of all dynos meet in one stream."""
     if dyno := os.environ.get("DYNO"):

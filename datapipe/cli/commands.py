@@ -15,6 +15,7 @@ import aiohttp
 import msgspec
 
 from datapipe import logs
+from datapipe.cli import unknown
 from datapipe.cli.new_event import class_text
 from datapipe.cli.terminal import print_json, progress, show_status
 from datapipe.errors import (
@@ -25,6 +26,7 @@ from datapipe.errors import (
     SinkUnavailable,
 )
 from datapipe.events.registry import load_registry
+from datapipe.http.ingest_keys import check_lanes
 from datapipe.mirrors import check_mirror, open_mirror
 from datapipe.monitor.peers import services
 from datapipe.pipeline.buffer import Buffer
@@ -48,6 +50,7 @@ async def check(settings: Settings, args: argparse.Namespace) -> int:
     away = "warn" if args.release else "fail"
     logs.configure("critical", settings.log_format)
     registry = load_registry(settings)
+    check_lanes(settings.ingest_keys, registry.types)
     names = ", ".join(sorted(registry.types))
     findings: list[dict[str, str]] = []
 
@@ -65,8 +68,9 @@ async def check(settings: Settings, args: argparse.Namespace) -> int:
         if embedded and not embedded.is_dir():
             report([("ok", f"database: none yet in {embedded}; the service makes it")])
         else:
-            tables = [table_of(kind) for kind in registry.types.values()]
+            tables = [table_of(kind) for kind in registry.lanes.values()]
             report(await sink.check(tables))
+            report(await unknown.findings(sink, registry))
         report(await check_mirror(settings, sink.find_mark))
     ok = all(each["level"] != "fail" for each in findings)
     if args.json:
@@ -174,7 +178,7 @@ async def schema(settings: Settings, args: argparse.Namespace) -> int:
 
     Raises: SinkUnavailable: the database does not answer.
     """
-    tables = [table_of(kind) for kind in load_registry(settings).types.values()]
+    tables = [table_of(kind) for kind in load_registry(settings).lanes.values()]
     async with open_sink(settings, new_process_id()) as sink:
         if args.apply:
             logs.configure("critical", settings.log_format)

@@ -20,6 +20,7 @@ import msgspec
 from msgspec import Meta, structs
 
 from datapipe.errors import ConfigError
+from datapipe.settings.ingest_keys import IngestKey, key_fault
 from datapipe.settings.nats import NATS_FILES, nats_faults
 from datapipe.settings.plugins import OURS, Plugin, Room, plugin
 from datapipe.settings.shown import shown
@@ -40,23 +41,6 @@ __all__ = [
 ]  # fmt: skip
 
 _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^\s/?#@A-Z]+")  # as browsers write it
-
-
-class IngestKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """An ingest key with a name: what may be done with it.
-
-    Attributes:
-        lanes: that it may post to; empty: all that are registered.
-        rate: accepted events a second and process; 0: no bound.
-    """
-
-    name: Annotated[str, Meta(min_length=1)]
-    key: Annotated[str, Meta(min_length=1)]
-    lanes: list[str] = []
-    rate: Annotated[float, Meta(ge=0, le=FINITE)] = 0.0
-
-    def __repr__(self) -> str:
-        return f"IngestKey(name={self.name!r}, key='***', lanes={self.lanes!r}, rate={self.rate!r})"
 
 
 class Settings(
@@ -264,6 +248,8 @@ def check(settings: Settings, sources: Mapping[str, str] | None = None) -> None:
         seconds_of(settings.unknown_retention)
     except ValueError as exc:
         raise wrong("unknown_retention", str(exc), origins.get("unknown_retention")) from None
+    if contradiction := key_fault(settings.ingest_keys):
+        raise wrong("ingest_keys", contradiction, origins.get("ingest_keys"))
     for origin in settings.cors_origins:
         if not _ORIGIN.fullmatch(origin):
             why = f"{origin!r} is neither '*' nor like 'https://example.com'"
