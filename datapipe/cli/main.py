@@ -196,9 +196,9 @@ def _add_shelf(
     selectors: Mapping[str, str],
 ) -> None:
     """A command over dead letters, or unknown events. Args: texts: of its actions."""
-    actions = sub.add_parser(shelf, help=text).add_subparsers(
-        title="actions", metavar="ACTION", required=True
-    )
+    parser = sub.add_parser(shelf, help=text)
+    _add_config(parser)
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     for name, text in texts.items():
         made = actions.add_parser(name, help=text, description=text)
         made.set_defaults(command=command, action=name, needs="sink")
