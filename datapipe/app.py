@@ -48,6 +48,7 @@ from datapipe.pipeline.coordinator import Coordinator, new_process_id
 from datapipe.pipeline.dead_letters import DeadLetters
 from datapipe.pipeline.loader import Loader
 from datapipe.pipeline.records import Records
+from datapipe.pipeline.unknown import Unknown
 from datapipe.settings import Settings
 from datapipe.sinks import Database, open_sink, table_of
 
@@ -103,7 +104,7 @@ class Pipeline:
                 self.buffer, sink, self.registry, self.settings, records,
                 metrics.load_seconds.observe,
             )  # fmt: skip
-            kinds = self.registry.types.values() if self.try_out else ()
+            kinds = self.registry.lanes.values() if self.try_out else ()
             tables = [table_of(kind) for kind in kinds]
             self.coordinator = Coordinator(self.buffer, self.loader, sink, process, tables)
             self.ingest = Ingest(
@@ -111,6 +112,7 @@ class Pipeline:
                 metrics.request_seconds.observe,
             )  # fmt: skip
             dead = DeadLetters(sink, self.registry)
+            unknown = Unknown(sink, self.registry, dead)
             local = LocalPeers(Path(self.settings.data_dir), process)
             peers: Peers = local
             if mirror.channel is not None:
@@ -120,8 +122,10 @@ class Pipeline:
                 peers, local,
             )  # fmt: skip
             self.feed = await stack.enter_async_context(running(self.status, self._task_died))
-            Pages(self.status, self.feed, metrics, self.registry, self.access, dead).add_to(app)
-            admin = Admin(self.loader, dead, self.access, peers)
+            Pages(
+                self.status, self.feed, metrics, self.registry, self.access, dead, unknown
+            ).add_to(app)
+            admin = Admin(self.loader, dead, unknown, self.access, peers)
             admin.add_to(app)
             await stack.enter_async_context(self.loader.running(self._task_died))
             await stack.enter_async_context(self.coordinator.running(self._task_died))

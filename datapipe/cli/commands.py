@@ -14,6 +14,7 @@ import aiohttp
 import msgspec
 
 from datapipe import logs
+from datapipe.cli import unknown
 from datapipe.cli.new_event import class_text
 from datapipe.cli.terminal import print_json, progress, show_status
 from datapipe.errors import (
@@ -51,8 +52,9 @@ async def check(settings: Settings, args: argparse.Namespace) -> int:
     names = ", ".join(sorted(registry.types))
     failed = _report([("ok", f"settings: {len(registry.types)} event types: {names}")], away)
     async with open_sink(settings, new_process_id()) as sink:
-        tables = [table_of(kind) for kind in registry.types.values()]
+        tables = [table_of(kind) for kind in registry.lanes.values()]
         failed |= _report(await sink.check(tables), away)
+        failed |= _report(await unknown.findings(sink, registry), away)
         failed |= _report(await check_mirror(settings, sink.find_mark), away)
     return int(failed)
 
@@ -136,7 +138,7 @@ async def schema(settings: Settings, args: argparse.Namespace) -> int:
 
     Raises: SinkUnavailable: the database does not answer.
     """
-    tables = [table_of(kind) for kind in load_registry(settings).types.values()]
+    tables = [table_of(kind) for kind in load_registry(settings).lanes.values()]
     async with open_sink(settings, new_process_id()) as sink:
         if args.apply:
             logs.configure("critical", settings.log_format)

@@ -40,10 +40,15 @@ def show_status(status: Mapping[str, Any]) -> None:
 
 
 def _print(text: str, style: str = "") -> None:
-    """One line, without the control characters that would steer a terminal."""
-    line = "".join(char if char.isprintable() else " " for char in text)
+    """One line."""
+    line = printable(text)
     coloured = style and sys.stdout.isatty() and "NO_COLOR" not in os.environ
     print(f"\x1b[{style}m{line}\x1b[m" if coloured else line)
+
+
+def printable(text: str) -> str:
+    """Without the control characters that would steer a terminal."""
+    return "".join(char if char.isprintable() else " " for char in text)
 
 
 def _lane(name: str, lane: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, ...]:

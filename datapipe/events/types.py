@@ -41,7 +41,7 @@ PG_TYPES: dict[type, str] = {
 }
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,47}")
-_RESERVED = {"received_at", "event_name"}  # by us
+RESERVED = {"received_at", "event_name"}  # by us
 
 _JSON = (dict, list)
 DEFAULTS = Limits()
@@ -249,7 +249,7 @@ def _declared(name: str, cls: type[Event], limits: Limits) -> Iterator[tuple[Fie
         if typing.get_origin(hint) is typing.ClassVar:
             continue
         place = f"event type {name!r}, field {key!r}"
-        if key in _RESERVED:
+        if key in RESERVED:
             raise ConfigError(f"{place}: this name is reserved: it can't be a column")
         if why := limits.column_fault(key, names):
             raise ConfigError(f"{place}: {why}")
