@@ -81,7 +81,9 @@ _LANE: dict[str, Rule] = {
 _SHARED_LANE = _LANE | dict.fromkeys(("waiting", "waiting_bytes", "oldest_seconds", "full"), _first)
 # what stands in none of these is that of the process itself, or of the one that is worst off
 _MIRROR: dict[str, Rule] = {"requests": sum, "requests_this_month": sum, "calls": _counts}
-_STATUS: dict[str, Rule] = {"processes": len, "uptime_seconds": max, "rejected": _counts}
+_STATUS: dict[str, Rule] = {
+    "processes": len, "uptime_seconds": max, "rejected": _counts, "dead_letters": _most("at"),
+}  # fmt: skip
 
 
 def _merged(rules: Mapping[str, Rule], snapshots: Iterable[Snapshot]) -> dict[str, Any]:

@@ -393,6 +393,12 @@ class SqlSink(TransactionalSink):
         )  # fmt: skip
         return found(groups, [(*rest, datetime.fromtimestamp(at, UTC)) for *rest, at in letters])
 
+    async def count_dead(self) -> dict[str, int]:
+        """See `DeadLetters.count_dead`: of an index alone."""
+        await self.prepare(OWN_TABLES[0])
+        counts: Any = await self.query(f"SELECT lane, count(*) FROM {self._letters} GROUP BY lane")
+        return dict(counts)
+
     async def drop(self, selection: Selection) -> int:
         """See `DeadLetters.drop`."""
         condition, values = self._dialect.where(selection)
