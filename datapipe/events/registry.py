@@ -10,6 +10,7 @@ import msgspec
 
 from datapipe.errors import ConfigError
 from datapipe.events.types import PG_TYPES, Event, EventType, registered, unregistered
+from datapipe.events.unknown import UNKNOWN, Kind, UnknownType
 from datapipe.events.values import TIMES, parse_type, wire_type, written
 from datapipe.settings import Settings, plugin
 
@@ -43,22 +44,42 @@ _BUILTIN: dict[str, type[Event]] = {
 class Registry:
     """All event types, and decoders of their events.
 
+    Args:
+        unknown: of the lane of events that have no type here.
+        keeps_unknown: whether such events are accepted.
     Attributes:
         types: by event name; there is at least one.
+        kinds: of all lanes that can be loaded, by lane. lanes: of those that events come into.
         by_struct: by the class of the decoded object.
         one: decodes one JSON object; `many` an array of them; both raise msgspec's errors.
     """
 
-    def __init__(self, types: list[EventType]) -> None:
+    def __init__(
+        self,
+        types: list[EventType],
+        unknown: UnknownType | None = None,
+        *,
+        keeps_unknown: bool = False,
+    ) -> None:
         self.types: dict[str, EventType] = {}
         for kind in types:
             if kind.name in self.types:
                 raise ConfigError(f"event type {kind.name!r} is registered twice")
             self.types[kind.name] = kind
-        self.by_struct = {kind.struct: kind for kind in types}
+        self.unknown = unknown or UnknownType()
+        self.keeps_unknown = keeps_unknown
+        self.kinds: dict[str, Kind] = {**self.types, UNKNOWN: self.unknown}
+        self.lanes = self.kinds if keeps_unknown else {**self.types}
+        self.by_struct: dict[type, Any] = {kind.struct: kind for kind in self.kinds.values()}
         union: Any = Union[tuple(kind.struct for kind in types)]  # noqa: UP007 - made at run time
         self.one: msgspec.json.Decoder[Any] = msgspec.json.Decoder(union)
         self.many: msgspec.json.Decoder[list[Any]] = msgspec.json.Decoder(list[union])
+
+    def kind_of(self, event_name: str) -> Kind | None:
+        """Of an event of this name; None: it is not accepted."""
+        if kind := self.types.get(event_name):
+            return kind
+        return self.unknown if self.keeps_unknown and self.unknown.takes(event_name) else None
 
 
 def load_registry(settings: Settings) -> Registry:
@@ -100,7 +121,8 @@ def load_registry(settings: Settings) -> Registry:
             "builtin_events: there is no event type: set it to true, or declare types in "
             "event_modules or events"
         )
-    return Registry(types)
+    keeps_unknown = settings.unknown_events == "keep"
+    return Registry(types, UnknownType(*bounds), keeps_unknown=keeps_unknown)
 
 
 def declared_class(name: str, fields: dict[str, str]) -> type[Event]:

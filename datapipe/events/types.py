@@ -41,12 +41,12 @@ PG_TYPES: dict[type, str] = {
 }
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,47}")
-_RESERVED = {"received_at", "event_name"}  # by us
+RESERVED = {"received_at", "event_name"}  # by us
 
 _JSON = (dict, list)
 DEFAULTS = Limits()
 # U+0000 in JSON: behind an even number of backslashes, or the backslash is itself escaped
-_NUL_IN_JSON = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+NUL_IN_JSON = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 NO_NUL = "U+0000 can't be stored"
 TOO_DEEP = "nested too deep to be stored"
@@ -148,11 +148,10 @@ class EventType:
     def __init__(
         self, name: str, cls: type[Event], input_max_len: int = 16_384, limits: Limits = DEFAULTS
     ) -> None:
-        taken = ("datapipe_", *limits.reserved_tables)
-        if not _NAME.fullmatch(name) or name.startswith(taken):
+        if not is_event_name(name, limits):
             raise ConfigError(
                 f"event type {name!r}: a name is [a-z][a-z0-9_]{{0,47}} and does not begin with "
-                f"{' or '.join(taken)}"
+                f"{' or '.join(_taken(limits))}"
             )
         self.name = name
         declared = list(_declared(name, cls, limits))
@@ -229,6 +228,16 @@ class EventType:
         return EventRejected(Reason.BAD_VALUE, str(error))
 
 
+def is_event_name(name: str, limits: Limits = DEFAULTS) -> bool:
+    """Whether an event type may be called so."""
+    return bool(_NAME.fullmatch(name)) and not name.startswith(_taken(limits))
+
+
+def _taken(limits: Limits) -> tuple[str, ...]:
+    """What no name may begin with."""
+    return ("datapipe_", *limits.reserved_tables)
+
+
 def _declared(name: str, cls: type[Event], limits: Limits) -> Iterator[tuple[Field, Column]]:
     """The fields of a class and their columns. Raises: ConfigError: one can't be a column."""
     try:
@@ -240,7 +249,7 @@ def _declared(name: str, cls: type[Event], limits: Limits) -> Iterator[tuple[Fie
         if typing.get_origin(hint) is typing.ClassVar:
             continue
         place = f"event type {name!r}, field {key!r}"
-        if key in _RESERVED:
+        if key in RESERVED:
             raise ConfigError(f"{place}: this name is reserved: it can't be a column")
         if why := limits.column_fault(key, names):
             raise ConfigError(f"{place}: {why}")
@@ -335,7 +344,7 @@ class Field(NamedTuple):
             text = msgspec.json.encode(value).decode()
         else:
             text = self.limits.texts.get(self.kind, str)(value)
-        if "\0" in text or (is_json and _NUL_IN_JSON.search(text)):
+        if "\0" in text or (is_json and NUL_IN_JSON.search(text)):
             raise ValueError(NO_NUL)
         if is_json and self.limits.is_too_deep(value, text.encode()):
             raise ValueError(TOO_DEEP)
@@ -423,7 +432,7 @@ def _json_writer(field: Field, max_len: int) -> Callable[[Any], str]:
         except msgspec.ValidationError as exc:
             raise field.misfit(sent, exc) from None
         text = sent.decode()
-        if _NUL_IN_JSON.search(text):
+        if NUL_IN_JSON.search(text):
             raise field.wrong(NO_NUL)
         if field.limits.is_too_deep(value, sent):
             raise field.wrong(TOO_DEEP)

@@ -78,6 +78,7 @@ def document(registry: Registry) -> Schema:
     whole: Schema = msgspec.json.decode((templates_folder() / "openapi.json").read_bytes())
     whole["info"]["version"] = __version__
     events = {name: _event_schema(kind) for name, kind in sorted(registry.types.items())}
+    whole["paths"]["/v1/events"] = {"post": whole["paths"]["/"]["post"]}
     whole["components"]["schemas"] |= events | {
         "Event": {"oneOf": [{"$ref": f"#/components/schemas/{name}"} for name in events]},
         "Lane": {"type": "string", "examples": list(events)},

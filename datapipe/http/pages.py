@@ -20,6 +20,7 @@ from datapipe.monitor.feed import Feed
 from datapipe.monitor.metrics import Metrics
 from datapipe.monitor.status import Status
 from datapipe.pipeline.dead_letters import DeadLetters
+from datapipe.pipeline.unknown import Unknown
 
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -43,6 +44,7 @@ class Pages:
     registry: Registry
     access: Access
     dead: DeadLetters
+    unknown: Unknown
 
     def add_to(self, app: web.Application) -> None:
         """Add the routes."""
@@ -63,10 +65,15 @@ class Pages:
         self.access.may_look(request)
         denied = self.access.why_not(request)
         await self.status.refresh()
+        dead = unknown = None
+        if not denied:
+            dead, unknown = await asyncio.gather(self.dead.shown(), self.unknown.shown())
         context = {
             "status": await self.status.whole() | {"refused": self.status.records.refusals()},
             "denied": denied.detail if denied else None,
-            "dead": None if denied else await self.dead.shown(),
+            "dead": dead,
+            "unknown": unknown,
+            "keeps_unknown": self.unknown.kept,
         }
         text = await asyncio.to_thread(self._templates.page, context)
         headers = {"Cache-Control": "no-store"}
@@ -78,16 +85,17 @@ class Pages:
         With `?sections`, for the page's own script: the HTML of each section that has changed.
         """
         self.access.may_look(request)
-        admin = self.access.why_not(request) is None
         if self.feed.ended:
             raise Busy("shutting down")
         async with sse_response(request, send_timeout=_SEND_TIMEOUT_S) as response:
             seen = 0
-            # the client has left: nothing to do
-            with suppress(ConnectionResetError, TimeoutError):
+            # the client has left, or a reload has changed the key: nothing to do
+            with suppress(ConnectionResetError, TimeoutError, Refused):
                 async with aclosing(self.feed.listen()) as news:
                     async for status in news:
+                        self.access.may_look(request)
                         if "sections" in request.query:
+                            admin = self.access.why_not(request) is None
                             seen, text = await self._changed(status, seen, admin)
                         else:
                             text = self._json(status)

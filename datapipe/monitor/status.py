@@ -187,6 +187,7 @@ class Status:
             },
             "rejected": dict(self.records.rejected),
             "dead_letters": self._dead_letters(),
+            "keys": {name: use.shown() for name, use in sorted(self.records.keys.items())},
             "mirror": self._mirror(),
             "database": self._database(),
             "parts": [_part(health) for health in self.parts()],

@@ -23,6 +23,7 @@ def exposed() -> dict[str, set[str]]:
         "dead_letters": {"at": "2026-11-22T12:00:00Z", "lanes": {"install": 1}},
         "totals": {"waiting_bytes": 0},
         "rejected": {"busy": 1},
+        "keys": {"ios": {"accepted": 1, "rejected": 1, "limited": 1}},
         "mirror": {"calls": {"post": 1}, "up": True, "bytes": 1, "max_bytes": 2},
         "database": {"up": True},
     }

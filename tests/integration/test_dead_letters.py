@@ -89,7 +89,7 @@ async def test_they_are_a_state_of_their_own_as_long_as_they_lie_there(
     await becomes("dead_letters", 2)
     text = (await service.status())["summary"]["text"]
     assert text.startswith("2 events are dead letters (install 2) since ")
-    code, said = await command(service, "status", service.url)
+    _, said = await command(service, "status", service.url)
     assert text in said
     other = await make_service(database_url=database, data_dir="other").start()
     await becomes("dead_letters", 2, other)  # though it has refused none
@@ -258,7 +258,7 @@ async def test_the_page_shows_them_escaped_and_its_buttons_act(
     assert "&lt;script&gt;x" in page
     assert "<script>x" not in page
     asked, form = page.split("Drop for good…</summary>")[1].split("</form>")[0].split("<form")
-    assert "2 events of install can’t be had again then." in asked
+    assert "2 events of install can't be had again then." in asked
     assert 'action="dead/drop"' in form
     assert page.count('action="dead/drop"') == page.count('<details class="ask">') == 2
     postgres.execute(database, "ALTER TABLE install DROP CONSTRAINT even")
