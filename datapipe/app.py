@@ -132,6 +132,7 @@ class Pipeline:
             admin.add_to(app)
             await stack.enter_async_context(self.loader.running(self._task_died))
             await stack.enter_async_context(self.coordinator.running(self._task_died))
+            await stack.enter_async_context(dead.counting(self._task_died))
             own = Own(self.status.for_peers, admin.load_own, self._service)
             for each in {local, peers}:
                 await stack.enter_async_context(each.listening(own))

@@ -265,6 +265,9 @@ class Shelves(Protocol):
         Raises: SinkUnavailable, LaneBlocked.
         """
 
+    async def count_dead(self) -> dict[str, int]:
+        """How many there are, by lane. Raises: SinkUnavailable, LaneBlocked."""
+
     async def replay(
         self, selection: Selection, tables: Mapping[str, Table], check: Check
     ) -> tuple[dict[str, int], int]:

@@ -74,6 +74,13 @@ class TransactionalSink(ABC):
     async def find(self, selection: Selection, limit: int) -> dict[str, Any]:
         """See `Shelves.find`."""
 
+    async def count_dead(self) -> dict[str, int]:
+        """See `Shelves.count_dead`."""
+        counts: Counter[str] = Counter()
+        for group in (await self.find(Selection(), 0))["groups"]:
+            counts[group["lane"]] += group["count"]
+        return dict(counts)
+
     @abstractmethod
     async def transact(self, lane: str, work: Callable[[Transaction], _T]) -> _T:
         """Do work in one transaction, in a thread if it takes time, and commit it.

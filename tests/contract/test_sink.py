@@ -659,7 +659,9 @@ async def test_dead_letters_are_found_and_dropped_by_selection(world: World) -> 
     assert await sink.drop(Selection(ids=ids)) == 0
     assert await sink.drop(Selection(lane="purchase")) == 0
     assert await dead_users(sink) == [5, 3, 1]
+    assert await sink.count_dead() == {"install": 3}
     assert await sink.drop(Selection()) == 3
+    assert await sink.count_dead() == {}
     found = await sink.find(Selection(), 100)
     assert (found["total"], found["groups"], found["letters"]) == (0, [], [])
 
