@@ -2,7 +2,8 @@
 
 A browser asks before it sends what a form could not (the preflight, `OPTIONS`), and shows the
 answer to the script only if a header allows it. The browser's credentials are not allowed: an
-ingest key comes from the script. Only POSTs of events are opened, never the page or what an admin may do.
+ingest key comes from the script. Only POSTs of events are opened, never the page or what an admin
+may do.
 Source: Fetch standard, "CORS protocol".
 """
 

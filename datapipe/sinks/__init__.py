@@ -37,8 +37,8 @@ class Table:
 class Loaded:
     """What became of the events of one load: their sum is what the segments held.
 
-    `refused` names the first few SQLSTATEs and messages of dead letters, for the log. `dead_of` says
-    how many dead letters each segment has that has any, also one that was in already.
+    `refused` names the first few SQLSTATEs and messages of dead letters, for the log. `dead_of` has
+    the number of dead letters of each segment that has any, also of one that was in already.
     """
 
     loaded: int = 0
