@@ -40,7 +40,7 @@ PG_TYPES: dict[type, str] = {
     list: "jsonb",
 }
 
-_NAME = re.compile(r"[a-z][a-z0-9_]{0,47}")
+NAME = re.compile(r"[a-z][a-z0-9_]{0,47}")
 RESERVED = {"received_at", "event_name"}  # by us
 
 _JSON = (dict, list)
@@ -230,7 +230,7 @@ class EventType:
 
 def is_event_name(name: str, limits: Limits = DEFAULTS) -> bool:
     """Whether an event type may be called so."""
-    return bool(_NAME.fullmatch(name)) and not name.startswith(_taken(limits))
+    return bool(NAME.fullmatch(name)) and not name.startswith(_taken(limits))
 
 
 def _taken(limits: Limits) -> tuple[str, ...]:
