@@ -107,9 +107,11 @@ class Pipeline:
                 self.buffer, sink, self.registry, self.settings, records,
                 metrics.load_seconds.observe,
             )  # fmt: skip
-            kinds = self.registry.lanes.values() if self.try_out else ()
-            tables = [table_of(kind) for kind in kinds]
-            self.coordinator = Coordinator(self.buffer, self.loader, sink, process, tables)
+            tables = [table_of(kind) for kind in self.registry.lanes.values()]
+            self.coordinator = Coordinator(
+                self.buffer, self.loader, sink, process, tables if self.try_out else (),
+                [table for table in tables if table.partition or table.retention_s],
+            )  # fmt: skip
             self.ingest = Ingest(
                 self.buffer, self.registry, self.settings, self.keys, self.cors, records,
                 metrics.request_seconds.observe,
