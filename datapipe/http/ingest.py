@@ -15,8 +15,9 @@ from datapipe.http import responses
 from datapipe.http.admission import Admission, Reservation
 from datapipe.http.auth import given_key
 from datapipe.http.body import Body, Headers, read_body
+from datapipe.http.claims import Claim, Claims
 from datapipe.http.cors import Cors
-from datapipe.http.parse import Claim, Parser
+from datapipe.http.parse import Parser
 from datapipe.http.responses import Answer
 from datapipe.pipeline.buffer import Buffer
 from datapipe.pipeline.records import Records, Refusal, shown
@@ -43,6 +44,7 @@ class Ingest:
         self.admission = Admission(buffer, settings.inflight_max_bytes)
         self._buffer = buffer
         self._parser = Parser(registry, settings.batch_max_events)
+        self._claims = Claims(settings.claims_max_bytes, settings.dedupe_window)
         self._settings = settings
         self._records = records
         self._cors = Cors(settings.cors_origins)
@@ -68,9 +70,12 @@ class Ingest:
             body = await read_body(source, headers, self._settings, reservation)
             claim = self._claim(ingest_key, idempotency_key, body)
             parsed = await self._parser.parse(body, self._clock.now(), claim)
-            full = self.admission.refuse_full(parsed)
+            full = self.admission.refuse_full(parsed, keyed=claim is not None)
             if parsed.chunks:
                 reservation.grow(sum([len(chunk.data) for chunk in parsed.chunks]))
+                if claim:
+                    self._buffer.check(parsed.chunks)
+                    self._claims.enter(claim)  # by now another one may have come
                 await self._buffer.append(parsed.chunks)
             if parsed.errors:
                 self._refused(parsed.errors, request_id)
@@ -126,13 +131,20 @@ class Ingest:
         except BufferFull:
             self.admission.leave(held)
             return False
+        if claim:
+            self._claims.enter(claim)
         return True
 
     def _claim(self, ingest_key: bytes, idempotency_key: str | None, body: bytes) -> Claim | None:
-        """The hashes that stand for the keys and for the body."""
+        """The hashes that stand for the keys and for the body.
+
+        Raises: EventRejected: the key was used with another body.
+        """
         if idempotency_key is None:
             return None
-        return _hash(self._hashes[ingest_key] + idempotency_key.encode()), _hash(body)
+        claim = _hash(self._hashes[ingest_key] + idempotency_key.encode()), _hash(body)
+        self._claims.check(claim)
+        return claim
 
     def _failed(self, error: Exception, body: bytes, request_id: str) -> Answer:
         """The answer to a POST of which nothing is promised."""

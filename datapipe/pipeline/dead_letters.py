@@ -21,6 +21,7 @@ _SHOWN_LETTERS = 200
 def selection_of(wanted: Any) -> Selection:
     """From `{"ids": [...]}`, `{"lane": L, "sqlstate": S}` or `{"all": true}`.
 
+    An SQLSTATE of null, as groups without one have it, selects these.
     Raises: EventRejected: it is none of these; all must be asked for explicitly.
     """
     if isinstance(wanted, Mapping):
@@ -30,6 +31,8 @@ def selection_of(wanted: Any) -> Selection:
             return Selection(ids=tuple(ids))
         if keys == {"all"} and wanted["all"] is True:
             return Selection()
+        if "sqlstate" in keys and wanted["sqlstate"] is None:
+            wanted = {**wanted, "sqlstate": ""}
         texts = all(isinstance(value, str) and storable(value) for value in wanted.values())
         if keys and keys <= {"lane", "sqlstate"} and texts:
             return Selection(lane=wanted.get("lane"), sqlstate=wanted.get("sqlstate"))

@@ -100,7 +100,10 @@ Check = Callable[[str, bytes, str], bytes]
 
 @dataclass(slots=True, frozen=True)
 class Selection:
-    """Selects dead letters: those that match every field that is not None."""
+    """Selects dead letters: those that match every field that is not None.
+
+    Attributes: sqlstate: empty: those without one.
+    """
 
     ids: tuple[int, ...] | None = None
     lane: str | None = None

@@ -22,7 +22,8 @@ OWN_TABLES = (
             Column("events", "count"),  # of a cluster: 1 once it has the mark
             Column("dead", "count"),
             Column("duplicates", "count"),
-            Column("body", "text"),  # of a claim: the hash of what stands; a cluster's mark
+            # of a claim: the hash of what stands; of a part: what it lacks; a cluster's mark
+            Column("body", "text"),
             Column("source", "word"),  # where it lies: a journal's id, `ironmq`, `nats:` and prefix
             Column("process", "word"),
             Column("load", "word"),
@@ -125,14 +126,15 @@ class Dialect:
 
     def where(self, selection: Selection) -> tuple[str, list[Any]]:
         """A selection of dead letters as a condition and its values."""
-        ids = selection.ids
+        ids, state = selection.ids, self.quote("sqlstate")
         tests = {
             f"id {self.one_of.format('bigint')}": None if ids is None else self.listed(ids),
             "lane = %s": selection.lane,
-            f"{self.quote('sqlstate')} = %s": selection.sqlstate,
+            f"{state} = %s": selection.sqlstate or None,
         }
         given = {test: value for test, value in tests.items() if value is not None}
-        return " AND ".join(["1 = 1", *given]), list(given.values())
+        none = [f"coalesce({state}, '') = ''"] if selection.sqlstate == "" else []
+        return " AND ".join(["1 = 1", *none, *given]), list(given.values())
 
     # --- tables ---
 

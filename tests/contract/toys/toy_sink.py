@@ -77,9 +77,9 @@ class ToyTransaction:
         rows = [row for id in segments for row in self._execute(sql, (id,))]
         return {id: Known(*rest) for id, *rest in rows}
 
-    def bodies(self, claims: Sequence[str]) -> dict[str, str]:
+    def bodies(self, ids: Sequence[str]) -> dict[str, str | None]:
         sql = "SELECT segment, body FROM datapipe_ledger WHERE segment = ?"
-        return dict(row for id in claims for row in self._execute(sql, (id,)))
+        return dict(row for id in ids for row in self._execute(sql, (id,)))
 
     def book(self, counts: Sequence[tuple[str, int, int]]) -> None:
         for id, *numbers in counts:
@@ -308,7 +308,7 @@ def where(selection: Selection) -> tuple[str, list[Any]]:
         values += selection.ids
     for column in ("lane", "sqlstate"):
         if (value := getattr(selection, column)) is not None:
-            conditions.append(f"{column} = ?")
+            conditions.append(f"coalesce({column}, '') = ?")
             values.append(value)
     return " AND ".join(conditions), values
 
