@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import json
 import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 
-ROOT = Path(__file__).parent.parent
+from tests.zygote import ROOT, Forked, Zygote, can_fork
+
+LINE_BYTES = 16 << 20
+
+
+@cache
+def zygote() -> Zygote:
+    """This process's own."""
+    made = Zygote()
+    atexit.register(made.end)
+    return made
 
 
 async def until(
@@ -50,7 +62,7 @@ class Service:
         self.file = folder / f"datapipe-{id(self)}.json"
         self._env = env or {}
         self._inside = inside
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: asyncio.subprocess.Process | Forked | None = None
         self._reader: asyncio.Task[None] | None = None
         self._session: aiohttp.ClientSession | None = None
         self.lines: list[dict[str, Any]] = []
@@ -78,12 +90,15 @@ class Service:
             env.pop(name, None)
         env |= {"DATAPIPE_CNF": str(self.file), "PYTHONPATH": str(ROOT), **self._env}
         self.url = ""
-        self._process = await asyncio.create_subprocess_exec(
-            *self._inside, sys.executable, "-m", "datapipe", "serve", env=env,
-            limit=16 * 1024 * 1024,
-            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-            start_new_session=True, cwd=self.file.parent,
-        )  # fmt: skip
+        if can_fork(self._env) and not self._inside:
+            self._process = await zygote().start(["serve"], env, self.file.parent, LINE_BYTES)
+        else:
+            self._process = await asyncio.create_subprocess_exec(
+                *self._inside, sys.executable, "-m", "datapipe", "serve", env=env,
+                limit=LINE_BYTES,
+                stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+                start_new_session=True, cwd=self.file.parent,
+            )  # fmt: skip
         self._reader = asyncio.create_task(self._read(self._process))
         if wait:
             await until(self._listens, what="listening")
@@ -94,7 +109,7 @@ class Service:
         assert self._process.returncode is None or self.url, "\n".join(self.raw)
         return bool(self.url)
 
-    async def _read(self, process: asyncio.subprocess.Process) -> None:
+    async def _read(self, process: asyncio.subprocess.Process | Forked) -> None:
         assert process.stdout is not None
         async for raw in process.stdout:
             text = raw.decode().rstrip("\n")

@@ -61,6 +61,7 @@ class Chunk(msgspec.Struct, eq=False, gc=False):
         name: see `Part`.
         lacks: which events of the part were rejected: bit n, of a number in base 16, stands for the
             n-th event of that name in that part of the body; empty: none. At most 255 characters.
+        waiter: who waits for the load of these rows, if anybody: they get segments of their own.
     """
 
     lane: str
@@ -71,6 +72,7 @@ class Chunk(msgspec.Struct, eq=False, gc=False):
     indexes: Sequence[int] = (0,)
     name: str = ""
     lacks: str = ""
+    waiter: object | None = None
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -86,6 +88,7 @@ class Segment:
         neutral: times are in UTC and have no offset (see `types`); release 1.0 wrote one to each.
         missing: the mirror can no longer find it, so `data` is empty. Set to false once the ledger
             is found to know it; until then no copy of it that may turn up is to be deleted.
+        waiter: see `Chunk`; no mirror keeps it.
     """
 
     lane: str
@@ -100,6 +103,7 @@ class Segment:
     position: int = 0
     neutral: bool = False
     missing: bool = False
+    waiter: object | None = None
 
     def __post_init__(self) -> None:
         if not self.id:
@@ -148,7 +152,7 @@ class Segment:
         )
         return Segment(
             self.lane, self.columns, data, data.count(b"\n"), parts,
-            created_at=self.created_at, neutral=self.neutral,
+            created_at=self.created_at, neutral=self.neutral, waiter=self.waiter,
         )  # fmt: skip
 
     def __repr__(self) -> str:
@@ -157,17 +161,17 @@ class Segment:
 
 def seal(chunks: Sequence[Chunk], max_bytes: int) -> list[Segment]:
     """Segments of one lane and at most `max_bytes` rows; a single event or part may be larger."""
-    by_lane: dict[tuple[str, int], list[Chunk]] = {}
+    by_lane: dict[tuple[str, int, object], list[Chunk]] = {}
     for chunk in chunks:
         # all of a type share their columns, whose hash would cost more than all else here
-        by_lane.setdefault((chunk.lane, id(chunk.columns)), []).append(chunk)
+        by_lane.setdefault((chunk.lane, id(chunk.columns), chunk.waiter), []).append(chunk)
     return [
         segment for of_lane in by_lane.values() for segment in _joined(of_lane).split(max_bytes)
     ]
 
 
 def _joined(chunks: Sequence[Chunk]) -> Segment:
-    """Args: chunks: of one lane, with the same columns."""
+    """Args: chunks: of one lane, with the same columns and waiter."""
     lane, columns = chunks[0].lane, chunks[0].columns
     parts, at = [], 0
     for chunk in chunks:
@@ -177,7 +181,7 @@ def _joined(chunks: Sequence[Chunk]) -> Segment:
         at = end
     data = chunks[0].data if len(chunks) == 1 else b"".join([chunk.data for chunk in chunks])
     events = sum([chunk.events for chunk in chunks])
-    return Segment(lane, columns, data, events, tuple(parts), neutral=True)
+    return Segment(lane, columns, data, events, tuple(parts), neutral=True, waiter=chunks[0].waiter)
 
 
 class Head(msgspec.Struct, array_like=True, frozen=True):

@@ -175,10 +175,10 @@ async def test_a_stream_that_can_not_be_seen_at_the_start_holds_up_its_lane_alon
         members = Members()
         look_at = mirror.streams.look_at
 
-        async def not_installs(stream: streams_module.Stream) -> None:
+        async def not_installs(stream: streams_module.Stream, timeout_s: float = 2.0) -> None:
             if stream.lane == "install":
                 raise MirrorUnavailable("it has no leader")
-            await look_at(stream)
+            await look_at(stream, timeout_s)
 
         with mock.patch.object(mirror.streams, "look_at", not_installs):
             assert (await mirror.recover(members)).due == {"purchase"}

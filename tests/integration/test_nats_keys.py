@@ -110,10 +110,10 @@ async def test_as_long_as_a_stream_is_not_seen_all_keys_are_kept(
         with mock.patch.object(streams_module, "_UNKNOWN_S", 0.5):
             look_at = process.mirror.streams.look_at
 
-            async def not_installs(stream: streams_module.Stream) -> None:
+            async def not_installs(stream: streams_module.Stream, timeout_s: float = 2.0) -> None:
                 if stream.lane == "install":
                     raise MirrorUnavailable("its leader is away")
-                await look_at(stream)
+                await look_at(stream, timeout_s)
 
             await asyncio.sleep(0.6)
             with mock.patch.object(process.mirror.streams, "look_at", not_installs):

@@ -15,7 +15,9 @@ from datapipe.errors import BufferFull, EventRejected, MirrorUnavailable, Reason
 from datapipe.events.registry import load_registry
 from datapipe.events.segment import Chunk
 from datapipe.http.claims import CLAIM_BYTES, Claims
+from datapipe.http.cors import Cors
 from datapipe.http.ingest import Ingest
+from datapipe.http.ingest_keys import IngestKeys
 from datapipe.http.responses import Answer
 from datapipe.pipeline.records import Records
 from datapipe.settings import Settings
@@ -106,7 +108,7 @@ class FakeBuffer:
         self.check((chunk,))
         done(self.fails)
 
-    async def append(self, chunks: Sequence[Chunk]) -> None:
+    async def append(self, chunks: Sequence[Chunk], wait: object = None) -> None:
         self.check(chunks)
         if self.fails:
             raise self.fails
@@ -117,8 +119,9 @@ class Posts:
 
     def __init__(self, buffer: FakeBuffer, *, long: bool = False, **settings: Any) -> None:
         given = Settings(mirror="none", **settings)
-        registry = load_registry(given)
-        self._ingest = Ingest(buffer, registry, given, Records(), [].append)  # type: ignore[arg-type]
+        records = Records()
+        with_keys = IngestKeys([], records, ()), Cors([]), records
+        self._ingest = Ingest(buffer, load_registry(given), given, *with_keys, [].append)  # type: ignore[arg-type]
         self._long = long
 
     async def __call__(self, body: Any, key: str = "k") -> tuple[int, int]:

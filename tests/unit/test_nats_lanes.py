@@ -16,6 +16,7 @@ from datapipe.errors import MirrorUnavailable
 from datapipe.mirrors import Membership
 from datapipe.mirrors.nats import mirror as mirror_module
 from datapipe.mirrors.nats import streams as streams_module
+from datapipe.mirrors.nats.client import ANSWER_S
 from datapipe.mirrors.nats.mirror import Nats
 from datapipe.mirrors.nats.prune import SPREAD_S
 from datapipe.mirrors.nats.streams import Stream
@@ -44,11 +45,13 @@ class World:
         self.bytes: dict[str, int] = {"install": 0, "purchase": 0}
         self.unseen: set[str] = set()
         self.looks: list[str] = []
+        self.waits_s: list[float] = []
         self.now = 1_000_000.0  # by the database's clock
         self.members = Members(clock=lambda: self.now)
 
-    async def _look_at(self, stream: Stream) -> None:
+    async def _look_at(self, stream: Stream, timeout_s: float = ANSWER_S) -> None:
         self.looks.append(stream.lane)
+        self.waits_s.append(timeout_s)
         stream.unseen_at = time.monotonic()
         if stream.lane in self.unseen:
             raise MirrorUnavailable(f"{stream.lane} has no leader")
@@ -90,6 +93,21 @@ async def test_one_that_can_not_be_seen_fails_no_look_while_others_can(world: Wo
         world.unseen = {"install", "purchase"}
         with pytest.raises(MirrorUnavailable):
             await world.mirror.keep(world.members)
+
+
+async def test_one_that_can_not_be_seen_holds_up_the_looks_at_others_only_once(
+    world: World,
+) -> None:
+    await world.mirror.recover(world.members)
+    world.unseen = {"install"}
+    world.waits_s.clear()
+    for _ in range(2):
+        stream = world.mirror.streams.of("install")
+        stream.active = True
+        await world.mirror.keep(world.members)
+        stream.unseen_at -= 3600  # as if it were time for another look
+    first_s, again_s = world.waits_s
+    assert again_s * 4 <= first_s == ANSWER_S
 
 
 async def test_what_is_seen_again_is_due(world: World) -> None:

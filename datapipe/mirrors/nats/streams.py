@@ -16,7 +16,7 @@ from typing import Any
 import structlog
 
 from datapipe.errors import MirrorFull, MirrorUnavailable
-from datapipe.mirrors.nats.client import ApiError, Client, Denied
+from datapipe.mirrors.nats.client import ANSWER_S, ApiError, Client, Denied
 from datapipe.mirrors.nats.wire import stream_of, subject_of
 from datapipe.settings import Settings
 
@@ -26,6 +26,7 @@ _DUPLICATE_WINDOW_S = 120.0
 _LOOKS_AT_ONCE = 16
 _LOOKS = 100  # a second, at lanes in which nothing happens here; each takes 0.2 ms of ours
 _UNSEEN_S = 5.0  # between two looks at one that can't be seen
+_BRIEFLY_S = 0.25  # for such a look: all others wait for it
 _UNKNOWN_S = 60.0  # after the last look it is not known any more how old the oldest is
 _REFUSED_S = 5.0  # for which a stream that can't be made is not tried again
 _CREATE_S = 10.0  # a new stream waits for its leader
@@ -225,15 +226,18 @@ class Streams:
         await self._look(
             [stream for stream in self.by_lane.values()
              if (stream.active or stream.looked_at <= since)
-             and now - stream.unseen_at >= _UNSEEN_S]
+             and now - stream.unseen_at >= _UNSEEN_S],
+            _BRIEFLY_S,
         )  # fmt: skip
 
-    async def _look(self, streams: Collection[Stream]) -> None:
+    async def _look(self, streams: Collection[Stream], unseen_s: float = ANSWER_S) -> None:
+        """Args: unseen_s: how long to wait for one that could not be seen the last time."""
         several = asyncio.Semaphore(_LOOKS_AT_ONCE)
 
         async def one(stream: Stream) -> None:
             async with several:
-                await self.look_at(stream)
+                unseen = stream.unseen_at > -math.inf
+                await self.look_at(stream, unseen_s if unseen else ANSWER_S)
 
         lately = time.monotonic() - _UNSEEN_S
         outcomes = await asyncio.gather(*map(one, streams), return_exceptions=True)
@@ -244,13 +248,15 @@ class Streams:
                 if not (alone and isinstance(outcome, MirrorUnavailable)):
                     raise outcome
 
-    async def look_at(self, stream: Stream) -> None:
+    async def look_at(self, stream: Stream, timeout_s: float = ANSWER_S) -> None:
         """Read one stream's state, if it is there. Raises: MirrorUnavailable."""
         stream.active = False
         began = stream.unseen_at = time.monotonic()
         try:
             filter = subject_of(self._prefix, stream.lane, "*")
-            stream.saw(await self._client.api(f"STREAM.INFO.{stream.name}", subjects_filter=filter))
+            call = f"STREAM.INFO.{stream.name}"
+            answer = await self._client.api(call, timeout_s=timeout_s, subjects_filter=filter)
+            stream.saw(answer)
         except ApiError as exc:
             if exc.code != NO_STREAM:
                 raise
