@@ -171,10 +171,9 @@ def mixed() -> list[dict[str, Any]]:
     return events
 
 
-def users(database: str) -> list[int]:
-    rows = Postgres.execute(
-        database, "SELECT user_id FROM crash_report UNION ALL SELECT user_id FROM signup ORDER BY 1"
-    )
+def users(database: str, *more: str) -> list[int]:
+    tables = ["SELECT user_id FROM crash_report", "SELECT user_id FROM signup", *more]
+    rows = Postgres.execute(database, f"{' UNION ALL '.join(tables)} ORDER BY 1")
     return [user for (user,) in rows]
 
 
@@ -213,10 +212,12 @@ async def test_each_event_counts_once_whatever_was_rejected_at_which_try(
 async def test_each_event_counts_once_by_processes_that_judge_differently(
     database: str, make_service: MakeService, tmp_path: Path
 ) -> None:
-    """At once, while they load."""
+    """At once, while they load; what is an unknown type's to one is a known one's to the other."""
     Postgres.execute(database, "CREATE TABLE signup (user_id bigint, received_at timestamptz)")
     signup = {"signup": {"user_id": "int"}}
-    given: list[dict[str, Any]] = [{"input_max_len": SHORT, "events": signup}, {}]
+    given: list[dict[str, Any]] = [
+        {"input_max_len": SHORT, "events": signup}, {"unknown_events": "keep"},
+    ]  # fmt: skip
     services = [
         make_service(
             database_url=database, load_interval=0.1, load_min_interval=0,
@@ -229,9 +230,10 @@ async def test_each_event_counts_once_by_processes_that_judge_differently(
     answers = await asyncio.gather(
         *(services[n % 2].post(body, headers={"Idempotency-Key": f"{n // 6}"}) for n in range(18))
     )
-    assert [answer["accepted"] for _, answer in answers] == [600] * 18
+    assert [answer["accepted"] for _, answer in answers] == [600, 900] * 9
     books = [await service.drained() for service in services]
-    assert users(database) == sorted([*range(900)] * 3)
+    unknown = "SELECT (event ->> 'user_id')::bigint FROM datapipe_unknown"
+    assert users(database, unknown) == sorted([*range(900)] * 3)
     assert sum(each["loaded"] for each in books) == 2700
     assert all(each["balanced"] and not each["dead"] for each in books)
 

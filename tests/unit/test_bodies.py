@@ -207,6 +207,24 @@ async def test_parts_lack_nothing_where_nothing_was_rejected(registry: Registry)
     ]  # fmt: skip
 
 
+async def test_parts_of_unknown_types_have_their_event_names() -> None:
+    """So the same event is in the same part once its type is registered."""
+    keeping = Parser(load_registry(Settings(unknown_events="keep")), 100)
+    events = [
+        install(0), {"event_name": "a"}, {"event_name": "b"}, {"event_name": "a", "x": "\0"},
+        {"event_name": "No form"}, {"event_name": "a"},
+    ]  # fmt: skip
+    body = json.dumps(events).encode()
+    parsed = await keeping.parse(body, AT, ("key", "body"))
+    assert [(chunk.lane, chunk.name, chunk.lacks, chunk.events) for chunk in parsed.chunks] == [
+        ("install", "", "", 1), ("datapipe_unknown", "a", "2", 2), ("datapipe_unknown", "b", "", 1),
+    ]  # fmt: skip
+    parsed = await keeping.parse(body, AT, None)
+    assert [(chunk.lane, chunk.events) for chunk in parsed.chunks] == [
+        ("install", 1), ("datapipe_unknown", 3),
+    ]  # fmt: skip
+
+
 async def test_whatever_a_part_lacks_fits_into_a_ledger_row(registry: Registry) -> None:
     """Of MariaDB, which reads 255 characters."""
     least = Parser(load_registry(Settings(events={"a": {"n": "int?"}})), 2000)
