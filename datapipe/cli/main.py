@@ -6,13 +6,16 @@ import argparse
 import asyncio
 import os
 import sys
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from datapipe import settings
 from datapipe.cli import commands, configuration
+from datapipe.cli.send.command import send
 from datapipe.cli.serve import serve
+from datapipe.cli.unknown import unknown
 from datapipe.errors import ConfigError, DatapipeError
 from datapipe.settings import Settings
 from datapipe.version import __version__
@@ -34,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.load = partial(settings.load, **given)
         shows = args.command is configuration.config
         configured = settings.read(**given).settings if shows else settings.load(**given)
-        if args.needs:
-            configuration.require(configured, args.needs)
+        if args.needs and (folder := configuration.require(configured, args.needs)):
+            print(f"datapipe: looking in {folder}", file=sys.stderr, flush=True)
         if args.uses_database and settings.plugin(configured, "sink").is_file:
             print(f"datapipe: database {configured.database_url}", file=sys.stderr, flush=True)
         code: int = _run(args.command(configured, args))
@@ -103,13 +106,35 @@ def _parser() -> argparse.ArgumentParser:
         "url", nargs="?", metavar="URL", help="of the service, this machine's if not given"
     )
     _add_json(looking)
+    _add_send(add("send", send, "send files of events to a service", uses_database=False))
     text = "the settings in force, and where each came from"
     _add_json(add("config", configuration.config, text, uses_database=False))
     defining = add("schema", commands.schema, "print the DDL for all event types")
     defining.add_argument(
         "--apply", action="store_true", help="make what is missing, and print only that"
     )
-    _add_dead(sub)
+    defining.add_argument(
+        "--adopt", metavar="NAME", action="append", default=[],
+        help="keep a table that was there before in order as one of ours (PostgreSQL)",
+    )  # fmt: skip
+    _add_shelf(
+        sub, "dead", commands.dead, "dead letters: look, put back, remove",
+        {
+            "list": "count them by reason and show the newest",
+            "replay": "check them again and put them back into their tables",
+            "drop": "remove them for good",
+        },
+        {"--lane": "only of this lane", "--sqlstate": "only with this SQLSTATE"},
+    )  # fmt: skip
+    _add_shelf(
+        sub, "unknown", unknown, "kept events of unknown types: look, move, remove",
+        {
+            "list": "count them by name, with a type that fits them, and show the newest",
+            "replay": "check those whose type is registered by now and move them into its table",
+            "drop": "remove them for good",
+        },
+        {"--name": "only of this event_name"},
+    )  # fmt: skip
     text = "print the class of a new event type"
     new = add("new-event", commands.new_event, text, uses_database=False)
     new.add_argument("name", help="the event_name")
@@ -142,21 +167,49 @@ def _add_database(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_dead(sub: Any) -> None:
-    dead = sub.add_parser("dead", help="dead letters: look, put back, remove")
-    actions = dead.add_subparsers(title="actions", metavar="ACTION", required=True)
-    texts = {
-        "list": "count them by reason and show the newest",
-        "replay": "check them again and put them back into their tables",
-        "drop": "remove them for good",
-    }
+def _add_send(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "files", nargs="+", metavar="FILE",
+        help="NDJSON or a JSON array, plain, gzip or zstd; - for standard input",
+    )  # fmt: skip
+    parser.add_argument("--url", help="of the service, this machine's if not given")
+    parser.add_argument("--id", help="what its keys are made of, else of its path and first 64 KiB")
+    parser.add_argument(
+        "--again", action="store_true",
+        help="send anew what was sent; go on with what was broken off too long ago",
+    )  # fmt: skip
+    parser.add_argument("--parallel", type=int, default=4, help="POSTs at a time")
+    parser.add_argument(
+        "--key-file", type=Path, metavar="PATH",
+        help="holds the ingest key, else the first of the setting ingest_keys",
+    )  # fmt: skip
+    parser.add_argument(
+        "--state", type=Path, metavar="PATH", help="how far it is, else FILE.datapipe-sent"
+    )
+    parser.add_argument(
+        "--refused", type=Path, metavar="PATH", help="takes what is refused, else FILE.refused"
+    )
+
+
+def _add_shelf(
+    sub: Any,
+    shelf: str,
+    command: Command,
+    text: str,
+    texts: Mapping[str, str],
+    selectors: Mapping[str, str],
+) -> None:
+    """A command over dead letters, or unknown events. Args: texts: of its actions."""
+    parser = sub.add_parser(shelf, help=text)
+    _add_config(parser)
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     for name, text in texts.items():
         made = actions.add_parser(name, help=text, description=text)
-        made.set_defaults(command=commands.dead, action=name, needs="sink")
+        made.set_defaults(command=command, action=name, needs="sink")
         _add_config(made)
         _add_database(made)
-        made.add_argument("--lane", help="only of this lane")
-        made.add_argument("--sqlstate", help="only with this SQLSTATE")
+        for option, meaning in selectors.items():
+            made.add_argument(option, help=meaning)
         if name == "list":
             made.add_argument("--limit", type=int, default=20, help="how many to show")
             _add_json(made)
