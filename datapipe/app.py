@@ -108,9 +108,10 @@ class Pipeline:
                 metrics.load_seconds.observe,
             )  # fmt: skip
             tables = [table_of(kind) for kind in self.registry.lanes.values()]
+            kept = [table_of(kind) for kind in self.registry.kinds.values()]
             self.coordinator = Coordinator(
                 self.buffer, self.loader, sink, process, tables if self.try_out else (),
-                [table for table in tables if table.partition or table.retention_s],
+                [table for table in kept if table.partition or table.retention_s],
             )  # fmt: skip
             self.ingest = Ingest(
                 self.buffer, self.registry, self.settings, self.keys, self.cors, records,

@@ -293,12 +293,6 @@ class Shelves(Protocol):
         Raises: SinkUnavailable, LaneBlocked.
         """
 
-    async def expire_unknown(self, retention_s: float) -> bool:
-        """Remove some unknown events that were received longer ago; whether there may be more.
-
-        Raises: SinkUnavailable, LaneBlocked.
-        """
-
 
 class Upkeep(Protocol):
     """Keeps tables in order, by their `partition` and `retention_s`; where there are none, nothing.

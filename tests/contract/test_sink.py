@@ -831,6 +831,7 @@ async def test_a_table_that_refuses_nearly_all_is_blocked_and_nothing_is_dead(
 # --- unknown events ---
 
 KEPT = Table(UNKNOWN, UnknownType.columns)
+HOURS = Table(UNKNOWN, UnknownType.columns, retention_s=7200)
 ALL_KEPT = Selection(shelf=Shelf.UNKNOWN)
 # as it was sent: digits, white space, escapes, a key twice
 SENT = '{"event_name" : "install",\t"user_id": 7, "n": 1.50, "t": "a\\tb\\\\n\\u00e9é", "n": 2}'
@@ -858,7 +859,7 @@ async def test_where_none_were_kept_there_is_nothing(world: World) -> None:
     assert await sink.replay(ALL_KEPT, TABLES, check_row) == ({}, 0)
     assert await sink.drop(ALL_KEPT) == 0
     assert await sink.samples(["a"], 3) == {"a": []}
-    assert await sink.expire_unknown(1.0) is False
+    assert await sink.remove_expired(HOURS) is False
 
 
 async def test_unknown_events_are_found_as_they_were_sent_and_dropped_by_selection(
@@ -927,10 +928,11 @@ async def test_unknown_events_expire_by_when_they_were_received(world: World) ->
     old, new = (f"{datetime.now(UTC) - timedelta(hours=h):%Y-%m-%d %H:%M:%S}" for h in (3, 1))
     await keep(sink, ("new", "{}"), at=new)
     await keep(sink, *[("old", "{}")] * 1500, at=old)
-    while await sink.expire_unknown(7200.0):
+    while await sink.remove_expired(HOURS):
         assert "new" in await names(sink)
     assert await names(sink) == {"new": 1}
-    assert await sink.expire_unknown(7200.0) is False
+    assert await sink.remove_expired(HOURS) is False
+    assert await sink.remove_expired(KEPT) is False  # for ever
 
 
 async def test_so_many_names_are_told_apart(world: World) -> None:
