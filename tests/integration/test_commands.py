@@ -488,6 +488,9 @@ async def test_load_accept_dead(
     sql = "SELECT lane, sqlstate, count(*), count(DISTINCT event->>'user_id')"
     sql += " FROM datapipe_dead_letters GROUP BY 1, 2"
     assert Postgres.execute(database, sql) == [("crash_report", "23514", 150, 150)]
+    found = json.loads((await datapipe("dead", "list", "--json", database_url=database)).out)
+    assert (found["total"], len(found["letters"])) == (150, 20)
+    assert found["letters"][0]["event"]["event_name"] == "crash_report"
 
 
 async def test_load_ends_with_a_worker_that_dies(
