@@ -168,9 +168,7 @@ def _joined(chunks: Sequence[Chunk]) -> Segment:
         at = end
     data = chunks[0].data if len(chunks) == 1 else b"".join([chunk.data for chunk in chunks])
     events = sum([chunk.events for chunk in chunks])
-    return Segment(
-        lane, columns, data, events, tuple(parts), neutral=True, waiter=chunks[0].waiter
-    )
+    return Segment(lane, columns, data, events, tuple(parts), neutral=True, waiter=chunks[0].waiter)
 
 
 class Head(msgspec.Struct, array_like=True, frozen=True):
