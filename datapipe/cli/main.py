@@ -6,7 +6,7 @@ import argparse
 import asyncio
 import os
 import sys
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from datapipe import settings
 from datapipe.cli import commands, configuration
 from datapipe.cli.send.command import send
 from datapipe.cli.serve import serve
+from datapipe.cli.unknown import unknown
 from datapipe.errors import ConfigError, DatapipeError
 from datapipe.settings import Settings
 from datapipe.version import __version__
@@ -36,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.load = partial(settings.load, **given)
         shows = args.command is configuration.config
         configured = settings.read(**given).settings if shows else settings.load(**given)
-        if args.needs:
-            configuration.require(configured, args.needs)
+        if args.needs and (folder := configuration.require(configured, args.needs)):
+            print(f"datapipe: looking in {folder}", file=sys.stderr, flush=True)
         if args.uses_database and settings.plugin(configured, "sink").is_file:
             print(f"datapipe: database {configured.database_url}", file=sys.stderr, flush=True)
         code: int = _run(args.command(configured, args))
@@ -112,7 +113,28 @@ def _parser() -> argparse.ArgumentParser:
     defining.add_argument(
         "--apply", action="store_true", help="make what is missing, and print only that"
     )
-    _add_dead(sub)
+    defining.add_argument(
+        "--adopt", metavar="NAME", action="append", default=[],
+        help="keep a table that was there before in order as one of ours (PostgreSQL)",
+    )  # fmt: skip
+    _add_shelf(
+        sub, "dead", commands.dead, "dead letters: look, put back, remove",
+        {
+            "list": "count them by reason and show the newest",
+            "replay": "check them again and put them back into their tables",
+            "drop": "remove them for good",
+        },
+        {"--lane": "only of this lane", "--sqlstate": "only with this SQLSTATE"},
+    )  # fmt: skip
+    _add_shelf(
+        sub, "unknown", unknown, "kept events of unknown types: look, move, remove",
+        {
+            "list": "count them by name, with a type that fits them, and show the newest",
+            "replay": "check those whose type is registered by now and move them into its table",
+            "drop": "remove them for good",
+        },
+        {"--name": "only of this event_name"},
+    )  # fmt: skip
     text = "print the class of a new event type"
     new = add("new-event", commands.new_event, text, uses_database=False)
     new.add_argument("name", help="the event_name")
@@ -169,21 +191,25 @@ def _add_send(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_dead(sub: Any) -> None:
-    dead = sub.add_parser("dead", help="dead letters: look, put back, remove")
-    actions = dead.add_subparsers(title="actions", metavar="ACTION", required=True)
-    texts = {
-        "list": "count them by reason and show the newest",
-        "replay": "check them again and put them back into their tables",
-        "drop": "remove them for good",
-    }
+def _add_shelf(
+    sub: Any,
+    shelf: str,
+    command: Command,
+    text: str,
+    texts: Mapping[str, str],
+    selectors: Mapping[str, str],
+) -> None:
+    """A command over dead letters, or unknown events. Args: texts: of its actions."""
+    parser = sub.add_parser(shelf, help=text)
+    _add_config(parser)
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     for name, text in texts.items():
         made = actions.add_parser(name, help=text, description=text)
-        made.set_defaults(command=commands.dead, action=name, needs="sink")
+        made.set_defaults(command=command, action=name, needs="sink")
         _add_config(made)
         _add_database(made)
-        made.add_argument("--lane", help="only of this lane")
-        made.add_argument("--sqlstate", help="only with this SQLSTATE")
+        for option, meaning in selectors.items():
+            made.add_argument(option, help=meaning)
         if name == "list":
             made.add_argument("--limit", type=int, default=20, help="how many to show")
             _add_json(made)

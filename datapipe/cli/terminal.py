@@ -40,10 +40,15 @@ def show_status(status: Mapping[str, Any]) -> None:
 
 
 def _print(text: str, style: str = "") -> None:
-    """One line, without the control characters that would steer a terminal."""
-    line = "".join(char if char.isprintable() else " " for char in text)
+    """One line."""
+    line = printable(text)
     coloured = style and sys.stdout.isatty() and "NO_COLOR" not in os.environ
     print(f"\x1b[{style}m{line}\x1b[m" if coloured else line)
+
+
+def printable(text: str) -> str:
+    """Without the control characters that would steer a terminal."""
+    return "".join(char if char.isprintable() else " " for char in text)
 
 
 def _lane(name: str, lane: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, ...]:
@@ -71,11 +76,12 @@ def _facts(status: Mapping[str, Any]) -> list[str]:
 
 
 def _processes(status: Mapping[str, Any]) -> str:
-    answered, silent = status["processes"], status.get("silent", ())
-    if answered + len(silent) == 1:
+    answered, silent, ended = status["processes"], status.get("silent"), status.get("ended")
+    if answered == 1 and not (silent or ended):
         return ""
     text = f", {answered} process{'' if answered == 1 else 'es'}"
-    return f"{text}, silent: {', '.join(silent)}" if silent else text
+    text += f", silent: {', '.join(silent)}" if silent else ""
+    return text + (f", ended: {', '.join(ended)}" if ended else "")
 
 
 def _error(part: Mapping[str, Any]) -> str:

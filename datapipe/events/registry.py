@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
+import sys
+import sysconfig
 from typing import Any, Union
 
 import msgspec
 
 from datapipe.errors import ConfigError
 from datapipe.events.types import PG_TYPES, Event, EventType, registered, unregistered
+from datapipe.events.unknown import UNKNOWN, Kind, UnknownType
 from datapipe.events.values import TIMES, parse_type, wire_type, written
 from datapipe.settings import Settings, plugin
 
 # type, `?` for nullable, and the default as JSON: "bool = false"
 _DECLARED = re.compile(r"\s*([^?=]+?)\s*(\?)?\s*(?:=\s*(.+))?", re.DOTALL)
+_PATH = re.compile(r"[/\\]|^\.|\.py$")  # a file's, in place of a module's name
+
+# of the table, not of an event: no field is called so
+_OPTIONS = {
+    "@partition": "__datapipe_partition__",
+    "@retention": "__datapipe_retention__",
+}
 
 
 class CrashReport(Event):
@@ -43,22 +54,42 @@ _BUILTIN: dict[str, type[Event]] = {
 class Registry:
     """All event types, and decoders of their events.
 
+    Args:
+        unknown: of the lane of events that have no type here.
+        keeps_unknown: whether such events are accepted.
     Attributes:
         types: by event name; there is at least one.
+        kinds: of all lanes that can be loaded, by lane. lanes: of those that events come into.
         by_struct: by the class of the decoded object.
         one: decodes one JSON object; `many` an array of them; both raise msgspec's errors.
     """
 
-    def __init__(self, types: list[EventType]) -> None:
+    def __init__(
+        self,
+        types: list[EventType],
+        unknown: UnknownType | None = None,
+        *,
+        keeps_unknown: bool = False,
+    ) -> None:
         self.types: dict[str, EventType] = {}
         for kind in types:
             if kind.name in self.types:
                 raise ConfigError(f"event type {kind.name!r} is registered twice")
             self.types[kind.name] = kind
-        self.by_struct = {kind.struct: kind for kind in types}
+        self.unknown = unknown or UnknownType()
+        self.keeps_unknown = keeps_unknown
+        self.kinds: dict[str, Kind] = {**self.types, UNKNOWN: self.unknown}
+        self.lanes = self.kinds if keeps_unknown else {**self.types}
+        self.by_struct: dict[type, Any] = {kind.struct: kind for kind in self.kinds.values()}
         union: Any = Union[tuple(kind.struct for kind in types)]  # noqa: UP007 - made at run time
         self.one: msgspec.json.Decoder[Any] = msgspec.json.Decoder(union)
         self.many: msgspec.json.Decoder[list[Any]] = msgspec.json.Decoder(list[union])
+
+    def kind_of(self, event_name: str) -> Kind | None:
+        """Of an event of this name; None: it is not accepted."""
+        if kind := self.types.get(event_name):
+            return kind
+        return self.unknown if self.keeps_unknown and self.unknown.takes(event_name) else None
 
 
 def load_registry(settings: Settings) -> Registry:
@@ -69,19 +100,14 @@ def load_registry(settings: Settings) -> Registry:
     Raises: ConfigError: names the module or the place in `events`; or there is no type at all.
     """
     for module in settings.event_modules:
-        try:
-            importlib.import_module(module)
-        except ConfigError:
-            raise
-        except Exception as exc:
-            why = f"{type(exc).__name__}: {exc}"
-            raise ConfigError(f"event_modules: {module!r} can't be imported: {why}") from exc
+        _import(module)
     if forgotten := unregistered(settings.event_modules):
         raise ConfigError(
             f"event_modules: {', '.join(forgotten)}: an event type that is not registered: write "
             '@register("its_name") above the class'
         )
-    bounds = settings.input_max_len, plugin(settings, "sink").limits
+    sink = plugin(settings, "sink")
+    bounds = settings.input_max_len, sink.limits
     types = [EventType(name, cls, *bounds) for name, cls in registered()]
     taken = {kind.name for kind in types}
     for name, fields in settings.events.items():
@@ -100,7 +126,42 @@ def load_registry(settings: Settings) -> Registry:
             "builtin_events: there is no event type: set it to true, or declare types in "
             "event_modules or events"
         )
-    return Registry(types)
+    for kind in types:
+        if (kind.partition or kind.retention_s) and not sink.has_partitions:
+            raise ConfigError(
+                f"event type {kind.name!r}: partition and retention are PostgreSQL's alone, not "
+                f"{settings.sink_kind}'s: leave them out, or take a PostgreSQL as database_url"
+            )
+    keeps_unknown = settings.unknown_events == "keep"
+    return Registry(types, UnknownType(*bounds), keeps_unknown=keeps_unknown)
+
+
+def _import(module: str) -> None:
+    """Raises: ConfigError: it can't be; names the module, its form, and where it was looked for."""
+    try:
+        importlib.import_module(module)
+    except ConfigError:
+        raise
+    except Exception as exc:
+        why = f"{type(exc).__name__}: {exc}"
+        if _PATH.search(module):
+            parts = re.split(r"[./\\]+", module.removesuffix(".py"))
+            why = f"write {'.'.join(filter(None, parts))!r}: package.module, not a file's path"
+        elif isinstance(exc, ModuleNotFoundError) and f"{module}.".startswith(f"{exc.name}."):
+            why = f"there is no {exc.name!r} (as package.module) in {', '.join(_looked_in())}"
+        raise ConfigError(f"event_modules: {module!r} can't be imported: {why}") from exc
+
+
+def _looked_in() -> list[str]:
+    """Where modules are looked for, but for Python's own folders; the working folder is named."""
+    own = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")}
+    here = os.getcwd()
+    paths = dict.fromkeys(os.path.abspath(path) for path in sys.path)
+    return [
+        f"{path} (the working folder)" if path == here else path
+        for path in paths
+        if os.path.isdir(path) and path not in own and not path.endswith("lib-dynload")
+    ]
 
 
 def declared_class(name: str, fields: dict[str, str]) -> type[Event]:
@@ -108,6 +169,11 @@ def declared_class(name: str, fields: dict[str, str]) -> type[Event]:
     body: dict[str, Any] = {"__annotations__": {}}
     for field, text in fields.items():
         place = f"events.{name}.{field}"
+        if field in _OPTIONS:
+            body[_OPTIONS[field]] = text
+            continue
+        if field.startswith("@"):
+            raise ConfigError(f"{place}: no such option; there are {' and '.join(_OPTIONS)}")
         if not field.isidentifier() or field.startswith("__"):
             raise ConfigError(
                 f"events.{name}: {field!r} can't be a key: letters, digits and _, not __ in front"

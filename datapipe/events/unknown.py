@@ -28,37 +28,48 @@ class UnknownRow(msgspec.Struct):
     received_at: str = ""
 
 
+class _Named(msgspec.Struct):
+    event_name: str
+
+
 class UnknownType:
     """Writes the rows of the lane `datapipe_unknown`; see `EventType`."""
 
     name = UNKNOWN
+    struct = UnknownRow
     columns = (
         Column("event_name", "text"),
         Column("event", "json"),
         Column("received_at", "timestamptz"),
     )
+    partition: str | None = None
+    retention_s: int | None = None  # the setting `unknown_retention` is its own
 
-    def __init__(self, input_max_len: int = 2048, limits: Limits = DEFAULTS) -> None:
-        self._max_len = input_max_len
-        self._limits = limits
+    def __init__(self, input_max_len: int = 16_384, limits: Limits = DEFAULTS) -> None:
+        self.max_len = input_max_len
+        self.limits = limits
 
     def takes(self, event_name: str) -> bool:
         """Whether there could be a type of this name."""
-        return is_event_name(event_name, self._limits)
+        return is_event_name(event_name, self.limits)
 
-    def row(self, event_name: str, raw: bytes, received_at: str) -> bytes:
-        """The row of a JSON object, which parses. Raises: EventRejected: it can't be kept."""
-        if len(raw) > self._max_len:
-            raise too_long(self._max_len)
+    def look_closer(self, raw: bytes, received_at: str) -> bytes:
+        """The row of one JSON object, whose name `takes` is true of.
+
+        Raises: EventRejected: it can't be kept; msgspec's errors: it does not parse.
+        """
+        if len(raw) > self.max_len:
+            raise too_long(self.max_len)
+        event_name = msgspec.json.decode(raw, type=_Named).event_name
         text = raw.decode()
         if NUL_IN_JSON.search(text):
             raise EventRejected(Reason.BAD_VALUE, f"an event of an unknown type: {NO_NUL}")
         return f"{event_name}\t{escape(text)}\t{received_at}\n".encode()
 
-    def look_closer(self, raw: bytes, received_at: str) -> bytes:
-        """The row of a dead letter of this lane. Raises: EventRejected."""
-        row = msgspec.json.decode(raw, type=UnknownRow)
-        return self.row(row.event_name, bytes(row.event), received_at)
+    def replayed(self, letter: bytes, received_at: str) -> bytes:
+        """The row of a dead letter of this lane. Raises: as `look_closer`."""
+        event = msgspec.json.decode(letter, type=UnknownRow).event
+        return self.look_closer(bytes(event), received_at)
 
 
 Kind = EventType | UnknownType

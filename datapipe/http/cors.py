@@ -2,7 +2,8 @@
 
 A browser asks before it sends what a form could not (the preflight, `OPTIONS`), and shows the
 answer to the script only if a header allows it. The browser's credentials are not allowed: an
-ingest key comes from the script. Only POSTs of events are opened, never the page or what an admin may do.
+ingest key comes from the script. Only POSTs of events are opened, never the page or what an admin
+may do.
 Source: Fetch standard, "CORS protocol".
 """
 
@@ -55,7 +56,8 @@ class Cors:
 
         async def preflight(request: web.Request) -> web.StreamResponse:
             if not self._origins:
-                raise web.HTTPMethodNotAllowed("OPTIONS", ["GET", "HEAD", "POST"])
+                page = ["GET", "HEAD"] if request.path == "/" else []
+                raise web.HTTPMethodNotAllowed("OPTIONS", [*page, "POST"])
             headers = self.headers(request.headers.get("Origin"))
             if "Access-Control-Allow-Origin" not in headers:
                 reason = "cors_origins does not name the origin of this page"

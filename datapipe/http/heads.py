@@ -4,9 +4,9 @@ A client sends the same head again and again over a connection that is kept aliv
 means is looked up rather than parsed. Only syntax is remembered: who may post is judged anew for
 each request.
 
-A head is *plain* if nothing about it is out of the ordinary: a POST of events over HTTP/1.1 that says
-how long its body is. All others are aiohttp's to judge. So this is strict: what is called plain here,
-aiohttp must read in the same way.
+A head is *plain* if nothing about it is out of the ordinary: a POST of events over HTTP/1.1 that
+says how long its body is. All others are aiohttp's to judge. So this is strict: what is called
+plain here, aiohttp must read in the same way.
 """
 
 from __future__ import annotations

@@ -9,11 +9,11 @@ from collections.abc import Collection, Mapping, Sequence
 from time import monotonic
 
 from datapipe.errors import ConfigError, EventRejected, RateLimited, Reason
+from datapipe.events.unknown import UNKNOWN
 from datapipe.http.auth import given_key
 from datapipe.pipeline.records import KeyUse, Records
 from datapipe.settings import IngestKey
 
-UNKNOWN = "datapipe_unknown"  # the lane of events whose type is not registered
 _BUCKET_S = 10.0
 _LONGEST_S = 1e9  # that Retry-After says
 _REMEMBERED, _REMEMBERED_CHARS = 1024, 512

@@ -20,6 +20,7 @@ from datapipe.monitor.feed import Feed
 from datapipe.monitor.metrics import Metrics
 from datapipe.monitor.status import Status
 from datapipe.pipeline.dead_letters import DeadLetters
+from datapipe.pipeline.unknown import Unknown
 
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -43,6 +44,7 @@ class Pages:
     registry: Registry
     access: Access
     dead: DeadLetters
+    unknown: Unknown
 
     def add_to(self, app: web.Application) -> None:
         """Add the routes."""
@@ -63,10 +65,15 @@ class Pages:
         self.access.may_look(request)
         denied = self.access.why_not(request)
         await self.status.refresh()
+        dead = unknown = None
+        if not denied:
+            dead, unknown = await asyncio.gather(self.dead.shown(), self.unknown.shown())
         context = {
             "status": await self.status.whole() | {"refused": self.status.records.refusals()},
             "denied": denied.detail if denied else None,
-            "dead": None if denied else await self.dead.shown(),
+            "dead": dead,
+            "unknown": unknown,
+            "keeps_unknown": self.unknown.kept,
         }
         text = await asyncio.to_thread(self._templates.page, context)
         headers = {"Cache-Control": "no-store"}

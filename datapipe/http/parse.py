@@ -21,6 +21,7 @@ from datapipe.errors import EventRejected, Reason, Refused
 from datapipe.events.registry import Registry
 from datapipe.events.segment import Chunk
 from datapipe.events.types import EventType
+from datapipe.events.unknown import Kind
 
 # A keyed POST is cut into parts at each full 16 KiB of the body: a part must fit, whole, into the
 # smallest message of any mirror (64 KB with its envelope), and the cut must depend on nothing but
@@ -251,7 +252,7 @@ class Parser:
         except _BROKEN as exc:
             raise _not_json(_TWO_OBJECTS if _are_two(raw, exc) else exc) from None
 
-    def _kind(self, raw: bytes) -> EventType:
+    def _kind(self, raw: bytes) -> Kind:
         try:
             name = _NAME.decode(raw).event_name
         except msgspec.ValidationError as exc:
@@ -262,11 +263,12 @@ class Parser:
             event_name = _TEXT.decode(name)
         except msgspec.ValidationError as exc:
             raise EventRejected(Reason.BAD_VALUE, f"event_name: str wanted ({exc})") from None
-        if event_name not in self._registry.types:
+        kind = self._registry.kind_of(event_name)
+        if kind is None:
             shown = event_name if len(event_name) <= 64 else f"{event_name[:64]}..."
             detail = f"event_name: unsupported event type {shown!r}"
             raise EventRejected(Reason.UNSUPPORTED_EVENT, detail)
-        return self._registry.types[event_name]
+        return kind
 
 
 def _is_utf8(body: bytes) -> bool:

@@ -52,7 +52,7 @@ class Loader:
     ) -> None:
         self.sink = sink
         self.lanes = buffer.lanes
-        self.schedules = {name: Schedule(buffer.lane(name)) for name in registry.types}
+        self.schedules = {name: Schedule(buffer.lane(name)) for name in registry.lanes}
         self._buffer = buffer
         self._mirror = buffer.mirror
         self._wake = buffer.wake
@@ -122,7 +122,9 @@ class Loader:
     def hurry(self, lanes: Iterable[str]) -> None:
         """Load these without waiting for the interval: something of them was recovered."""
         for name in lanes:
-            if name in self.schedules:
+            if name in self._registry.kinds:
+                if name not in self.schedules:  # unknown events, while no more are accepted
+                    self.schedules[name] = Schedule(self._buffer.lane(name))
                 self.schedules[name].hurry()
                 continue
             why = f"no event type {name!r} is registered here; its events are kept: add its class"
@@ -220,7 +222,7 @@ class Loader:
                 schedule.succeeded()
                 return
             began = time.perf_counter()
-            table = table_of(self._registry.types[lane.name])
+            table = table_of(self._registry.kinds[lane.name])
             result = await self.sink.load(
                 table, segments, accept_dead=accept_dead, not_after=not_after
             )

@@ -11,9 +11,7 @@ from datapipe.pipeline.lane import Lane
 from datapipe.pipeline.records import Load
 from datapipe.settings import Settings
 
-AWAITED_S = (
-    0.1  # between two loads of a lane for the sake of POSTs that wait: it serves all of them
-)
+AWAITED_S = 0.1  # between two loads of a lane for POSTs that wait: one serves all of them
 
 
 class Try(NamedTuple):

@@ -39,9 +39,9 @@ def key_fault(entries: Sequence[str | IngestKey]) -> str | None:
     for index, entry in enumerate(entries):
         key = entry if isinstance(entry, str) else entry.key
         if by_key.setdefault(key, entry) != entry:
-            return f"the key of entry {index} stands there twice, with different rights"
+            return f"the key of entry {index} is there twice, with different rights"
         if isinstance(entry, str):
             continue
         if by_name.setdefault(entry.name, entry).allows() != entry.allows():
-            return f"entries of one name, such as {entry.name!r}, have the same lanes and rate"
+            return f"entries of the name {entry.name!r} must have the same lanes and the same rate"
     return None

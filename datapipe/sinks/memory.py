@@ -98,6 +98,12 @@ class MemoryDatabase:
             and (selection.lanes is None or row.event_name in selection.lanes)
         ]
 
+    def rows(self, lane: str) -> list[bytes]:
+        """Those of a lane's table, one by one."""
+        if lane == UNKNOWN:
+            return [each.line for each in self.unknown.values()]
+        return self.lines[lane]
+
     def keep(self, line: bytes) -> int:
         """Insert a row of the unknown events; its id."""
         id = next(self.unknown_ids)

@@ -399,6 +399,12 @@ class SqlSink(TransactionalSink):
         )  # fmt: skip
         return found(groups, [(*rest, datetime.fromtimestamp(at, UTC)) for *rest, at in letters])
 
+    async def count_dead(self) -> dict[str, int]:
+        """See `Shelves.count_dead`: of an index alone."""
+        await self.prepare(OWN_TABLES[0])
+        counts: Any = await self.query(f"SELECT lane, count(*) FROM {self._letters} GROUP BY lane")
+        return dict(counts)
+
     async def _find_unknown(self, selection: Selection, limit: int) -> dict[str, Any]:
         if not await self._has_unknown():
             return found_unknown()

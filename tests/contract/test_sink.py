@@ -18,7 +18,7 @@ import pytest
 
 from datapipe.errors import LaneBlocked, SinkUnavailable
 from datapipe.events.segment import Part, Segment
-from datapipe.events.types import Column, Event, EventType, neutral_time
+from datapipe.events.types import Column, Event, EventType, escape, neutral_time
 from datapipe.events.unknown import UNKNOWN, UnknownType
 from datapipe.settings import Settings
 from datapipe.sinks import Beat, Database, Heartbeat, Loaded, Selection, Shelf, Table, open_sink
@@ -631,6 +631,18 @@ async def test_a_refused_row_costs_itself_alone(world: World) -> None:
     assert letter["created_at"].tzinfo is not None
 
 
+async def test_dead_letters_are_counted_by_segment(world: World) -> None:
+    sink, other = await refusing(world), await world.open("other")
+    one, two, none = segment(1, 2, 3), segment(5, 6, key="k"), segment(8)
+    result = await sink.load(INSTALL, [one, two, none])
+    assert (result.dead, result.dead_of) == (3, {one.id: 2, two.id: 1})
+    again = await other.load(INSTALL, [one, none, more := segment(7)])
+    assert (again.dead, again.dead_of) == (1, {one.id: 2, more.id: 1})
+    known = await other.outcomes([one.id, two.id, none.id, "x", more.id])
+    assert known == {one.id: 2, two.id: 1, none.id: 0, more.id: 1}
+    assert await other.outcomes(["x"]) == {}
+
+
 async def test_dead_letters_are_found_and_dropped_by_selection(world: World) -> None:
     sink = await refusing(world)
     await load(sink, segment(1, 3, 5, 7, 9))
@@ -647,7 +659,9 @@ async def test_dead_letters_are_found_and_dropped_by_selection(world: World) -> 
     assert await sink.drop(Selection(ids=ids)) == 0
     assert await sink.drop(Selection(lane="purchase")) == 0
     assert await dead_users(sink) == [5, 3, 1]
+    assert await sink.count_dead() == {"install": 3}
     assert await sink.drop(Selection()) == 3
+    assert await sink.count_dead() == {}
     found = await sink.find(Selection(), 100)
     assert (found["total"], found["groups"], found["letters"]) == (0, [], [])
 
@@ -716,7 +730,7 @@ SENT = '{"event_name" : "install",\t"user_id": 7, "n": 1.50, "t": "a\\tb\\\\n\\u
 
 def kept(*events: tuple[str, str], at: str = AT) -> Segment:
     """A segment of unknown events: their names, and the events as they were sent."""
-    rows = [UnknownType().row(name, text.encode(), at) for name, text in events]
+    rows = [f"{name}\t{escape(text)}\t{at}\n".encode() for name, text in events]
     return Segment(UNKNOWN, KEPT.columns, b"".join(rows), len(rows))
 
 
@@ -793,11 +807,11 @@ async def test_unknown_events_are_replayed_once_and_what_is_refused_stays(world:
 
 async def test_what_no_table_takes_of_the_unknown_is_a_dead_letter_as_any(world: World) -> None:
     sink = await world.open()
-    segment = kept(("a", SENT))
+    segment = kept(("install", SENT))
     assert counts(await sink.load(KEPT, [segment])) == (1, 0, 0)
     assert counts(await sink.load(KEPT, [segment])) == (0, 1, 0)  # by the ledger, as any
     event = event_json(UNKNOWN, KEPT.columns, segment.data).encode()
-    assert UnknownType().look_closer(event, AT) == segment.data
+    assert UnknownType().replayed(event, AT) == segment.data
 
 
 async def test_unknown_events_expire_by_when_they_were_received(world: World) -> None:
