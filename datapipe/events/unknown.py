@@ -42,6 +42,8 @@ class UnknownType:
         Column("event", "json"),
         Column("received_at", "timestamptz"),
     )
+    partition: str | None = None
+    retention_s: int | None = None  # the setting `unknown_retention` is its own
 
     def __init__(self, input_max_len: int = 16_384, limits: Limits = DEFAULTS) -> None:
         self.max_len = input_max_len

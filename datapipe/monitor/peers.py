@@ -64,15 +64,19 @@ class Own:
     Attributes:
         status: what it shows of itself; whether with the series of the charts.
         load: load now: one lane or all; whether to accept dead letters.
+        service: for commands: `pid`, `address`; with `status`, what it shows of all processes.
     """
 
     status: Callable[[bool], Awaitable[Mapping[str, Any]]]
     load: Callable[[str | None, bool], Awaitable[Mapping[str, Any]]]
+    service: Callable[[bool], Awaitable[Mapping[str, Any]]]
 
     async def answer(self, method: str, path: str, query: Mapping[str, str]) -> bytes | None:
         """JSON, or None: nobody of this version asks that."""
         if (method, path) == ("GET", "/status.json"):
             return msgspec.json.encode(await self.status(query.get("history") != "no"))
+        if (method, path) == ("GET", "/service.json"):
+            return msgspec.json.encode(await self.service(query.get("status") == "yes"))
         if (method, path) == ("POST", "/load"):
             accept_dead = query.get("accept") == "dead"
             return msgspec.json.encode(await self.load(query.get("lane"), accept_dead))
@@ -146,9 +150,10 @@ class LocalPeers:
     while, so that all who knew it notice.
     """
 
-    def __init__(self, data_dir: Path, process: str) -> None:
+    def __init__(self, data_dir: Path, process: str, answer_s: float = _ANSWER_S) -> None:
         self._folder = data_dir / "peers"
         self._own = f"{process}.sock"
+        self._answer_s = answer_s
         self._hosts: dict[str, str] = {}  # of those that have answered, by name
         self._deserted: dict[str, float] = {}  # since when nobody listens there, by name
 
@@ -215,7 +220,7 @@ class LocalPeers:
     async def _ask(
         self, socket: Path, method: str, path: str, query: Mapping[str, str]
     ) -> dict[str, Any] | None:
-        timeout = aiohttp.ClientTimeout(total=None if method == "POST" else _ANSWER_S)
+        timeout = aiohttp.ClientTimeout(total=None if method == "POST" else self._answer_s)
         try:
             async with (
                 aiohttp.ClientSession(
@@ -235,6 +240,18 @@ class LocalPeers:
                 return None
             log.warning("a peer does not answer", error=f"{type(exc).__name__}: {exc}")
         return None
+
+
+async def services(data_dir: Path, *, status: bool = False) -> Sequence[dict[str, Any]]:
+    """For commands: what the processes that run with this `data_dir` say of themselves.
+
+    Each its `pid` and `address` (None: somebody else listens for it); with `status`, what all of
+    them together show.
+    """
+    # each may have to wait for another
+    peers = LocalPeers(data_dir, "", 2 * _ANSWER_S)
+    found = await peers.ask("GET", "/service.json", {"status": "yes"} if status else {})
+    return sorted(found.answers, key=lambda service: int(service["pid"]))
 
 
 class ClusterPeers:

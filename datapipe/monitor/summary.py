@@ -87,6 +87,10 @@ WORK = {
         "Meanwhile it gives no space back, and messages of a remote one come closer to their end.",
     ),
     "count": ("The count of dead letters", "How many there are now is not known meanwhile."),
+    "tables": (
+        "The upkeep of tables",
+        "Meanwhile no partitions are made ahead, and what is older than its retention stays.",
+    ),
 }
 _WORK_RANK = _RANK["room", "fails"] - 0.5
 # until others begin to load what was accepted by a process that ended
@@ -100,6 +104,7 @@ _BECAUSE = {
     "mirror": ("ingest",), "append": ("ingest",), "room": ("ingest",), "load": ("database",),
     "heartbeat": ("database",), "recovery": ("mirror", "database"), "peers": ("mirror",),
     "upkeep": ("mirror", "database"), "removal": ("mirror",), "count": ("database",),
+    "tables": ("database",),
 }  # fmt: skip
 
 

@@ -631,6 +631,18 @@ async def test_a_refused_row_costs_itself_alone(world: World) -> None:
     assert letter["created_at"].tzinfo is not None
 
 
+async def test_dead_letters_are_counted_by_segment(world: World) -> None:
+    sink, other = await refusing(world), await world.open("other")
+    one, two, none = segment(1, 2, 3), segment(5, 6, key="k"), segment(8)
+    result = await sink.load(INSTALL, [one, two, none])
+    assert (result.dead, result.dead_of) == (3, {one.id: 2, two.id: 1})
+    again = await other.load(INSTALL, [one, none, more := segment(7)])
+    assert (again.dead, again.dead_of) == (1, {one.id: 2, more.id: 1})
+    known = await other.outcomes([one.id, two.id, none.id, "x", more.id])
+    assert known == {one.id: 2, two.id: 1, none.id: 0, more.id: 1}
+    assert await other.outcomes(["x"]) == {}
+
+
 async def test_dead_letters_are_found_and_dropped_by_selection(world: World) -> None:
     sink = await refusing(world)
     await load(sink, segment(1, 3, 5, 7, 9))

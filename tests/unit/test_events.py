@@ -345,6 +345,8 @@ def test_defaults_become_column_defaults() -> None:
     "received_at" timestamptz
 );
 
+COMMENT ON TABLE "s"."made" IS 'kept by datapipe';
+
 """
         )
     )
