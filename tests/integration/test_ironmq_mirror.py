@@ -486,6 +486,7 @@ async def test_suspects_stay_while_another_queue_is_looked_at(world: World) -> N
 
 
 async def test_kept_events_of_unknown_types_are_recovered(world: World) -> None:
+    world.town.types |= {"datapipe_unknown"}
     mirror = await world.open()
     left = [segment(1, "datapipe_unknown"), segment(2)]
     await world.left_by("dead", left)
