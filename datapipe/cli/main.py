@@ -8,10 +8,12 @@ import os
 import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from datapipe import settings
 from datapipe.cli import commands, configuration
+from datapipe.cli.send.command import send
 from datapipe.cli.serve import serve
 from datapipe.cli.unknown import unknown
 from datapipe.errors import ConfigError, DatapipeError
@@ -35,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.load = partial(settings.load, **given)
         shows = args.command is configuration.config
         configured = settings.read(**given).settings if shows else settings.load(**given)
-        if args.needs:
-            configuration.require(configured, args.needs)
+        if args.needs and (folder := configuration.require(configured, args.needs)):
+            print(f"datapipe: looking in {folder}", file=sys.stderr, flush=True)
         if args.uses_database and settings.plugin(configured, "sink").is_file:
             print(f"datapipe: database {configured.database_url}", file=sys.stderr, flush=True)
         code: int = _run(args.command(configured, args))
@@ -104,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         "url", nargs="?", metavar="URL", help="of the service, this machine's if not given"
     )
     _add_json(looking)
+    _add_send(add("send", send, "send files of events to a service", uses_database=False))
     text = "the settings in force, and where each came from"
     _add_json(add("config", configuration.config, text, uses_database=False))
     defining = add("schema", commands.schema, "print the DDL for all event types")
@@ -164,6 +167,30 @@ def _add_database(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_send(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "files", nargs="+", metavar="FILE",
+        help="NDJSON or a JSON array, plain, gzip or zstd; - for standard input",
+    )  # fmt: skip
+    parser.add_argument("--url", help="of the service, this machine's if not given")
+    parser.add_argument("--id", help="what its keys are made of, else of its path and first 64 KiB")
+    parser.add_argument(
+        "--again", action="store_true",
+        help="send anew what was sent; go on with what was broken off too long ago",
+    )  # fmt: skip
+    parser.add_argument("--parallel", type=int, default=4, help="POSTs at a time")
+    parser.add_argument(
+        "--key-file", type=Path, metavar="PATH",
+        help="holds the ingest key, else the first of the setting ingest_keys",
+    )  # fmt: skip
+    parser.add_argument(
+        "--state", type=Path, metavar="PATH", help="how far it is, else FILE.datapipe-sent"
+    )
+    parser.add_argument(
+        "--refused", type=Path, metavar="PATH", help="takes what is refused, else FILE.refused"
+    )
+
+
 def _add_shelf(
     sub: Any,
     shelf: str,
@@ -173,9 +200,9 @@ def _add_shelf(
     selectors: Mapping[str, str],
 ) -> None:
     """A command over dead letters, or unknown events. Args: texts: of its actions."""
-    actions = sub.add_parser(shelf, help=text).add_subparsers(
-        title="actions", metavar="ACTION", required=True
-    )
+    parser = sub.add_parser(shelf, help=text)
+    _add_config(parser)
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     for name, text in texts.items():
         made = actions.add_parser(name, help=text, description=text)
         made.set_defaults(command=command, action=name, needs="sink")

@@ -41,7 +41,7 @@ PG_TYPES: dict[type, str] = {
     list: "jsonb",
 }
 
-_NAME = re.compile(r"[a-z][a-z0-9_]{0,47}")
+NAME = re.compile(r"[a-z][a-z0-9_]{0,47}")
 PARTITIONS = ("day", "week", "month")  # periods of `received_at`, in UTC
 RESERVED = {"received_at", "event_name"}  # by us
 
@@ -258,7 +258,7 @@ def _kept(name: str, cls: type[Event]) -> tuple[str | None, int | None]:
 
 def is_event_name(name: str, limits: Limits = DEFAULTS) -> bool:
     """Whether an event type may be called so."""
-    return bool(_NAME.fullmatch(name)) and not name.startswith(_taken(limits))
+    return bool(NAME.fullmatch(name)) and not name.startswith(_taken(limits))
 
 
 def _taken(limits: Limits) -> tuple[str, ...]:

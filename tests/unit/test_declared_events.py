@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gc
+import re
 import sys
+import sysconfig
 from collections.abc import Iterator
 from datetime import datetime
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -124,6 +127,36 @@ def test_without_those_that_are_built_in() -> None:
     assert type(registry.one.decode(sent)) is type(registry.many.decode(b"[%s]" % sent)[0])
     with pytest.raises(ConfigError, match="builtin_events: there is no event type"):
         load_registry(Settings(builtin_events=False))
+
+
+# --- event_modules ---
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("no_such.x", ["there is no 'no_such' (as package.module) in ", "(the working folder)"]),
+        ("json.no_such", ["there is no 'json.no_such' (as package.module)"]),
+        ("shop/events.py", ["write 'shop.events'", "not a file's path"]),
+        ("./events.py", ["write 'events'"]),
+        ("shop.py", ["write 'shop'"]),
+        (r"shop\events", ["write 'shop.events'"]),
+        ("needs_another", ["ModuleNotFoundError: No module named 'another_one'"]),
+    ],
+)  # fmt: skip
+def test_a_module_that_is_not_there_is_named_with_its_form_and_where_it_was_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, words: list[str]
+) -> None:
+    (tmp_path / "needs_another.py").write_text("import another_one")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend("")
+    with pytest.raises(ConfigError) as refused:
+        load_registry(Settings(event_modules=[module]))
+    text = str(refused.value)
+    assert text.startswith(f"event_modules: {module!r} can't be imported: ")
+    for word in words:
+        assert word in text
+    assert sysconfig.get_path("stdlib") not in re.split(", | in ", text)
 
 
 # --- classes that are no event types, though they look like it ---
