@@ -28,6 +28,7 @@ from benchmarks import (
     processes,
     refused,
     results,
+    send,
     single,
     steady,
 )
@@ -39,6 +40,7 @@ PARTS: dict[str, ModuleType] = {
     "single": single,
     "keys": keys,
     "batch": batch,
+    "send": send,
     "steady": steady,
     "growth": growth,
     "outage": outage,

@@ -29,11 +29,14 @@ from datapipe.http.admin import Admin
 from datapipe.http.auth import Access
 from datapipe.http.body import Body
 from datapipe.http.cors import Cors
+from datapipe.http.heads import PATHS
 from datapipe.http.ingest import Ingest
+from datapipe.http.ingest_keys import IngestKeys
 from datapipe.http.pages import Pages, add_headers, errors_are_answers
 from datapipe.http.port import raise_limit
 from datapipe.http.responses import request_id
 from datapipe.http.runner import Runner, report_answered
+from datapipe.http.server import Connection
 from datapipe.mirrors import Mirror, open_mirror
 from datapipe.monitor.feed import running
 from datapipe.monitor.metrics import Metrics
@@ -45,12 +48,17 @@ from datapipe.pipeline.coordinator import Coordinator, new_process_id
 from datapipe.pipeline.dead_letters import DeadLetters
 from datapipe.pipeline.loader import Loader
 from datapipe.pipeline.records import Records
+from datapipe.pipeline.unknown import Unknown
 from datapipe.settings import Settings
 from datapipe.sinks import Database, open_sink, table_of
 
 OpenMirror = Callable[[Settings, str], AbstractAsyncContextManager[Mirror]]
 OpenSink = Callable[[Settings, str], AbstractAsyncContextManager[Database]]
 
+# what `Pipeline.reload` changes; all else stays as it was at the start
+RELOADED = (
+    "ingest_keys", "admin_key", "cors_origins", "log_level", "load_interval", "load_min_interval",
+)  # fmt: skip
 REQUESTS_GRACE_S = 5.0  # at a stop, for requests that were already received
 
 log = structlog.stdlib.get_logger("datapipe.app")
@@ -76,6 +84,10 @@ class Pipeline:
         self._open_mirror = open_mirror
         self._open_sink = open_sink
         self._stopped = False
+        self._records = Records()
+        self.keys = IngestKeys(settings.ingest_keys, self._records, registry.types)
+        self.access = Access(settings)
+        self.cors = Cors(settings.cors_origins)
 
     async def run(self, app: web.Application) -> AsyncIterator[None]:
         """The application's one cleanup context."""
@@ -87,18 +99,20 @@ class Pipeline:
             self.buffer = Buffer(
                 mirror, self.settings, metrics.append_seconds.observe, self._task_died
             )
-            records = Records()
+            records = self._records
             self.loader = Loader(
                 self.buffer, sink, self.registry, self.settings, records,
                 metrics.load_seconds.observe,
             )  # fmt: skip
-            kinds = self.registry.types.values() if self.try_out else ()
+            kinds = self.registry.lanes.values() if self.try_out else ()
             tables = [table_of(kind) for kind in kinds]
             self.coordinator = Coordinator(self.buffer, self.loader, sink, process, tables)
             self.ingest = Ingest(
-                self.buffer, self.registry, self.settings, records, metrics.request_seconds.observe
-            )
+                self.buffer, self.registry, self.settings, self.keys, self.cors, records,
+                metrics.request_seconds.observe,
+            )  # fmt: skip
             dead = DeadLetters(sink, self.registry)
+            unknown = Unknown(sink, self.registry, dead)
             local = LocalPeers(Path(self.settings.data_dir), process)
             peers: Peers = local
             if mirror.channel is not None:
@@ -107,10 +121,11 @@ class Pipeline:
                 self.buffer, self.loader, self.coordinator, records, dead, metrics, process,
                 peers, local,
             )  # fmt: skip
-            access = Access(self.settings)
             self.feed = await stack.enter_async_context(running(self.status, self._task_died))
-            Pages(self.status, self.feed, metrics, self.registry, access, dead).add_to(app)
-            admin = Admin(self.loader, dead, access, peers)
+            Pages(
+                self.status, self.feed, metrics, self.registry, self.access, dead, unknown
+            ).add_to(app)
+            admin = Admin(self.loader, dead, unknown, self.access, peers)
             admin.add_to(app)
             await stack.enter_async_context(self.loader.running(self._task_died))
             await stack.enter_async_context(self.coordinator.running(self._task_died))
@@ -119,6 +134,27 @@ class Pipeline:
                 await stack.enter_async_context(each.listening(own))
             stack.push_async_callback(self.stop)
             yield
+
+    def reload(self, settings: Settings) -> tuple[list[str], list[str]]:
+        """Take over from other settings what can change while the service runs.
+
+        Requests under way finish with what they had.
+
+        Returns: the keys that have changed, and those that only a restart changes.
+        Raises: ConfigError: nothing has changed.
+        """
+        fields = Settings.__struct_fields__
+        differ = [key for key in fields if getattr(settings, key) != getattr(self.settings, key)]
+        changed = [key for key in differ if key in RELOADED]
+        values = {key: getattr(settings, key) for key in changed}
+        settings = structs.replace(self.settings, **values)
+        self.keys.reload(settings.ingest_keys)  # the only one that may refuse
+        self.access.reload(settings.admin_key)
+        self.cors.reload(settings.cors_origins)
+        self.loader.reload(settings)
+        logs.set_level(settings.log_level)
+        self.settings = settings
+        return changed, [key for key in differ if key not in RELOADED]
 
     def _task_died(self, exc: BaseException) -> None:
         if not isinstance(exc, ConfigError):  # what a person must set right needs no traceback
@@ -137,6 +173,7 @@ class Pipeline:
         if self._stopped:
             return
         self._stopped = self.buffer.stopping = True
+        self.buffer.waiters.stop()
         self.feed.end()
         try:
             await self._finish()
@@ -163,7 +200,7 @@ class Pipeline:
                 log.warning("drain not done in time", seconds=self.settings.shutdown_timeout)
 
     async def post(self, request: web.Request) -> web.StreamResponse:
-        """`POST /`, as aiohttp has it."""
+        """A POST of events, as aiohttp has it."""
 
         async def read() -> bytes:
             if request.transport is None:  # aiohttp would raise RuntimeError
@@ -172,7 +209,10 @@ class Pipeline:
 
         id, key = request_id(request.headers), request.query.get("key")
         body = Body(request.content_length, read)
-        response = (await self.ingest.answer(request.headers, key, body, id)).response()
+        transport = request.transport
+        connection = None if transport is None else transport.get_protocol()
+        gone = connection.gone if isinstance(connection, Connection) else None
+        response = (await self.ingest.answer(request.headers, key, body, id, gone)).response()
         response.headers["X-Request-ID"] = id
         return response
 
@@ -199,11 +239,12 @@ def create_app(
     middlewares = [report_answered, errors_are_answers]
     app = web.Application(middlewares=middlewares, handler_args={"auto_decompress": False})
     app[PIPELINE] = pipeline
-    app.router.add_post("/", pipeline.post)
+    for path in PATHS:
+        app.router.add_post(path, pipeline.post)
     app.cleanup_ctx.append(pipeline.run)
     app.on_shutdown.append(pipeline.stop)
     app.on_response_prepare.append(add_headers)
-    Cors(settings.cors_origins).add_to(app)
+    pipeline.cors.add_to(app)
     return app
 
 
@@ -228,7 +269,7 @@ async def gunicorn_app() -> web.AppRunner:
     effect. A background task that dies ends its worker, and gunicorn starts another.
     """
     share_one_arena()
-    logs.configure("info", "json")
+    logs.configure("info", "auto")
     raise_limit()
     with _failure_logged():
         # a loopback `host` would let anybody act as admin without a key, wherever gunicorn listens

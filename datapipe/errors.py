@@ -71,6 +71,14 @@ class Busy(Refused):
         self.retry_after_s = retry_after_s
 
 
+class RateLimited(Refused):
+    """This ingest key posts more than its rate: 429, code 11 and Retry-After."""
+
+    def __init__(self, detail: str, retry_after_s: float) -> None:
+        super().__init__(Reason.RATE_LIMITED, detail)
+        self.retry_after_s = retry_after_s
+
+
 class BufferFull(Busy):
     """Memory, the mirror or the lane has no room left."""
 

@@ -1,4 +1,4 @@
-"""Structured logs: one JSON object a line on stdout, ours and the libraries' alike.
+"""Structured logs on stdout, ours and the libraries' alike: JSON objects, but on a terminal.
 
 A log event is a fixed phrase, its facts are keys with units:
 `log.info("segments loaded", lane=lane, rows=rows, seconds=seconds)`.
@@ -91,11 +91,13 @@ def _handler(*, queued: bool) -> logging.Handler:
 
 
 def configure(level: str, fmt: str, *, queued: bool = False) -> None:
-    """Send every log line of this process to stdout as one line, of `fmt` json or console.
+    """Send every log line of this process to stdout as one line.
 
     Library records, warnings and uncaught exceptions (also of threads) take the same way.
 
-    Args: queued: nothing waits until a line is written; for what must go on though nobody reads.
+    Args:
+        fmt: json; console, for people to read; auto: console on a terminal, else json.
+        queued: nothing waits until a line is written; for what must go on though nobody reads.
     """
     structlog.configure(
         processors=[
@@ -109,8 +111,11 @@ def configure(level: str, fmt: str, *, queued: bool = False) -> None:
     last: list[Processor] = [
         structlog.processors.format_exc_info, structlog.processors.JSONRenderer(),
     ]  # fmt: skip
-    if fmt == "console":
-        last = [structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty())]
+    terminal = sys.stdout.isatty()
+    if fmt == "console" or (fmt == "auto" and terminal):
+        # without the values of variables, which may be secrets; `rich`, where it is there, has them
+        plain = structlog.dev.plain_traceback
+        last = [structlog.dev.ConsoleRenderer(colors=terminal, exception_formatter=plain)]
     handler = _handler(queued=queued)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
@@ -130,6 +135,11 @@ def configure(level: str, fmt: str, *, queued: bool = False) -> None:
     logging.captureWarnings(True)
     sys.excepthook = _log_uncaught
     threading.excepthook = lambda args: _log_uncaught(*args[:3])
+
+
+def set_level(level: str) -> None:
+    """From now on lines below this level are left out."""
+    logging.getLogger().setLevel(level.upper())
 
 
 def _add_dyno(_: WrappedLogger, __: str, event: EventDict) -> EventDict:

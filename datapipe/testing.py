@@ -25,7 +25,8 @@ from datapipe.settings import Settings
 from datapipe.sinks.memory import MemoryDatabase
 from datapipe.sinks.transactional import event_json
 
-_PYTHON: dict[str, Any] = {name: kind for kind, name in PG_TYPES.items()} | {"jsonb": Any}
+_PYTHON: dict[str, Any] = {name: kind for kind, name in PG_TYPES.items()}
+_PYTHON |= {"jsonb": Any, "json": Any}
 
 
 class Service:
@@ -58,12 +59,12 @@ class Service:
 
         A value of `dict` or `list` is its JSON, decoded. Raises: KeyError: no such event type.
         """
-        columns = self.pipeline.registry.types[event_name].columns
+        columns = self.pipeline.registry.kinds[event_name].columns
         await self.pipeline.loader.load_now()
         values = {column.name: _PYTHON[column.type] | None for column in columns}
         row = TypedDict("row", values)  # type: ignore[misc]  # known at run time
         decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(row)
-        lines = self._database.lines[event_name]
+        lines = self._database.rows(event_name)
         return [decoder.decode(event_json(event_name, columns, line)) for line in lines]
 
 

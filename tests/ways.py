@@ -80,10 +80,11 @@ class Talk(NamedTuple):
 
 
 class Way:
-    """One service; `handed_over` counts connections of aiohttp's."""
+    """One service. Attributes: database: where it loads."""
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner, database: MemoryDatabase) -> None:
         self.runner = runner
+        self.database = database
         self.pipeline: Pipeline = runner.app[PIPELINE]
         self.port: int = runner.addresses[0][1]
 
@@ -176,13 +177,16 @@ async def both_ways(folder: Path, **settings: Any) -> AsyncIterator[dict[str, Wa
 
 
 @asynccontextmanager
-async def one_way(kind: str, folder: Path, **settings: Any) -> AsyncIterator[Way]:
+async def one_way(
+    kind: str, folder: Path, database: MemoryDatabase | None = None, **settings: Any
+) -> AsyncIterator[Way]:
     given = {"data_dir": str(folder / kind), "load_interval": 3600, "host": "127.0.0.1"}
-    app = create_app(Settings(**given | settings), open_sink=MemoryDatabase().open)
+    database = database or MemoryDatabase()
+    app = create_app(Settings(**given | settings), open_sink=database.open)
     runner = create_runner(app, KINDS[kind])
     try:
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
-        yield Way(runner)
+        yield Way(runner, database)
     finally:
         await runner.cleanup()

@@ -14,8 +14,9 @@ import aiohttp
 import msgspec
 
 from datapipe import logs
+from datapipe.cli import unknown
 from datapipe.cli.new_event import class_text
-from datapipe.cli.terminal import progress, show_status
+from datapipe.cli.terminal import print_json, progress, show_status
 from datapipe.errors import (
     ConfigError,
     DatapipeError,
@@ -24,6 +25,7 @@ from datapipe.errors import (
     SinkUnavailable,
 )
 from datapipe.events.registry import load_registry
+from datapipe.http.ingest_keys import check_lanes
 from datapipe.mirrors import check_mirror, open_mirror
 from datapipe.pipeline.buffer import Buffer
 from datapipe.pipeline.coordinator import Coordinator, new_process_id
@@ -46,11 +48,13 @@ async def check(settings: Settings, args: argparse.Namespace) -> int:
     away = "warn" if args.release else "fail"
     logs.configure("critical", settings.log_format)
     registry = load_registry(settings)
+    check_lanes(settings.ingest_keys, registry.types)
     names = ", ".join(sorted(registry.types))
     failed = _report([("ok", f"settings: {len(registry.types)} event types: {names}")], away)
     async with open_sink(settings, new_process_id()) as sink:
-        tables = [table_of(kind) for kind in registry.types.values()]
+        tables = [table_of(kind) for kind in registry.lanes.values()]
         failed |= _report(await sink.check(tables), away)
+        failed |= _report(await unknown.findings(sink, registry), away)
         failed |= _report(await check_mirror(settings, sink.find_mark), away)
     return int(failed)
 
@@ -134,7 +138,7 @@ async def schema(settings: Settings, args: argparse.Namespace) -> int:
 
     Raises: SinkUnavailable: the database does not answer.
     """
-    tables = [table_of(kind) for kind in load_registry(settings).types.values()]
+    tables = [table_of(kind) for kind in load_registry(settings).lanes.values()]
     async with open_sink(settings, new_process_id()) as sink:
         if args.apply:
             logs.configure("critical", settings.log_format)
@@ -175,7 +179,8 @@ async def dead(settings: Settings, args: argparse.Namespace) -> int:
         letters = DeadLetters(sink, load_registry(settings))
         if args.action == "list":
             selection = Selection(lane=args.lane, sqlstate=args.sqlstate)
-            _print_letters(await letters.look(selection, args.limit))
+            found = await letters.look(selection, args.limit)
+            (print_json if args.json else _print_letters)(found)
             return 0
         wanted = {
             "ids": args.id, "all": args.all or None, "lane": args.lane, "sqlstate": args.sqlstate,

@@ -6,20 +6,21 @@ import argparse
 import asyncio
 import os
 import sys
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from datapipe import settings
-from datapipe.cli import commands
+from datapipe.cli import commands, configuration
+from datapipe.cli.send.command import send
 from datapipe.cli.serve import serve
+from datapipe.cli.unknown import unknown
 from datapipe.errors import ConfigError, DatapipeError
 from datapipe.settings import Settings
 from datapipe.version import __version__
 
 Command = Callable[[Settings, argparse.Namespace], Coroutine[Any, Any, int]]
-
-# Defaults of `make run`: loads soon enough to be watched, reachable from this machine alone.
-_RUN_DEFAULTS = {"host": "127.0.0.1", "load_interval": 5.0, "load_min_interval": 1.0}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,10 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        configured = settings.load(
-            {"host": args.host, "port": args.port, "database_url": args.database_url},
-            run_defaults=_RUN_DEFAULTS if args.try_out else None,
-        )
+        given = configuration.given(args)
+        # once more for each reload: variables and options stay as they are now
+        args.load = partial(settings.load, **given)
+        shows = args.command is configuration.config
+        configured = settings.read(**given).settings if shows else settings.load(**given)
+        if args.needs:
+            configuration.require(configured, args.needs)
         if args.uses_database and settings.plugin(configured, "sink").is_file:
             print(f"datapipe: database {configured.database_url}", file=sys.stderr, flush=True)
         code: int = _run(args.command(configured, args))
@@ -67,8 +71,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"datapipe {__version__}")
     parser.set_defaults(
-        command=None, host=None, port=None, database_url=None, uses_database=False, try_out=False
+        command=None, host=None, port=None, database_url=None, uses_database=False, needs=None,
+        try_out=False,
     )  # fmt: skip
+    _add_config(parser, None)
     sub = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     def add(
@@ -76,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     ) -> argparse.ArgumentParser:
         made = sub.add_parser(name, help=text, description=text)
         made.set_defaults(command=command)
+        _add_config(made)
         if uses_database:
             _add_database(made)
         return made
@@ -88,7 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     checking.add_argument(
         "--release", action="store_true", help="before a release: to be unreachable is no failure"
     )
+    _add_json(checking)
     loading = add("load", commands.load, "load once all that waits without a living owner")
+    loading.set_defaults(needs="mirror")
     loading.add_argument(
         "--accept-dead", action="store_true", help="let refused rows through to the dead letters"
     )
@@ -96,16 +105,55 @@ def _parser() -> argparse.ArgumentParser:
     looking.add_argument(
         "url", nargs="?", metavar="URL", help="of the service, this machine's if not given"
     )
+    _add_json(looking)
+    _add_send(add("send", send, "send files of events to a service", uses_database=False))
+    text = "the settings in force, and where each came from"
+    _add_json(add("config", configuration.config, text, uses_database=False))
     defining = add("schema", commands.schema, "print the DDL for all event types")
     defining.add_argument(
         "--apply", action="store_true", help="make what is missing, and print only that"
     )
-    _add_dead(sub)
+    _add_shelf(
+        sub, "dead", commands.dead, "dead letters: look, put back, remove",
+        {
+            "list": "count them by reason and show the newest",
+            "replay": "check them again and put them back into their tables",
+            "drop": "remove them for good",
+        },
+        {"--lane": "only of this lane", "--sqlstate": "only with this SQLSTATE"},
+    )  # fmt: skip
+    _add_shelf(
+        sub, "unknown", unknown, "kept events of unknown types: look, move, remove",
+        {
+            "list": "count them by name, with a type that fits them, and show the newest",
+            "replay": "check those whose type is registered by now and move them into its table",
+            "drop": "remove them for good",
+        },
+        {"--name": "only of this event_name"},
+    )  # fmt: skip
     text = "print the class of a new event type"
     new = add("new-event", commands.new_event, text, uses_database=False)
     new.add_argument("name", help="the event_name")
     new.add_argument("fields", nargs="*", metavar="field:type", help="e.g. user_id:int plan:str?")
     return parser
+
+
+def _add_config(parser: argparse.ArgumentParser, default: Any = argparse.SUPPRESS) -> None:
+    """Before or after the command: one that is not given there must not undo the other."""
+    parser.add_argument(
+        "--config", metavar="FILE", type=_file_name, default=default,
+        help="the settings file, JSON or TOML; before $DATAPIPE_CNF",
+    )  # fmt: skip
+
+
+def _file_name(text: str) -> str:
+    if not text:  # of an unset variable: not the same as not given
+        raise argparse.ArgumentTypeError("a file must be named")
+    return text
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
 
 
 def _add_database(parser: argparse.ArgumentParser) -> None:
@@ -115,22 +163,52 @@ def _add_database(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_dead(sub: Any) -> None:
-    dead = sub.add_parser("dead", help="dead letters: look, put back, remove")
-    actions = dead.add_subparsers(title="actions", metavar="ACTION", required=True)
-    texts = {
-        "list": "count them by reason and show the newest",
-        "replay": "check them again and put them back into their tables",
-        "drop": "remove them for good",
-    }
+def _add_send(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "files", nargs="+", metavar="FILE",
+        help="NDJSON or a JSON array, plain, gzip or zstd; - for standard input",
+    )  # fmt: skip
+    parser.add_argument("--url", help="of the service, this machine's if not given")
+    parser.add_argument("--id", help="what its keys are made of, else of its path and first 64 KiB")
+    parser.add_argument(
+        "--again", action="store_true",
+        help="send anew what was sent; go on with what was broken off too long ago",
+    )  # fmt: skip
+    parser.add_argument("--parallel", type=int, default=4, help="POSTs at a time")
+    parser.add_argument(
+        "--key-file", type=Path, metavar="PATH",
+        help="holds the ingest key, else the first of the setting ingest_keys",
+    )  # fmt: skip
+    parser.add_argument(
+        "--state", type=Path, metavar="PATH", help="how far it is, else FILE.datapipe-sent"
+    )
+    parser.add_argument(
+        "--refused", type=Path, metavar="PATH", help="takes what is refused, else FILE.refused"
+    )
+
+
+def _add_shelf(
+    sub: Any,
+    shelf: str,
+    command: Command,
+    text: str,
+    texts: Mapping[str, str],
+    selectors: Mapping[str, str],
+) -> None:
+    """A command over dead letters, or unknown events. Args: texts: of its actions."""
+    actions = sub.add_parser(shelf, help=text).add_subparsers(
+        title="actions", metavar="ACTION", required=True
+    )
     for name, text in texts.items():
         made = actions.add_parser(name, help=text, description=text)
-        made.set_defaults(command=commands.dead, action=name)
+        made.set_defaults(command=command, action=name, needs="sink")
+        _add_config(made)
         _add_database(made)
-        made.add_argument("--lane", help="only of this lane")
-        made.add_argument("--sqlstate", help="only with this SQLSTATE")
+        for option, meaning in selectors.items():
+            made.add_argument(option, help=meaning)
         if name == "list":
             made.add_argument("--limit", type=int, default=20, help="how many to show")
+            _add_json(made)
         else:
             made.add_argument("--id", type=int, action="append", help="this one; may be repeated")
             made.add_argument("--all", action="store_true", help="all there are")

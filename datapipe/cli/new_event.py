@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from datapipe.errors import ConfigError
 from datapipe.events.registry import declared_class
 from datapipe.events.types import EventType
+from datapipe.events.values import written
 
 _IMPORTS = {
     "datetime": "from datetime import datetime",
     "date": "from datetime import date",
     "Decimal": "from decimal import Decimal",
+    "Any": "from typing import Any",
     "UUID": "from uuid import UUID",
 }
 
@@ -34,14 +36,14 @@ def class_text(name: str, fields: Sequence[str]) -> str:
             raise ConfigError(f"{key}: this field is given twice")
         declared[key] = text
     kind = EventType(name, declared_class(name, declared))
-    used = {each.kind.__name__ for each in kind.fields}
-    lines = [_IMPORTS[each] for each in ("datetime", "date", "Decimal", "UUID") if each in used]
+    used = {word for each in kind.fields for word in re.findall(r"\w+", written(each.hint))}
+    lines = [line for each, line in _IMPORTS.items() if each in used]
     if lines:
         lines.append("")
     lines += ["from datapipe import Event, register", "", ""]
     lines += [f'@register("{name}")', f"class {_camel(name)}(Event):"]
     for each in kind.fields:
-        hint = each.kind.__name__ + (" | None" if each.nullable else "")
+        hint = written(each.hint) + (" | None" if each.nullable else "")
         lines.append(f"    {each.name}: {hint}{_default(each.default, declared[each.name])}")
     if not kind.fields:
         lines.append("    pass")

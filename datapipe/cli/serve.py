@@ -1,4 +1,4 @@
-"""`datapipe serve`: port, signals, shutdown."""
+"""`datapipe serve`: port, signals, reload, shutdown."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import structlog
@@ -24,11 +24,13 @@ from datapipe.http.port import Port, raise_limit
 from datapipe.pipeline.allocator import share_one_arena
 from datapipe.settings import Settings
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
 log = structlog.stdlib.get_logger("datapipe.cli.serve")
 
 
 async def serve(settings: Settings, args: argparse.Namespace) -> int:
-    """Run the service until SIGTERM or SIGINT: exit 0; 1 if a part of it died.
+    """Run the service until SIGTERM or SIGINT: exit 0; 1 if a part of it died. SIGHUP reloads.
 
     Raises: ConfigError, DatapipeError: it can't start.
     """
@@ -51,7 +53,7 @@ async def serve(settings: Settings, args: argparse.Namespace) -> int:
                 gc.collect()
                 gc.freeze()
                 gc.set_threshold(20_000, 20, 20)
-                ended = asyncio.ensure_future(signals.get())
+                ended = asyncio.ensure_future(_end(pipeline, signals, args.load))
                 if args.try_out:
                     await _print_hints(pipeline, address, ended)
                 number = await ended
@@ -86,10 +88,41 @@ def _address(port: Port, settings: Settings) -> str:
     return f"http://[{host}]:{number}" if ":" in host else f"http://{host}:{number}"
 
 
+async def _end(
+    pipeline: Pipeline, signals: asyncio.Queue[signal.Signals], load: Callable[[], Settings]
+) -> signal.Signals:
+    """Reload at each SIGHUP; the signal that ends the service."""
+    had_terminal = _has_terminal()
+    while (number := await signals.get()) is signal.SIGHUP:
+        if had_terminal and not _has_terminal():
+            break  # a terminal that closes sends it, too, and nobody could end us with Ctrl-C
+        _reload(pipeline, load)
+    return number
+
+
+def _has_terminal() -> bool:
+    with contextlib.suppress(OSError):
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+        return True
+    return False
+
+
+def _reload(pipeline: Pipeline, load: Callable[[], Settings]) -> None:
+    """Read the settings anew, and take over what can change while the service runs."""
+    try:
+        changed, kept = pipeline.reload(load())
+    except (DatapipeError, OSError) as exc:
+        log.error("settings not reloaded", error=" ".join(str(exc).split()))
+        return
+    log.info("settings reloaded", changed=changed)
+    if kept:
+        log.warning("settings need a restart", settings=kept)
+
+
 async def _stop(pipeline: Pipeline, signals: asyncio.Queue[signal.Signals]) -> None:
     """Finish requests and load what waits; a second signal skips the loading."""
     stopping = asyncio.ensure_future(pipeline.stop())
-    again = asyncio.ensure_future(signals.get())
+    again = asyncio.ensure_future(_next_end(signals))
     await asyncio.wait({stopping, again}, return_when=asyncio.FIRST_COMPLETED)
     if not stopping.done():
         log.info("stopping", signal=again.result().name, loading=False)
@@ -100,17 +133,23 @@ async def _stop(pipeline: Pipeline, signals: asyncio.Queue[signal.Signals]) -> N
         await stopping
 
 
+async def _next_end(signals: asyncio.Queue[signal.Signals]) -> signal.Signals:
+    while (number := await signals.get()) is signal.SIGHUP:
+        pass
+    return number
+
+
 @contextlib.contextmanager
 def _signals() -> Iterator[asyncio.Queue[signal.Signals]]:
-    """SIGTERM and SIGINT, as they arrive; after the block they are ignored: the process ends."""
+    """What ends or reloads the service, as it arrives; ignored after the block: it has ended."""
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[signal.Signals] = asyncio.Queue()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _SIGNALS:
         loop.add_signal_handler(number, queue.put_nowait, number)
     try:
         yield queue
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in _SIGNALS:
             loop.remove_signal_handler(number)
             signal.signal(number, signal.SIG_IGN)
 

@@ -9,6 +9,8 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+import msgspec
+
 from datapipe.monitor import formats
 from datapipe.monitor.aggregate import columns
 from datapipe.pipeline.tasks import background
@@ -38,10 +40,15 @@ def show_status(status: Mapping[str, Any]) -> None:
 
 
 def _print(text: str, style: str = "") -> None:
-    """One line, without the control characters that would steer a terminal."""
-    line = "".join(char if char.isprintable() else " " for char in text)
+    """One line."""
+    line = printable(text)
     coloured = style and sys.stdout.isatty() and "NO_COLOR" not in os.environ
     print(f"\x1b[{style}m{line}\x1b[m" if coloured else line)
+
+
+def printable(text: str) -> str:
+    """Without the control characters that would steer a terminal."""
+    return "".join(char if char.isprintable() else " " for char in text)
 
 
 def _lane(name: str, lane: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, ...]:
@@ -78,6 +85,11 @@ def _processes(status: Mapping[str, Any]) -> str:
 
 def _error(part: Mapping[str, Any]) -> str:
     return f": {part['error']}" if part["error"] else ""
+
+
+def print_json(value: Any) -> None:
+    """For programs: one JSON value, indented."""
+    print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
 
 
 @asynccontextmanager

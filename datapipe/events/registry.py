@@ -9,12 +9,13 @@ from typing import Any, Union
 import msgspec
 
 from datapipe.errors import ConfigError
-from datapipe.events.types import PG_TYPES, Event, EventType, registered
+from datapipe.events.types import PG_TYPES, Event, EventType, registered, unregistered
+from datapipe.events.unknown import UNKNOWN, Kind, UnknownType
+from datapipe.events.values import TIMES, parse_type, wire_type, written
 from datapipe.settings import Settings, plugin
 
-_TYPE_NAMES = {kind.__name__: kind for kind in PG_TYPES}
 # type, `?` for nullable, and the default as JSON: "bool = false"
-_DECLARED = re.compile(r"\s*(\w+)\s*(\?)?\s*(?:=\s*(.+))?", re.DOTALL)
+_DECLARED = re.compile(r"\s*([^?=]+?)\s*(\?)?\s*(?:=\s*(.+))?", re.DOTALL)
 
 
 class CrashReport(Event):
@@ -43,22 +44,42 @@ _BUILTIN: dict[str, type[Event]] = {
 class Registry:
     """All event types, and decoders of their events.
 
+    Args:
+        unknown: of the lane of events that have no type here.
+        keeps_unknown: whether such events are accepted.
     Attributes:
         types: by event name; there is at least one.
+        kinds: of all lanes that can be loaded, by lane. lanes: of those that events come into.
         by_struct: by the class of the decoded object.
         one: decodes one JSON object; `many` an array of them; both raise msgspec's errors.
     """
 
-    def __init__(self, types: list[EventType]) -> None:
+    def __init__(
+        self,
+        types: list[EventType],
+        unknown: UnknownType | None = None,
+        *,
+        keeps_unknown: bool = False,
+    ) -> None:
         self.types: dict[str, EventType] = {}
         for kind in types:
             if kind.name in self.types:
                 raise ConfigError(f"event type {kind.name!r} is registered twice")
             self.types[kind.name] = kind
-        self.by_struct = {kind.struct: kind for kind in types}
+        self.unknown = unknown or UnknownType()
+        self.keeps_unknown = keeps_unknown
+        self.kinds: dict[str, Kind] = {**self.types, UNKNOWN: self.unknown}
+        self.lanes = self.kinds if keeps_unknown else {**self.types}
+        self.by_struct: dict[type, Any] = {kind.struct: kind for kind in self.kinds.values()}
         union: Any = Union[tuple(kind.struct for kind in types)]  # noqa: UP007 - made at run time
         self.one: msgspec.json.Decoder[Any] = msgspec.json.Decoder(union)
         self.many: msgspec.json.Decoder[list[Any]] = msgspec.json.Decoder(list[union])
+
+    def kind_of(self, event_name: str) -> Kind | None:
+        """Of an event of this name; None: it is not accepted."""
+        if kind := self.types.get(event_name):
+            return kind
+        return self.unknown if self.keeps_unknown and self.unknown.takes(event_name) else None
 
 
 def load_registry(settings: Settings) -> Registry:
@@ -76,6 +97,11 @@ def load_registry(settings: Settings) -> Registry:
         except Exception as exc:
             why = f"{type(exc).__name__}: {exc}"
             raise ConfigError(f"event_modules: {module!r} can't be imported: {why}") from exc
+    if forgotten := unregistered(settings.event_modules):
+        raise ConfigError(
+            f"event_modules: {', '.join(forgotten)}: an event type that is not registered: write "
+            '@register("its_name") above the class'
+        )
     bounds = settings.input_max_len, plugin(settings, "sink").limits
     types = [EventType(name, cls, *bounds) for name, cls in registered()]
     taken = {kind.name for kind in types}
@@ -95,7 +121,8 @@ def load_registry(settings: Settings) -> Registry:
             "builtin_events: there is no event type: set it to true, or declare types in "
             "event_modules or events"
         )
-    return Registry(types)
+    keeps_unknown = settings.unknown_events == "keep"
+    return Registry(types, UnknownType(*bounds), keeps_unknown=keeps_unknown)
 
 
 def declared_class(name: str, fields: dict[str, str]) -> type[Event]:
@@ -108,23 +135,28 @@ def declared_class(name: str, fields: dict[str, str]) -> type[Event]:
                 f"events.{name}: {field!r} can't be a key: letters, digits and _, not __ in front"
             )
         match = _DECLARED.fullmatch(text)
-        if match is None or match[1] not in _TYPE_NAMES:
+        try:
+            kind = parse_type(match[1] if match else text)
+            wire = wire_type(kind)
+        except (ValueError, TypeError) as exc:
+            allowed = ", ".join(kind.__name__ for kind in PG_TYPES)
             raise ConfigError(
-                f"{place}: {text!r} is no type: one of {', '.join(_TYPE_NAMES)}, then '?' if it "
-                "may be null, then '= default' as JSON"
-            )
-        kind = _TYPE_NAMES[match[1]]
-        hint: Any = kind | None if match[2] else kind
+                f"{place}: {text!r} is no type: one of {allowed}, list[...], dict[str, ...], then "
+                f"'?' if it may be null, then '= default' as JSON ({exc})"
+            ) from None
+        hint: Any = kind | None if match and match[2] else kind
         body["__annotations__"][field] = hint
-        if match[3] is not None:
+        if match and match[3] is not None:
             try:
-                body[field] = msgspec.json.decode(match[3], type=hint)
+                body[field] = msgspec.json.decode(
+                    match[3], type=wire | None if match[2] else wire, **TIMES
+                )
             except ValueError as exc:
                 quotes = ", text in quotes" if kind is str else ""
                 raise ConfigError(
-                    f"{place}: the default {match[3]!r} must be {kind.__name__} as JSON{quotes}: "
+                    f"{place}: the default {match[3]!r} must be {written(kind)} as JSON{quotes}: "
                     f"{exc}"
                 ) from None
-        elif match[2]:
+        elif match and match[2]:
             body[field] = None  # `datetime?`: the key may be left out too
     return type(name, (Event,), body)

@@ -50,6 +50,7 @@ class Chunk(msgspec.Struct, eq=False, gc=False):
         claim: hash of the idempotency key, hash of the body, number of the part: such a chunk stays
             whole.
         indexes: where in the body its events stood.
+        waiter: who waits for the load of these rows, if anybody: they get segments of their own.
     """
 
     lane: str
@@ -58,6 +59,7 @@ class Chunk(msgspec.Struct, eq=False, gc=False):
     events: int
     claim: tuple[str, str, int] | None = None
     indexes: Sequence[int] = (0,)
+    waiter: object | None = None
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -73,6 +75,7 @@ class Segment:
         neutral: times are in UTC and have no offset (see `types`); release 1.0 wrote one to each.
         missing: the mirror can no longer find it, so `data` is empty. Set to false once the ledger
             is found to know it; until then no copy of it that may turn up is to be deleted.
+        waiter: see `Chunk`; no mirror keeps it.
     """
 
     lane: str
@@ -87,6 +90,7 @@ class Segment:
     position: int = 0
     neutral: bool = False
     missing: bool = False
+    waiter: object | None = None
 
     def __post_init__(self) -> None:
         if not self.id:
@@ -135,7 +139,7 @@ class Segment:
         )
         return Segment(
             self.lane, self.columns, data, data.count(b"\n"), parts,
-            created_at=self.created_at, neutral=self.neutral,
+            created_at=self.created_at, neutral=self.neutral, waiter=self.waiter,
         )  # fmt: skip
 
     def __repr__(self) -> str:
@@ -144,17 +148,17 @@ class Segment:
 
 def seal(chunks: Sequence[Chunk], max_bytes: int) -> list[Segment]:
     """Segments of one lane and at most `max_bytes` rows; a single event or part may be larger."""
-    by_lane: dict[tuple[str, int], list[Chunk]] = {}
+    by_lane: dict[tuple[str, int, object], list[Chunk]] = {}
     for chunk in chunks:
         # all of a type share their columns, whose hash would cost more than all else here
-        by_lane.setdefault((chunk.lane, id(chunk.columns)), []).append(chunk)
+        by_lane.setdefault((chunk.lane, id(chunk.columns), chunk.waiter), []).append(chunk)
     return [
         segment for of_lane in by_lane.values() for segment in _joined(of_lane).split(max_bytes)
     ]
 
 
 def _joined(chunks: Sequence[Chunk]) -> Segment:
-    """Args: chunks: of one lane, with the same columns."""
+    """Args: chunks: of one lane, with the same columns and waiter."""
     lane, columns = chunks[0].lane, chunks[0].columns
     parts, at = [], 0
     for chunk in chunks:
@@ -164,7 +168,7 @@ def _joined(chunks: Sequence[Chunk]) -> Segment:
         at = end
     data = chunks[0].data if len(chunks) == 1 else b"".join([chunk.data for chunk in chunks])
     events = sum([chunk.events for chunk in chunks])
-    return Segment(lane, columns, data, events, tuple(parts), neutral=True)
+    return Segment(lane, columns, data, events, tuple(parts), neutral=True, waiter=chunks[0].waiter)
 
 
 class Head(msgspec.Struct, array_like=True, frozen=True):

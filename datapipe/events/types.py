@@ -10,19 +10,21 @@ these rows during an upgrade, reads anything else in its dead letters as false.
 
 from __future__ import annotations
 
+import inspect
 import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from datetime import date, datetime
 from decimal import Decimal
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from uuid import UUID
 
 import msgspec
 
 from datapipe.errors import ConfigError, EventRejected, Reason
 from datapipe.events.limits import Limits
+from datapipe.events.values import TIMES, wire_type, written, wrong_inside
 
 # The names of release 1.0; each sink says what they are in its database.
 PG_TYPES: dict[type, str] = {
@@ -39,13 +41,12 @@ PG_TYPES: dict[type, str] = {
 }
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,47}")
-_RESERVED = {"received_at", "event_name"}  # by us
+RESERVED = {"received_at", "event_name"}  # by us
 
-_INT64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 _JSON = (dict, list)
 DEFAULTS = Limits()
 # U+0000 in JSON: behind an even number of backslashes, or the backslash is itself escaped
-_NUL_IN_JSON = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+NUL_IN_JSON = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 NO_NUL = "U+0000 can't be stored"
 TOO_DEEP = "nested too deep to be stored"
@@ -68,13 +69,18 @@ class Event:
 _E = TypeVar("_E", bound=type[Event])
 
 
-def register(event_name: str) -> Callable[[_E], _E]:
+def register(event_name: str = "") -> Callable[[_E], _E]:
     """Make a class an event type of this name; its lane, table and page row follow.
 
-    Raises: ConfigError: the name or a field can't be used; the message says why.
+    Raises: ConfigError: there is no name, or it or a field can't be used; the message says why.
     """
+    given: object = event_name
+    if isinstance(given, type):  # a bare `@register`
+        raise _nameless(given)
 
     def mark(cls: _E) -> _E:
+        if not event_name:
+            raise _nameless(cls)
         EventType(event_name, cls)  # a wrong class fails where it is written
         cls.__datapipe_event_name__ = event_name  # type: ignore[attr-defined]
         return cls
@@ -82,16 +88,52 @@ def register(event_name: str) -> Callable[[_E], _E]:
     return mark
 
 
+def _nameless(cls: type) -> ConfigError:
+    return ConfigError(
+        f"class {_path(cls)}: @register wants the name of the event type: "
+        f'@register("{cls.__name__.lower()}")'
+    )
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
 def registered() -> list[tuple[str, type[Event]]]:
     """All registered classes that are alive in this process, by name."""
-    found: dict[tuple[str, str, str], type[Event]] = {}
-    pending = list(Event.__subclasses__())
-    while pending:
-        cls = pending.pop(0)
-        pending += cls.__subclasses__()
-        if name := cls.__dict__.get("__datapipe_event_name__"):
-            found[name, cls.__module__, cls.__qualname__] = cls  # a module was reloaded: the newer
-    return sorted(((name, cls) for (name, *_), cls in found.items()), key=lambda item: item[0])
+    found: dict[tuple[str, str], type[Event]] = {}
+    for cls in _subclasses(Event):
+        if name := _name_of(cls):
+            found[name, _path(cls)] = cls  # a module was reloaded: the newer
+    return sorted(((name, cls) for (name, _), cls in found.items()), key=lambda item: item[0])
+
+
+def unregistered(modules: Sequence[str]) -> list[str]:
+    """Classes of these modules, or of modules in them, that have fields and are no event types.
+
+    Nor is any class made from them: they are no base that event types share.
+    """
+    known = {_path(cls) for _, cls in registered()}
+    found = {
+        _path(cls): None
+        for cls in _subclasses(Event)
+        if any(f"{cls.__module__}.".startswith(f"{module}.") for module in modules)
+        and any(map(inspect.get_annotations, cls.__mro__))
+        and not cls.__subclasses__()
+    }
+    return [path for path in found if path not in known]
+
+
+def _subclasses(cls: type[Event]) -> Iterator[type[Event]]:
+    """All that are alive, the older first."""
+    for each in cls.__subclasses__():
+        yield each
+        yield from _subclasses(each)
+
+
+def _name_of(cls: type[Event]) -> str | None:
+    name: str | None = cls.__dict__.get("__datapipe_event_name__")
+    return name
 
 
 class EventType:
@@ -106,11 +148,10 @@ class EventType:
     def __init__(
         self, name: str, cls: type[Event], input_max_len: int = 16_384, limits: Limits = DEFAULTS
     ) -> None:
-        taken = ("datapipe_", *limits.reserved_tables)
-        if not _NAME.fullmatch(name) or name.startswith(taken):
+        if not is_event_name(name, limits):
             raise ConfigError(
                 f"event type {name!r}: a name is [a-z][a-z0-9_]{{0,47}} and does not begin with "
-                f"{' or '.join(taken)}"
+                f"{' or '.join(_taken(limits))}"
             )
         self.name = name
         declared = list(_declared(name, cls, limits))
@@ -119,7 +160,8 @@ class EventType:
         self._max_len = input_max_len
         wire = [(field.wire, field.wire_default) for field in self.fields]
         self.struct = self._struct(wire, tag=name)
-        self._untagged = msgspec.json.Decoder(self._struct(wire))
+        closer = [(field.exact_wire, field.wire_default) for field in self.fields]
+        self._untagged = msgspec.json.Decoder(self._struct(closer), **TIMES)
         raw = [(msgspec.Raw | msgspec.UnsetType, msgspec.UNSET)] * len(wire)
         self._raw = msgspec.json.Decoder(self._struct(raw))
         self._plain = compile_writer(self.fields, input_max_len, escaped=False)
@@ -180,10 +222,20 @@ class EventType:
                     return EventRejected(Reason.KEY_MISSING, f"{field.name}: this key is missing")
                 continue
             try:
-                msgspec.json.decode(value, type=field.wire)
+                msgspec.json.decode(value, type=field.exact_wire, **TIMES)
             except msgspec.ValidationError as why:
                 return field.wrong(str(why))
         return EventRejected(Reason.BAD_VALUE, str(error))
+
+
+def is_event_name(name: str, limits: Limits = DEFAULTS) -> bool:
+    """Whether an event type may be called so."""
+    return bool(_NAME.fullmatch(name)) and not name.startswith(_taken(limits))
+
+
+def _taken(limits: Limits) -> tuple[str, ...]:
+    """What no name may begin with."""
+    return ("datapipe_", *limits.reserved_tables)
 
 
 def _declared(name: str, cls: type[Event], limits: Limits) -> Iterator[tuple[Field, Column]]:
@@ -197,12 +249,12 @@ def _declared(name: str, cls: type[Event], limits: Limits) -> Iterator[tuple[Fie
         if typing.get_origin(hint) is typing.ClassVar:
             continue
         place = f"event type {name!r}, field {key!r}"
-        if key in _RESERVED:
+        if key in RESERVED:
             raise ConfigError(f"{place}: this name is reserved: it can't be a column")
         if why := limits.column_fault(key, names):
             raise ConfigError(f"{place}: {why}")
         names.add(limits.folded(key))
-        field = Field(key, *_kind(place, hint), getattr(cls, key, msgspec.NODEFAULT), limits)
+        field = Field(key, *_not_null(place, hint), getattr(cls, key, msgspec.NODEFAULT), limits)
         try:
             default = field.default_text()
         except (ValueError, TypeError, OverflowError) as exc:
@@ -210,18 +262,21 @@ def _declared(name: str, cls: type[Event], limits: Limits) -> Iterator[tuple[Fie
         yield field, Column(key, PG_TYPES[field.kind], default)
 
 
-def _kind(place: str, hint: Any) -> tuple[type, bool]:
-    """The type of a field's values, and whether they may be null. Raises: ConfigError."""
+def _not_null(place: str, hint: Any) -> tuple[Any, bool]:
+    """The type of a field's values but null, and whether they may be null. Raises: ConfigError."""
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     options = typing.get_args(hint) if is_union else (hint,)
     kinds = [option for option in options if option is not type(None)]
     if len(kinds) != 1:
         raise ConfigError(f"{place}: of unions only X | None can be a column")
-    kind = typing.get_origin(kinds[0]) or kinds[0]
-    if kind not in PG_TYPES:
+    if (typing.get_origin(kinds[0]) or kinds[0]) not in PG_TYPES:
         allowed = ", ".join(k.__name__ for k in PG_TYPES)
         raise ConfigError(f"{place}: {hint!r} is none of {allowed}, or one of them | None")
-    return kind, len(options) > 1
+    try:
+        wire_type(kinds[0])
+    except TypeError as exc:
+        raise ConfigError(f"{place}: {written(kinds[0])}: {exc}") from None
+    return kinds[0], len(options) > 1
 
 
 # --- rows ---
@@ -230,27 +285,44 @@ def _kind(place: str, hint: Any) -> tuple[type, bool]:
 class Field(NamedTuple):
     """A field of an event class.
 
-    Attributes: default: a Python value; msgspec.NODEFAULT when the key must be there.
+    Attributes:
+        hint: its annotation, without `| None`.
+        default: a Python value; msgspec.NODEFAULT when the key must be there.
     """
 
     name: str
-    kind: type
+    hint: Any
     nullable: bool
     default: Any
     limits: Limits = DEFAULTS
 
     @property
+    def kind(self) -> type:
+        """Which column it has: of `list[str]`, list."""
+        kind: type = typing.get_origin(self.hint) or self.hint
+        return kind
+
+    @property
     def wanted(self) -> str:
         """The type, for people."""
-        kind = "int (64 bits)" if self.kind is int else self.kind.__name__
-        return f"{kind} or null" if self.nullable else kind
+        return f"{_said(self.hint)} or null" if self.nullable else _said(self.hint)
 
     @property
     def wire(self) -> Any:
         """The type to decode: `dict` and `list` are kept as sent, so that no digit is lost."""
-        if self.kind in _JSON:
-            return msgspec.Raw
-        kind: Any = _INT64 if self.kind is int else self.kind
+        return self._or_null(self.kind) if self.kind is datetime else self.exact_wire
+
+    @property
+    def exact_wire(self) -> Any:
+        """The same for decoders with `TIMES`, which read more times and are slower."""
+        return msgspec.Raw if self.kind in _JSON else self.value_type
+
+    @property
+    def value_type(self) -> Any:
+        """The type of its values, for decoders with `TIMES`."""
+        return self._or_null(wire_type(self.hint))
+
+    def _or_null(self, kind: Any) -> Any:
         return kind | None if self.nullable else kind
 
     @property
@@ -266,13 +338,13 @@ class Field(NamedTuple):
         """
         if self.default is msgspec.NODEFAULT or (self.default is None and self.nullable):
             return None
-        value: Any = msgspec.convert(self.default, _INT64 if self.kind is int else self.kind)
+        value: Any = msgspec.convert(self.default, wire_type(self.hint), **TIMES)
         is_json = self.kind in _JSON
         if is_json:
             text = msgspec.json.encode(value).decode()
         else:
             text = self.limits.texts.get(self.kind, str)(value)
-        if "\0" in text or (is_json and _NUL_IN_JSON.search(text)):
+        if "\0" in text or (is_json and NUL_IN_JSON.search(text)):
             raise ValueError(NO_NUL)
         if is_json and self.limits.is_too_deep(value, text.encode()):
             raise ValueError(TOO_DEEP)
@@ -281,9 +353,23 @@ class Field(NamedTuple):
     def wrong(self, why: str) -> EventRejected:
         return EventRejected(Reason.BAD_VALUE, f"{self.name}: {self.wanted} wanted ({why})")
 
+    def misfit(self, sent: bytes, error: msgspec.ValidationError) -> EventRejected:
+        """Why a value, which was sent as this JSON, does not decode: of the place within it."""
+        place, hint = wrong_inside(sent, self.hint)
+        if not place:
+            return self.wrong(str(error))
+        why = str(error).partition(" - at ")[0]
+        detail = f"{self.name}{place}: {_said(hint)} wanted ({why})"
+        return EventRejected(Reason.BAD_VALUE, detail)
+
+
+def _said(hint: Any) -> str:
+    return "int (64 bits)" if hint is int else written(hint)
+
 
 def too_long(max_len: int) -> EventRejected:
-    return EventRejected(Reason.TOO_LONG, f"event longer than {max_len} bytes")
+    detail = f"event longer than {max_len} bytes, which input_max_len sets"
+    return EventRejected(Reason.TOO_LONG, detail)
 
 
 def compile_writer(
@@ -334,7 +420,7 @@ def _writer(field: Field, max_len: int, escaped: bool) -> Callable[[Any], str] |
 
 
 def _json_writer(field: Field, max_len: int) -> Callable[[Any], str]:
-    decoder = msgspec.json.Decoder(field.kind | None if field.nullable else field.kind)
+    decoder = msgspec.json.Decoder(field.value_type, **TIMES)
 
     def write(raw: Any) -> str:
         """The JSON as it was sent; checked, but not rewritten; its size is bounded first."""
@@ -344,9 +430,9 @@ def _json_writer(field: Field, max_len: int) -> Callable[[Any], str]:
         try:
             value = decoder.decode(sent)
         except msgspec.ValidationError as exc:
-            raise field.wrong(str(exc)) from None
+            raise field.misfit(sent, exc) from None
         text = sent.decode()
-        if _NUL_IN_JSON.search(text):
+        if NUL_IN_JSON.search(text):
             raise field.wrong(NO_NUL)
         if field.limits.is_too_deep(value, sent):
             raise field.wrong(TOO_DEEP)

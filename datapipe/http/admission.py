@@ -81,6 +81,11 @@ class Reservation:
         if self._admission.bytes > self._admission.max_bytes * _share(self._bytes):
             raise BufferFull("too much is under way (inflight_max_bytes)", retry_after_s=1.0)
 
+    def release(self) -> None:
+        """Hold no bytes any more; the request goes on."""
+        self._admission.bytes -= self._bytes
+        self._bytes = 0
+
     def end(self) -> None:
         self._admission.leave(self._bytes)
 

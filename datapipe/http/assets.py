@@ -21,7 +21,7 @@ FILES = {
 }
 SECTIONS = (
     "uptime", "summary", "tiles", "books_table", "lanes_table", "chart_grid", "mirror_facts",
-    "database_facts", "loads_table", "reasons", "refusals",
+    "database_facts", "loads_table", "keys_table", "reasons", "refusals",
 )  # fmt: skip
 
 

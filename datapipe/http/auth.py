@@ -17,8 +17,12 @@ class Access:
     """Decides by the settings and the request alone."""
 
     def __init__(self, settings: Settings) -> None:
-        self._admin_key = settings.admin_key.encode()
         self._loopback = _is_loopback(settings.host)
+        self.reload(settings.admin_key)
+
+    def reload(self, admin_key: str) -> None:
+        """From now on this one counts; without one, where the service listens."""
+        self._admin_key = admin_key.encode()
 
     def may_look(self, request: web.BaseRequest) -> None:
         """Status pages are open unless an admin key is set. Raises: Refused."""

@@ -142,4 +142,5 @@ def _broken(encoding: str, why: str) -> EventRejected:
 
 
 def _too_long(max_bytes: int) -> EventRejected:
-    return EventRejected(Reason.TOO_LONG, f"body longer than {max_bytes} bytes", 413)
+    detail = f"body longer than {max_bytes} bytes, which body_max_len sets"
+    return EventRejected(Reason.TOO_LONG, detail, 413)

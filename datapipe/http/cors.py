@@ -1,8 +1,9 @@
 """CORS: the setting `cors_origins` lets scripts of other sites' pages post events.
 
-A browser asks before it sends what a form could not (the preflight, `OPTIONS /`), and shows the
+A browser asks before it sends what a form could not (the preflight, `OPTIONS`), and shows the
 answer to the script only if a header allows it. The browser's credentials are not allowed: an
-ingest key comes from the script. Only `POST /` is opened, never the page or what an admin may do.
+ingest key comes from the script. Only POSTs of events are opened, never the page or what an admin
+may do.
 Source: Fetch standard, "CORS protocol".
 """
 
@@ -12,12 +13,13 @@ from collections.abc import Mapping, Sequence
 
 from aiohttp import web
 
+from datapipe.http.heads import PATHS
 from datapipe.http.responses import Answer
 
 _PREFLIGHT = {
     "Access-Control-Allow-Methods": "POST",
     "Access-Control-Allow-Headers": (
-        "Content-Type, Content-Encoding, Idempotency-Key, Authorization, X-Request-ID"
+        "Content-Type, Content-Encoding, Idempotency-Key, Prefer, Authorization, X-Request-ID"
     ),
     "Access-Control-Max-Age": "600",
 }
@@ -27,6 +29,10 @@ class Cors:
     """Decides by the settings alone; `"*"` among the origins means every page."""
 
     def __init__(self, origins: Sequence[str]) -> None:
+        self.reload(origins)
+
+    def reload(self, origins: Sequence[str]) -> None:
+        """From now on these count."""
         self._origins = frozenset(origins)
 
     def headers(self, origin: str | None) -> dict[str, str]:
@@ -37,7 +43,7 @@ class Cors:
         return {
             "Vary": "Origin",
             "Access-Control-Allow-Origin": allowed,
-            "Access-Control-Expose-Headers": "Retry-After, X-Request-ID",
+            "Access-Control-Expose-Headers": "Preference-Applied, Retry-After, X-Request-ID",
         }
 
     def apply(self, answer: Answer, headers: Mapping[str, str]) -> Answer:
@@ -46,14 +52,16 @@ class Cors:
         return answer._replace(headers={**answer.headers, **more}) if more else answer
 
     def add_to(self, app: web.Application) -> None:
-        """Answer preflights, if any page may post at all."""
+        """Answer preflights; while no page may post there is no such method."""
 
         async def preflight(request: web.Request) -> web.StreamResponse:
+            if not self._origins:
+                raise web.HTTPMethodNotAllowed("OPTIONS", ["GET", "HEAD", "POST"])
             headers = self.headers(request.headers.get("Origin"))
             if "Access-Control-Allow-Origin" not in headers:
                 reason = "cors_origins does not name the origin of this page"
                 raise web.HTTPForbidden(reason=reason, headers=headers)
             return web.Response(status=204, headers=_PREFLIGHT | headers)
 
-        if self._origins:
-            app.router.add_route("OPTIONS", "/", preflight)
+        for path in PATHS:
+            app.router.add_route("OPTIONS", path, preflight)

@@ -4,9 +4,9 @@ A client sends the same head again and again over a connection that is kept aliv
 means is looked up rather than parsed. Only syntax is remembered: who may post is judged anew for
 each request.
 
-A head is *plain* if nothing about it is out of the ordinary: a `POST /` over HTTP/1.1 that says how
-long its body is. All others are aiohttp's to judge. So this is strict: what is called plain here,
-aiohttp must read in the same way.
+A head is *plain* if nothing about it is out of the ordinary: a POST of events over HTTP/1.1 that
+says how long its body is. All others are aiohttp's to judge. So this is strict: what is called
+plain here, aiohttp must read in the same way.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from datapipe.errors import Reason, Refused
+from datapipe.http.prefer import wait_seconds
 
+PATHS = ("/", "/v1/events")  # that take events
 MAX_HEAD_BYTES = 65_536
 PLAIN_HEAD_BYTES = 8192  # at most, of a plain one
 END = b"\r\n\r\n"
@@ -50,11 +52,13 @@ class Head(NamedTuple):
     Attributes:
         length: bytes of the body that follows.
         key: the one in the query.
+        waits: it asks to wait: see `prefer`.
     """
 
     length: int
     headers: CIMultiDict[str]
     key: str | None
+    waits: bool
 
 
 class Syntax:
@@ -199,7 +203,7 @@ class Heads:
         headers = found.headers.copy()
         for name, value in varying.items():
             headers[name.decode()] = value.decode()
-        return Head(found.length, headers, found.key)
+        return found._replace(headers=headers)
 
     def _remember(self, head: bytes, parsed: Head) -> None:
         """At its second sight, so that heads that never come again don't fill the table."""
@@ -226,7 +230,7 @@ def _parse(head: bytes) -> Head | None:
     if not syntax.feed(head) or not _is_plain(head, syntax):
         return None
     path, _, query = syntax.url.decode().partition("?")
-    if path != "/" or "#" in query:
+    if path not in PATHS or "#" in query:
         return None
     headers = CIMultiDict(
         [(name.decode(), value.decode().rstrip()) for name, value in syntax.headers]
@@ -234,7 +238,8 @@ def _parse(head: bytes) -> Head | None:
     if headers.get("Connection", "keep-alive").lower() != "keep-alive":
         return None
     key = URL.build(path="/", query_string=query, encoded=True).query.get("key") if query else None
-    return Head(int(headers.get("Content-Length", "0")), headers, key)
+    length = int(headers.get("Content-Length", "0"))
+    return Head(length, headers, key, wait_seconds(headers) is not None)
 
 
 def _is_plain(head: bytes, syntax: Syntax) -> bool:

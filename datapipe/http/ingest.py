@@ -1,9 +1,9 @@
-"""`POST /`: body -> rows -> durable -> 200."""
+"""`POST /`: body -> rows -> durable -> 200; or, with `Prefer: wait`, -> loaded -> 200."""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-import hmac
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -13,13 +13,15 @@ from datapipe.errors import BufferFull, EventRejected, Reason, Refused
 from datapipe.events.registry import Registry
 from datapipe.http import responses
 from datapipe.http.admission import Admission, Reservation
-from datapipe.http.auth import given_key
 from datapipe.http.body import Body, Headers, read_body
 from datapipe.http.cors import Cors
+from datapipe.http.ingest_keys import ANYBODY, IngestKeys
 from datapipe.http.parse import Claim, Parser
+from datapipe.http.prefer import wait_seconds
 from datapipe.http.responses import Answer
 from datapipe.pipeline.buffer import Buffer
-from datapipe.pipeline.records import Records, Refusal, shown
+from datapipe.pipeline.records import KeyUse, Records, Refusal, shown
+from datapipe.pipeline.waiters import Wait
 from datapipe.settings import Settings
 
 _KEY_FORM = re.compile(r"[\x21-\x7e]{1,255}")
@@ -36,6 +38,8 @@ class Ingest:
         buffer: Buffer,
         registry: Registry,
         settings: Settings,
+        keys: IngestKeys,
+        cors: Cors,
         records: Records,
         observe: Callable[[float], None],
     ) -> None:
@@ -45,44 +49,79 @@ class Ingest:
         self._parser = Parser(registry, settings.batch_max_events)
         self._settings = settings
         self._records = records
-        self._cors = Cors(settings.cors_origins)
+        self._keys = keys
+        self._cors = cors
         self._clock = _Clock()
-        given = (k if isinstance(k, str) else k.key for k in settings.ingest_keys)
-        self._keys = [key.encode() for key in given]
-        self._hashes = {key: _hash(key).encode() for key in (b"", *self._keys)}
 
     async def answer(
-        self, headers: Headers, key: str | None, source: bytes | Body, request_id: str
+        self,
+        headers: Headers,
+        key: str | None,
+        source: bytes | Body,
+        request_id: str,
+        gone: Callable[[], asyncio.Future[None]] | None = None,
     ) -> Answer:
         """Answer one POST. Raises nothing.
 
         Args:
             key: the one in the query.
             source: the body, or how it is read while some of it may be on its way.
+            gone: gives what is done once the client has left.
         """
-        body, reservation = b"", Reservation(self.admission)
+        seconds = wait_seconds(headers)
+        wait = None if seconds is None else Wait(seconds)
+        reservation = Reservation(self.admission)
+        try:
+            storing = self._store(headers, key, source, request_id, reservation, wait)
+            del source  # whoever waits holds no body meanwhile
+            answer = await storing
+            if wait is not None and answer.status < 300:  # something was accepted
+                reservation.release()
+                loaded = await wait.loaded(gone and gone())
+                answer = responses.waited(answer, wait.seconds, loaded, wait.dead)
+        finally:
+            reservation.end()
+            if wait is not None:
+                self._buffer.waiters.leave(wait)
+        return self._cors.apply(answer, headers)
+
+    async def _store(
+        self,
+        headers: Headers,
+        key: str | None,
+        source: bytes | Body,
+        request_id: str,
+        reservation: Reservation,
+        wait: Wait | None,
+    ) -> Answer:
+        """Receive a body, check it, make its rows durable."""
+        body, grant, taken = b"", ANYBODY, 0
         try:
             self.admission.check()
-            ingest_key = self._authorize(headers, key)
+            grant = self._keys.grant(headers, key)
+            grant.use.last_seen = self._clock.now()
+            grant.bucket.check()
             idempotency_key = _idempotency_key(headers)
             body = await read_body(source, headers, self._settings, reservation)
-            claim = self._claim(ingest_key, idempotency_key, body)
-            parsed = await self._parser.parse(body, self._clock.now(), claim)
+            claim = self._claim(grant.scope, idempotency_key, body)
+            parsed = await self._parser.parse(body, self._clock.now(), claim, grant.lanes)
             full = self.admission.refuse_full(parsed)
             if parsed.chunks:
                 reservation.grow(sum([len(chunk.data) for chunk in parsed.chunks]))
-                await self._buffer.append(parsed.chunks)
+                grant.bucket.check()  # others may have emptied it meanwhile
+                taken = sum([chunk.events for chunk in parsed.chunks])
+                grant.bucket.take(taken)
+                await self._buffer.append(parsed.chunks, wait)
+                grant.use.accepted += taken
             if parsed.errors:
-                self._refused(parsed.errors, request_id)
+                self._refused(parsed.errors, request_id, grant.use)
             answer = responses.OK
             if parsed.batch:
-                accepted = sum([c.events for c in parsed.chunks])
-                answer = responses.batch(accepted, parsed.errors, full)
+                answer = responses.batch(taken, parsed.errors, full)
         except Exception as exc:
-            answer = self._failed(exc, body, request_id)
-        finally:
-            reservation.end()
-        return self._cors.apply(answer, headers)
+            grant.bucket.take(-taken)
+            answer = self._failed(exc, body, request_id, grant.use)
+        return answer
 
     def take(
         self,
@@ -105,15 +144,22 @@ class Ingest:
 
         def done(error: Exception | None) -> None:
             self.admission.leave(held)
-            answer = responses.OK if error is None else self._failed(error, body, request_id)
+            answer = responses.OK
+            if error is None:
+                grant.use.accepted += 1
+            else:
+                grant.bucket.take(-1)
+                answer = self._failed(error, body, request_id, grant.use)
             send(self._cors.apply(answer, headers))
 
         try:
-            ingest_key = self._authorize(headers, key) if self._keys else b""
+            grant = self._keys.grant(headers, key)
+            grant.bucket.check()
             claim = None
             if "Idempotency-Key" in headers:
-                claim = self._claim(ingest_key, _idempotency_key(headers), body)
-            chunk = self._parser.single(body, self._clock.now(), claim)
+                claim = self._claim(grant.scope, _idempotency_key(headers), body)
+            now = self._clock.now()
+            chunk = self._parser.single(body, now, claim, grant.lanes)
             if chunk is None or self._buffer.mirror.full((chunk.lane,)):
                 return False
         except Exception:
@@ -126,42 +172,38 @@ class Ingest:
         except BufferFull:
             self.admission.leave(held)
             return False
+        grant.bucket.take(1)
+        grant.use.last_seen = now
         return True
 
-    def _claim(self, ingest_key: bytes, idempotency_key: str | None, body: bytes) -> Claim | None:
+    def _claim(self, scope: bytes, idempotency_key: str | None, body: bytes) -> Claim | None:
         """The hashes that stand for the keys and for the body."""
         if idempotency_key is None:
             return None
-        return _hash(self._hashes[ingest_key] + idempotency_key.encode()), _hash(body)
+        return _hash(scope + idempotency_key.encode()), _hash(body)
 
-    def _failed(self, error: Exception, body: bytes, request_id: str) -> Answer:
+    def _failed(self, error: Exception, body: bytes, request_id: str, use: KeyUse) -> Answer:
         """The answer to a POST of which nothing is promised."""
         if not isinstance(error, Refused):
             return responses.internal_error(error, request_id, "/")
         if isinstance(error, EventRejected):
             error.body = error.body or body
-        self._refused([(0, error)], request_id)
+        self._refused([(0, error)], request_id, use)
         return responses.refused(error, stopping=self._buffer.stopping)
 
-    def _refused(self, errors: Sequence[tuple[int, Refused]], request_id: str) -> None:
+    def _refused(self, errors: Sequence[tuple[int, Refused]], request_id: str, use: KeyUse) -> None:
         """Count what was refused, and record the first of it for admins to see."""
         for _, error in errors:
             self._records.rejected[error.reason.label] += 1
         first = errors[0][1]
+        if first.reason is Reason.RATE_LIMITED:
+            use.limited += 1
+        else:
+            use.rejected += len(errors)
         reason, body = first.reason, shown(first.body)
         self._records.refused(
             Refusal(reason.label, reason.code, first.detail, request_id, len(errors), body)
         )
-
-    def _authorize(self, headers: Headers, in_query: str | None) -> bytes:
-        """The ingest key that was given, empty when none is required. Raises: EventRejected."""
-        if not self._keys:
-            return b""
-        given = given_key(headers, in_query)
-        # every key is compared, even after a match: the time must reveal nothing
-        if not sum([hmac.compare_digest(given, key) for key in self._keys]):
-            raise EventRejected(Reason.UNAUTHORIZED, "no or wrong ingest key")
-        return given
 
 
 class _Clock:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+import typing
 from datetime import date, datetime
 from decimal import Decimal
 from typing import Any
@@ -28,18 +30,35 @@ _TYPES: dict[type, tuple[Schema, Any]] = {
     UUID: ({"type": "string", "format": "uuid"}, "7f8e7a52-32f3-4f9f-9a53-1f1f1f1f1f1f"),
     dict: ({"type": "object"}, {"plan": "free"}),
     list: ({"type": "array"}, [1, 2]),
+    type(None): ({"type": "null"}, None),
 }
 
 
 def example(kind: EventType) -> Schema:
     """An event of this type that is accepted."""
-    return {"event_name": kind.name} | {f.name: _TYPES[f.kind][1] for f in kind.fields}
+    return {"event_name": kind.name} | {f.name: _value(f.hint)[1] for f in kind.fields}
+
+
+def _value(hint: Any) -> tuple[Schema, Any]:
+    """Of an annotation: its schema, and an example."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        options = [_value(arg) for arg in args]
+        return {"anyOf": [schema for schema, _ in options]}, options[0][1]
+    if origin is list and args:
+        schema, item = _value(args[0])
+        return {"type": "array", "items": schema}, [item]
+    if origin is dict and args:
+        schema, item = _value(args[1])
+        return {"type": "object", "additionalProperties": schema}, {"plan": item}
+    known: tuple[Schema, Any] = _TYPES.get(origin or hint, ({}, "anything"))
+    return known
 
 
 def _event_schema(kind: EventType) -> Schema:
     properties: Schema = {"event_name": {"const": kind.name}}
     for field in kind.fields:
-        schema = dict(_TYPES[field.kind][0])
+        schema = dict(_value(field.hint)[0])
         if field.nullable:
             schema = {"anyOf": [schema, {"type": "null"}]}
         if field.default is not msgspec.NODEFAULT:
@@ -59,6 +78,7 @@ def document(registry: Registry) -> Schema:
     whole: Schema = msgspec.json.decode((templates_folder() / "openapi.json").read_bytes())
     whole["info"]["version"] = __version__
     events = {name: _event_schema(kind) for name, kind in sorted(registry.types.items())}
+    whole["paths"]["/v1/events"] = {"post": whole["paths"]["/"]["post"]}
     whole["components"]["schemas"] |= events | {
         "Event": {"oneOf": [{"$ref": f"#/components/schemas/{name}"} for name in events]},
         "Lane": {"type": "string", "examples": list(events)},

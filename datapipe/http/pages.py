@@ -12,7 +12,7 @@ import msgspec
 from aiohttp import web
 from aiohttp_sse import sse_response
 
-from datapipe.errors import LaneBlocked, Reason, Refused, SinkUnavailable
+from datapipe.errors import Busy, LaneBlocked, Refused, SinkUnavailable
 from datapipe.events.registry import Registry
 from datapipe.http import assets, openapi, responses
 from datapipe.http.auth import Access
@@ -20,6 +20,7 @@ from datapipe.monitor.feed import Feed
 from datapipe.monitor.metrics import Metrics
 from datapipe.monitor.status import Status
 from datapipe.pipeline.dead_letters import DeadLetters
+from datapipe.pipeline.unknown import Unknown
 
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -43,6 +44,7 @@ class Pages:
     registry: Registry
     access: Access
     dead: DeadLetters
+    unknown: Unknown
 
     def add_to(self, app: web.Application) -> None:
         """Add the routes."""
@@ -63,10 +65,15 @@ class Pages:
         self.access.may_look(request)
         denied = self.access.why_not(request)
         await self.status.refresh()
+        dead = unknown = None
+        if not denied:
+            dead, unknown = await asyncio.gather(self.dead.shown(), self.unknown.shown())
         context = {
             "status": await self.status.whole() | {"refused": self.status.records.refusals()},
             "denied": denied.detail if denied else None,
-            "dead": None if denied else await self.dead.shown(),
+            "dead": dead,
+            "unknown": unknown,
+            "keeps_unknown": self.unknown.kept,
         }
         text = await asyncio.to_thread(self._templates.page, context)
         headers = {"Cache-Control": "no-store"}
@@ -78,16 +85,17 @@ class Pages:
         With `?sections`, for the page's own script: the HTML of each section that has changed.
         """
         self.access.may_look(request)
-        admin = self.access.why_not(request) is None
         if self.feed.ended:
-            return responses.answer(503, 9, "shutting down").response()
+            raise Busy("shutting down")
         async with sse_response(request, send_timeout=_SEND_TIMEOUT_S) as response:
             seen = 0
-            # the client has left: nothing to do
-            with suppress(ConnectionResetError, TimeoutError):
+            # the client has left, or a reload has changed the key: nothing to do
+            with suppress(ConnectionResetError, TimeoutError, Refused):
                 async with aclosing(self.feed.listen()) as news:
                     async for status in news:
+                        self.access.may_look(request)
                         if "sections" in request.query:
+                            admin = self.access.why_not(request) is None
                             seen, text = await self._changed(status, seen, admin)
                         else:
                             text = self._json(status)
@@ -128,9 +136,9 @@ class Pages:
         return responses.answer(200, 0, "alive").response()
 
     async def readyz(self, request: web.Request) -> web.StreamResponse:
-        why = self.status.not_ready()
-        answer = responses.answer(200, 0, "ready") if why is None else responses.answer(503, 9, why)
-        return answer.response()
+        if (why := self.status.not_ready()) is not None:
+            raise Busy(why)
+        return responses.answer(200, 0, "ready").response()
 
     async def openapi(self, request: web.Request) -> web.StreamResponse:
         return responses.plain(openapi.document(self.registry))
@@ -146,8 +154,7 @@ async def errors_are_answers(
     except Refused as exc:
         return responses.refused(exc).response()
     except (SinkUnavailable, LaneBlocked) as exc:
-        refused = Refused(Reason.BUSY, f"the database can't do it now: {exc}")
-        return responses.refused(refused).response()
+        return responses.refused(Busy(f"the database can't do it now: {exc}")).response()
     except web.HTTPException as exc:
         response = responses.answer(exc.status, exc.status, exc.reason).response()
         for name in ("Allow", "Location", "Vary"):

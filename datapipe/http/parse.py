@@ -21,6 +21,7 @@ from datapipe.errors import EventRejected, Reason, Refused
 from datapipe.events.registry import Registry
 from datapipe.events.segment import Chunk
 from datapipe.events.types import EventType
+from datapipe.events.unknown import Kind
 
 # A keyed POST is cut into parts at each full 16 KiB of the body: a part must fit, whole, into the
 # smallest message of any mirror (64 KB with its envelope), and the cut must depend on nothing but
@@ -33,7 +34,11 @@ _DEPTH = {_COMMA: 0, ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 _BLANK_LINE = re.compile(rb"\n[ \t\r\n]")  # a line that is blank, or may be
 _LINE = re.compile(rb"[^ \t\r\n][^\n]*")
 _BROKEN = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-_YIELD_EVERY = 256  # events looked at closely, or chunks, before other requests get a turn
+_YIELD_EVERY = 256  # chunks before other requests get a turn
+_YIELD_BYTES = 65_536  # of events looked at closely, each counted as _EVENT_BYTES more; some ms
+_EVENT_BYTES = 256
+_TRAILING = re.compile(r"trailing characters \(byte (\d+)\)")  # as msgspec says it
+_GZIP = b"\x1f\x8b"  # Source: RFC 1952, section 2.3.1
 
 # JSON that is known to parse, taken apart at C speed and in constant memory: possessive quantifiers
 # (`++`, `*+`) never backtrack.
@@ -70,6 +75,7 @@ _NAME = msgspec.json.Decoder(_Event)
 _TEXT = msgspec.json.Decoder(str)
 
 Claim = tuple[str, str]
+Lanes = frozenset[str] | None  # that an ingest key may post to; None: all
 # decoded events of one type, or their rows -> their rows as one, or None: look closer
 _Join = Callable[[EventType, list[Any]], bytes | None]
 
@@ -86,12 +92,15 @@ class Parser:
         self._lines = registry.one.decode_lines
         self._max_events = max_events
 
-    async def parse(self, body: bytes, received_at: str, claim: Claim | None) -> Parsed:
+    async def parse(
+        self, body: bytes, received_at: str, claim: Claim | None, lanes: Lanes = None
+    ) -> Parsed:
         """Read one body: one JSON object, an array of objects, or NDJSON.
 
         Args:
             received_at: a time as rows hold it, for all of them.
             claim: hash of the idempotency key, hash of the body; with it the rows come in parts.
+            lanes: those that this ingest key may post to.
         Raises: EventRejected: the body as a whole, or its only event, is invalid.
         """
         body = body.lstrip(_BLANK)
@@ -102,7 +111,7 @@ class Parser:
         if batch:
             with suppress(*_BROKEN):
                 events = self._many(body)
-        elif chunk := self.single(body, received_at, claim):
+        elif chunk := self.single(body, received_at, claim, lanes):
             return Parsed(batch, [chunk], [])
         elif _is_lines(body):
             batch, events = True, self._decode_lines(body)
@@ -113,6 +122,8 @@ class Parser:
             simple = b"\\" not in body
 
             def join(kind: EventType, some: list[Any]) -> bytes | None:
+                if lanes is not None and kind.name not in lanes:
+                    return None
                 try:
                     return kind.rows(some, received_at, plain=simple)
                 except EventRejected:  # a value is out of range
@@ -121,9 +132,11 @@ class Parser:
             chunks = await self._chunks(list(map(type, events)), events, join, parts, claim)
             if chunks is not None:
                 return Parsed(batch, chunks, [])
-        return await self._look_closer(body, batch, received_at, claim)
+        return await self._look_closer(body, batch, received_at, claim, lanes)
 
-    def single(self, body: bytes, received_at: str, claim: Claim | None) -> Chunk | None:
+    def single(
+        self, body: bytes, received_at: str, claim: Claim | None, lanes: Lanes = None
+    ) -> Chunk | None:
         """The row of a body that is one valid event; None: `parse` must tell what it is."""
         try:
             event = self._one(body)
@@ -131,7 +144,7 @@ class Parser:
             row = kind.rows((event,), received_at, plain=b"\\" not in body)
         except (*_BROKEN, EventRejected):
             return None
-        if row is None or not _is_utf8(body):
+        if row is None or not _is_utf8(body) or (lanes is not None and kind.name not in lanes):
             return None
         return Chunk(kind.name, kind.columns, row, 1, claim and (*claim, 0))
 
@@ -181,13 +194,14 @@ class Parser:
         return chunks
 
     async def _look_closer(
-        self, body: bytes, batch: bool, received_at: str, claim: Claim | None
+        self, body: bytes, batch: bool, received_at: str, claim: Claim | None, lanes: Lanes
     ) -> Parsed:
         """Take a body apart, event by event."""
         structs: list[type | None] = []
         rows: list[bytes] = []
         sizes: list[int] = []
         errors: list[tuple[int, Refused]] = []
+        since_turn = 0
         array = body.startswith(b"[")
         raws = _elements(body) if array else _lines(body) if batch else iter([body])
         for raw in raws:
@@ -200,7 +214,7 @@ class Parser:
             sizes.append(len(raw))
             struct, row = None, b""
             try:
-                struct, row = self._row(raw, received_at)
+                struct, row = self._row(raw, received_at, lanes)
             except EventRejected as exc:
                 if not batch:
                     raise
@@ -210,7 +224,9 @@ class Parser:
                 errors.append((index, exc.with_traceback(None)))
             structs.append(struct)
             rows.append(row)
-            if index % _YIELD_EVERY == _YIELD_EVERY - 1:
+            since_turn += len(raw) + _EVENT_BYTES
+            if since_turn >= _YIELD_BYTES:
+                since_turn = 0
                 await asyncio.sleep(0)
         if not sizes:
             raise EventRejected(Reason.NO_CONTENT, "the batch is empty")
@@ -219,20 +235,24 @@ class Parser:
         return Parsed(batch, chunks or [], errors)
 
     def _too_many(self) -> EventRejected:
-        detail = f"more than {self._max_events} events in a batch"
+        detail = f"more than {self._max_events} events in a batch, which batch_max_events sets"
         return EventRejected(Reason.TOO_LONG, detail, 413)
 
-    def _row(self, raw: bytes, received_at: str) -> tuple[type, bytes]:
+    def _row(self, raw: bytes, received_at: str, lanes: Lanes) -> tuple[type, bytes]:
         """The class of one JSON object, and its row. Raises: EventRejected: why it is refused."""
         try:
             if not _is_utf8(raw):
-                raise _not_json("it is not UTF-8")
+                packed = raw.startswith(_GZIP)
+                raise _not_json(_PACKED if packed else "it is not UTF-8")
             kind = self._kind(raw)
+            if lanes is not None and kind.name not in lanes:
+                detail = f"this ingest key may not post to {kind.name!r}"
+                raise EventRejected(Reason.FORBIDDEN, detail)
             return kind.struct, kind.look_closer(raw, received_at)
         except _BROKEN as exc:
-            raise _not_json(exc) from None
+            raise _not_json(_TWO_OBJECTS if _are_two(raw, exc) else exc) from None
 
-    def _kind(self, raw: bytes) -> EventType:
+    def _kind(self, raw: bytes) -> Kind:
         try:
             name = _NAME.decode(raw).event_name
         except msgspec.ValidationError as exc:
@@ -243,11 +263,12 @@ class Parser:
             event_name = _TEXT.decode(name)
         except msgspec.ValidationError as exc:
             raise EventRejected(Reason.BAD_VALUE, f"event_name: str wanted ({exc})") from None
-        if event_name not in self._registry.types:
+        kind = self._registry.kind_of(event_name)
+        if kind is None:
             shown = event_name if len(event_name) <= 64 else f"{event_name[:64]}..."
             detail = f"event_name: unsupported event type {shown!r}"
             raise EventRejected(Reason.UNSUPPORTED_EVENT, detail)
-        return self._registry.types[event_name]
+        return kind
 
 
 def _is_utf8(body: bytes) -> bool:
@@ -320,6 +341,19 @@ def _elements(body: bytes) -> Iterator[bytes | None]:
             return
         if step % _STEPS_AT_ONCE == 0:
             yield None
+
+
+_PACKED = "it is packed by gzip; send it with the header Content-Encoding: gzip"
+_TWO_OBJECTS = (
+    "a second object follows the first on its line; NDJSON has a line for each (curl -d takes the "
+    "ends of lines out of a file, --data-binary keeps them)"
+)
+
+
+def _are_two(line: bytes, error: Exception) -> bool:
+    """Whether that is why it does not parse."""
+    found = _TRAILING.search(str(error))
+    return found is not None and line[int(found[1]) - 1 :].startswith(b"{")
 
 
 def _not_json(why: object) -> EventRejected:

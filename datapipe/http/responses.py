@@ -16,7 +16,7 @@ import msgspec
 import structlog
 from aiohttp import web
 
-from datapipe.errors import Busy, Reason, Refused
+from datapipe.errors import Busy, RateLimited, Reason, Refused
 
 log = structlog.stdlib.get_logger("datapipe.http.responses")
 
@@ -98,16 +98,30 @@ def internal_error(error: BaseException, request_id: str, path: str) -> Answer:
 def refused(exc: Refused, *, stopping: bool = False) -> Answer:
     """The answer to a request that is refused as a whole."""
     headers, close = {}, exc.reason is Reason.TIMEOUT
-    if isinstance(exc, Busy):
+    if isinstance(exc, Busy | RateLimited):
         headers, close = _retry_after(exc), stopping
     elif exc.status == 401:
         headers = {"WWW-Authenticate": 'Basic realm="datapipe", charset="UTF-8"'}
     return answer(exc.status, exc.reason.code, exc.detail, headers=headers, close=close)
 
 
-def _retry_after(exc: Busy) -> dict[str, str]:
+def _retry_after(exc: Busy | RateLimited) -> dict[str, str]:
     """In whole seconds, at least one."""
     return {"Retry-After": str(max(1, math.ceil(exc.retry_after_s)))}
+
+
+def waited(answer: Answer, seconds: int, loaded: bool, dead: int) -> Answer:
+    """The same answer to a POST that was to wait so long for its load, and what came of that.
+
+    Args: dead: events that are dead letters. Source: RFC 7240, sections 3 and 4.3.
+    """
+    status = 202 if answer.status == 200 and not loaded else answer.status
+    said = {"loaded": loaded, "dead": dead} if loaded else {"loaded": loaded}
+    more = msgspec.json.format(msgspec.json.encode(said), indent=0)[1:]
+    return answer._replace(
+        status=status, body=answer.body[:-1] + b", " + more,
+        headers={**answer.headers, "Preference-Applied": f"wait={seconds}"},
+    )  # fmt: skip
 
 
 def batch(accepted: int, errors: Sequence[tuple[int, Refused]], full: Sequence[str] = ()) -> Answer:

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from aiohttp import web
 
-from datapipe.http.heads import Heads
+from datapipe.http.heads import PATHS, Heads
 from datapipe.http.ingest import Ingest
 from datapipe.http.server import KEEPALIVE_S, Connection, Server
 
@@ -33,7 +33,7 @@ async def report_answered(
         transport = request.transport
         connection = None if transport is None else transport.get_protocol()
         if isinstance(connection, Connection):
-            is_post = request.method == "POST" and request.path == "/"
+            is_post = request.method == "POST" and request.path in PATHS
             connection.answered(keep_alive, perf_counter() - began if is_post else None)
 
 

@@ -96,6 +96,7 @@ class Connection(asyncio.Protocol):
         "_body",
         "_closes",
         "_deadline",
+        "_gone",
         "_id",
         "_missing",
         "_received",
@@ -119,6 +120,7 @@ class Connection(asyncio.Protocol):
         self._closes = False  # after the request
         self._unread = False  # the client does not read its answers
         self._deadline = _NEVER
+        self._gone: asyncio.Future[None] | None = None
         self.relay: Relay | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -134,10 +136,20 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._server.connections.discard(self)
         self._transport = None
+        if self._gone is not None:
+            self._gone.set_result(None)
         if self.relay is not None:
             self.relay.handler.connection_lost(exc)
         if self._body is not None:
             self._body.set_exception(ConnectionResetError("the client has left"))
+
+    def gone(self) -> asyncio.Future[None]:
+        """Done once the client has left."""
+        if self._gone is None:
+            self._gone = asyncio.get_running_loop().create_future()
+            if self._transport is None:
+                self._gone.set_result(None)
+        return self._gone
 
     # --- in ---
 
@@ -203,13 +215,18 @@ class Connection(asyncio.Protocol):
             self._body.set_transport(transport)
             self._body.feed_data(body)
             source = Body(head.length, partial(self._body.read, _AHEAD_BYTES))
-        elif self._server.handler.take(head.headers, head.key, body, self._id, self._write):
+        elif not head.waits and self._server.handler.take(
+            head.headers, head.key, body, self._id, self._write
+        ):
             return
         self._task = asyncio.get_running_loop().create_task(self._serve(head, source))
 
     async def _serve(self, head: Head, source: bytes | Body) -> None:
+        handler = self._server.handler
+        answering = handler.answer(head.headers, head.key, source, self._id, self.gone)
+        del source  # or who waits for a load would hold a body
         try:
-            answer = await self._server.handler.answer(head.headers, head.key, source, self._id)
+            answer = await answering
         except Exception as exc:
             answer = responses.internal_error(exc, self._id, "/")
         self._write(answer)

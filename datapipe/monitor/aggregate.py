@@ -14,6 +14,7 @@ Rule = Callable[[Sequence[Any]], Any]  # one value of those that the processes h
 
 BOOKS = ("accepted", "recovered", "loaded", "duplicate", "dead", "waiting")
 IN_HAND = ("taken", "returned", "in_hand")  # of what processes take from a mirror that they share
+OUTCOMES = ("accepted", "rejected", "limited")  # of what was posted with a named ingest key
 # The equation that holds for a lane, as people read it, and what stands beside it where any process
 # loads what any has accepted.
 _COLUMNS = (
@@ -50,6 +51,10 @@ def _first(values: Sequence[Any]) -> Any:
     return next((value for value in values if value is not None), None)
 
 
+def _latest(values: Sequence[str | None]) -> str | None:
+    return max((value for value in values if value is not None), default=None)
+
+
 def _least(values: Sequence[Any]) -> Any:
     return min((value for value in values if value is not None), default=None)
 
@@ -61,6 +66,15 @@ def _most(key: str) -> Rule:
         return max((v for v in values if v is not None), key=lambda v: v[key], default=None)
 
     return rule
+
+
+def _keys(values: Sequence[Mapping[str, Snapshot] | None]) -> dict[str, Any]:
+    """The use of named ingest keys, by name."""
+    everybody = [keys for keys in values if keys is not None]
+    names = sorted({name for keys in everybody for name in keys})
+    return {
+        name: _merged(_KEY, [keys[name] for keys in everybody if name in keys]) for name in names
+    }
 
 
 def _worst(values: Sequence[str]) -> str:
@@ -81,7 +95,10 @@ _LANE: dict[str, Rule] = {
 _SHARED_LANE = _LANE | dict.fromkeys(("waiting", "waiting_bytes", "oldest_seconds", "full"), _first)
 # what stands in none of these is that of the process itself, or of the one that is worst off
 _MIRROR: dict[str, Rule] = {"requests": sum, "requests_this_month": sum, "calls": _counts}
-_STATUS: dict[str, Rule] = {"processes": len, "uptime_seconds": max, "rejected": _counts}
+_KEY: dict[str, Rule] = {**dict.fromkeys(OUTCOMES, _sum), "last_seen": _latest}
+_STATUS: dict[str, Rule] = {
+    "processes": len, "uptime_seconds": max, "rejected": _counts, "keys": _keys,
+}  # fmt: skip
 
 
 def _merged(rules: Mapping[str, Rule], snapshots: Iterable[Snapshot]) -> dict[str, Any]:

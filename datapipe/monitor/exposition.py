@@ -6,7 +6,7 @@ Imported by the first scrape: with prometheus_client it takes 1 MB.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from prometheus_client import generate_latest
 from prometheus_client.core import (
@@ -17,19 +17,23 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from datapipe.monitor.aggregate import OUTCOMES
 from datapipe.monitor.metrics import REASONS, Histogram, Samples, Status
 
 _C, _G = CounterMetricFamily, GaugeMetricFamily
 
 
 class Family(NamedTuple):
-    """A metric: its values by label, of `/status.json`; without a label, one value under ""."""
+    """A metric: its values by label, of `/status.json`; without a label, one value under "".
+
+    Two labels have a comma between their names; then values are by both.
+    """
 
     kind: type[CounterMetricFamily] | type[GaugeMetricFamily]
     name: str
     text: str
     label: str
-    values: Callable[[Status], Mapping[str, float]]
+    values: Callable[[Status], Mapping[Any, float]]
 
 
 def _lanes(key: str) -> Callable[[Status], Mapping[str, float]]:
@@ -53,6 +57,8 @@ _FAMILIES = (
            _lanes("replayed")),
     Family(_C, "events_rejected", "Events, or whole bodies, that were refused.", "reason",
            lambda status: dict.fromkeys(REASONS, 0) | status["rejected"]),
+    Family(_C, "key_events", "What was posted with named ingest keys.", "key,outcome",
+           lambda status: {(k, o): v[o] for k, v in status["keys"].items() for o in OUTCOMES}),
     Family(_C, "mirror_requests", "Requests to the mirror.", "call",
            lambda status: status["mirror"]["calls"]),
     Family(_G, "waiting_events", "Events that are not loaded yet.", "lane", _lanes("waiting")),
@@ -87,10 +93,11 @@ def text(known: Sequence[Histogram], status: Status, histograms: Sequence[Sample
 
 
 def _metric(family: Family, status: Status) -> Metric:
-    labels = [family.label] if family.label else []
+    labels = family.label.split(",") if family.label else []
     metric = family.kind(f"datapipe_{family.name}", family.text, labels=labels)
     for label, value in family.values(status).items():
-        metric.add_metric([label] if labels else [], float(value))
+        several = [label] if isinstance(label, str) else label
+        metric.add_metric(several if labels else [], float(value))
     return metric
 
 

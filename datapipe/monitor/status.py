@@ -175,6 +175,7 @@ class Status:
                 for name, lane in sorted(self.buffer.lanes.items())
             },
             "rejected": dict(self.records.rejected),
+            "keys": {name: use.shown() for name, use in sorted(self.records.keys.items())},
             "mirror": self._mirror(),
             "database": self._database(),
             "parts": [_part(health) for health in self.parts()],

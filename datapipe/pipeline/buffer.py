@@ -18,6 +18,7 @@ from datapipe.pipeline.group_commit import Done, GroupCommit
 from datapipe.pipeline.lane import Lane
 from datapipe.pipeline.records import Rate
 from datapipe.pipeline.tasks import Failed
+from datapipe.pipeline.waiters import Wait, Waiters
 from datapipe.settings import Settings
 
 _QUEUES_AT_ONCE = 64  # a POST's appends under way: thousands at once would block the event loop
@@ -30,6 +31,7 @@ class Buffer:
 
     Attributes:
         wake: set when there may be something to load.
+        waiters: POSTs that wait for their load.
         health, removal: of appends to the mirror, and of removals from it.
         append_seconds: of the last append.
         removed_bytes: of all rows that left the mirror; removed: how fast they do.
@@ -47,6 +49,7 @@ class Buffer:
         self.mirror = mirror
         self.lanes: dict[str, Lane] = {}
         self.wake = asyncio.Event()
+        self.waiters = Waiters(settings.load_trigger_bytes)
         self.health = Health("append", up=True)
         self.removal = Health("removal")
         self.append_seconds: float | None = None
@@ -66,13 +69,16 @@ class Buffer:
             self.lanes[name] = Lane(name, self.mirror)
         return self.lanes[name]
 
-    async def append(self, chunks: Sequence[Chunk]) -> None:
+    async def append(self, chunks: Sequence[Chunk], wait: Wait | None = None) -> None:
         """Make rows durable; once this returns they will be loaded.
 
+        Args: wait: whoever waits for that; to be handed to `waiters.leave` in the end.
         Raises: BufferFull, MirrorUnavailable: nothing is promised; what was already stored in
         another queue of the mirror may still be loaded.
         """
         self._check(chunks)
+        if wait is not None:
+            self.waiters.enter(wait, chunks, [self.lane(chunk.lane) for chunk in chunks])
         per_lane = self.mirror.traits.queue_per_lane
         by_queue: dict[str, list[Chunk]] = {}
         for chunk in chunks:
@@ -128,7 +134,10 @@ class Buffer:
         return self._groups[queue]
 
     def _book(self, appended: Appended, began: float) -> None:
-        """Count what is stored as accepted, whatever its clients were answered."""
+        """Count what is stored as accepted, whatever its clients were answered.
+
+        Unless the mirror is shared, nothing of it can have been taken to be loaded before this.
+        """
         seconds = time.perf_counter() - began
         if isinstance(appended.error, MirrorFull):
             appended.error.retry_after_s = self._until_room_s()
@@ -141,8 +150,12 @@ class Buffer:
             self.append_seconds = seconds
         sizes: Counter[str] = Counter()
         for segment in appended.stored:
-            self.lane(segment.lane).accepted += segment.events
+            lane = self.lane(segment.lane)
+            lane.accepted += segment.events
             sizes[segment.lane] += len(segment.data)
+            if segment.waiter is not None:
+                self.waiters.stored(segment, lane)
+                self.wake.set()
         for name, size in sizes.items():
             now = self.lanes[name].waiting.bytes
             before = now - size

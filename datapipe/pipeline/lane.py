@@ -21,6 +21,7 @@ class Lane:
         blocked: why a person must act before it can be loaded, or None.
         deferred: its last load failed, while others could be loaded.
         health: of its loads.
+        awaited: segments for whose load a POST waits.
     """
 
     def __init__(self, name: str, mirror: Mirror) -> None:
@@ -34,6 +35,7 @@ class Lane:
         self.loaded = 0
         self.duplicate = 0
         self.dead = 0
+        self.awaited = 0
         self.waiting = mirror.waiting(name)
         self._shared = mirror.traits.shared
 

@@ -33,6 +33,7 @@ _LONGEST_SLEEP_S = 3600.0  # an event loop takes no infinite timer
 # away: once it is back, loading should go on at once.
 _OUTAGE_S = 2.0
 _LANE_S = 30.0
+_ASK_S = 0.3  # between two looks at the ledger for what other processes have loaded
 
 log = structlog.stdlib.get_logger("datapipe.pipeline.loader")
 
@@ -51,10 +52,11 @@ class Loader:
     ) -> None:
         self.sink = sink
         self.lanes = buffer.lanes
-        self.schedules = {name: Schedule(buffer.lane(name)) for name in registry.types}
+        self.schedules = {name: Schedule(buffer.lane(name)) for name in registry.lanes}
         self._buffer = buffer
         self._mirror = buffer.mirror
         self._wake = buffer.wake
+        self._waiters = buffer.waiters
         self._registry = registry
         self._settings = settings
         self._records = records
@@ -66,12 +68,20 @@ class Loader:
     @asynccontextmanager
     async def running(self, failed: Failed) -> AsyncIterator[None]:
         """Load in the background; a task that dies is reported to `failed`."""
-        workers = [self._work() for _ in range(self._settings.load_workers)]
-        async with background([*workers, self._ask_for_slow_ones()], failed):
+        work = [self._work() for _ in range(self._settings.load_workers)]
+        work.append(self._ask_for_slow_ones())
+        if self._mirror.traits.shared:
+            work.append(self._ask_for_awaited())
+        async with background(work, failed):
             try:
                 yield
             finally:
                 self.sink.abort()
+
+    def reload(self, settings: Settings) -> None:
+        """From now on these intervals count, also for what waits already."""
+        self._settings = settings
+        self._wake.set()
 
     async def _ask_for_slow_ones(self) -> None:
         """For ever: ask the database what slow loads are waiting for."""
@@ -83,6 +93,18 @@ class Loader:
                 waits = await self.sink.waits() if slow else {}
             for lane in slow:
                 lane.health.waits_for = waits.get(lane.name) if lane.health.busy else None
+
+    async def _ask_for_awaited(self) -> None:
+        """For ever: ask the ledger for what POSTs wait for, as any process may have loaded it.
+
+        So may we, before the mirror had told us that it was stored.
+        """
+        while True:
+            await asyncio.sleep(_ASK_S)
+            if ids := self._waiters.segments:
+                with suppress(SinkUnavailable, LaneBlocked):  # a load meets it again
+                    dead = await self.sink.outcomes(ids)
+                    self._waiters.loaded(dead, dead)
 
     def can_load(self, lane: str) -> bool:
         """Whether this process can load that lane now."""
@@ -100,7 +122,9 @@ class Loader:
     def hurry(self, lanes: Iterable[str]) -> None:
         """Load these without waiting for the interval: something of them was recovered."""
         for name in lanes:
-            if name in self.schedules:
+            if name in self._registry.kinds:
+                if name not in self.schedules:  # unknown events, while no more are accepted
+                    self.schedules[name] = Schedule(self._buffer.lane(name))
                 self.schedules[name].hurry()
                 continue
             why = f"no event type {name!r} is registered here; its events are kept: add its class"
@@ -198,7 +222,7 @@ class Loader:
                 schedule.succeeded()
                 return
             began = time.perf_counter()
-            table = table_of(self._registry.types[lane.name])
+            table = table_of(self._registry.kinds[lane.name])
             result = await self.sink.load(
                 table, segments, accept_dead=accept_dead, not_after=not_after
             )
@@ -208,6 +232,7 @@ class Loader:
             self._requeue(lane, segments, put_off=False)
             raise
         else:
+            self._waiters.loaded([segment.id for segment in segments], result.dead_of)
             self._book(lane, segments, result)
             self._loaded(schedule, result, time.perf_counter() - began, len(segments))
 
@@ -241,10 +266,11 @@ class Loader:
         """
         there = [segment for segment in segments if not segment.missing]
         missing = [segment for segment in segments if segment.missing]
-        known = await self.sink.loaded([segment.id for segment in missing])
+        known = await self.sink.outcomes([segment.id for segment in missing])
         theirs = [segment for segment in missing if segment.id in known]
         for segment in theirs:
             segment.missing = False
+        self._waiters.loaded(known, known)
         self._book(lane, theirs, Loaded(duplicate=sum(segment.events for segment in theirs)))
         if lost := [segment for segment in missing if segment.id not in known]:
             # the books stay out of balance, as they should: these events are nowhere
@@ -310,6 +336,7 @@ class Loader:
 
     def _block(self, lane: Lane, why: str) -> None:
         """A person must act."""
+        self._waiters.give_up(lane.name)
         if lane.blocked != why:
             log.error("lane blocked", lane=lane.name, error=why)
         lane.blocked = why

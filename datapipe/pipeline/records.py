@@ -58,14 +58,37 @@ class Refusal:
     at: str = field(default_factory=now)
 
 
+@dataclass(slots=True)
+class KeyUse:
+    """What was posted with the ingest keys of one name.
+
+    Attributes:
+        accepted, rejected: events; a whole body that was refused is one.
+        limited: POSTs beyond the rate, of which no body was read.
+        last_seen: when it was last used, or None; as rows hold times, which costs nothing.
+    """
+
+    accepted: int = 0
+    rejected: int = 0
+    limited: int = 0
+    last_seen: str | None = None
+
+    def shown(self) -> dict[str, Any]:
+        seen = self.last_seen and f"{self.last_seen[:-3].replace(' ', 'T')}Z"
+        return asdict(self) | {"last_seen": seen}
+
+
 class Records:
     """The last loads and the last refusals, newest first.
 
-    Attributes: rejected: events, or whole bodies, that were refused, by reason.
+    Attributes:
+        rejected: events, or whole bodies, that were refused, by reason.
+        keys: the use of named ingest keys, by name; of those that a reload took away, too.
     """
 
     def __init__(self) -> None:
         self.rejected: Counter[str] = Counter()
+        self.keys: dict[str, KeyUse] = {}
         self._loads: deque[Load] = deque(maxlen=LOADS)
         self._refusals: deque[Refusal] = deque(maxlen=REFUSALS)
 
@@ -78,9 +101,10 @@ class Records:
         self._loads.appendleft(load)
 
     def refused(self, refusal: Refusal) -> None:
-        """Refusals for lack of room come by the thousand, all alike: they are one entry."""
+        """Refusals for lack of room, or beyond a rate, come by the thousand: they are one entry."""
         last = self._refusals[0] if self._refusals else None
-        if last is not None and refusal.reason == "busy" and last.message == refusal.message:
+        many = refusal.reason in ("busy", "rate_limited")
+        if many and last is not None and last.message == refusal.message:
             refusal.events += last.events
             self._refusals.popleft()
         self._refusals.appendleft(refusal)

@@ -11,6 +11,8 @@ from datapipe.pipeline.lane import Lane
 from datapipe.pipeline.records import Load
 from datapipe.settings import Settings
 
+AWAITED_S = 0.1  # between two loads of a lane for POSTs that wait: one serves all of them
+
 
 class Try(NamedTuple):
     """A request to load the lane now; its outcome: the rows of the turn, and the error, if any."""
@@ -40,6 +42,7 @@ class Schedule:
         self.exhausted_at = -math.inf
         self.last_load: Load | None = None
         self._hurry = False
+        self._began_at = -math.inf  # of its last transaction
         self._retry_at = 0.0
         self._turn_ended = now()
         self._turn_until: int | None = None  # the lane's `total_out` at which this turn is over
@@ -65,7 +68,8 @@ class Schedule:
             return 0.0
         enough = self.lane.waiting.bytes >= settings.load_trigger_bytes
         interval = min(settings.load_interval, settings.load_min_interval if enough else 1e9)
-        return self._turn_ended + interval
+        due_at = self._turn_ended + interval
+        return min(due_at, self._began_at + AWAITED_S) if self.lane.awaited else due_at
 
     def hurry(self) -> None:
         """Due at once, whatever the intervals say; after failures it keeps its back-off."""
@@ -91,6 +95,7 @@ class Schedule:
     def begin(self) -> bool:
         """A transaction starts, perhaps the first of a turn; whether dead letters are accepted."""
         self._under_way = self.lane.health.begin("a load")
+        self._began_at = now()
         self._hurry = False
         self._tries += self._next_tries
         self._next_tries = []

@@ -1,62 +1,46 @@
 """The settings: one frozen structure, the default, the unit and the bounds beside each field.
 
-Lowest first: the defaults here; the JSON file named by `$DATAPIPE_CNF`, or `/etc/datapipe.json`;
-the platform's own variables (`PORT`, `DATABASE_URL`, `IRON_MQ_*`); `DATAPIPE_<KEY>`; the options
-of the command. Nothing reads the environment at import.
+Lowest first: the defaults here; the file named by `--config` or `$DATAPIPE_CNF`, or
+`/etc/datapipe.json`; the platform's own variables (`PORT`, `DATABASE_URL`, `IRON_MQ_*`);
+`DATAPIPE_<KEY>` or `DATAPIPE_<KEY>_FILE`; the options of the command. Nothing reads the environment
+at import.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
-from msgspec import Meta, inspect, structs
+from msgspec import Meta, structs
 
 from datapipe.errors import ConfigError
+from datapipe.settings.ingest_keys import IngestKey, key_fault
 from datapipe.settings.nats import NATS_FILES, nats_faults
-from datapipe.settings.plugins import OURS, Plugin, plugin
+from datapipe.settings.plugins import OURS, Plugin, Room, plugin
+from datapipe.settings.shown import shown
+from datapipe.settings.sources import (
+    FILE_VARIABLE,
+    PLATFORM,
+    SYSTEM_FILE,
+    Source,
+    file_sources,
+    named_file,
+    variable_sources,
+)
 from datapipe.settings.values import FINITE, SECRETS, convert, seconds_of, types_of, wrong
 
 __all__ = [
-    "NATS_FILES", "OURS", "PLATFORM", "SECRETS", "SYSTEM_FILE", "IngestKey", "Plugin", "Settings",
-    "check", "load", "plugin",
+    "FILE_VARIABLE", "NATS_FILES", "OURS", "PLATFORM", "SECRETS", "SYSTEM_FILE", "Found",
+    "IngestKey", "Plugin", "Room", "Settings", "check", "load", "plugin", "read", "shown",
 ]  # fmt: skip
 
-SYSTEM_FILE = Path("/etc/datapipe.json")
-
-PLATFORM = {
-    "PORT": "port",
-    "DATABASE_URL": "database_url",
-    "IRON_MQ_PROJECT_ID": "ironmq_project_id",
-    "IRON_MQ_TOKEN": "ironmq_token",
-    "IRON_MQ_HOST": "ironmq_host",
-    "NATS_URL": "nats_url",
-    "NATS_CREDS": "nats_creds",
-}
-
 _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^\s/?#@A-Z]+")  # as browsers write it
-
-
-class IngestKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """An ingest key with a name: what may be done with it.
-
-    Attributes:
-        lanes: that it may post to; empty: all that are registered.
-        rate: accepted events a second and process; 0: no bound.
-    """
-
-    name: Annotated[str, Meta(min_length=1)]
-    key: Annotated[str, Meta(min_length=1)]
-    lanes: list[str] = []
-    rate: Annotated[float, Meta(ge=0, le=FINITE)] = 0.0
-
-    def __repr__(self) -> str:
-        return f"IngestKey(name={self.name!r}, key='***', lanes={self.lanes!r}, rate={self.rate!r})"
 
 
 class Settings(
@@ -126,7 +110,7 @@ class Settings(
 
     shutdown_timeout: Annotated[float, Meta(ge=0, le=FINITE)] = 25.0
     log_level: Literal["debug", "info", "warning", "error", "critical"] = "info"
-    log_format: Literal["json", "console"] = "json"
+    log_format: Literal["auto", "json", "console"] = "auto"
 
     def __repr__(self) -> str:
         shown = (
@@ -150,13 +134,44 @@ class Settings(
         return self.database_url.partition(":")[0] if self.database_url else "postgresql"
 
 
+class Found(NamedTuple):
+    """The settings that were read.
+
+    Attributes:
+        sources: of each key that is not left at its default: where its value came from.
+        former: where release 1.0 had `data_dir`, if that was elsewhere.
+    """
+
+    settings: Settings
+    sources: dict[str, str]
+    former: Path | None
+
+
 def load(
     options: Mapping[str, Any] | None = None,
     environ: Mapping[str, str] | None = None,
     *,
     run_defaults: Mapping[str, Any] | None = None,
 ) -> Settings:
-    """Read the settings from all their sources; `database_url` names a file by an absolute path.
+    """The settings to work by: see `read`.
+
+    Raises: ConfigError: also where events would be left behind in another `data_dir`.
+    """
+    settings, _, former = read(options, environ, run_defaults=run_defaults)
+    if former:
+        _refuse_to_leave_behind(settings, former)
+    return settings
+
+
+def read(
+    options: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] | None = None,
+    *,
+    run_defaults: Mapping[str, Any] | None = None,
+) -> Found:
+    """Read the settings from all their sources.
+
+    `data_dir`, and `database_url` where it names a file, have absolute paths then.
 
     Args:
         options: of the command, highest; None values count as not given.
@@ -165,12 +180,18 @@ def load(
     Raises: ConfigError: one line that names the key, the source and the remedy.
     """
     env = os.environ if environ is None else environ
+    given_options = {key: value for key, value in (options or {}).items() if value is not None}
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
-    for source, given, strict in _sources(options or {}, env, run_defaults or {}):
-        checked = convert(given, Settings, source, strict=strict)
-        values |= {key: getattr(checked, key) for key in given}
-        sources |= dict.fromkeys(given, source)
+    for source in chain(
+        [Source("the defaults of make run", run_defaults or {})],
+        file_sources(env),
+        variable_sources(env, types_of(Settings)),
+        [Source("the command line", given_options)],
+    ):
+        checked = convert(source.values, Settings, source.name, strict=source.typed)
+        values |= {key: getattr(checked, key) for key in source.values}
+        sources |= dict.fromkeys(source.values, source.name)
     settings = Settings(**values)
     check(settings, sources)
     if settings.mirror == "auto" and settings.mirror_kind == "journal" and env.get("DYNO"):
@@ -179,10 +200,32 @@ def load(
             "IRON_MQ_PROJECT_ID and IRON_MQ_TOKEN, or NATS_URL, or set mirror to 'journal' or "
             "'none' yourself"
         )
-    named = env.get("DATAPIPE_CNF")
-    folder = Path(named).parent if named else Path()
+    named = named_file(env)
+    folder = (named.parent if named else Path()).absolute()
+    here, former = folder / settings.data_dir, Path(settings.data_dir).absolute()
+    settings = structs.replace(settings, data_dir=str(here))
     settled: Settings = plugin(settings, "sink").settled(settings, folder)
-    return settled
+    return Found(settled, sources, None if former == here else former)
+
+
+def _refuse_to_leave_behind(settings: Settings, former: Path) -> None:
+    """Stop where what release 1.0 kept lies in the working folder, and nothing beside the file."""
+    before = structs.replace(settings, data_dir=str(former))
+    plugins: list[Plugin] = [plugin(settings, "mirror"), plugin(settings, "sink")]
+    for each in plugins:
+        left, kept = each.kept_in(before), each.kept_in(settings)
+        if left and kept and _holds_something(left) and not _holds_something(kept):
+            raise ConfigError(
+                f"data_dir: it is {settings.data_dir} now, relative to the settings file; release "
+                f"1.0 took it relative to the working folder, and {left} is there: move {former} "
+                f"to {settings.data_dir}, or set data_dir to {former}"
+            )
+
+
+def _holds_something(folder: Path) -> bool:
+    with suppress(OSError):
+        return any(folder.iterdir())
+    return False
 
 
 def check(settings: Settings, sources: Mapping[str, str] | None = None) -> None:
@@ -205,6 +248,8 @@ def check(settings: Settings, sources: Mapping[str, str] | None = None) -> None:
         seconds_of(settings.unknown_retention)
     except ValueError as exc:
         raise wrong("unknown_retention", str(exc), origins.get("unknown_retention")) from None
+    if contradiction := key_fault(settings.ingest_keys):
+        raise wrong("ingest_keys", contradiction, origins.get("ingest_keys"))
     for origin in settings.cors_origins:
         if not _ORIGIN.fullmatch(origin):
             why = f"{origin!r} is neither '*' nor like 'https://example.com'"
@@ -212,51 +257,3 @@ def check(settings: Settings, sources: Mapping[str, str] | None = None) -> None:
     plugins = plugin(settings, "mirror", origins), plugin(settings, "sink", origins)
     for key, why in chain.from_iterable(each.faults(settings) for each in plugins):
         raise wrong(key, why, origins.get(key))
-
-
-def _sources(
-    options: Mapping[str, Any], env: Mapping[str, str], run_defaults: Mapping[str, Any]
-) -> Iterator[tuple[str, Mapping[str, Any], bool]]:
-    """Each source, lowest first: its name, its values, and whether they are typed.
-
-    Those of variables are not: they are text, or, for lists and objects, JSON.
-    """
-    yield "the defaults of make run", run_defaults, True
-    named = env.get("DATAPIPE_CNF")
-    path = Path(named) if named else SYSTEM_FILE
-    if named or path.exists():
-        yield f"file {path}", _content(path), True
-    given = [(variable, key, env.get(variable)) for variable, key in PLATFORM.items()]
-    prefix = "DATAPIPE_"
-    given += [
-        (variable, variable.removeprefix(prefix).lower(), text)
-        for variable, text in env.items()
-        if variable.startswith(prefix) and variable != "DATAPIPE_CNF"
-    ]
-    for variable, key, text in given:
-        if text:
-            source = f"variable {variable}"
-            yield source, {key: _decoded(key, text, source)}, False
-    given_options = {key: value for key, value in options.items() if value is not None}
-    yield "the command line", given_options, True
-
-
-def _content(path: Path) -> dict[str, Any]:
-    try:
-        content = msgspec.json.decode(path.read_bytes())
-    except OSError as exc:
-        raise ConfigError(f"the settings file {path} can't be read: {exc.strerror}") from exc
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        raise ConfigError(f"the settings file {path} is not JSON: {exc}") from exc
-    if not isinstance(content, dict):
-        raise ConfigError(f"the settings file {path} must hold one JSON object")
-    return content
-
-
-def _decoded(key: str, text: str, source: str) -> Any:
-    if not isinstance(types_of(Settings).get(key), inspect.ListType | inspect.DictType):
-        return text
-    try:
-        return msgspec.json.decode(text)
-    except (msgspec.DecodeError, UnicodeError, RecursionError):
-        raise wrong(key, "must be JSON", source) from None

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from datapipe.settings import Settings
 
+Room = Literal["mirror", "sink"]
+
 # The mirrors and sinks that come with datapipe. Others are found by their entry points, which take
 # 1 MB to look for; a name of ours is never looked up.
 OURS = {
@@ -54,10 +56,12 @@ class Plugin(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         """
         return settings
 
+    def kept_in(self, settings: Settings) -> Path | None:
+        """The folder within `data_dir` that holds what must not be lost, if there is to be one."""
+        return None
 
-def plugin(
-    settings: Settings, room: Literal["mirror", "sink"], sources: Mapping[str, str] | None = None
-) -> Any:
+
+def plugin(settings: Settings, room: Room, sources: Mapping[str, str] | None = None) -> Any:
     """The mirror or the sink that the settings name: a `Plugin` with its options in its fields.
 
     Raises: ConfigError: none has that name, it can't be imported, or an option is wrong.

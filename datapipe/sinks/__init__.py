@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -12,7 +13,8 @@ from msgspec import structs
 
 from datapipe.events.limits import Limits
 from datapipe.events.segment import Segment
-from datapipe.events.types import Column, EventType
+from datapipe.events.types import Column
+from datapipe.events.unknown import Kind
 from datapipe.health import Wait
 from datapipe.settings import Plugin, Settings, plugin
 from datapipe.sinks import urls
@@ -25,18 +27,25 @@ class Table:
     name: str
     columns: tuple[Column, ...]
 
+    @property
+    def is_own(self) -> bool:
+        """Whether it is one of datapipe's, and not of an event type."""
+        return self.name.startswith("datapipe_")
+
 
 @dataclass(slots=True)
 class Loaded:
     """What became of the events of one load: their sum is what the segments held.
 
-    `refused` names the first few SQLSTATEs and messages of dead letters, for the log.
+    `refused` names the first few SQLSTATEs and messages of dead letters, for the log. `dead_of` has
+    the number of dead letters of each segment that has any, also of one that was in already.
     """
 
     loaded: int = 0
     duplicate: int = 0
     dead: int = 0
     refused: tuple[str, ...] = ()
+    dead_of: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True, frozen=True)
@@ -94,17 +103,34 @@ class Mark(NamedTuple):
     confirmed: bool = False
 
 
+UNKNOWN_GROUPS = 1000  # names of unknown events that are told apart
+
 # the row of an event: lane, its JSON, received_at; raises EventRejected
 Check = Callable[[str, bytes, str], bytes]
 
 
+class Shelf(Enum):
+    """The table of events that were accepted and are in no table of their own type."""
+
+    DEAD_LETTERS = "datapipe_dead_letters"
+    UNKNOWN = "datapipe_unknown"
+
+
 @dataclass(slots=True, frozen=True)
 class Selection:
-    """Selects dead letters: those that match every field that is not None."""
+    """Selects events of a shelf: those that match every field that is not None.
+
+    Attributes:
+        lane: that they are to be replayed into; of unknown events, their `event_name`.
+        lanes: the same, any of these.
+        sqlstate: of dead letters alone.
+    """
 
     ids: tuple[int, ...] | None = None
     lane: str | None = None
     sqlstate: str | None = None
+    lanes: tuple[str, ...] | None = None
+    shelf: Shelf = Shelf.DEAD_LETTERS
 
 
 class Sink(Protocol):
@@ -165,6 +191,12 @@ class Ledger(Protocol):
     async def loaded(self, segments: Sequence[str]) -> set[str]:
         """Which of these segments are committed. Raises: SinkUnavailable, LaneBlocked."""
 
+    async def outcomes(self, segments: Sequence[str]) -> dict[str, int]:
+        """How many dead letters each of these segments has that is committed, by whomever.
+
+        As durable as a load of ours is. Raises: SinkUnavailable, LaneBlocked.
+        """
+
     async def expire(self, removed: Sequence[str]) -> None:
         """Once this returns, the ledger has forgotten these segments, which can't come back.
 
@@ -223,35 +255,51 @@ class Heartbeats(Protocol):
         """
 
 
-class DeadLetters(Protocol):
-    """Events that were accepted and that the database refuses."""
+class Shelves(Protocol):
+    """Dead letters, which the database refuses, and kept events of unknown types."""
 
     async def find(self, selection: Selection, limit: int) -> dict[str, Any]:
         """As `GET /dead` answers it: `total`, `groups`, and the newest `letters`, at most `limit`.
 
+        Of unknown events, the `UNKNOWN_GROUPS` largest groups.
         Raises: SinkUnavailable, LaneBlocked.
         """
 
     async def replay(
         self, selection: Selection, tables: Mapping[str, Table], check: Check
     ) -> tuple[dict[str, int], int]:
-        """Put dead letters back into the tables of their lanes, each once, as rows by `check`.
+        """Put events into the tables of their lanes, each once, as rows by `check`.
 
-        Once this returns, what is refused again bears the new reason.
+        Once this returns, what is refused bears the new reason.
 
-        Returns: how many are back, by lane; how many stay dead.
-        Raises: SinkUnavailable, LaneBlocked: some may be back, the others are as they were.
+        Returns: how many are there, by lane; how many stay.
+        Raises: SinkUnavailable, LaneBlocked: some may be there, the others are as they were.
         """
 
     async def drop(self, selection: Selection) -> int:
-        """Remove them for good; how many there were. Raises: SinkUnavailable, LaneBlocked."""
+        """Remove them for good, some at a time; how many there were.
+
+        Raises: SinkUnavailable, LaneBlocked: some may be gone.
+        """
+
+    async def samples(self, names: Sequence[str], each: int) -> dict[str, list[str]]:
+        """The newest unknown events of each of these names, at most `each`, as they were sent.
+
+        Raises: SinkUnavailable, LaneBlocked.
+        """
+
+    async def expire_unknown(self, retention_s: float) -> bool:
+        """Remove some unknown events that were received longer ago; whether there may be more.
+
+        Raises: SinkUnavailable, LaneBlocked.
+        """
 
 
-class Database(Sink, Ledger, Heartbeats, DeadLetters, Protocol):
+class Database(Sink, Ledger, Heartbeats, Shelves, Protocol):
     """All four, for whoever opens it; a user asks for the one that it needs."""
 
 
-def table_of(kind: EventType) -> Table:
+def table_of(kind: Kind) -> Table:
     """The table that an event type's rows go into."""
     return Table(kind.name, kind.columns)
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from datapipe.events.types import Column
-from datapipe.sinks import Selection, Table
+from datapipe.events.unknown import UNKNOWN
+from datapipe.sinks import Selection, Shelf, Table
 
 OWN_TABLES = (
     Table(
@@ -58,10 +59,24 @@ OWN_TABLES = (
     ),
 )
 
+# The table of the lane of unknown events, made at its first load: most services have none.
+UNKNOWN_TABLE = Table(
+    UNKNOWN,
+    (
+        Column("id", "id"),
+        Column("event_name", "word"),
+        Column("event", "json"),  # as it was sent
+        Column("message", "text"),  # why a replay refused it
+        Column("received_at", "moment"),
+    ),
+)
+
 _INDEXES = {
     "datapipe_ledger_kind": ("datapipe_ledger", ("kind", "loaded_at")),
     "datapipe_ledger_source": ("datapipe_ledger", ("source",)),
     "datapipe_dead_letters_lane": ("datapipe_dead_letters", ("lane", "sqlstate")),
+    "datapipe_unknown_event_name": (UNKNOWN, ("event_name", "id")),
+    "datapipe_unknown_received_at": (UNKNOWN, ("received_at",)),
     # or each heartbeat locks the rows of all others while it looks for older ones of its mirror
     "datapipe_processes_mirror": ("datapipe_processes", ("mirror",)),
 }
@@ -86,7 +101,7 @@ class Dialect:
             stands for the braces.
         for_update: the end of a SELECT that locks what it finds. skip_locked: the same, but for
             what others have locked.
-        event: a dead letter's event as text.
+        event: a dead letter's event as text. unknown_event: the same of an unknown event.
         quotes: the character around a name. schema: of all our tables, or empty. options: the end
             of a CREATE TABLE.
     """
@@ -103,6 +118,7 @@ class Dialect:
     for_update: str = ""
     skip_locked: str = ""
     event: str = "event"
+    unknown_event: str = "event"
     quotes: str = '"'
     schema: str = ""
     options: str = ""
@@ -123,12 +139,20 @@ class Dialect:
         """The time so many seconds ago."""
         return self.at.format(f"{self.epoch.format(self.now)} - {seconds}")
 
+    def kept(self, shelf: Shelf) -> tuple[str, str, str]:
+        """Expressions of a shelf's table: lane, event as text, when it was received or NULL."""
+        if shelf is Shelf.UNKNOWN:
+            return "event_name", self.unknown_event, "received_at"
+        return "lane", self.event, "NULL"
+
     def where(self, selection: Selection) -> tuple[str, list[Any]]:
-        """A selection of dead letters as a condition and its values."""
-        ids = selection.ids
+        """A selection of a shelf as a condition and its values."""
+        ids, lanes = selection.ids, selection.lanes
+        lane, _, _ = self.kept(selection.shelf)
         tests = {
             f"id {self.one_of.format('bigint')}": None if ids is None else self.listed(ids),
-            "lane = %s": selection.lane,
+            f"{lane} = %s": selection.lane,
+            f"{lane} {self.one_of.format('text')}": None if lanes is None else self.listed(lanes),
             f"{self.quote('sqlstate')} = %s": selection.sqlstate,
         }
         given = {test: value for test, value in tests.items() if value is not None}

@@ -13,13 +13,29 @@ from itertools import count
 from typing import Any, TypeVar
 from uuid import uuid4
 
-from datapipe.events.types import Column
+import msgspec
+
+from datapipe.events.types import Column, with_offset
+from datapipe.events.unknown import UNKNOWN, UnknownRow, UnknownType
 from datapipe.settings import Settings
-from datapipe.sinks import Beat, Heartbeat, Mark, Selection, Table
-from datapipe.sinks.transaction import Entry, Known, Letter, RefusedRow, Rows, Transaction
-from datapipe.sinks.transactional import TransactionalSink, found
+from datapipe.sinks import UNKNOWN_GROUPS, Beat, Heartbeat, Mark, Selection, Shelf, Table
+from datapipe.sinks.transaction import Entry, Kept, Known, Letter, RefusedRow, Rows, Transaction
+from datapipe.sinks.transactional import TransactionalSink, event_json, found, found_unknown
 
 _T = TypeVar("_T")
+
+
+@dataclass(slots=True)
+class Unknown:
+    """A row of the table of unknown events, and why a replay refused it."""
+
+    line: bytes
+    message: str | None = None
+
+    @property
+    def row(self) -> UnknownRow:
+        columns = UnknownType.columns
+        return msgspec.json.decode(event_json(UNKNOWN, columns, self.line), type=UnknownRow)
 
 
 @dataclass(slots=True)
@@ -37,7 +53,7 @@ class MemoryDatabase:
     """What the sinks of some processes share, as long as it is referred to.
 
     Attributes:
-        lines: the rows of a lane, one by one.
+        lines: the rows of a lane, one by one; not of the unknown events. unknown: these, by id.
         checks: what a lane's rows must fulfil; others are refused.
         ledger: by id; it forgets no idempotency key. letters: by id, with the time of each.
         beats, mirrors: by process. marks: by prefix.
@@ -49,11 +65,12 @@ class MemoryDatabase:
         self.checks: dict[str, Callable[[bytes], bool]] = {}
         self.ledger: dict[str, _Row] = {}
         self.letters: dict[int, tuple[Letter, datetime]] = {}
+        self.unknown: dict[int, Unknown] = {}
         self.beats: dict[str, Beat] = {}
         self.mirrors: dict[str, str] = {}
         self.marks: dict[str, Mark] = {}
         self.clock: Callable[[], float] = time.time
-        self.letter_ids = count(1)
+        self.letter_ids, self.unknown_ids = count(1), count(1)
 
     @asynccontextmanager
     async def open(self, settings: Settings, process: str) -> AsyncIterator[MemorySink]:
@@ -69,6 +86,29 @@ class MemoryDatabase:
             and selection.lane in (None, letter.lane)
             and selection.sqlstate in (None, letter.sqlstate)
         ]
+
+    def fitting_unknown(self, selection: Selection) -> list[tuple[int, UnknownRow, str | None]]:
+        """Unknown events, by id, with the message of each."""
+        named = [(id, each.row, each.message) for id, each in self.unknown.items()]
+        return [
+            (id, row, message)
+            for id, row, message in named
+            if (selection.ids is None or id in selection.ids)
+            and selection.lane in (None, row.event_name)
+            and (selection.lanes is None or row.event_name in selection.lanes)
+        ]
+
+    def rows(self, lane: str) -> list[bytes]:
+        """Those of a lane's table, one by one."""
+        if lane == UNKNOWN:
+            return [each.line for each in self.unknown.values()]
+        return self.lines[lane]
+
+    def keep(self, line: bytes) -> int:
+        """Insert a row of the unknown events; its id."""
+        id = next(self.unknown_ids)
+        self.unknown[id] = Unknown(line)
+        return id
 
 
 class MemoryTransaction:
@@ -115,7 +155,9 @@ class MemoryTransaction:
         refused = []
         for each in rows:
             for line in bytes(each.data).splitlines(keepends=True):
-                if check is None or check(line):
+                if table.name == UNKNOWN:
+                    self._undo.callback(self._database.unknown.pop, self._database.keep(line))
+                elif check is None or check(line):
                     lines.append(line)
                 else:
                     refused.append(RefusedRow(each.id, line, "23514", "the row fails its check"))
@@ -125,15 +167,27 @@ class MemoryTransaction:
         for letter in letters:
             self._database.letters[next(self._database.letter_ids)] = letter, datetime.now(UTC)
 
-    def letters(
-        self, selection: Selection, after: int, limit: int
-    ) -> Sequence[tuple[int, str, str]]:
-        fitting = self._database.fitting(selection)
-        return [(id, letter.lane, letter.event) for id, letter, _ in fitting if id > after][:limit]
+    def kept(self, selection: Selection, after: int, limit: int) -> Sequence[Kept]:
+        if selection.shelf is Shelf.UNKNOWN:
+            unknown = self._database.fitting_unknown(selection)
+            kept = [
+                Kept(id, row.event_name, bytes(row.event).decode(), row.received_at)
+                for id, row, _ in unknown
+            ]
+        else:
+            fitting = self._database.fitting(selection)
+            kept = [Kept(id, letter.lane, letter.event, None) for id, letter, _ in fitting]
+        return [each for each in kept if each.id > after][:limit]
 
-    def settle(self, back: Sequence[int], stay: Sequence[RefusedRow]) -> None:
+    def settle(self, shelf: Shelf, gone: Sequence[int], stay: Sequence[RefusedRow]) -> None:
+        if shelf is Shelf.UNKNOWN:
+            for id in gone:
+                del self._database.unknown[id]
+            for each in stay:
+                self._database.unknown[int(each.id)].message = each.message
+            return
         letters = self._database.letters
-        for id in back:
+        for id in gone:
             del letters[id]
         for each in stay:
             letter, at = letters[int(each.id)]
@@ -215,6 +269,8 @@ class MemorySink(TransactionalSink):
         return dict(database.beats)
 
     async def find(self, selection: Selection, limit: int) -> dict[str, Any]:
+        if selection.shelf is Shelf.UNKNOWN:
+            return self._find_unknown(selection, limit)
         fitting = self._database.fitting(selection)
         messages: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
         for _, letter, _ in fitting:
@@ -224,8 +280,54 @@ class MemorySink(TransactionalSink):
         newest = fitting[::-1][:limit]
         return found(groups, [(id, *letter[:5], at) for id, letter, at in newest])
 
+    def _find_unknown(self, selection: Selection, limit: int) -> dict[str, Any]:
+        unknown = self._database.fitting_unknown(selection)
+        said: defaultdict[str, list[str | None]] = defaultdict(list)
+        for _, row, message in unknown:
+            said[row.event_name].append(message)
+        groups = []
+        for name, messages in said.items():
+            refused = [message for message in messages if message is not None]
+            groups.append((name, len(messages), len(refused), min(refused, default=None)))
+        groups.sort(key=lambda group: (-group[1], group[0]))
+        newest = [
+            (id, row.event_name, bytes(row.event).decode(), message, _time(row.received_at))
+            for id, row, message in unknown[::-1][:limit]
+        ]
+        return found_unknown(len(unknown), groups[:UNKNOWN_GROUPS], newest)
+
     async def drop(self, selection: Selection) -> int:
-        fitting = self._database.fitting(selection)
-        for id, _, _ in fitting:
-            del self._database.letters[id]
-        return len(fitting)
+        database = self._database
+        if selection.shelf is Shelf.UNKNOWN:
+            ids = [id for id, _, _ in database.fitting_unknown(selection)]
+        else:
+            ids = [id for id, _, _ in database.fitting(selection)]
+        shelf: dict[int, Any]
+        shelf = database.unknown if selection.shelf is Shelf.UNKNOWN else database.letters
+        for id in ids:
+            del shelf[id]
+        return len(ids)
+
+    async def samples(self, names: Sequence[str], each: int) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {name: [] for name in names}
+        for unknown in reversed(self._database.unknown.values()):
+            row = unknown.row
+            if len(found.get(row.event_name, range(each))) < each:
+                found[row.event_name].append(bytes(row.event).decode())
+        return found
+
+    async def expire_unknown(self, retention_s: float) -> bool:
+        unknown, now = self._database.unknown, self._database.clock()
+        old = [
+            i
+            for i, e in unknown.items()
+            if now - _time(e.row.received_at).timestamp() > retention_s
+        ]
+        for id in old:
+            del unknown[id]
+        return False
+
+
+def _time(text: str) -> datetime:
+    """A time of a row, which is in UTC."""
+    return datetime.fromisoformat(with_offset(text))

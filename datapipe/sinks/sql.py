@@ -16,10 +16,10 @@ from uuid import uuid4
 
 from datapipe.errors import LaneBlocked, SinkUnavailable
 from datapipe.settings import Settings
-from datapipe.sinks import Beat, Heartbeat, Mark, Selection, Table
-from datapipe.sinks.dialect import OWN_TABLES, Dialect
-from datapipe.sinks.transaction import Known, Letter, RefusedRow, TableMissing
-from datapipe.sinks.transactional import TransactionalSink, found
+from datapipe.sinks import UNKNOWN_GROUPS, Beat, Heartbeat, Mark, Selection, Shelf, Table
+from datapipe.sinks.dialect import OWN_TABLES, UNKNOWN_TABLE, Dialect
+from datapipe.sinks.transaction import Kept, Known, Letter, RefusedRow, TableMissing
+from datapipe.sinks.transactional import TransactionalSink, found, found_unknown
 
 _HOUR_S = 3600.0
 # An IronMQ message lives 30 days at the most, so its segment's ledger row must live longer.
@@ -37,6 +37,9 @@ _UNKNOWN_AGE_S = 1e9  # before anything that a ledger holds
 
 # Values, or ledger rows, in one statement: servers bound the length of it, to as little as 1 MB.
 AT_ONCE = 4096
+
+_DELETED_AT_ONCE = 1000  # rows of a shelf, so that each statement is soon done
+_NAMES_AT_ONCE = 100  # SQLite takes 500 SELECTs in one
 
 Statement = tuple[str, Sequence[Any]]
 _T = TypeVar("_T")
@@ -71,9 +74,9 @@ class SqlSink(TransactionalSink):
         self._dialect = dialect
         self._process = process
         self._dedupe_window_s = settings.dedupe_window
-        self._ledger, self._letters, self._processes = (
+        self._ledger, self._letters, self._processes, self._unknown = (
             dialect.parameterized(f"datapipe_{name}")
-            for name in ("ledger", "dead_letters", "processes")
+            for name in ("ledger", "dead_letters", "processes", "unknown")
         )
         self._one_of = dialect.one_of.format("text")
         self._mark_of = f"SELECT body, events FROM {self._ledger} WHERE segment = %s"
@@ -139,7 +142,7 @@ class SqlSink(TransactionalSink):
 
     async def prepare(self, table: Table, *, again: bool = False) -> list[str]:
         """See `TransactionalSink.prepare`; our own tables, too."""
-        wanted = (*OWN_TABLES, table)
+        wanted = (*OWN_TABLES, complete(table))
         if again:
             self._prepared.difference_update(wanted)
         if self._prepared.issuperset(wanted):
@@ -185,7 +188,7 @@ class SqlSink(TransactionalSink):
         """
         if there is None:
             return self._dialect.create(table)
-        if table not in OWN_TABLES and "received_at" not in there:
+        if not table.is_own and "received_at" not in there:
             received = [column for column in table.columns if column.name == "received_at"]
             raise LaneBlocked(
                 f"table {table.name}: has no column received_at, so it is taken to be somebody "
@@ -197,7 +200,7 @@ class SqlSink(TransactionalSink):
 
     def ddl(self, tables: Sequence[Table]) -> str:
         """See `Sink.ddl`."""
-        return self._dialect.script(tables)
+        return self._dialect.script([complete(table) for table in tables])
 
     async def check(self, tables: Sequence[Table]) -> list[tuple[str, str]]:
         """See `Sink.check`."""
@@ -205,8 +208,9 @@ class SqlSink(TransactionalSink):
             await self._know_version()
             schema = f", schema {self._dialect.schema}" if self._dialect.schema else ""
             said = [("ok", f"database: {self.product} {self.version}{schema}")]
-            said += await self.findings((*OWN_TABLES, *tables))
-            for table in (*OWN_TABLES, *tables):
+            wanted = (*OWN_TABLES, *map(complete, tables))
+            said += await self.findings(wanted)
+            for table in wanted:
                 said += await self._check(table)
         except (SinkUnavailable, LaneBlocked) as exc:
             return [("away" if self.is_away(exc.__cause__) else "fail", f"database: {exc}")]
@@ -373,10 +377,12 @@ class SqlSink(TransactionalSink):
             for process, beats, ended, host, mirror in result.rows
         }
 
-    # --- dead letters ---
+    # --- dead letters, unknown events ---
 
     async def find(self, selection: Selection, limit: int) -> dict[str, Any]:
-        """See `DeadLetters.find`."""
+        """See `Shelves.find`."""
+        if selection.shelf is Shelf.UNKNOWN:
+            return await self._find_unknown(selection, limit)
         await self.prepare(OWN_TABLES[0])
         condition, values = self._dialect.where(selection)
         state = self._dialect.quote("sqlstate")  # a reserved word of MySQL
@@ -393,10 +399,74 @@ class SqlSink(TransactionalSink):
         )  # fmt: skip
         return found(groups, [(*rest, datetime.fromtimestamp(at, UTC)) for *rest, at in letters])
 
+    async def _find_unknown(self, selection: Selection, limit: int) -> dict[str, Any]:
+        if not await self._has_unknown():
+            return found_unknown()
+        d, (condition, values) = self._dialect, self._dialect.where(selection)
+        of_those = f"FROM {self._unknown} WHERE {condition}"
+        ((total,),) = await self.query(f"SELECT count(*) {of_those}", *values)
+        groups = await self.query(
+            f"SELECT event_name, count(*), count(message), min(message) {of_those}"
+            " GROUP BY event_name ORDER BY count(*) DESC, event_name LIMIT %s",
+            *values, UNKNOWN_GROUPS,
+        )  # fmt: skip
+        events = await self.query(
+            f"SELECT id, event_name, {d.unknown_event}, message, {d.epoch.format('received_at')}"
+            f" {of_those} ORDER BY id DESC LIMIT %s",
+            *values, limit,
+        )  # fmt: skip
+        newest = [(*rest, datetime.fromtimestamp(at, UTC)) for *rest, at in events]
+        return found_unknown(total, groups, newest)
+
+    async def _has_unknown(self) -> bool:
+        """Whether there is a table of unknown events."""
+        await self._know_version()
+        there = UNKNOWN_TABLE in self._prepared
+        return there or await self.columns(UNKNOWN_TABLE.name) is not None
+
     async def drop(self, selection: Selection) -> int:
-        """See `DeadLetters.drop`."""
+        """See `Shelves.drop`: in the order of their ids, so none is passed over twice."""
+        await self.prepare(OWN_TABLES[0])
+        if selection.shelf is Shelf.UNKNOWN and not await self._has_unknown():
+            return 0
+        table = self._dialect.parameterized(selection.shelf.value)
         condition, values = self._dialect.where(selection)
-        return (await self._own((f"DELETE FROM {self._letters} WHERE {condition}", values))).changed
+        some = f"SELECT id FROM {table} WHERE {condition} AND id > %s ORDER BY id LIMIT %s"
+        dropped = last = 0
+        while ids := [id for (id,) in await self.query(some, *values, last, _DELETED_AT_ONCE)]:
+            dropped, last = dropped + await self._delete(table, ids), ids[-1]
+        return dropped
+
+    async def _delete(self, table: str, ids: Sequence[int]) -> int:
+        one_of = self._dialect.one_of.format("bigint")
+        sql = f"DELETE FROM {table} WHERE id {one_of}"
+        return (await self._own((sql, (self._dialect.listed(ids),)))).changed
+
+    async def samples(self, names: Sequence[str], each: int) -> dict[str, list[str]]:
+        """See `Shelves.samples`."""
+        found: dict[str, list[str]] = {name: [] for name in names}
+        if not names or not await self._has_unknown():
+            return found
+        newest = (
+            f"SELECT * FROM (SELECT event_name, {self._dialect.unknown_event} FROM {self._unknown}"
+            " WHERE event_name = %s ORDER BY id DESC LIMIT %s) AS newest"
+        )
+        for at in range(0, len(names), _NAMES_AT_ONCE):
+            some = names[at : at + _NAMES_AT_ONCE]
+            values = [value for name in some for value in (name, each)]
+            for name, event in await self.query(" UNION ALL ".join([newest] * len(some)), *values):
+                found[name].append(event)
+        return found
+
+    async def expire_unknown(self, retention_s: float) -> bool:
+        """See `Shelves.expire_unknown`: a thousand at most."""
+        if not await self._has_unknown():
+            return False
+        sql = f"SELECT id FROM {self._unknown} WHERE received_at < {self._dialect.ago()} LIMIT %s"
+        ids = [id for (id,) in await self.query(sql, retention_s, _DELETED_AT_ONCE)]
+        if ids:
+            await self._delete(self._unknown, ids)
+        return len(ids) == _DELETED_AT_ONCE
 
 
 def _outlived(processes: Sequence[_Process]) -> dict[str, float]:
@@ -407,6 +477,11 @@ def _outlived(processes: Sequence[_Process]) -> dict[str, float]:
     for each in processes:
         last[each.group] = max(each.seen, last.get(each.group, each.seen))
     return {each.process: last[each.group] - each.seen if each.group else 0.0 for each in processes}
+
+
+def complete(table: Table) -> Table:
+    """With the columns that no row brings, which the table of unknown events has."""
+    return UNKNOWN_TABLE if table.name == UNKNOWN_TABLE.name else table
 
 
 def sliced(values: Sequence[_T]) -> Iterator[Sequence[_T]]:
@@ -420,9 +495,8 @@ class SqlTransaction(ABC):
     def __init__(self, dialect: Dialect, process: str) -> None:
         self._dialect = dialect
         self._process = process
-        self._ledger, self._letters = map(
-            dialect.parameterized, ("datapipe_ledger", "datapipe_dead_letters")
-        )
+        self._ledger = dialect.parameterized("datapipe_ledger")
+        self._letters = dialect.parameterized(Shelf.DEAD_LETTERS.value)
         self._one_of = dialect.one_of.format("text")
 
     @abstractmethod
@@ -466,21 +540,29 @@ class SqlTransaction(ABC):
             letters,
         )
 
-    def letters(
-        self, selection: Selection, after: int, limit: int
-    ) -> Sequence[tuple[int, str, str]]:
-        """See `Transaction.letters`."""
+    def kept(self, selection: Selection, after: int, limit: int) -> Sequence[Kept]:
+        """See `Transaction.kept`."""
         condition, values = self._dialect.where(selection)
-        rows: Any = self.query(
-            f"SELECT id, lane, {self._dialect.event} FROM {self._letters} WHERE {condition}"
+        lane, event, received_at = self._dialect.kept(selection.shelf)
+        rows = self.query(
+            f"SELECT id, {lane}, {event}, {received_at}"
+            f" FROM {self._dialect.parameterized(selection.shelf.value)} WHERE {condition}"
             f" AND id > %s ORDER BY id LIMIT %s{self._dialect.skip_locked}",
             *values, after, limit,
         )  # fmt: skip
-        return list(rows)
+        return [
+            Kept(id, lane, event, None if at is None else str(at)) for id, lane, event, at in rows
+        ]
 
-    def settle(self, back: Sequence[int], stay: Sequence[RefusedRow]) -> None:
+    def settle(self, shelf: Shelf, gone: Sequence[int], stay: Sequence[RefusedRow]) -> None:
         """See `Transaction.settle`."""
-        self.many(f"DELETE FROM {self._letters} WHERE id = %s", [(id,) for id in back])
+        table = self._dialect.parameterized(shelf.value)
+        listed = [(self._dialect.listed(gone),)] if gone else []
+        self.many(f"DELETE FROM {table} WHERE id {self._dialect.one_of.format('bigint')}", listed)
+        if shelf is Shelf.UNKNOWN:
+            refused = [(each.message, int(each.id)) for each in stay]
+            self.many(f"UPDATE {table} SET message = %s WHERE id = %s", refused)
+            return
         state = self._dialect.quote("sqlstate")
         self.many(
             f"UPDATE {self._letters} SET {state} = coalesce(nullif(%s, ''), {state}),"

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 from datapipe.errors import LaneBlocked
 from datapipe.events.types import Column
-from datapipe.sinks import Selection, Table
+from datapipe.sinks import Selection, Shelf, Table
 
 
 class TableMissing(LaneBlocked):
@@ -34,7 +34,7 @@ class Known(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Rows to copy, and the id of the segment, or of the dead letter, that they are of."""
+    """Rows to copy, and the id of the segment, or of the kept event, that they are of."""
 
     id: str
     data: bytes | memoryview
@@ -54,6 +54,21 @@ class RefusedRow:
     message: str
     column: str | None = None
     of_itself: bool = False
+
+
+class Kept(NamedTuple):
+    """An event of a shelf, as a replay reads it.
+
+    Attributes:
+        lane: that it is to be replayed into.
+        event: JSON.
+        received_at: None: it stands in the event.
+    """
+
+    id: int
+    lane: str
+    event: str
+    received_at: str | None
 
 
 class Letter(NamedTuple):
@@ -110,10 +125,8 @@ class Transaction(Protocol):
     def bury(self, letters: Sequence[Letter]) -> None:
         """Insert dead letters."""
 
-    def letters(
-        self, selection: Selection, after: int, limit: int
-    ) -> Sequence[tuple[int, str, str]]:
-        """Id, lane, event of letters above that id, in order; locks them, and skips locked ones."""
+    def kept(self, selection: Selection, after: int, limit: int) -> Sequence[Kept]:
+        """Events above that id, in order; locks them, and skips locked ones."""
 
-    def settle(self, back: Sequence[int], stay: Sequence[RefusedRow]) -> None:
-        """Remove dead letters, and note why others stay; an empty SQLSTATE changes none."""
+    def settle(self, shelf: Shelf, gone: Sequence[int], stay: Sequence[RefusedRow]) -> None:
+        """Remove events, and note why others stay; an empty SQLSTATE changes none."""

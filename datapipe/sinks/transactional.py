@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from functools import partial
 from itertools import groupby
 from operator import attrgetter
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from uuid import uuid4
 
 import msgspec
@@ -72,7 +72,7 @@ class TransactionalSink(ABC):
 
     @abstractmethod
     async def find(self, selection: Selection, limit: int) -> dict[str, Any]:
-        """See `DeadLetters.find`."""
+        """See `Shelves.find`."""
 
     @abstractmethod
     async def transact(self, lane: str, work: Callable[[Transaction], _T]) -> _T:
@@ -197,6 +197,7 @@ class TransactionalSink(ABC):
         if counts := [(id, dead[id], duplicates[id]) for id in dead.keys() | duplicates.keys()]:
             transaction.book(counts)
         result.dead += len(refused)
+        result.dead_of = {**result.dead_of, **dead}
         twice = sum(each.events for each in segments) - sum(each.events for each in once.values())
         result.duplicate += duplicates.total() + twice
         result.loaded += copied - len(refused)
@@ -216,6 +217,7 @@ class TransactionalSink(ABC):
             if not_after < math.inf:
                 text = "the segments were held for too long: others may have loaded them since"
             raise SinkUnavailable(text, everywhere=False)
+        result.dead_of = {id: each.dead for id, each in known.items() if each.dead}
         for segment in segments:
             load, dead, duplicates = known[segment.id]
             if load in self._tried.get(segment.id, ()):
@@ -226,24 +228,34 @@ class TransactionalSink(ABC):
                 result.duplicate += segment.events
         return result
 
-    # --- dead letters ---
+    async def outcomes(self, segments: Sequence[str]) -> dict[str, int]:
+        """See `Ledger.outcomes`: its COMMIT waits for a standby as a load's does."""
+        known = await self.transact("outcomes", lambda transaction: transaction.lock(segments))
+        return {id: each.dead for id, each in known.items()}
+
+    # --- dead letters, unknown events ---
 
     async def replay(
         self, selection: Selection, tables: Mapping[str, Table], check: Check
     ) -> tuple[dict[str, int], int]:
-        """See `DeadLetters.replay`."""
-        lanes = {group["lane"] for group in (await self.find(selection, 0))["groups"]}
-        for lane in lanes & tables.keys():
-            await self.prepare(tables[lane])
+        """See `Shelves.replay`."""
         back: Counter[str] = Counter()
-        stay, last = 0, 0
+        stay = last = 0
+        prepared: set[str] = set()
+        if not (await self.find(selection, 0))["total"]:  # there may be no table of them
+            return {}, 0
         while True:
-            work = partial(self._replay, selection, last, tables, check)
-            reached, rows, stayed = await self.transact("dead letters", work)
-            if reached is None:
+            work = partial(self._replay, selection, last, tables, check, prepared)
+            done = await self.transact("replay", work)
+            for lane in done.unprepared:
+                await self.prepare(tables[lane])
+                prepared.add(lane)
+            if done.unprepared:
+                continue
+            if done.last is None:
                 return dict(back), stay
-            back.update(rows)
-            stay, last = stay + stayed, reached
+            back.update(done.back)
+            stay, last = stay + done.stay, done.last
 
     def _replay(
         self,
@@ -251,16 +263,20 @@ class TransactionalSink(ABC):
         after: int,
         tables: Mapping[str, Table],
         check: Check,
+        prepared: Set[str],
         transaction: Transaction,
-    ) -> tuple[int | None, dict[str, int], int]:
-        """A thousand of them: the last id, or None; rows put back, by lane; how many stay dead."""
-        letters = transaction.letters(selection, after, REPLAY_ROWS)
+    ) -> _Replayed:
+        """A thousand of them; none while the table of one is not prepared."""
+        kept = transaction.kept(selection, after, REPLAY_ROWS)
+        if unprepared := {each.lane for each in kept} & tables.keys() - prepared:
+            return _Replayed(unprepared=unprepared)
         rows: dict[str, list[Rows]] = {}
         refused: list[RefusedRow] = []
-        for id, lane, text in letters:
+        for id, lane, text, received_at in kept:
             event = text.encode()
+            at = received_at or msgspec.json.decode(event, type=_Received).received_at
             try:
-                row = check(lane, event, msgspec.json.decode(event, type=_Received).received_at)
+                row = check(lane, event, at)
             except EventRejected as exc:
                 refused.append(RefusedRow(str(id), b"", "", exc.detail))
             else:
@@ -268,9 +284,25 @@ class TransactionalSink(ABC):
         for lane, of_lane in rows.items():
             refused += transaction.copy(tables[lane], tables[lane].columns, of_lane)
         stay = {each.id for each in refused}
-        transaction.settle([id for id, _, _ in letters if str(id) not in stay], refused)
+        gone = [each.id for each in kept if str(each.id) not in stay]
+        transaction.settle(selection.shelf, gone, refused)
         back = {name: sum(each.id not in stay for each in group) for name, group in rows.items()}
-        return (letters[-1][0] if letters else None), back, len(stay)
+        return _Replayed(kept[-1].id if kept else None, back, len(stay))
+
+
+class _Replayed(NamedTuple):
+    """What one transaction of a replay did.
+
+    Attributes:
+        last: the highest id that it looked at; None: there was none.
+        back: rows, by lane. stay: how many were refused.
+        unprepared: lanes whose tables must be prepared first; then nothing was done.
+    """
+
+    last: int | None = None
+    back: Mapping[str, int] = {}
+    stay: int = 0
+    unprepared: Set[str] = frozenset()
 
 
 class _Received(msgspec.Struct):
@@ -333,7 +365,7 @@ def _widened(table: Table, segments: Sequence[Segment]) -> Table:
 
 
 def found(groups: Iterable[Sequence[Any]], letters: Iterable[Sequence[Any]]) -> dict[str, Any]:
-    """What `DeadLetters.find` returns.
+    """What `Shelves.find` returns of dead letters.
 
     Args:
         groups: lane, SQLSTATE, one of the messages, how many.
@@ -346,6 +378,26 @@ def found(groups: Iterable[Sequence[Any]], letters: Iterable[Sequence[Any]]) -> 
     for letter in shown:
         letter["event"] = msgspec.Raw(letter["event"].encode())
     return {"total": sum(group["count"] for group in named), "groups": named, "letters": shown}
+
+
+def found_unknown(
+    total: int = 0,
+    groups: Iterable[Sequence[Any]] = (),
+    letters: Iterable[Sequence[Any]] = (),
+) -> dict[str, Any]:
+    """What `Shelves.find` returns of unknown events.
+
+    Args:
+        groups: event_name, how many, how many of them a replay refused, one of its messages.
+        letters: id, event_name, the event as text, the message of a replay, when it was received.
+    """
+    names = ("event_name", "count", "refused", "message")
+    keys = ("id", "event_name", "event", "message", "received_at")
+    shown = [dict(zip(keys, letter, strict=True)) for letter in letters]
+    for letter in shown:
+        letter["event"] = msgspec.Raw(letter["event"].encode())
+    named = [dict(zip(names, group, strict=True)) for group in groups]
+    return {"total": total, "groups": named, "letters": shown}
 
 
 def _letter(lane: str, columns: Sequence[Column], refused: RefusedRow) -> Letter:
@@ -365,7 +417,7 @@ def _value(type: str, text: bytes) -> Any:
     if text == b"\\N":
         return None
     plain = _ESCAPED.sub(lambda found: _PLAIN[found[1]], text)
-    if type in ("bigint", "double precision", "jsonb"):
+    if type in ("bigint", "double precision", "jsonb", "json"):
         return msgspec.Raw(plain)
     if type == "boolean":
         return plain.lower() == b"true"

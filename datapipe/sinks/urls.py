@@ -7,6 +7,7 @@ and `scheme:////var/lib/events.db` absolute.
 from __future__ import annotations
 
 import os
+import re
 import ssl
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,8 @@ from datapipe.errors import ConfigError
 
 _MODES = ("DISABLED", "PREFERRED", "REQUIRED", "VERIFY_CA", "VERIFY_IDENTITY")
 _OPTIONS = ("ssl-mode", "ssl-ca", "ssl-cert", "ssl-key")
+_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
+_HOST = re.compile(r"(\[[^\]]*\]|[^:\[\]]*)(:[0-9]*)?")
 
 
 def file_path(url: str) -> Path:
@@ -43,6 +46,27 @@ def file_fault(url: str) -> str | None:
 def absolute_url(url: str, folder: Path) -> str:
     """The same with an absolute path. Args: folder: what a relative one starts from."""
     return f"{url.partition(':')[0]}:///{folder.absolute() / file_path(url)}"
+
+
+def login_fault(url: str, ends: str) -> str | None:
+    """What is wrong with the user and password of a URL, and the remedy; shows none of them.
+
+    Args: ends: the characters of which the first ends the user, password and host.
+    """
+    rest = url.partition("://")[2]
+    authority = re.split(f"[{ends}]", rest, maxsplit=1)[0]
+    login, at, host = authority.partition("@")
+    if at:
+        fine = "@" not in host.partition("?")[0] and not _PERCENT.search(login)
+    else:  # a host, or a password that was cut off within
+        hosts = authority.partition("?")[0].split(",")
+        fine = "@" not in rest or all(_HOST.fullmatch(each) for each in hosts)
+    if fine:
+        return None
+    return (
+        "in its user and password '%' is written %25, '@' %40, ':' %3A, '/' %2F, '?' %3F and "
+        "'#' %23 (percent-encoding); one of them stands there as it is"
+    )
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,11 +18,13 @@ import pytest
 
 from datapipe.errors import LaneBlocked, SinkUnavailable
 from datapipe.events.segment import Part, Segment
-from datapipe.events.types import Column, Event, EventType
+from datapipe.events.types import Column, Event, EventType, escape, neutral_time
+from datapipe.events.unknown import UNKNOWN, UnknownType
 from datapipe.settings import Settings
-from datapipe.sinks import Beat, Database, Heartbeat, Loaded, Selection, Table, open_sink
+from datapipe.sinks import Beat, Database, Heartbeat, Loaded, Selection, Shelf, Table, open_sink
 from datapipe.sinks.memory import MemoryDatabase
 from datapipe.sinks.sql import Result, SqlSink, Statement
+from datapipe.sinks.transactional import event_json
 from tests.databases import execute
 from tests.mariadb import MariaDB
 from tests.postgres import Postgres
@@ -701,6 +704,120 @@ async def test_a_table_that_refuses_nearly_all_is_blocked_and_nothing_is_dead(
     assert await load(sink, segment(2)) == (1, 0, 0)
     assert await load(sink, odd, accept_dead=True) == (0, 0, 100)
     assert len(await dead_users(sink)) == 100
+
+
+# --- unknown events ---
+
+KEPT = Table(UNKNOWN, UnknownType.columns)
+ALL_KEPT = Selection(shelf=Shelf.UNKNOWN)
+# as it was sent: digits, white space, escapes, a key twice
+SENT = '{"event_name" : "install",\t"user_id": 7, "n": 1.50, "t": "a\\tb\\\\n\\u00e9é", "n": 2}'
+
+
+def kept(*events: tuple[str, str], at: str = AT) -> Segment:
+    """A segment of unknown events: their names, and the events as they were sent."""
+    rows = [f"{name}\t{escape(text)}\t{at}\n".encode() for name, text in events]
+    return Segment(UNKNOWN, KEPT.columns, b"".join(rows), len(rows))
+
+
+async def keep(sink: Database, *events: tuple[str, str], at: str = AT) -> None:
+    assert counts(await sink.load(KEPT, [kept(*events, at=at)])) == (len(events), 0, 0)
+
+
+async def names(sink: Database, selection: Selection = ALL_KEPT) -> dict[str, int]:
+    groups = (await sink.find(selection, 0))["groups"]
+    return {group["event_name"]: group["count"] for group in groups}
+
+
+async def test_where_none_were_kept_there_is_nothing(world: World) -> None:
+    sink = await world.open()
+    await sink.prepare(INSTALL)
+    assert await sink.find(ALL_KEPT, 10) == {"total": 0, "groups": [], "letters": []}
+    assert await sink.replay(ALL_KEPT, TABLES, check_row) == ({}, 0)
+    assert await sink.drop(ALL_KEPT) == 0
+    assert await sink.samples(["a"], 3) == {"a": []}
+    assert await sink.expire_unknown(1.0) is False
+
+
+async def test_unknown_events_are_found_as_they_were_sent_and_dropped_by_selection(
+    world: World,
+) -> None:
+    sink = await world.open()
+    await keep(sink, ("b", "{}"), ("a", SENT), ("b", '{"x": 1}'), ("b", '{"x": 2}'))
+    found = await sink.find(ALL_KEPT, 3)
+    assert found["total"] == 4
+    assert await names(sink) == {"b": 3, "a": 1}
+    assert {(g["refused"], g["message"]) for g in found["groups"]} == {(0, None)}
+    newest = [(e["event_name"], bytes(e["event"]).decode()) for e in found["letters"]]
+    assert newest == [("b", '{"x": 2}'), ("b", '{"x": 1}'), ("a", SENT)]
+    (event,) = (await sink.find(Selection(lane="a", shelf=Shelf.UNKNOWN), 9))["letters"]
+    assert event["received_at"] == datetime.fromisoformat(AT)
+    assert event["message"] is None
+    several = [f"n{n}" for n in range(150)]
+    found = await sink.samples(["a", "b", "c", *several], 2)
+    assert (found["a"], found["b"], found["c"]) == ([SENT], ['{"x": 2}', '{"x": 1}'], [])
+    assert await sink.drop(Selection(ids=(event["id"],), shelf=Shelf.UNKNOWN)) == 1
+    assert await sink.drop(Selection(lane="a", shelf=Shelf.UNKNOWN)) == 0
+    assert await sink.drop(Selection(lanes=("a", "b"), shelf=Shelf.UNKNOWN)) == 3
+    assert await names(sink) == {}
+    await keep(sink, *[("b", "{}")] * 2500)
+    assert await sink.drop(ALL_KEPT) == 2500
+
+
+async def test_unknown_events_are_replayed_once_and_what_is_refused_stays(world: World) -> None:
+    sink = await world.open()
+    await sink.prepare(INSTALL)
+    world.place.refuse_odd()
+    event = '{{"event_name": "install", "user_id": {}}}'
+    sent = [("install", event.format(user)) for user in range(2000, 4000, 2)]
+    await keep(sink, ("other", "{}"), ("install", event.format(1)), *sent)
+
+    def check(lane: str, event: bytes, received_at: str) -> bytes:
+        assert neutral_time(received_at) == neutral_time(AT)
+        return row(json.loads(event)["user_id"])
+
+    known = Selection(lanes=tuple(TABLES), shelf=Shelf.UNKNOWN)
+    assert await sink.replay(known, TABLES, check) == ({"install": 1000}, 1)
+    assert world.users() == list(range(2000, 4000, 2))
+    assert await names(sink) == {"install": 1, "other": 1}
+    (refused,) = (await sink.find(known, 9))["letters"]
+    (group,) = (await sink.find(known, 0))["groups"]
+    assert refused["message"]
+    assert (group["refused"], group["message"]) == (1, refused["message"])
+    assert bytes(refused["event"]).decode() == event.format(1)
+    world.place.accept_all()
+    assert await sink.replay(known, TABLES, check) == ({"install": 1}, 0)
+    assert world.users() == [1, *range(2000, 4000, 2)]
+    assert await names(sink) == {"other": 1}
+
+
+async def test_what_no_table_takes_of_the_unknown_is_a_dead_letter_as_any(world: World) -> None:
+    sink = await world.open()
+    segment = kept(("install", SENT))
+    assert counts(await sink.load(KEPT, [segment])) == (1, 0, 0)
+    assert counts(await sink.load(KEPT, [segment])) == (0, 1, 0)  # by the ledger, as any
+    event = event_json(UNKNOWN, KEPT.columns, segment.data).encode()
+    assert UnknownType().replayed(event, AT) == segment.data
+
+
+async def test_unknown_events_expire_by_when_they_were_received(world: World) -> None:
+    sink = await world.open()
+    old, new = (f"{datetime.now(UTC) - timedelta(hours=h):%Y-%m-%d %H:%M:%S}" for h in (3, 1))
+    await keep(sink, ("new", "{}"), at=new)
+    await keep(sink, *[("old", "{}")] * 1500, at=old)
+    while await sink.expire_unknown(7200.0):
+        assert "new" in await names(sink)
+    assert await names(sink) == {"new": 1}
+    assert await sink.expire_unknown(7200.0) is False
+
+
+async def test_so_many_names_are_told_apart(world: World) -> None:
+    sink = await world.open()
+    few = [(f"n{n}", "{}") for n in range(1200)]
+    await keep(sink, *few, ("often", "{}"), ("often", "{}"))
+    found = await sink.find(ALL_KEPT, 0)
+    assert (found["total"], len(found["groups"])) == (1202, 1000)
+    assert found["groups"][0]["event_name"] == "often"
 
 
 # --- tables, and how it is ---

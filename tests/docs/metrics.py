@@ -21,6 +21,7 @@ def exposed() -> dict[str, set[str]]:
         "lanes": {"install": lane},
         "totals": {"waiting_bytes": 0},
         "rejected": {"busy": 1},
+        "keys": {"ios": {"accepted": 1, "rejected": 1, "limited": 1}},
         "mirror": {"calls": {"post": 1}, "up": True, "bytes": 1, "max_bytes": 2},
         "database": {"up": True},
     }

@@ -184,8 +184,8 @@ def test_every_phrase_that_is_told_is_logged() -> None:
 def test_every_metric_and_label_is_told() -> None:
     told: dict[str, set[str]] = {}
     for row in rows("operations.md"):
-        for name, labels in re.findall(r"`(datapipe_\w+)(?:\{(\w+)\})?`", row[0]):
-            told[name] = {labels} - {""}
+        for name, labels in re.findall(r"`(datapipe_\w+)(?:\{([\w,]+)\})?`", row[0]):
+            told[name] = set(labels.split(",")) - {""}
     assert told.keys() == families()
     samples = exposed()
     for name, labels in told.items():

@@ -282,6 +282,44 @@ async def test_which_port_wins(datapipe: Run, postgres: Postgres) -> None:
             each.close()
 
 
+# --- config ---
+
+
+async def test_config(datapipe: Run, tmp_path: Path) -> None:
+    """What is in force and where it came from; `--config` goes before the variable."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "my.toml").write_text("load_workers = 7\nload_interval = 1\n")
+    (tmp_path / "key").write_text("SECRET\n")
+    named = str(tmp_path / "a" / "my.toml")
+    env = {
+        "DATAPIPE_CNF": "/nowhere.json", "DATAPIPE_LOAD_INTERVAL": "2",
+        "DATABASE_URL": "postgresql://u:SECRET@h/d", "DATAPIPE_ADMIN_KEY_FILE": "key",
+    }  # fmt: skip
+    first, last, told, wrong, nothing, broken = await asyncio.gather(
+        datapipe("--config", named, "config", "--json", env=env),
+        datapipe("config", "--json", "--config", "a/my.toml", env=env),
+        datapipe("config", "--config", named, env=env),
+        datapipe("config", env=env),
+        datapipe("config", "--config", "", env=env),
+        datapipe("check", "--config", named, env={**env, "DATAPIPE_ADMIN_KEY": "SECRET"}),
+    )
+    assert [r.code for r in (first, last, told, wrong, nothing, broken)] == [0, 0, 0, 2, 2, 2]
+    assert "/nowhere.json" in wrong.one_line()
+    assert "leave one of them" in broken.one_line()
+    assert "SECRET" not in "".join(r.out + r.err for r in (first, last, told, broken))
+    found = json.loads(first.out)
+    assert {key: each["value"] for key, each in found.items()} == {
+        key: each["value"] for key, each in json.loads(last.out).items()
+    }
+    shown = {key: (each["value"], each["source"]) for key, each in found.items()}
+    assert shown["load_workers"] == (7, f"file {named}")
+    assert shown["load_interval"] == (2, "variable DATAPIPE_LOAD_INTERVAL")
+    assert shown["admin_key"] == ("***", "variable DATAPIPE_ADMIN_KEY_FILE, file key")
+    assert shown["database_url"] == ("postgresql://u:***@h/d", "variable DATABASE_URL")
+    assert shown["data_dir"] == (str(tmp_path / "a" / "var"), "default")
+    assert re.search(r'^mirror +"auto" \(journal\) +default$', told.out, re.MULTILINE)
+
+
 # --- check ---
 
 

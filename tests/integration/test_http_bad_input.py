@@ -461,3 +461,28 @@ async def test_what_is_accepted_is_in_the_table(
                 assert math.isclose(value, expected, rel_tol=0, abs_tol=0), (kind, sent[n])
             else:
                 assert found(kind, value) == expected, (kind, sent[n])
+
+
+SHORT_TIMES = {
+    "2026-11-25": datetime(2026, 11, 25, tzinfo=UTC),
+    "2026-11-25T12:30": datetime(2026, 11, 25, 12, 30, tzinfo=UTC),
+    "2026-11-25 12:30+02": datetime(2026, 11, 25, 10, 30, tzinfo=UTC),
+    "2026-11-25T12:30:05Z": datetime(2026, 11, 25, 12, 30, 5, tzinfo=UTC),
+}
+
+
+async def test_times_of_iso_8601_are_rows(service: Service, stored: Any, numbers: Any) -> None:
+    """Singly, and in a batch among those that are read the fast way."""
+    taken = numbers(2 * len(SHORT_TIMES) + 1)
+    events = [
+        everything(n, a_datetime=sent)
+        for n, sent in zip(taken, [*SHORT_TIMES, *SHORT_TIMES], strict=False)
+    ]
+    singly, batch = events[: len(SHORT_TIMES)], events[len(SHORT_TIMES) :]
+    for each in singly:
+        assert (await service.post(each))[0] == 200
+    wrong = everything(taken[-1], a_datetime="25.11.2026")
+    status, answer = await service.post([*batch, wrong])
+    assert (status, answer["accepted"]) == (207, len(batch))
+    assert "such as 2026-11-22T12:00:00.5Z, " in answer["errors"][0]["status_message"]
+    assert await stored("a_datetime", taken) == [*SHORT_TIMES.values()] * 2

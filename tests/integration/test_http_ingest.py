@@ -433,6 +433,34 @@ async def test_input_max_len(service: Service, fits: str, more: str) -> None:
     assert answer["errors"][0]["status_code"] == 6
 
 
+# --- what is refused says what to do ---
+
+MENDS = {
+    "a body": (b" " * BODY_MAX + J1, [], 413, f"{BODY_MAX} bytes, which body_max_len sets"),
+    "an event": (
+        json.dumps(sized("x" * INPUT_MAX)).encode(), [], 400, "2048 bytes, which input_max_len sets"
+    ),
+    "a batch": (
+        b"\n".join([J1] * (BATCH_MAX + 1)), [], 413, "500 events in a batch, which batch_max_events"
+    ),
+    "gzip": (gzip.compress(J1), [], 400, "Content-Encoding: gzip"),
+    "lines without ends, as curl -d sends them": (J1 + J2, [], 400, "--data-binary"),
+    "two objects on a line": (J1 + b" " + J2 + b"\n" + J1, [], 207, "--data-binary"),
+}  # fmt: skip
+
+
+@shared
+@pytest.mark.parametrize(("body", "headers", "status", "words"), MENDS.values(), ids=MENDS)
+async def test_a_refusal_names_the_mend(
+    service: Service, body: bytes, headers: list[str], status: int, words: str
+) -> None:
+    answer = await ask(service, post(body, *headers))
+    assert answer.status == status
+    said = [answer.json["status_message"]]
+    said += [each["status_message"] for each in answer.json.get("errors", ())]
+    assert words in " ".join(said)
+
+
 # --- answers to batches ---
 
 

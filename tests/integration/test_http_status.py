@@ -595,9 +595,11 @@ async def test_readyz_tells_that_the_journal_is_full(
     for size in (500, 50, 1):  # to the brim
         while (await service.post(crash("x" * size)))[0] == 200:
             pass
-    status, answer = await service.get("/readyz")
-    assert (status, answer["status_code"]) == (503, 9)
-    assert "full" in answer["status_message"]
+    for path, why in (("/readyz", "full"), ("/dead", "the database can't do it now")):
+        refused = await ask(service, get(path), method="GET")
+        assert (refused.status, refused.code) == (503, 9)
+        assert why in refused.json["status_message"]
+        assert int(refused.headers["retry-after"]) >= 1
     assert (await service.status())["ready"] is False
     assert (await service.get("/healthz"))[0] == 200
     create()

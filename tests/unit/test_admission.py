@@ -15,7 +15,9 @@ from datapipe.events.registry import load_registry
 from datapipe.events.segment import Chunk
 from datapipe.http.admission import SMALL_BODY_BYTES, Admission, Reservation
 from datapipe.http.body import read_body
+from datapipe.http.cors import Cors
 from datapipe.http.ingest import Ingest
+from datapipe.http.ingest_keys import IngestKeys
 from datapipe.pipeline.records import Records
 from datapipe.settings import Settings
 
@@ -35,7 +37,7 @@ class FakeBuffer:
     def full(self, lanes: Iterable[str]) -> dict[str, str]:
         return dict.fromkeys(self._full & set(lanes), "it is full")
 
-    async def append(self, chunks: Sequence[Chunk]) -> None:
+    async def append(self, chunks: Sequence[Chunk], wait: object = None) -> None:
         self.taken += chunks
 
 
@@ -45,7 +47,9 @@ def admission(max_bytes: int) -> Admission:
 
 def ingest(buffer: FakeBuffer) -> Ingest:
     settings = Settings(mirror="none")
-    return Ingest(buffer, load_registry(settings), settings, Records(), [].append)  # type: ignore[arg-type]
+    records = Records()
+    keys, cors = IngestKeys([], records, ()), Cors([])
+    return Ingest(buffer, load_registry(settings), settings, keys, cors, records, [].append)  # type: ignore[arg-type]
 
 
 def test_a_quarter_is_kept_for_small_bodies() -> None:

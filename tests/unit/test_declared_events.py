@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import gc
+import sys
+from collections.abc import Iterator
 from datetime import datetime
+from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -30,6 +34,23 @@ def test_it_is_what_the_class_would_be() -> None:
     assert declared.fields == written.fields
 
 
+class Basket(Event):
+    tags: list[str]
+    counts: dict[str, list[int | None]] = {"a": [1, None]}
+    seen: list[datetime] | None = None
+    rest: dict[str, Any] | None = None
+
+
+def test_what_lists_and_dicts_hold_is_declared_as_in_a_class() -> None:
+    fields = {
+        "tags": " list[str] ", "counts": 'dict[str, list[int | None]] = {"a": [1, null]}',
+        "seen": "list[datetime]?", "rest": "dict[str, Any]?",
+    }  # fmt: skip
+    declared = load_registry(Settings(events={"basket": fields})).types["basket"]
+    written = EventType("basket", Basket)
+    assert (declared.columns, declared.fields) == (written.columns, written.fields)
+
+
 def test_keys_that_no_class_could_have() -> None:
     fields = {"from": "str", "class": "int = 1", "größe": "float?"}
     kind = load_registry(Settings(events={"x": fields})).types["x"]
@@ -42,10 +63,16 @@ def test_keys_that_no_class_could_have() -> None:
         ("signup", "n", "integer", ["events.signup.n", "'integer'", "int, float"]),
         ("signup", "n", "", ["events.signup.n", "''"]),
         ("signup", "n", "int ??", ["events.signup.n", "'int ??'"]),
-        ("signup", "n", "list[int]", ["events.signup.n", "'list[int]'"]),
+        ("signup", "n", "list[bytes]", ["events.signup.n", "'list[bytes]'", "list[...]"]),
+        ("signup", "n", "list[int", ["events.signup.n", "'list[int'"]),
+        ("signup", "n", "dict[int, str]", ["events.signup.n", "keys of a dict are str"]),
+        ("signup", "n", "dict[str]", ["events.signup.n", "'dict[str]'"]),
+        ("signup", "n", "list[__import__('os')]", ["events.signup.n", "is no type"]),
+        ("signup", "n", "int | str", ["events.signup", "'n'", "X | None"]),
+        ("signup", "n", 'list[int] = ["x"]', ["events.signup.n", "list[int] as JSON", "$[0]"]),
         ("signup", "n", "int = x", ["events.signup.n", "'x'", "int as JSON"]),
         ("signup", "n", "int = null", ["events.signup.n", "'null'"]),
-        ("signup", "n", "int = 9223372036854775808", ["events.signup", "'n'", "<= 92233720"]),
+        ("signup", "n", "int = 9223372036854775808", ["events.signup.n", "<= 92233720"]),
         ("signup", "n", "str = free", ["events.signup.n", "'free'", "text in quotes"]),
         ("signup", "n", 'str = "\\u0000"', ["events.signup", "'n'", "U+0000"]),
         ("signup", "n", 'date = "soon"', ["events.signup.n", "soon", "date"]),
@@ -97,3 +124,50 @@ def test_without_those_that_are_built_in() -> None:
     assert type(registry.one.decode(sent)) is type(registry.many.decode(b"[%s]" % sent)[0])
     with pytest.raises(ConfigError, match="builtin_events: there is no event type"):
         load_registry(Settings(builtin_events=False))
+
+
+# --- classes that are no event types, though they look like it ---
+
+
+@pytest.fixture
+def module() -> Iterator[ModuleType]:
+    """One that is gone afterwards, with its classes: they count while they live."""
+    module = ModuleType("own_events")
+    sys.modules[module.__name__] = module
+    yield module
+    del sys.modules[module.__name__]
+    vars(module).clear()
+    gc.collect()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("@register\nclass Login(Event): user: str", ["own_events.Login", '@register("login")']),
+        ("@register()\nclass Login(Event): user: str", ["own_events.Login", '@register("login")']),
+        ("class Login(Event): user: str", ["event_modules", "own_events.Login", "not registered"]),
+        ("class Base(Event): user: str\nclass Login(Base): pass", ["own_events.Login"]),
+    ],
+)
+def test_a_class_that_is_not_registered_is_named(
+    module: ModuleType, text: str, words: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        exec(f"from datapipe import Event, register\n{text}", vars(module))
+        load_registry(Settings(event_modules=["own_events"]))
+    for word in words:
+        assert word in str(refused.value)
+    assert "Base" not in str(refused.value)
+
+
+def test_a_base_of_event_types_and_one_without_fields_need_no_name(module: ModuleType) -> None:
+    text = """
+from datapipe import Event, register
+class Marker(Event): pass
+class Base(Event): user: str
+@register("login")
+class Login(Base): pass
+"""
+    exec(text, vars(module))
+    login = load_registry(Settings(event_modules=["own_events"])).types["login"]
+    assert [field.name for field in login.fields] == ["user"]

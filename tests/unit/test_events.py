@@ -10,6 +10,7 @@ from decimal import Decimal
 from typing import Any
 from uuid import UUID
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -172,6 +173,56 @@ def test_the_message_names_the_key_and_the_type_wanted(key: str, value: Any) -> 
     assert refused.value.detail.startswith(f"{key}: {wanted} wanted")
 
 
+class Basket(Event):
+    tags: list[str] = []
+    counts: dict[str, int] = {}
+    prices: list[dict[str, float]] = []
+    seen: dict[str, list[datetime | None]] | None = None
+    mixed: list[int | list[str] | dict[str, bool]] = []
+    rest: dict[str, Any] = {}
+
+
+@pytest.mark.parametrize(
+    ("key", "sent", "wrong"),
+    [
+        ("tags", ["a", "b"], None), ("tags", ["a", "b", "c", 1], "tags[3]: str wanted"),
+        ("tags", {}, "tags: list[str] wanted"), ("tags", [None], "tags[0]: str wanted"),
+        ("tags", None, "tags: list[str] wanted"), ("tags", "a", "tags: list[str] wanted"),
+        ("counts", {"a": 1, "b": 2**63 - 1}, None),
+        ("counts", {"a": 1, "b c": "2"}, 'counts["b c"]: int (64 bits) wanted'),
+        ("counts", {"a": 2**63}, 'counts["a"]: int (64 bits) wanted'),
+        ("counts", {"a": 1.0}, 'counts["a"]: int (64 bits) wanted'),
+        ("counts", {"a": True}, 'counts["a"]: int (64 bits) wanted'),
+        ("counts", {"é" * 99: "x"}, f'counts["{"é" * 63}...]: int (64 bits) wanted'),
+        ("prices", [{}, {"a": 1, "b": 0.5}], None),
+        ("prices", [{}, {"a": 1, "b": "1"}], 'prices[1]["b"]: float wanted'),
+        ("prices", [[]], "prices[0]: dict[str, float] wanted"),
+        ("seen", None, None),
+        ("seen", {"a": ["2026-01-02", None, "2026-01-02 03:04+01"]}, None),
+        ("seen", {"a": [None, "soon"]}, 'seen["a"][1]: datetime | None wanted (ISO 8601, such as'),
+        ("mixed", [1, ["a"], {"a": True}], None),
+        ("mixed", [1, ["a", 2]], "mixed[1][1]: str wanted"),
+        ("mixed", ["a"], "mixed[0]: int | list[str] | dict[str, bool] wanted"),
+        ("rest", {"a": [1, {"b": None}]}, None),
+    ],
+)  # fmt: skip
+def test_what_lists_and_dicts_hold_is_checked(key: str, sent: Any, wrong: str | None) -> None:
+    kind = EventType("basket", Basket)
+    event = json.dumps({"event_name": "basket", key: sent}).encode()
+    decoded = Registry([kind]).one.decode(event)
+    if wrong is None:
+        row = kind.look_closer(event, AT)
+        assert kind.rows([decoded], AT) == row
+        place = list(Basket.__annotations__).index(key)
+        assert json.loads(unescape(row)[place] or "null") == sent
+        return
+    for write in (lambda: kind.rows([decoded], AT), lambda: kind.look_closer(event, AT)):
+        with pytest.raises(EventRejected) as refused:
+            write()
+        assert refused.value.reason.code == 5
+        assert refused.value.detail.startswith(wrong)
+
+
 def make(**fields: Any) -> type[Event]:
     hints = {name: hint for name, (hint, *_) in fields.items()}
     defaults = {name: rest[0] for name, (_, *rest) in fields.items() if rest}
@@ -190,6 +241,8 @@ def test_names_that_are_no_event_types(name: str) -> None:
         {"received_at": (int,)}, {"event_name": (str,)}, {"xmin": (int,)}, {"a" * 64: (int,)},
         {"x": (bytes,)}, {"x": (int | str,)}, {"x": (int, "1")}, {"x": (int, None)},
         {"x": (str, "\0")}, {"x": (int, 2**63)}, {"x": (dict, {"a": "\0"})},
+        {"x": (list[bytes],)}, {"x": (dict[int, str],)}, {"x": (list[list[set]],)},
+        {"x": (list[int], ["a"])}, {"x": (Any,)},
     ],
 )  # fmt: skip
 def test_fields_that_are_no_columns(fields: dict[str, Any]) -> None:
@@ -345,3 +398,31 @@ def test_times_in_rows_are_in_utc_without_an_offset(sent: str, row: str) -> None
     shown = with_offset(row)
     assert shown == (row if len(row) > 19 and row[19] in "+-" else f"{row}+00:00")
     assert neutral_time(shown) == row
+
+
+@pytest.mark.parametrize(
+    ("sent", "row"),
+    [
+        ("2026-11-25", "2026-11-25 00:00:00"),
+        ("2026-11-25T12:30", "2026-11-25 12:30:00"),
+        ("2026-11-25 12:30Z", "2026-11-25 12:30:00"),
+        ("2026-11-25t12:30+02:30", "2026-11-25 10:00:00"),
+        ("2026-11-25 12:30-0800", "2026-11-25 20:30:00"),
+        ("2026-11-25 12:30:05.25+02", "2026-11-25 10:30:05.250000"),
+        ("0001-01-01T00:00+02:30", "0001-01-01 00:00:00+02:30"),
+        ("2026-02-30", None), ("2026-11-25T24:00", None), ("2026-11-25Z", None), ("", None),
+        ("2026-11-25T12", None), ("2026-W48-3", None), ("20261125", None), (" 2026-11-25", None),
+        ("2026-11-25T12:30+99", None), ("\u0662026-11-25", None),
+    ],
+)  # fmt: skip
+def test_times_that_are_shorter_than_rfc_3339_has_them(sent: str, row: str | None) -> None:
+    """The fast way does not know them, so they are for those who look closer."""
+    kind = EventType("moment", Moment)
+    raw = json.dumps({"event_name": "moment", "at": sent}).encode()
+    with pytest.raises(msgspec.ValidationError):
+        Registry([kind]).one.decode(raw)
+    if row is None:
+        with pytest.raises(EventRejected, match="at: datetime wanted"):
+            kind.look_closer(raw, AT)
+    else:
+        assert unescape(kind.look_closer(raw, AT)) == [row, AT]

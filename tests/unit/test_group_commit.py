@@ -17,6 +17,7 @@ from datapipe.events.segment import Chunk, Segment, seal
 from datapipe.events.types import Column
 from datapipe.health import Health
 from datapipe.mirrors import Appended, Traits
+from datapipe.pipeline import group_commit as group_commit_module
 from datapipe.pipeline.group_commit import GroupCommit
 
 COLUMNS = (Column("a", "text"),)
@@ -227,8 +228,11 @@ async def _turns() -> None:
         await asyncio.sleep(0)
 
 
-async def test_while_an_append_is_under_way_the_next_gathers_one_half() -> None:
+async def test_while_an_append_is_under_way_the_next_gathers_one_half(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Else each stray request would be an append of its own, which costs as much as a large one."""
+    monkeypatch.setattr(group_commit_module, "_PATIENCE_S", 10.0)
     group = Group()
     steps = Steps(group)
     for _ in range(64):

@@ -28,15 +28,18 @@ def module() -> Iterator[ModuleType]:
 def test_the_class_can_be_used_as_printed(module: ModuleType) -> None:
     text = class_text(
         "trial_signup",
-        ["user_id:int", 'plan:str = "free"', "seen_at:datetime?", "price:Decimal", "tags:list"],
-    )
+        ["user_id:int", 'plan:str = "free"', "seen_at:datetime?", "price:Decimal", "tags:list",
+         "days:dict[str, list[date | None]] = {}", "rest:dict[str, Any]?"],
+    )  # fmt: skip
     assert "class TrialSignup(Event):" in text
     assert "    plan: str = 'free'\n" in text
     assert "    seen_at: datetime | None = None\n" in text
+    assert "    days: dict[str, list[date | None]] = {}\n" in text
+    assert "    rest: dict[str, Any] | None = None\n" in text
     exec(compile(text, "made", "exec"), vars(module))
     kind = EventType("other_name", module.TrialSignup)
     assert [column.type for column in kind.columns] == [
-        "bigint", "text", "timestamptz", "numeric", "jsonb", "timestamptz",
+        "bigint", "text", "timestamptz", "numeric", "jsonb", "jsonb", "jsonb", "timestamptz",
     ]  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from datapipe.events.registry import load_registry
 from datapipe.http.openapi import document
 from datapipe.monitor.metrics import REASONS
@@ -11,3 +13,19 @@ from datapipe.settings import Settings
 def test_the_reasons_of_a_refusal() -> None:
     schemas = document(load_registry(Settings()))["components"]["schemas"]
     assert schemas["Reason"] == {"enum": list(REASONS)}
+
+
+def test_what_lists_and_dicts_hold() -> None:
+    fields = {"tags": "list[str | None]", "prices": "dict[str, list[float]]?", "rest": "dict"}
+    registry = load_registry(Settings(events={"basket": fields}))
+    basket = document(registry)["components"]["schemas"]["basket"]
+    tags, prices, rest = (basket["properties"][name] for name in fields)
+    assert tags["type"] == "array"
+    assert [each["type"] for each in tags["items"]["anyOf"]] == ["string", "null"]
+    numbers = {"type": "array", "items": {"type": "number"}}
+    assert prices["anyOf"] == [
+        {"type": "object", "additionalProperties": numbers}, {"type": "null"},
+    ]  # fmt: skip
+    assert rest == {"type": "object"}
+    (example,) = basket["examples"]
+    assert registry.types["basket"].look_closer(json.dumps(example).encode(), "2026-01-01 00:00:00")

@@ -13,7 +13,7 @@ from datapipe.settings import Settings
 async def test_a_turn_ends_though_events_were_lost() -> None:
     """Ten came, two are nowhere: the intervals hold all the same."""
     lane: Any = SimpleNamespace(
-        total_out=0, waiting=SimpleNamespace(events=8, bytes=80), health=Health()
+        total_out=0, waiting=SimpleNamespace(events=8, bytes=80), health=Health(), awaited=0
     )
     schedule = Schedule(lane)
     schedule.begin()

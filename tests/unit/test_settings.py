@@ -21,6 +21,13 @@ from datapipe.sinks.memory import MemoryDatabase
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working folder is empty: that of the tests may have a `var` of somebody's."""
+    (tmp_path / "working").mkdir()
+    monkeypatch.chdir(tmp_path / "working")
+
+
 def load(content: Any = None, tmp: Path | None = None, **env: str) -> Settings:
     if content is not None and tmp is not None:
         file = tmp / "datapipe.json"
@@ -32,7 +39,8 @@ def load(content: Any = None, tmp: Path | None = None, **env: str) -> Settings:
 def test_the_sample_has_every_key_with_its_default() -> None:
     sample = json.loads((ROOT / "datapipe.json").read_text())
     assert list(sample) == list(Settings.__struct_fields__)
-    assert settings.load(environ={"DATAPIPE_CNF": str(ROOT / "datapipe.json")}) == Settings()
+    found = settings.load(environ={"DATAPIPE_CNF": str(ROOT / "datapipe.json")})
+    assert found == Settings(data_dir=str(ROOT / "var"))
 
 
 def test_later_sources_win(tmp_path: Path) -> None:
@@ -103,6 +111,16 @@ def test_variables_are_text_and_json() -> None:
         (None, {"DATAPIPE_LOAD_INTERVAL": "nan"}, ["load_interval", "at least 0.05", "'nan'"]),
         (None, {"DATAPIPE_SHUTDOWN_TIMEOUT": "inf"}, ["shutdown_timeout", "a number", "'inf'"]),
         (None, {"DATAPIPE_CNF": "/nowhere.json"}, ["/nowhere.json", "can't be read"]),
+        (None, {"DATAPIPE_CNF": "/nowhere.toml"}, ["/nowhere.toml", "can't be read"]),
+        (None, {"DATAPIPE_CNF_FILE": "/x"}, ["cnf_file", "no such setting"]),
+        (None, {"DATAPIPE_NATS_CREDS_FILE": "/x"}, ["nats_creds", "set DATAPIPE_NATS_CREDS"]),
+        (None, {"DATAPIPE_ADMIN_KEY_FILE": "/no/such"}, ["admin_key", "'/no/such'", "No such"]),
+        (None, {"DATAPIPE_ADMIN_KEY_FILE": "/dev/null"}, ["admin_key", "/dev/null", "is empty"]),
+        (
+            None,
+            {"DATAPIPE_PORT": "1", "DATAPIPE_PORT_FILE": "/dev/null"},
+            ["port", "DATAPIPE_PORT_FILE", "DATAPIPE_PORT is set, too", "leave one"],
+        ),
         (None, {"DYNO": "web.1"}, ["mirror", "IRON_MQ_TOKEN", "NATS_URL"]),
     ],
 )
@@ -115,6 +133,152 @@ def test_a_wrong_setting_is_one_clear_line(
     assert "\n" not in text
     for word in words:
         assert word in text
+
+
+def test_a_file_may_be_toml(tmp_path: Path) -> None:
+    file = tmp_path / "my.toml"
+    file.write_text(
+        'load_interval = 60\ningest_keys = ["a", {name = "ios", key = "b", rate = 500}]\n'
+        '[events.signup]\nuser_id = "int"\ntrial = "bool = false"\n'
+    )
+    found = settings.load(environ={"DATAPIPE_CNF": str(file)})
+    assert found.load_interval == 60
+    assert found.ingest_keys == ["a", settings.IngestKey(name="ios", key="b", rate=500)]
+    assert found.events == {"signup": {"user_id": "int", "trial": "bool = false"}}
+    for wrong, words in (
+        ("load_interval = ", "is not TOML"),
+        ("a = 1\na = 2", "is not TOML"),
+        ('{"port": 1}', "is not TOML"),
+        ("lod_interval = 60", "the nearest is 'load_interval'"),
+        ("data_dir = 2026-11-26", "data_dir (from file"),
+    ):
+        file.write_text(wrong)
+        with pytest.raises(ConfigError, match=r"my\.toml") as refused:
+            settings.load(environ={"DATAPIPE_CNF": str(file)})
+        assert words in str(refused.value)
+        assert "\n" not in str(refused.value)
+
+
+def test_a_variable_may_name_a_file_with_the_value(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("s3cret \n")
+    (tmp_path / "keys").write_text('["a",\r\n{"name": "ios", "key": "b"}]\r\n')
+    (tmp_path / "url").write_text("postgresql://h/d")
+    (tmp_path / "number").write_bytes(b"\xff")
+    env = {
+        "DATAPIPE_ADMIN_KEY_FILE": str(tmp_path / "key"),
+        "DATAPIPE_INGEST_KEYS_FILE": str(tmp_path / "keys"),
+        "DATAPIPE_DATABASE_URL_FILE": str(tmp_path / "url"),
+        "DATABASE_URL": "postgresql://platform/d",
+        "DATAPIPE_PORT": "1", "DATAPIPE_PORT_FILE": "",
+    }  # fmt: skip
+    found = settings.load(environ=env)
+    assert (found.admin_key, found.database_url, found.port) == ("s3cret ", "postgresql://h/d", 1)
+    assert found.ingest_keys == ["a", settings.IngestKey(name="ios", key="b")]
+    with pytest.raises(ConfigError, match=r"load_workers .*/number' can't be read: .*UTF-8"):
+        load(DATAPIPE_LOAD_WORKERS_FILE=str(tmp_path / "number"))
+    # the key that ends so is no such file
+    (tmp_path / "ca").write_text("PEM")
+    assert load(DATAPIPE_NATS_CA_FILE=str(tmp_path / "ca")).nats_ca_file == str(tmp_path / "ca")
+
+
+# --- where the data is ---
+
+
+def test_data_dir_starts_from_the_settings_file_if_one_is_named(tmp_path: Path) -> None:
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "my.json").write_text('{"load_workers": 1}')
+    named = {"DATAPIPE_CNF": "../conf/my.json"}
+    assert settings.load(environ={}).data_dir == str(tmp_path / "working" / "var")
+    data_dir = settings.load(environ=named).data_dir
+    assert Path(data_dir).is_absolute()
+    assert Path(data_dir).resolve() == tmp_path / "conf" / "var"
+    assert settings.load(environ=named | {"DATAPIPE_DATA_DIR": "/var/x"}).data_dir == "/var/x"
+
+
+@pytest.mark.parametrize(
+    ("left", "env", "stops"),
+    [
+        ("var/journal/0.sqlite", {}, True),
+        ("other/journal/0.sqlite", {"DATAPIPE_DATA_DIR": "other"}, True),
+        ("var/postgres/PG_VERSION", {}, True),
+        ("var/postgres/PG_VERSION", {"DATABASE_URL": "postgresql://h/d"}, False),
+        ("var/journal/0.sqlite", {"DATAPIPE_MIRROR": "none"}, False),
+        ("var/peers/x", {}, False),
+    ],
+)
+def test_events_of_1_0_are_not_left_behind(
+    tmp_path: Path, left: str, env: dict[str, str], stops: bool
+) -> None:
+    """It had `data_dir` start from the working folder: what lies there is named."""
+    (tmp_path / "my.json").write_text("{}")
+    old, new = Path(left).absolute(), tmp_path / left
+    old.parent.mkdir(parents=True)
+    old.touch()
+    environ = {"DATAPIPE_CNF": str(tmp_path / "my.json"), **env}
+    if stops:
+        folder = Path(left).parts[0]
+        with pytest.raises(ConfigError) as refused:
+            settings.load(environ=environ)
+        for word in ("data_dir: ", f"move {Path(folder).absolute()} to {tmp_path / folder}"):
+            assert word in str(refused.value)
+        assert settings.read(environ=environ).settings.data_dir == str(tmp_path / folder)
+        new.parent.mkdir(parents=True)
+        new.touch()
+    settings.load(environ=environ)
+    settings.load(environ=env)  # no file is named: it is where it was
+
+
+# --- logins in URLs, and what is shown of them ---
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://u:p@ss@h/d", "postgresql://u:p/ss@h/d", "postgresql://u:50%off@h/d",
+        "postgres://u:a?b/ss@h:5432/d", "mysql://u:p#ss@h/d", "mariadb://u:p?ss@h/d",
+        "mysql://u:p/ss@h:3306/d", "mysql://u:p%ss@h/d",
+    ],
+)  # fmt: skip
+def test_a_password_that_is_not_escaped_is_named_and_not_shown(url: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load(DATABASE_URL=url)
+    text = str(refused.value)
+    assert text.startswith("database_url (from variable DATABASE_URL): in its user and password")
+    assert "'@' %40" in text
+    assert "ss@" not in text
+    assert "off" not in text
+
+
+@pytest.mark.parametrize(
+    ("url", "seen"),
+    [
+        ("postgresql://u:p%40s@h:1,h2:2/d?user=a@b", "postgresql://u:***@h:1,h2:2/d?user=a@b"),
+        ("postgresql://u:p:q?r#s@h/d", "postgresql://u:***@h/d"),
+        ("postgresql://u@h/d?sslmode=require", None),
+        ("postgresql://h/d?passwor%64=x&sslpassword=y&a=b", "postgresql://h/d?passwor%64=***&sslpassword=***&a=b"),
+        ("postgresql:///d?host=/run/x&application_name=a:b/c@d", None),
+        ("postgresql://[::1]:5432/d@e", None),
+        ("mysql://u:p%2Fs@h/d?ssl-mode=REQUIRED", "mysql://u:***@h/d?ssl-mode=REQUIRED"),
+    ],
+)  # fmt: skip
+def test_a_url_is_shown_without_its_password(url: str, seen: str | None) -> None:
+    found = settings.shown(load(DATABASE_URL=url))
+    assert found["database_url"] == (seen or url)
+
+
+def test_what_is_shown_hides_secrets() -> None:
+    found = settings.shown(
+        Settings(
+            admin_key="s3cret", nats_password="s3cret", mirror_options={"a": "s3cret"},
+            ingest_keys=["s3cret", settings.IngestKey(name="ios", key="s3cret", rate=5)],
+            nats_url="nats://s3cret@a,tls://u:s3cret@b:1,nats://c", database_url="barn://s3cret",
+        )
+    )  # fmt: skip
+    assert "s3cret" not in repr(found)
+    assert found["nats_url"] == "nats://***@a,tls://u:***@b:1,nats://c"
+    assert found["ingest_keys"] == ["***", {"name": "ios", "key": "***", "lanes": [], "rate": 5}]
+    assert (found["ironmq_token"], found["admin_key"]) == ("", "***")
+    assert list(found) == list(Settings.__struct_fields__)
 
 
 @pytest.mark.parametrize(

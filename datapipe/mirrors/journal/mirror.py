@@ -23,7 +23,7 @@ from datapipe.events.segment import Segment
 from datapipe.mirrors import Appended, Membership, Mirror, MirrorPlugin, MirrorState, Traits
 from datapipe.mirrors.buffered import BufferedMirror, Found, Removal, Run
 from datapipe.mirrors.journal.file import ROW_BYTES, JournalFile, open_file, own_file, size_of
-from datapipe.mirrors.journal.salvage import check_journals, is_damage
+from datapipe.mirrors.journal.salvage import check_journals, is_damage, journal_folder
 from datapipe.settings import Settings
 
 MIN_FREE_BYTES = 64 * 1024 * 1024  # on a full disk even DELETE fails, so appends stop before
@@ -277,7 +277,7 @@ async def open_store(settings: Settings) -> AsyncIterator[Journal]:
 
     Raises: ConfigError: the folder can't be written.
     """
-    folder = Path(settings.data_dir) / "journal"
+    folder = journal_folder(settings)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         journal = Journal(settings, folder, own_file(folder))
@@ -298,6 +298,10 @@ def _size(path: Path) -> int:
 
 
 class JournalPlugin(MirrorPlugin):
+    def kept_in(self, settings: Settings) -> Path:
+        """See `Plugin.kept_in`."""
+        return journal_folder(settings)
+
     @asynccontextmanager
     async def open(self, settings: Settings, process: str) -> AsyncIterator[Mirror]:
         async with open_store(settings) as store:

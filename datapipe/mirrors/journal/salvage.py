@@ -169,9 +169,14 @@ def _reaches(connection: sqlite3.Connection, at: int) -> bool:
     return True
 
 
+def journal_folder(settings: Settings) -> Path:
+    """Where the journals of all processes are."""
+    return Path(settings.data_dir) / "journal"
+
+
 def check_journals(settings: Settings) -> list[tuple[str, str]]:
     """Verify every journal in `data_dir`, also those of living processes; a line for each."""
-    folder = Path(settings.data_dir) / "journal"
+    folder = journal_folder(settings)
     if not folder.is_dir():
         return [("ok", f"journal: none yet in {folder}")]
     found = [] if os.access(folder, os.W_OK) else [("fail", f"journal {folder}: can't be written")]

@@ -173,7 +173,9 @@ class _Look:
         self._settings = settings
         self._replicas = replicas
         self._prefix = settings.nats_prefix
-        self._lanes = sorted(load_registry(settings).types)
+        registry = load_registry(settings)
+        self._lanes = sorted(registry.lanes)
+        self._kinds = registry.kinds
         self._several = asyncio.Semaphore(_AT_ONCE)
 
     async def _ask(self, call: str, **body: Any) -> dict[str, Any]:
@@ -323,7 +325,7 @@ class _Look:
         except MirrorUnavailable as exc:
             why = self._unanswered("STREAM.NAMES", exc)
             return [_warn(f": streams of unregistered event types are not seen: {why}")]
-        known = {self._prefix, *(stream_of(self._prefix, lane) for lane in self._lanes)}
+        known = {self._prefix, *(stream_of(self._prefix, lane) for lane in self._kinds)}
         return [
             _warn(f" stream {name}: is of no event type that is registered here: nothing loads it")
             for name in sorted(set(names) - known)

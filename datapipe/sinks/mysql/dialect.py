@@ -25,6 +25,7 @@ _TYPES = {
     "word": "VARCHAR(255)",
     "count": "BIGINT NOT NULL DEFAULT 0",
     "event": "LONGTEXT NOT NULL",  # not JSON, which MySQL rewrites, and which has a limit of depth
+    "json": "LONGTEXT NOT NULL",
     "time": "DATETIME(6)",
     "moment": "DATETIME(6) NOT NULL DEFAULT CURRENT_TIMESTAMP(6)",
     "flag": "TINYINT(1) NOT NULL DEFAULT 0",

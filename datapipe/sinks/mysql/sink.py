@@ -26,7 +26,7 @@ from datapipe.events.types import Column
 from datapipe.health import Wait
 from datapipe.settings import Settings
 from datapipe.sinks import SinkPlugin, Table
-from datapipe.sinks.dialect import OWN_TABLES, Dialect
+from datapipe.sinks.dialect import Dialect
 from datapipe.sinks.mysql import connections
 from datapipe.sinks.mysql.connections import PACKET_BYTES, LoadConnection, LoadSessions, SmallPool
 from datapipe.sinks.mysql.copy import Copier
@@ -35,7 +35,7 @@ from datapipe.sinks.mysql.errors import code_of, described, is_away, verdict
 from datapipe.sinks.server import ServerSink, fetch
 from datapipe.sinks.sql import SqlTransaction, Statement, sliced
 from datapipe.sinks.transaction import Entry, RefusedRow, Rows, Transaction
-from datapipe.sinks.urls import server_address
+from datapipe.sinks.urls import login_fault, server_address
 
 _PORT = 3306
 _CONNECTIONS = 2  # of the pool, at once
@@ -188,7 +188,7 @@ class MySqlSink(ServerSink[LoadConnection]):
     async def denied(self, table: Table, changes: Sequence[str]) -> str | None:
         """See `SqlSink.denied`: by what the server says of our account and its active roles."""
         at = self._address
-        lacking = {"SELECT", "INSERT", "UPDATE", "DELETE"} if table in OWN_TABLES else {"INSERT"}
+        lacking = {"SELECT", "INSERT", "UPDATE", "DELETE"} if table.is_own else {"INSERT"}
         lacking |= {right for each in changes for right in _FOR_DDL[" ".join(each.split()[:2])]}
         ((account,),) = await self.query("SELECT CURRENT_USER()")
         for (line,) in await self.query("SHOW GRANTS"):
@@ -313,6 +313,9 @@ class MysqlPlugin(SinkPlugin):
     def faults(self, settings: Settings) -> Iterator[tuple[str, str]]:
         """See `Plugin.faults`."""
         yield from super().faults(settings)
+        if why := login_fault(settings.database_url, "/?#"):  # as urllib finds its end
+            yield "database_url", why
+            return
         try:
             server_address(settings.database_url, _PORT)
         except ConfigError as exc:

@@ -16,7 +16,6 @@ import psycopg2
 from datapipe.errors import SinkUnavailable
 from datapipe.settings import Settings
 from datapipe.sinks import Table
-from datapipe.sinks.dialect import OWN_TABLES
 from datapipe.sinks.postgres.connections import (
     PEER_MAY_VANISH,
     AiopgPool,
@@ -184,7 +183,7 @@ class Database(ServerSink[psycopg2.extensions.connection]):
 
     async def denied(self, table: Table, changes: Sequence[str]) -> str | None:
         """See `SqlSink.denied`. The catalogs are open to all."""
-        used = _OWN_RIGHTS if table in OWN_TABLES else ["INSERT"]
+        used = _OWN_RIGHTS if table.is_own else ["INSERT"]
         columns = [column.name for column in table.columns]
         rows = await self.query(_RIGHTS, used, columns, self._dialect.schema, table.name)
         ((role, database, schema, there, may_make, may_look, lacking),) = rows

@@ -17,6 +17,7 @@ _TYPES = {
     "word": "text",
     "count": "bigint NOT NULL DEFAULT 0",
     "event": "jsonb NOT NULL",
+    "json": "json NOT NULL",
     "time": "timestamptz",
     "moment": "timestamptz NOT NULL DEFAULT now()",
     "flag": "boolean NOT NULL DEFAULT false",
@@ -39,6 +40,7 @@ def dialect(schema: str) -> Dialect:
         for_update=" FOR UPDATE",
         skip_locked=" FOR UPDATE SKIP LOCKED",
         event="event #>> '{}'",
+        unknown_event="event::text",
         schema=schema,
     )
 

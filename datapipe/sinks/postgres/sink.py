@@ -12,9 +12,10 @@ import importlib.util
 import json
 import math
 import re
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import psycopg2
@@ -35,6 +36,7 @@ from datapipe.sinks.postgres.database import Database
 from datapipe.sinks.postgres.dialect import as_json
 from datapipe.sinks.sql import SqlTransaction
 from datapipe.sinks.transaction import Entry, Letter, RefusedRow, Rows, Transaction
+from datapipe.sinks.urls import login_fault
 
 # Each load states what it relies on, whatever the role or the database says. Without
 # synchronous_commit a crash of the server after COMMIT loses what the mirror has forgotten; without
@@ -229,6 +231,16 @@ class PostgresPlugin(SinkPlugin):
         reserved=frozenset({"tableoid", "xmin", "cmin", "xmax", "cmax", "ctid"}),
         name_bytes=63,
     )
+
+    def faults(self, settings: Settings) -> Iterator[tuple[str, str]]:
+        """See `Plugin.faults`."""
+        yield from super().faults(settings)
+        if why := login_fault(settings.database_url, "/"):  # as libpq finds its end
+            yield "database_url", why
+
+    def kept_in(self, settings: Settings) -> Path | None:
+        """See `Plugin.kept_in`: of the embedded server."""
+        return None if settings.database_url else Path(settings.data_dir) / "postgres"
 
     @asynccontextmanager
     async def open(self, settings: Settings, process: str) -> AsyncIterator[sinks.Database]:

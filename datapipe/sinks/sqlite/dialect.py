@@ -24,6 +24,7 @@ _TYPES = {
     "word": "TEXT",
     "count": "INTEGER NOT NULL DEFAULT 0",
     "event": "TEXT NOT NULL",
+    "json": "TEXT NOT NULL",
     "time": "TEXT",
     "moment": f"TEXT NOT NULL DEFAULT ({_NOW})",
     "flag": "INTEGER NOT NULL DEFAULT 0",

@@ -14,12 +14,24 @@ from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
+import msgspec
+
 from datapipe.errors import LaneBlocked, SinkUnavailable
-from datapipe.events.types import Column
+from datapipe.events.types import Column, with_offset
 from datapipe.settings import Settings
-from datapipe.sinks import Beat, Heartbeat, Mark, Selection, SinkPlugin, Table
+from datapipe.sinks import (
+    UNKNOWN_GROUPS,
+    Beat,
+    Heartbeat,
+    Mark,
+    Selection,
+    Shelf,
+    SinkPlugin,
+    Table,
+)
 from datapipe.sinks.transaction import (
     Entry,
+    Kept,
     Known,
     Letter,
     RefusedRow,
@@ -27,7 +39,12 @@ from datapipe.sinks.transaction import (
     TableMissing,
     Transaction,
 )
-from datapipe.sinks.transactional import TransactionalSink, event_json, found
+from datapipe.sinks.transactional import (
+    TransactionalSink,
+    event_json,
+    found,
+    found_unknown,
+)
 
 OWN_TABLES = """
 CREATE TABLE IF NOT EXISTS datapipe_ledger (
@@ -37,6 +54,9 @@ CREATE TABLE IF NOT EXISTS datapipe_ledger (
 CREATE TABLE IF NOT EXISTS datapipe_dead_letters (
     id INTEGER PRIMARY KEY AUTOINCREMENT, lane, event, sqlstate, message, column_name, segment,
     created_at
+);
+CREATE TABLE IF NOT EXISTS datapipe_unknown (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, event_name, event, message, received_at
 );
 CREATE TABLE IF NOT EXISTS datapipe_processes (
     process TEXT PRIMARY KEY, mirror, beats, ended, host, grouped
@@ -95,7 +115,10 @@ class ToyTransaction:
         refused = []
         for each in rows:
             for line in bytes(each.data).splitlines(keepends=True):
-                event = json.loads(event_json(table.name, columns, line))
+                text = event_json(table.name, columns, line)
+                event = json.loads(text)
+                sent = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+                event |= {c.name: bytes(sent[c.name]).decode() for c in columns if c.type == "json"}
                 try:
                     self._execute(sql, {name: _storable(value) for name, value in event.items()})
                 except sqlite3.IntegrityError as exc:
@@ -112,25 +135,27 @@ class ToyTransaction:
                 (*letter, now),
             )
 
-    def letters(
-        self, selection: Selection, after: int, limit: int
-    ) -> Sequence[tuple[int, str, str]]:
+    def kept(self, selection: Selection, after: int, limit: int) -> Sequence[Kept]:
         condition, values = where(selection)
-        return self._execute(
-            f"SELECT id, lane, event FROM datapipe_dead_letters WHERE {condition}"
+        unknown = selection.shelf is Shelf.UNKNOWN
+        columns = "event_name, event, received_at" if unknown else "lane, event, NULL"
+        rows = self._execute(
+            f"SELECT id, {columns} FROM {selection.shelf.value} WHERE {condition}"
             " AND id > ? ORDER BY id LIMIT ?",
             (*values, after, limit),
-        ).fetchall()
+        )
+        return [Kept(*row) for row in rows]
 
-    def settle(self, back: Sequence[int], stay: Sequence[RefusedRow]) -> None:
-        for id in back:
-            self._execute("DELETE FROM datapipe_dead_letters WHERE id = ?", (id,))
+    def settle(self, shelf: Shelf, gone: Sequence[int], stay: Sequence[RefusedRow]) -> None:
+        for id in gone:
+            self._execute(f"DELETE FROM {shelf.value} WHERE id = ?", (id,))
         for each in stay:
             self._execute(
-                "UPDATE datapipe_dead_letters"
-                " SET sqlstate = coalesce(nullif(?, ''), sqlstate), message = ? WHERE id = ?",
-                (each.sqlstate, each.message, each.id),
+                f"UPDATE {shelf.value} SET message = ? WHERE id = ?", (each.message, each.id)
             )
+            if each.sqlstate and shelf is Shelf.DEAD_LETTERS:
+                sql = "UPDATE datapipe_dead_letters SET sqlstate = ? WHERE id = ?"
+                self._execute(sql, (each.sqlstate, each.id))
 
 
 class ToySink(TransactionalSink):
@@ -268,10 +293,24 @@ class ToySink(TransactionalSink):
 
         return await self._run(show)
 
-    # --- DeadLetters ---
+    # --- Shelves ---
 
     async def find(self, selection: Selection, limit: int) -> dict[str, Any]:
         condition, values = where(selection)
+
+        def look_for_unknown(connection: sqlite3.Connection) -> dict[str, Any]:
+            groups = connection.execute(
+                "SELECT event_name, count(*), count(message), min(message) FROM datapipe_unknown"
+                f" WHERE {condition} GROUP BY event_name ORDER BY count(*) DESC, event_name",
+                values,
+            ).fetchall()
+            letters = connection.execute(
+                "SELECT id, event_name, event, message, received_at FROM datapipe_unknown"
+                f" WHERE {condition} ORDER BY id DESC LIMIT ?",
+                (*values, limit),
+            )
+            shown = [(*row[:4], datetime.fromisoformat(with_offset(row[4]))) for row in letters]
+            return found_unknown(sum(group[1] for group in groups), groups[:UNKNOWN_GROUPS], shown)
 
         def look(connection: sqlite3.Connection) -> dict[str, Any]:
             groups = connection.execute(
@@ -287,12 +326,30 @@ class ToySink(TransactionalSink):
             shown = [(*letter[:6], datetime.fromisoformat(letter[6])) for letter in letters]
             return found(groups.fetchall(), shown)
 
-        return await self._run(look)
+        unknown = selection.shelf is Shelf.UNKNOWN
+        return await self._run(look_for_unknown if unknown else look)
 
     async def drop(self, selection: Selection) -> int:
         condition, values = where(selection)
-        sql = f"DELETE FROM datapipe_dead_letters WHERE {condition}"
+        sql = f"DELETE FROM {selection.shelf.value} WHERE {condition}"
         return await self._run(lambda connection: connection.execute(sql, values).rowcount)
+
+    async def samples(self, names: Sequence[str], each: int) -> dict[str, list[str]]:
+        sql = "SELECT event FROM datapipe_unknown WHERE event_name = ? ORDER BY id DESC LIMIT ?"
+
+        def look(connection: sqlite3.Connection) -> dict[str, list[str]]:
+            return {
+                name: [event for (event,) in connection.execute(sql, (name, each))]
+                for name in names
+            }
+
+        return await self._run(look)
+
+    async def expire_unknown(self, retention_s: float) -> bool:
+        before = datetime.fromtimestamp(time.time() - retention_s, UTC).replace(tzinfo=None)
+        sql = "DELETE FROM datapipe_unknown WHERE received_at < ?"
+        await self._run(lambda connection: connection.execute(sql, (str(before),)))
+        return False
 
 
 def table_ddl(table: Table) -> str:
@@ -303,11 +360,13 @@ def table_ddl(table: Table) -> str:
 def where(selection: Selection) -> tuple[str, list[Any]]:
     """A selection as an SQL condition and its values."""
     conditions, values = ["true"], []
-    if selection.ids is not None:
-        conditions.append(f"id IN ({', '.join('?' * len(selection.ids))})")
-        values += selection.ids
-    for column in ("lane", "sqlstate"):
-        if (value := getattr(selection, column)) is not None:
+    lane = "event_name" if selection.shelf is Shelf.UNKNOWN else "lane"
+    for column, among in (("id", selection.ids), (lane, selection.lanes)):
+        if among is not None:
+            conditions.append(f"{column} IN ({', '.join('?' * len(among))})")
+            values += among
+    for column, value in ((lane, selection.lane), ("sqlstate", selection.sqlstate)):
+        if value is not None:
             conditions.append(f"{column} = ?")
             values.append(value)
     return " AND ".join(conditions), values

@@ -1,0 +1,1 @@
+"""`datapipe send`: files of events to a service's URL, none lost, none twice."""

@@ -1,0 +1,73 @@
+"""The lane of events whose type is not registered here: kept as they were sent, to be replayed."""
+
+from __future__ import annotations
+
+import msgspec
+
+from datapipe.errors import EventRejected, Reason
+from datapipe.events.limits import Limits
+from datapipe.events.types import (
+    DEFAULTS,
+    NO_NUL,
+    NUL_IN_JSON,
+    Column,
+    EventType,
+    escape,
+    is_event_name,
+    too_long,
+)
+
+UNKNOWN = "datapipe_unknown"
+
+
+class UnknownRow(msgspec.Struct):
+    """A row of this lane as JSON, such as a dead letter of it."""
+
+    event_name: str
+    event: msgspec.Raw
+    received_at: str = ""
+
+
+class _Named(msgspec.Struct):
+    event_name: str
+
+
+class UnknownType:
+    """Writes the rows of the lane `datapipe_unknown`; see `EventType`."""
+
+    name = UNKNOWN
+    struct = UnknownRow
+    columns = (
+        Column("event_name", "text"),
+        Column("event", "json"),
+        Column("received_at", "timestamptz"),
+    )
+
+    def __init__(self, input_max_len: int = 16_384, limits: Limits = DEFAULTS) -> None:
+        self.max_len = input_max_len
+        self.limits = limits
+
+    def takes(self, event_name: str) -> bool:
+        """Whether there could be a type of this name."""
+        return is_event_name(event_name, self.limits)
+
+    def look_closer(self, raw: bytes, received_at: str) -> bytes:
+        """The row of one JSON object, whose name `takes` is true of.
+
+        Raises: EventRejected: it can't be kept; msgspec's errors: it does not parse.
+        """
+        if len(raw) > self.max_len:
+            raise too_long(self.max_len)
+        event_name = msgspec.json.decode(raw, type=_Named).event_name
+        text = raw.decode()
+        if NUL_IN_JSON.search(text):
+            raise EventRejected(Reason.BAD_VALUE, f"an event of an unknown type: {NO_NUL}")
+        return f"{event_name}\t{escape(text)}\t{received_at}\n".encode()
+
+    def replayed(self, letter: bytes, received_at: str) -> bytes:
+        """The row of a dead letter of this lane. Raises: as `look_closer`."""
+        event = msgspec.json.decode(letter, type=UnknownRow).event
+        return self.look_closer(bytes(event), received_at)
+
+
+Kind = EventType | UnknownType
