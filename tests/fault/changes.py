@@ -14,7 +14,7 @@ import json
 import random
 import signal
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -222,7 +222,7 @@ async def change(
     keys = ["first"]
     for service in services:
         service.settings["data_dir"] = services[0].settings["data_dir"]
-        service.settings["ingest_keys"] = [named("first")]
+        write(service, keys)
         await service.start()
     clients = Clients(services, keys, chance)
     async with clients.running(12, database):
@@ -236,6 +236,7 @@ async def change(
     for service in services:
         await service.stop()
         service.settings |= {"unknown_events": "keep", "events": registered()}
+        write(service, keys)
         await service.start()
     await services[0].drained(60)
     await services[1].drained(60)
@@ -246,27 +247,30 @@ def registered() -> dict[str, Any]:
     return {LATER: {"user_id": "int", "timestamp": "int", "@partition": "day"}}
 
 
-def named(key: str) -> dict[str, Any]:
-    """An ingest key; all have one name, so they share the scope of idempotency keys."""
-    return {"name": "app", "key": key, "rate": 1_000_000}
+def write(service: Service, keys: Iterable[str]) -> None:
+    """The settings file, with these ingest keys: of one name, so idempotency keys are shared."""
+    lanes = ["install", "purchase", "crash_report", "datapipe_unknown", *service.settings["events"]]
+    service.settings["ingest_keys"] = [
+        {"name": "app", "key": key, "rate": 1_000_000, "lanes": lanes} for key in keys
+    ]
+    service.file.write_text(json.dumps(service.settings))
 
 
 async def rotate(services: list[Service], keys: list[str], chance: random.Random) -> None:
     """Both keys are valid before clients change over, and until they have."""
     old, new = keys[0], f"k{chance.getrandbits(32)}"
-    await reload(services, [named(old), named(new)])
+    await reload(services, [old, new])
     keys[:] = [new, old]
     await asyncio.sleep(0.2)
     keys[:] = [new]
     await asyncio.sleep(0.5)  # POSTs under way still have the old one
-    await reload(services, [named(new)])
+    await reload(services, [new])
 
 
-async def reload(services: list[Service], ingest_keys: list[dict[str, Any]]) -> None:
+async def reload(services: list[Service], keys: list[str]) -> None:
     for service in services:
         before = len(service.logged("settings reloaded"))
-        service.settings["ingest_keys"] = ingest_keys
-        service.file.write_text(json.dumps(service.settings))
+        write(service, keys)
         service.send_signal(signal.SIGHUP)
 
         async def told(service: Service = service, before: int = before) -> bool:
@@ -279,6 +283,7 @@ async def restart(services: list[Service], keys: list[str], chance: random.Rando
     service = chance.choice(services)
     await service.stop()
     service.settings |= variant(chance)
+    write(service, keys)
     await service.start()
 
 
@@ -286,6 +291,7 @@ async def killed(services: list[Service], keys: list[str], chance: random.Random
     service = chance.choice(services)
     await service.kill()
     service.settings |= variant(chance)
+    write(service, keys)
     await service.start()
 
 
