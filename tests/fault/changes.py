@@ -94,7 +94,8 @@ class Clients:
             sent = self._next()
             loaded = await self._send(session, sent)
             if loaded and self._chance.random() < 0.2:
-                await self._look(database, sent)
+                stored = await asyncio.to_thread(stored_ids, database)
+                self.found.told_too_early += [id for id in loaded if not stored[id]]
             await asyncio.sleep(self._chance.uniform(0, 0.03))
 
     def _next(self) -> Sent:
@@ -120,8 +121,8 @@ class Clients:
             made["message"] = "m" * self._chance.choice([1, _LONG])
         return made
 
-    async def _send(self, session: aiohttp.ClientSession, sent: Sent) -> bool:
-        """Whether all of it was said to be loaded."""
+    async def _send(self, session: aiohttp.ClientSession, sent: Sent) -> set[int]:
+        """The events that were said to be loaded."""
         service = self._chance.choice(self._services)
         headers = {"Authorization": f"Bearer {self._chance.choice(self._keys)}"}
         if sent.key:
@@ -133,26 +134,23 @@ class Clients:
                 answer = await response.json()
         except (aiohttp.ClientConnectorError, aiohttp.InvalidURL):
             await asyncio.sleep(0.1)
-            return False
+            return set()
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError):
             sent.unsure = True
-            return False
-        status = response.status
+            return set()
+        status, taken = response.status, set[int]()
         self.found.statuses[status] += 1
         if status in (200, 202, 207):
             refused = {error["index"] for error in answer.get("errors", ())}
             assert len(refused) == answer.get("rejected", 0)
-            sent.accepted |= {id for index, id in enumerate(sent.ids) if index not in refused}
+            taken = {id for index, id in enumerate(sent.ids) if index not in refused}
+            sent.accepted |= taken
         elif status == 503:
             sent.unsure = True
         elif status not in (400, 422):
             self.faults.append(f"{status}: {answer}")
         self.found.waited += bool(answer.get("loaded"))
-        return bool(answer.get("loaded"))
-
-    async def _look(self, database: str, sent: Sent) -> None:
-        stored = await asyncio.to_thread(stored_ids, database)
-        self.found.told_too_early += [id for id in sent.accepted if not stored[id]]
+        return taken if answer.get("loaded") else set()
 
     def judge(self, database: str) -> Found:
         found, stored = self.found, stored_ids(database)
