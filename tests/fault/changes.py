@@ -21,7 +21,7 @@ from typing import Any
 
 import aiohttp
 
-from tests.databases import aexecute, execute, has
+from tests.databases import execute, has
 from tests.service import Service, until
 
 LATER = "signup"  # a type that is registered in some settings, and kept as unknown in others
