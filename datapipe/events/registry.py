@@ -16,6 +16,7 @@ from datapipe.events.types import PG_TYPES, Event, EventType, registered, unregi
 from datapipe.events.unknown import UNKNOWN, Kind, UnknownType
 from datapipe.events.values import TIMES, parse_type, wire_type, written
 from datapipe.settings import Settings, plugin
+from datapipe.settings.values import seconds_of
 
 # type, `?` for nullable, and the default as JSON: "bool = false"
 _DECLARED = re.compile(r"\s*([^?=]+?)\s*(\?)?\s*(?:=\s*(.+))?", re.DOTALL)
@@ -133,7 +134,8 @@ def load_registry(settings: Settings) -> Registry:
                 f"{settings.sink_kind}'s: leave them out, or take a PostgreSQL as database_url"
             )
     keeps_unknown = settings.unknown_events == "keep"
-    return Registry(types, UnknownType(*bounds), keeps_unknown=keeps_unknown)
+    unknown = UnknownType(*bounds, retention_s=seconds_of(settings.unknown_retention))
+    return Registry(types, unknown, keeps_unknown=keeps_unknown)
 
 
 def _import(module: str) -> None:

@@ -125,7 +125,7 @@ class Selection:
     Attributes:
         lane: that they are to be replayed into; of unknown events, their `event_name`.
         lanes: the same, any of these.
-        sqlstate: of dead letters alone.
+        sqlstate: of dead letters alone; empty: those without one.
     """
 
     ids: tuple[int, ...] | None = None
@@ -289,12 +289,6 @@ class Shelves(Protocol):
 
     async def samples(self, names: Sequence[str], each: int) -> dict[str, list[str]]:
         """The newest unknown events of each of these names, at most `each`, as they were sent.
-
-        Raises: SinkUnavailable, LaneBlocked.
-        """
-
-    async def expire_unknown(self, retention_s: float) -> bool:
-        """Remove some unknown events that were received longer ago; whether there may be more.
 
         Raises: SinkUnavailable, LaneBlocked.
         """

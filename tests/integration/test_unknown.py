@@ -18,7 +18,7 @@ from datapipe.events.unknown import UnknownType
 from datapipe.settings import Settings
 from datapipe.sinks import open_sink, table_of
 from tests.postgres import Postgres
-from tests.service import Service
+from tests.service import Service, until
 
 Make = Callable[..., Service]
 
@@ -92,7 +92,7 @@ async def test_kept_as_sent_and_moved_once_its_type_is_registered(
     assert names((await second.get("/unknown"))[1]) == {"other": 1}
 
 
-async def test_what_waits_is_loaded_though_no_more_are_kept(
+async def test_what_waits_is_loaded_though_no_more_are_kept_and_expires(
     make_service: Make, database: str, postgres: Postgres
 ) -> None:
     first = await make_service(
@@ -106,6 +106,19 @@ async def test_what_waits_is_loaded_though_no_more_are_kept(
     assert (books["recovered"], books["loaded"], books["balanced"]) == (1, 1, True)
     assert postgres.execute(database, "SELECT event::text FROM datapipe_unknown") == [(SENT,)]
     assert not second.logged("lane blocked")
+
+    # nor are they kept for longer than is asked for
+    await second.stop()
+    older = "UPDATE datapipe_unknown SET received_at = received_at - interval '1 hour'"
+    postgres.execute(database, older)
+    second.settings["unknown_retention"] = "30 minutes"
+    await second.start()
+
+    async def gone() -> bool:
+        return (await second.get("/unknown"))[1]["total"] == 0
+
+    await until(gone, what="what is too old is gone")
+    assert second.logged("rows removed")[0]["rows"] == 1
 
 
 async def test_unless_it_is_asked_for_none_are_kept() -> None:

@@ -176,6 +176,8 @@ class Database(ServerSink[psycopg2.extensions.connection]):
 
     async def remove_expired(self, table: Table) -> bool:
         """See `Upkeep.remove_expired`."""
+        if table.is_own:
+            return await super().remove_expired(table)
         return await self._retention.remove(table)
 
     async def adopt(self, table: Table, say: Callable[[str], None]) -> None:
