@@ -27,7 +27,7 @@ from datapipe import settings as settings_module
 from datapipe.errors import ConfigError, DatapipeError
 from datapipe.events.registry import Registry, load_registry
 from datapipe.http.admin import Admin
-from datapipe.http.auth import Access
+from datapipe.http.auth import Access, Credentials
 from datapipe.http.body import Body
 from datapipe.http.cors import Cors
 from datapipe.http.heads import PATHS
@@ -222,12 +222,15 @@ class Pipeline:
                 raise ConnectionResetError("the client has left")
             return await request.content.readany()
 
-        id, key = request_id(request.headers), request.query.get("key")
+        id = request_id(request.headers)
+        authorization = request.headers.get("Authorization")
+        credentials = Credentials(authorization, request.query.get("key"))
         body = Body(request.content_length, read)
         transport = request.transport
         connection = None if transport is None else transport.get_protocol()
         gone = connection.gone if isinstance(connection, Connection) else None
-        response = (await self.ingest.answer(request.headers, key, body, id, gone)).response()
+        answer = await self.ingest.answer(request.headers, credentials, body, id, gone)
+        response = answer.response()
         response.headers["X-Request-ID"] = id
         return response
 

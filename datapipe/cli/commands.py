@@ -249,11 +249,12 @@ async def dead(settings: Settings, args: argparse.Namespace) -> int:
 
 def _print_letters(found: dict[str, Any]) -> None:
     for group in found["groups"]:
-        print("{count:>8}  {lane}  {sqlstate}  {message}".format(**group))
+        state = group["sqlstate"] or "-"
+        print(f"{group['count']:>8}  {group['lane']}  {state}  {group['message']}")
     for letter in found["letters"]:
         event = bytes(letter["event"]).decode()
         print(f"#{letter['id']}  {letter['created_at']:%Y-%m-%d %H:%M:%S}  {letter['lane']}")
-        print(f"    {letter['sqlstate']}: {letter['message']}")
+        print(f"    {letter['sqlstate'] or '-'}: {letter['message']}")
         print(f"    {event}")
     print(f"total: {found['total']}")
 

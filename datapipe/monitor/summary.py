@@ -52,8 +52,8 @@ WORDS = {
     ),
     ("dead_letters", "fails"): Words(
         "dead_letters", "{dead}",
-        "The database has refused them; they are kept. See why under Dead letters or by `datapipe "
-        "dead list`, repair that and put them back, or drop them for good.",
+        "The database has refused them; they are kept. See why under Dead letters, or by datapipe "
+        "dead list; repair that and put them back, or drop them for good.",
     ),
     ("database", "is new"): Words(
         "starting", "The database has not been reached", "Events are kept meanwhile."

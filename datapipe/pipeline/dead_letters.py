@@ -28,12 +28,15 @@ _REST = 20  # times as long as the last count took: none is made, where there ar
 def selection_of(wanted: Any) -> Selection:
     """From `{"ids": [...]}`, `{"lane": L, "sqlstate": S}` or `{"all": true}`.
 
+    An SQLSTATE of null, as groups without one have it, selects these.
     Raises: EventRejected: it is none of these; all must be asked for explicitly.
     """
     if isinstance(wanted, Mapping):
         keys = set(wanted)
         if (some := ids_or_all(wanted)) is not None:
             return some
+        if "sqlstate" in keys and wanted["sqlstate"] is None:
+            wanted = {**wanted, "sqlstate": ""}
         texts = all(isinstance(value, str) and storable(value) for value in wanted.values())
         if keys and keys <= {"lane", "sqlstate"} and texts:
             return Selection(lane=wanted.get("lane"), sqlstate=wanted.get("sqlstate"))

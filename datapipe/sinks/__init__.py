@@ -125,7 +125,7 @@ class Selection:
     Attributes:
         lane: that they are to be replayed into; of unknown events, their `event_name`.
         lanes: the same, any of these.
-        sqlstate: of dead letters alone.
+        sqlstate: of dead letters alone; empty: those without one.
     """
 
     ids: tuple[int, ...] | None = None

@@ -532,11 +532,11 @@ class SqlTransaction(ABC):
         )
         return {id: Known(*rest) for id, *rest in rows}
 
-    def bodies(self, claims: Sequence[str]) -> dict[str, str]:
+    def bodies(self, ids: Sequence[str]) -> dict[str, str | None]:
         """See `Transaction.bodies`."""
         sql = f"SELECT segment, body FROM {self._ledger} WHERE segment {self._one_of}"
-        found: dict[str, str] = {}
-        for some in sliced(claims):
+        found: dict[str, str | None] = {}
+        for some in sliced(ids):
             found |= self.query(sql, self._dialect.listed(some))
         return found
 

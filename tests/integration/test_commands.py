@@ -389,6 +389,12 @@ async def test_check_verifies_the_journals(
     assert beside.code == 0
     assert "100" in beside.out
     assert f"ok    service: running here (pid {service.pid}, {service.url})\n" in beside.out
+    assert "warn" not in beside.out
+    other = await datapipe(
+        "check", database_url=database, builtin_events=False, events={"signup": {"plan": "str"}}
+    )
+    assert other.code == 0
+    assert "warn  journal: 100 events of crash_report wait, which is no event type" in other.out
     await service.kill()
     journals = (tmp_path / "var" / "journal").glob("*.sqlite")
     journal = max(journals, key=lambda path: path.stat().st_size)
@@ -488,6 +494,9 @@ async def test_load_accept_dead(
     sql = "SELECT lane, sqlstate, count(*), count(DISTINCT event->>'user_id')"
     sql += " FROM datapipe_dead_letters GROUP BY 1, 2"
     assert Postgres.execute(database, sql) == [("crash_report", "23514", 150, 150)]
+    found = json.loads((await datapipe("dead", "list", "--json", database_url=database)).out)
+    assert (found["total"], len(found["letters"])) == (150, 20)
+    assert found["letters"][0]["event"]["event_name"] == "crash_report"
 
 
 async def test_load_ends_with_a_worker_that_dies(

@@ -258,7 +258,7 @@ async def test_the_page_shows_them_escaped_and_its_buttons_act(
     assert "&lt;script&gt;x" in page
     assert "<script>x" not in page
     asked, form = page.split("Drop for good…</summary>")[1].split("</form>")[0].split("<form")
-    assert "2 events of install can't be had again then." in asked
+    assert "2 events can't be had again then." in asked
     assert 'action="dead/drop"' in form
     assert page.count('action="dead/drop"') == page.count('<details class="ask">') == 2
     postgres.execute(database, "ALTER TABLE install DROP CONSTRAINT even")

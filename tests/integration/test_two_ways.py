@@ -432,6 +432,10 @@ MEANING: dict[str, tuple[list[Step], str]] = {
     ),
     "a bomb": ([post(gzip.compress(b" " * 10_000_000), "Content-Encoding: gzip")], "413"),
     "Idempotency-Key": ([post(J, "Idempotency-Key: a")] * 3, "200 200 200"),
+    "Idempotency-Key, another body": (
+        [post(J, "Idempotency-Key: b"), post(J + b" ", "Idempotency-Key: b"),
+         post(LINES, "Idempotency-Key: b"), post(J, "Idempotency-Key: b")], "200 422 422 200",
+    ),
     "Idempotency-Key, empty": ([post(J, "Idempotency-Key:")], "400"),
     "Idempotency-Key with a blank": ([post(J, "Idempotency-Key: a b")], "400"),
     "Idempotency-Key with a tab": ([post(J, "Idempotency-Key: a\tb")], "400"),

@@ -45,7 +45,7 @@ def test_a_plain_head() -> None:
         head("Content-Length: 5", "X-A:  b ", first="POST /?a=b&key=s%20p HTTP/1.1")
     )
     assert found is not None
-    assert (found.length, found.key) == (5, "s p")
+    assert (found.length, found.credentials.in_query) == (5, "s p")
     assert dict(found.headers) == {"Host": "x", "Content-Length": "5", "X-A": "b"}
 
 

@@ -157,7 +157,7 @@ def test_the_worst_comes_first_and_the_rest_is_named_too() -> None:
 def test_dead_letters_are_counted_by_lane(lanes: dict[str, int], words: str) -> None:
     shown = summary(status(fails("dead_letters"), dead_letters={"lanes": lanes}))
     assert shown["text"].startswith(words)
-    assert "`datapipe dead list`" in shown["text"]
+    assert "by datapipe dead list;" in shown["text"]
 
 
 def test_dead_letters_that_another_process_knows_to_be_gone() -> None:

@@ -97,9 +97,9 @@ class ToyTransaction:
         rows = [row for id in segments for row in self._execute(sql, (id,))]
         return {id: Known(*rest) for id, *rest in rows}
 
-    def bodies(self, claims: Sequence[str]) -> dict[str, str]:
+    def bodies(self, ids: Sequence[str]) -> dict[str, str | None]:
         sql = "SELECT segment, body FROM datapipe_ledger WHERE segment = ?"
-        return dict(row for id in claims for row in self._execute(sql, (id,)))
+        return dict(row for id in ids for row in self._execute(sql, (id,)))
 
     def book(self, counts: Sequence[tuple[str, int, int]]) -> None:
         for id, *numbers in counts:
@@ -367,7 +367,8 @@ def where(selection: Selection) -> tuple[str, list[Any]]:
         if among is not None:
             conditions.append(f"{column} IN ({', '.join('?' * len(among))})")
             values += among
-    for column, value in ((lane, selection.lane), ("sqlstate", selection.sqlstate)):
+    state = "coalesce(sqlstate, '')"
+    for column, value in ((lane, selection.lane), (state, selection.sqlstate)):
         if value is not None:
             conditions.append(f"{column} = ?")
             values.append(value)
