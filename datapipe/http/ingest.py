@@ -15,9 +15,10 @@ from datapipe.http import responses
 from datapipe.http.admission import Admission, Reservation
 from datapipe.http.auth import Credentials
 from datapipe.http.body import Body, Headers, read_body
+from datapipe.http.claims import Claim, Claims
 from datapipe.http.cors import Cors
 from datapipe.http.ingest_keys import ANYBODY, IngestKeys
-from datapipe.http.parse import Claim, Parser
+from datapipe.http.parse import Parser
 from datapipe.http.prefer import wait_seconds
 from datapipe.http.responses import Answer
 from datapipe.pipeline.buffer import Buffer
@@ -48,6 +49,7 @@ class Ingest:
         self.admission = Admission(buffer, settings.inflight_max_bytes)
         self._buffer = buffer
         self._parser = Parser(registry, settings.batch_max_events)
+        self._claims = Claims(settings.claims_max_bytes, settings.dedupe_window)
         self._settings = settings
         self._records = records
         self._keys = keys
@@ -106,12 +108,15 @@ class Ingest:
             body = await read_body(source, headers, self._settings, reservation)
             claim = self._claim(grant.scope, idempotency_key, body)
             parsed = await self._parser.parse(body, self._clock.now(), claim, grant.lanes)
-            full = self.admission.refuse_full(parsed)
+            full = self.admission.refuse_full(parsed, keyed=claim is not None)
             if parsed.chunks:
                 reservation.grow(sum([len(chunk.data) for chunk in parsed.chunks]))
                 events = sum([chunk.events for chunk in parsed.chunks])
                 grant.bucket.take(events)
                 taken = events
+                if claim:  # by now another one may have come
+                    self._buffer.check(parsed.chunks)
+                    self._claims.enter(claim)
                 await self._buffer.append(parsed.chunks, wait)
                 grant.use.accepted += taken
             if parsed.errors:
@@ -172,16 +177,23 @@ class Ingest:
             except BufferFull:
                 self.admission.leave(held)
             else:
+                if claim:
+                    self._claims.enter(claim)
                 grant.use.last_seen = now
                 return True
         grant.bucket.give_back(1)
         return False
 
     def _claim(self, scope: bytes, idempotency_key: str | None, body: bytes) -> Claim | None:
-        """The hashes that stand for the keys and for the body."""
+        """The hashes that stand for the keys and for the body.
+
+        Raises: EventRejected: the key was used with another body.
+        """
         if idempotency_key is None:
             return None
-        return _hash(scope + idempotency_key.encode()), _hash(body)
+        claim = _hash(scope + idempotency_key.encode()), _hash(body)
+        self._claims.check(claim)
+        return claim
 
     def _failed(self, error: Exception, body: bytes, request_id: str, use: KeyUse) -> Answer:
         """The answer to a POST of which nothing is promised."""

@@ -478,7 +478,8 @@ def test_settings_of_nats_that_fit(files: Path, given: dict[str, str]) -> None:
         ({"nats_url": "nats://u:s3cret@a:x"}, "nats_url", ["port", "65535"]),
         ({"nats_url": "nats://u:s3cret@a:65536"}, "nats_url", ["port", "65535"]),
         ({"nats_url": "nats://u:s3cret@a:0"}, "nats_url", ["port"]),
-        ({"nats_url": "nats://u:s3/cret@a"}, "nats_url", ["port"]),
+        ({"nats_url": "nats://u:s3/cret@a"}, "nats_url", ["port", "nats_user and nats_password"]),
+        ({"nats_url": "nats://u:s3,cret@a"}, "nats_url", ["place 1", "nats_user"]),
         ({"nats_url": "nats://[a"}, "nats_url", ["nats://host:4222"]),
         ({"nats_url": "nats://a/s3cret"}, "nats_url", ["end with the host"]),
         (
