@@ -27,7 +27,7 @@ from datapipe import settings as settings_module
 from datapipe.errors import ConfigError, DatapipeError
 from datapipe.events.registry import Registry, load_registry
 from datapipe.http.admin import Admin
-from datapipe.http.auth import Access
+from datapipe.http.auth import Access, Credentials
 from datapipe.http.body import Body
 from datapipe.http.cors import Cors
 from datapipe.http.heads import PATHS
@@ -107,9 +107,12 @@ class Pipeline:
                 self.buffer, sink, self.registry, self.settings, records,
                 metrics.load_seconds.observe,
             )  # fmt: skip
-            kinds = self.registry.lanes.values() if self.try_out else ()
-            tables = [table_of(kind) for kind in kinds]
-            self.coordinator = Coordinator(self.buffer, self.loader, sink, process, tables)
+            tables = [table_of(kind) for kind in self.registry.lanes.values()]
+            kept = [table_of(kind) for kind in self.registry.kinds.values()]
+            self.coordinator = Coordinator(
+                self.buffer, self.loader, sink, process, tables if self.try_out else (),
+                [table for table in kept if table.partition or table.retention_s],
+            )  # fmt: skip
             self.ingest = Ingest(
                 self.buffer, self.registry, self.settings, self.keys, self.cors, records,
                 metrics.request_seconds.observe,
@@ -132,6 +135,7 @@ class Pipeline:
             admin.add_to(app)
             await stack.enter_async_context(self.loader.running(self._task_died))
             await stack.enter_async_context(self.coordinator.running(self._task_died))
+            await stack.enter_async_context(dead.counting(self._task_died))
             own = Own(self.status.for_peers, admin.load_own, self._service)
             for each in {local, peers}:
                 await stack.enter_async_context(each.listening(own))
@@ -218,12 +222,15 @@ class Pipeline:
                 raise ConnectionResetError("the client has left")
             return await request.content.readany()
 
-        id, key = request_id(request.headers), request.query.get("key")
+        id = request_id(request.headers)
+        authorization = request.headers.get("Authorization")
+        credentials = Credentials(authorization, request.query.get("key"))
         body = Body(request.content_length, read)
         transport = request.transport
         connection = None if transport is None else transport.get_protocol()
         gone = connection.gone if isinstance(connection, Connection) else None
-        response = (await self.ingest.answer(request.headers, key, body, id, gone)).response()
+        answer = await self.ingest.answer(request.headers, credentials, body, id, gone)
+        response = answer.response()
         response.headers["X-Request-ID"] = id
         return response
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum
 
 
@@ -64,11 +65,15 @@ class EventRejected(Refused):
 
 
 class Busy(Refused):
-    """Nothing can be accepted now: 503, code 9 and Retry-After; nothing was promised."""
+    """Nothing can be accepted now: 503, code 9 and Retry-After; nothing was promised.
 
-    def __init__(self, detail: str, retry_after_s: float = 5.0) -> None:
+    Attributes: lanes: that have no room, if it is because of these.
+    """
+
+    def __init__(self, detail: str, retry_after_s: float = 5.0, lanes: Sequence[str] = ()) -> None:
         super().__init__(Reason.BUSY, detail)
         self.retry_after_s = retry_after_s
+        self.lanes = lanes
 
 
 class RateLimited(Refused):

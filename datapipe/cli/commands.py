@@ -174,12 +174,20 @@ async def _status_of(settings: Settings, named: str | None) -> dict[str, Any]:
 
 
 async def schema(settings: Settings, args: argparse.Namespace) -> int:
-    """Print the DDL for all event types and our own tables; or make what is missing.
+    """Print the DDL for all event types and our own tables; make what is missing; adopt a table.
 
-    Raises: SinkUnavailable: the database does not answer.
+    Raises: SinkUnavailable: the database does not answer. LaneBlocked: a table can't be adopted.
+    ConfigError: there is no event type of that name.
     """
     tables = [table_of(kind) for kind in load_registry(settings).lanes.values()]
+    adopted = [table for table in tables if table.name in args.adopt]
+    if unknown := set(args.adopt) - {table.name for table in tables}:
+        raise ConfigError(f"--adopt: there is no event type {min(unknown)!r}")
     async with open_sink(settings, new_process_id()) as sink:
+        for table in adopted:
+            await sink.adopt(table, print)
+        if adopted and not args.apply:
+            return 0
         if args.apply:
             logs.configure("critical", settings.log_format)
             return await _apply(sink, tables)
@@ -195,7 +203,7 @@ async def _apply(sink: Database, tables: Sequence[Table]) -> int:
     made, failed = 0, False
     for table in tables:
         try:
-            statements = await sink.prepare(table)
+            statements = await sink.prepare(table) + await sink.make_ahead(table)
         except SinkUnavailable as exc:
             if exc.everywhere:
                 raise
@@ -241,11 +249,12 @@ async def dead(settings: Settings, args: argparse.Namespace) -> int:
 
 def _print_letters(found: dict[str, Any]) -> None:
     for group in found["groups"]:
-        print("{count:>8}  {lane}  {sqlstate}  {message}".format(**group))
+        state = group["sqlstate"] or "-"
+        print(f"{group['count']:>8}  {group['lane']}  {state}  {group['message']}")
     for letter in found["letters"]:
         event = bytes(letter["event"]).decode()
         print(f"#{letter['id']}  {letter['created_at']:%Y-%m-%d %H:%M:%S}  {letter['lane']}")
-        print(f"    {letter['sqlstate']}: {letter['message']}")
+        print(f"    {letter['sqlstate'] or '-'}: {letter['message']}")
         print(f"    {event}")
     print(f"total: {found['total']}")
 

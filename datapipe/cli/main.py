@@ -113,6 +113,10 @@ def _parser() -> argparse.ArgumentParser:
     defining.add_argument(
         "--apply", action="store_true", help="make what is missing, and print only that"
     )
+    defining.add_argument(
+        "--adopt", metavar="NAME", action="append", default=[],
+        help="keep a table that was there before in order as one of ours (PostgreSQL)",
+    )  # fmt: skip
     _add_shelf(
         sub, "dead", commands.dead, "dead letters: look, put back, remove",
         {

@@ -16,10 +16,17 @@ from datapipe.events.types import PG_TYPES, Event, EventType, registered, unregi
 from datapipe.events.unknown import UNKNOWN, Kind, UnknownType
 from datapipe.events.values import TIMES, parse_type, wire_type, written
 from datapipe.settings import Settings, plugin
+from datapipe.settings.values import seconds_of
 
 # type, `?` for nullable, and the default as JSON: "bool = false"
 _DECLARED = re.compile(r"\s*([^?=]+?)\s*(\?)?\s*(?:=\s*(.+))?", re.DOTALL)
 _PATH = re.compile(r"[/\\]|^\.|\.py$")  # a file's, in place of a module's name
+
+# of the table, not of an event: no field is called so
+_OPTIONS = {
+    "@partition": "__datapipe_partition__",
+    "@retention": "__datapipe_retention__",
+}
 
 
 class CrashReport(Event):
@@ -100,7 +107,8 @@ def load_registry(settings: Settings) -> Registry:
             f"event_modules: {', '.join(forgotten)}: an event type that is not registered: write "
             '@register("its_name") above the class'
         )
-    bounds = settings.input_max_len, plugin(settings, "sink").limits
+    sink = plugin(settings, "sink")
+    bounds = settings.input_max_len, sink.limits
     types = [EventType(name, cls, *bounds) for name, cls in registered()]
     taken = {kind.name for kind in types}
     for name, fields in settings.events.items():
@@ -119,8 +127,15 @@ def load_registry(settings: Settings) -> Registry:
             "builtin_events: there is no event type: set it to true, or declare types in "
             "event_modules or events"
         )
+    for kind in types:
+        if (kind.partition or kind.retention_s) and not sink.has_partitions:
+            raise ConfigError(
+                f"event type {kind.name!r}: partition and retention are PostgreSQL's alone, not "
+                f"{settings.sink_kind}'s: leave them out, or take a PostgreSQL as database_url"
+            )
     keeps_unknown = settings.unknown_events == "keep"
-    return Registry(types, UnknownType(*bounds), keeps_unknown=keeps_unknown)
+    unknown = UnknownType(*bounds, retention_s=seconds_of(settings.unknown_retention))
+    return Registry(types, unknown, keeps_unknown=keeps_unknown)
 
 
 def _import(module: str) -> None:
@@ -156,6 +171,11 @@ def declared_class(name: str, fields: dict[str, str]) -> type[Event]:
     body: dict[str, Any] = {"__annotations__": {}}
     for field, text in fields.items():
         place = f"events.{name}.{field}"
+        if field in _OPTIONS:
+            body[_OPTIONS[field]] = text
+            continue
+        if field.startswith("@"):
+            raise ConfigError(f"{place}: no such option; there are {' and '.join(_OPTIONS)}")
         if not field.isidentifier() or field.startswith("__"):
             raise ConfigError(
                 f"events.{name}: {field!r} can't be a key: letters, digits and _, not __ in front"

@@ -27,12 +27,18 @@ _BEGINNING = attrgetter("start")
 class Part(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """A run of rows of a POST that had an `Idempotency-Key`, whole in one segment.
 
+    They are of one `event_name`, and began within the same 16 KiB of the body. So what a part could
+    hold depends on the body alone; of that, it may lack what was rejected. A release that does not
+    know the last two fields passes over them.
+
     Attributes:
         claim: hash of ingest key and idempotency key.
         body: hash of the body.
-        number: which run of the POST it is, within its lane.
+        number: of the 16 KiB of the body.
         start, end: its bytes in the segment's data.
         events: how many rows.
+        name: their `event_name`, where it is not the segment's lane.
+        lacks: see `Chunk`.
     """
 
     claim: str
@@ -41,6 +47,8 @@ class Part(msgspec.Struct, array_like=True, frozen=True, gc=False):
     start: int
     end: int
     events: int
+    name: str = ""
+    lacks: str = ""
 
 
 class Chunk(msgspec.Struct, eq=False, gc=False):
@@ -50,6 +58,9 @@ class Chunk(msgspec.Struct, eq=False, gc=False):
         claim: hash of the idempotency key, hash of the body, number of the part: such a chunk stays
             whole.
         indexes: where in the body its events stood.
+        name: see `Part`.
+        lacks: which events of the part were rejected: bit n, of a number in base 16, stands for the
+            n-th event of that name in that part of the body; empty: none. At most 255 characters.
         waiter: who waits for the load of these rows, if anybody: they get segments of their own.
     """
 
@@ -59,6 +70,8 @@ class Chunk(msgspec.Struct, eq=False, gc=False):
     events: int
     claim: tuple[str, str, int] | None = None
     indexes: Sequence[int] = (0,)
+    name: str = ""
+    lacks: str = ""
     waiter: object | None = None
 
 
@@ -164,7 +177,7 @@ def _joined(chunks: Sequence[Chunk]) -> Segment:
     for chunk in chunks:
         end = at + len(chunk.data)
         if chunk.claim:
-            parts.append(Part(*chunk.claim, at, end, chunk.events))
+            parts.append(Part(*chunk.claim, at, end, chunk.events, chunk.name, chunk.lacks))
         at = end
     data = chunks[0].data if len(chunks) == 1 else b"".join([chunk.data for chunk in chunks])
     events = sum([chunk.events for chunk in chunks])

@@ -42,10 +42,17 @@ class UnknownType:
         Column("event", "json"),
         Column("received_at", "timestamptz"),
     )
+    partition: str | None = None
 
-    def __init__(self, input_max_len: int = 16_384, limits: Limits = DEFAULTS) -> None:
+    def __init__(
+        self,
+        input_max_len: int = 16_384,
+        limits: Limits = DEFAULTS,
+        retention_s: int | None = None,
+    ) -> None:
         self.max_len = input_max_len
         self.limits = limits
+        self.retention_s = retention_s
 
     def takes(self, event_name: str) -> bool:
         """Whether there could be a type of this name."""

@@ -45,14 +45,18 @@ class Admission:
         self.requests -= 1
         self.bytes -= count
 
-    def refuse_full(self, parsed: Parsed) -> list[str]:
+    def refuse_full(self, parsed: Parsed, keyed: bool) -> list[str]:
         """Turn the events of full lanes into errors; returns these lanes.
 
-        Raises: BufferFull: it was a single event.
+        Raises: BufferFull: it was a single event, or has an idempotency key: such a POST is taken
+        whole, or not at all, as all of it is sent again.
         """
         full = self._buffer.mirror.full([chunk.lane for chunk in parsed.chunks])
         if not full:
             return []
+        if keyed:
+            lanes = sorted(full)
+            raise BufferFull(f"no room for {', '.join(lanes)}; nothing is stored", lanes=lanes)
         for chunk in parsed.chunks:
             if chunk.lane in full:
                 error = BufferFull(full[chunk.lane])

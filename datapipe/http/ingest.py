@@ -13,10 +13,12 @@ from datapipe.errors import BufferFull, EventRejected, Reason, Refused
 from datapipe.events.registry import Registry
 from datapipe.http import responses
 from datapipe.http.admission import Admission, Reservation
+from datapipe.http.auth import Credentials
 from datapipe.http.body import Body, Headers, read_body
+from datapipe.http.claims import Claim, Claims
 from datapipe.http.cors import Cors
 from datapipe.http.ingest_keys import ANYBODY, IngestKeys
-from datapipe.http.parse import Claim, Parser
+from datapipe.http.parse import Parser
 from datapipe.http.prefer import wait_seconds
 from datapipe.http.responses import Answer
 from datapipe.pipeline.buffer import Buffer
@@ -47,6 +49,7 @@ class Ingest:
         self.admission = Admission(buffer, settings.inflight_max_bytes)
         self._buffer = buffer
         self._parser = Parser(registry, settings.batch_max_events)
+        self._claims = Claims(settings.claims_max_bytes, settings.dedupe_window)
         self._settings = settings
         self._records = records
         self._keys = keys
@@ -56,7 +59,7 @@ class Ingest:
     async def answer(
         self,
         headers: Headers,
-        key: str | None,
+        credentials: Credentials,
         source: bytes | Body,
         request_id: str,
         gone: Callable[[], asyncio.Future[None]] | None = None,
@@ -64,7 +67,7 @@ class Ingest:
         """Answer one POST. Raises nothing.
 
         Args:
-            key: the one in the query.
+            credentials: who sends it.
             source: the body, or how it is read while some of it may be on its way.
             gone: gives what is done once the client has left.
         """
@@ -72,7 +75,7 @@ class Ingest:
         wait = None if seconds is None else Wait(seconds)
         reservation = Reservation(self.admission)
         try:
-            storing = self._store(headers, key, source, request_id, reservation, wait)
+            storing = self._store(headers, credentials, source, request_id, reservation, wait)
             del source  # whoever waits holds no body meanwhile
             answer = await storing
             if wait is not None and answer.status < 300:  # something was accepted
@@ -88,7 +91,7 @@ class Ingest:
     async def _store(
         self,
         headers: Headers,
-        key: str | None,
+        credentials: Credentials,
         source: bytes | Body,
         request_id: str,
         reservation: Reservation,
@@ -98,19 +101,22 @@ class Ingest:
         body, grant, taken = b"", ANYBODY, 0
         try:
             self.admission.check()
-            grant = self._keys.grant(headers, key)
+            grant = self._keys.grant(credentials)
             grant.use.last_seen = self._clock.now()
-            grant.bucket.check()
+            grant.bucket.take(0)
             idempotency_key = _idempotency_key(headers)
             body = await read_body(source, headers, self._settings, reservation)
             claim = self._claim(grant.scope, idempotency_key, body)
             parsed = await self._parser.parse(body, self._clock.now(), claim, grant.lanes)
-            full = self.admission.refuse_full(parsed)
+            full = self.admission.refuse_full(parsed, keyed=claim is not None)
             if parsed.chunks:
                 reservation.grow(sum([len(chunk.data) for chunk in parsed.chunks]))
-                grant.bucket.check()  # others may have emptied it meanwhile
-                taken = sum([chunk.events for chunk in parsed.chunks])
-                grant.bucket.take(taken)
+                events = sum([chunk.events for chunk in parsed.chunks])
+                grant.bucket.take(events)
+                taken = events
+                if claim:  # by now another one may have come
+                    self._buffer.check(parsed.chunks)
+                    self._claims.enter(claim)
                 await self._buffer.append(parsed.chunks, wait)
                 grant.use.accepted += taken
             if parsed.errors:
@@ -119,14 +125,14 @@ class Ingest:
             if parsed.batch:
                 answer = responses.batch(taken, parsed.errors, full)
         except Exception as exc:
-            grant.bucket.take(-taken)
+            grant.bucket.give_back(taken)
             answer = self._failed(exc, body, request_id, grant.use)
         return answer
 
     def take(
         self,
         headers: Headers,
-        key: str | None,
+        credentials: Credentials,
         body: bytes,
         request_id: str,
         send: Callable[[Answer], None],
@@ -148,13 +154,12 @@ class Ingest:
             if error is None:
                 grant.use.accepted += 1
             else:
-                grant.bucket.take(-1)
+                grant.bucket.give_back(1)
                 answer = self._failed(error, body, request_id, grant.use)
             send(self._cors.apply(answer, headers))
 
         try:
-            grant = self._keys.grant(headers, key)
-            grant.bucket.check()
+            grant = self._keys.grant(credentials)
             claim = None
             if "Idempotency-Key" in headers:
                 claim = self._claim(grant.scope, _idempotency_key(headers), body)
@@ -162,25 +167,33 @@ class Ingest:
             chunk = self._parser.single(body, now, claim, grant.lanes)
             if chunk is None or self._buffer.mirror.full((chunk.lane,)):
                 return False
+            grant.bucket.take(1)
         except Exception:
             return False  # `answer` meets it again, and says what it was
         held += len(chunk.data)
-        if not self.admission.enter(held):
-            return False
-        try:
-            self._buffer.add(chunk, done)
-        except BufferFull:
-            self.admission.leave(held)
-            return False
-        grant.bucket.take(1)
-        grant.use.last_seen = now
-        return True
+        if self.admission.enter(held):
+            try:
+                self._buffer.add(chunk, done)
+            except BufferFull:
+                self.admission.leave(held)
+            else:
+                if claim:
+                    self._claims.enter(claim)
+                grant.use.last_seen = now
+                return True
+        grant.bucket.give_back(1)
+        return False
 
     def _claim(self, scope: bytes, idempotency_key: str | None, body: bytes) -> Claim | None:
-        """The hashes that stand for the keys and for the body."""
+        """The hashes that stand for the keys and for the body.
+
+        Raises: EventRejected: the key was used with another body.
+        """
         if idempotency_key is None:
             return None
-        return _hash(scope + idempotency_key.encode()), _hash(body)
+        claim = _hash(scope + idempotency_key.encode()), _hash(body)
+        self._claims.check(claim)
+        return claim
 
     def _failed(self, error: Exception, body: bytes, request_id: str, use: KeyUse) -> Answer:
         """The answer to a POST of which nothing is promised."""

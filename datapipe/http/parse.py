@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -22,10 +22,11 @@ from datapipe.events.registry import Registry
 from datapipe.events.segment import Chunk
 from datapipe.events.types import EventType
 from datapipe.events.unknown import Kind
+from datapipe.http.claims import Claim
 
-# A keyed POST is cut into parts at each full 16 KiB of the body: a part must fit, whole, into the
-# smallest message of any mirror (64 KB with its envelope), and the cut must depend on nothing but
-# the body, so that a retry after a change of code or settings is cut alike.
+# A keyed POST is cut into parts by event name and at each full 16 KiB of the body: a part must fit,
+# whole, into the smallest message of any mirror (64 KB with its envelope), and the cut must depend
+# on nothing but the body, so that a retry after a change of code or settings is cut alike.
 PART_BYTES = 16_384
 
 _BLANK = b" \t\r\n"
@@ -65,6 +66,16 @@ class Parsed:
     errors: list[tuple[int, Refused]]
 
 
+class _Run(NamedTuple):
+    """Events of one type that become one chunk. Attributes: see `Chunk`."""
+
+    kind: Kind
+    indexes: Sequence[int]
+    claim: tuple[str, str, int] | None = None
+    name: str = ""
+    lacks: str = ""
+
+
 class _Event(msgspec.Struct):
     event_name: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
 
@@ -74,10 +85,10 @@ _RAW_LIST = msgspec.json.Decoder(list[msgspec.Raw])
 _NAME = msgspec.json.Decoder(_Event)
 _TEXT = msgspec.json.Decoder(str)
 
-Claim = tuple[str, str]
 Lanes = frozenset[str] | None  # that an ingest key may post to; None: all
+_K = TypeVar("_K")
 # decoded events of one type, or their rows -> their rows as one, or None: look closer
-_Join = Callable[[EventType, list[Any]], bytes | None]
+_Join = Callable[[Any, list[Any]], bytes | None]
 
 
 class Parser:
@@ -129,7 +140,11 @@ class Parser:
                 except EventRejected:  # a value is out of range
                     return None
 
-            chunks = await self._chunks(list(map(type, events)), events, join, parts, claim)
+            runs = [
+                _Run(self._registry.by_struct[struct], indexes, claim and (*claim, number))
+                for (struct, number), indexes in _grouped(list(map(type, events)), parts)
+            ]
+            chunks = await self._chunks(runs, events, join)
             if chunks is not None:
                 return Parsed(batch, chunks, [])
         return await self._look_closer(body, batch, received_at, claim, lanes)
@@ -166,38 +181,30 @@ class Parser:
         return events if len(events) == lines else None
 
     async def _chunks(
-        self,
-        structs: Sequence[type | None],
-        items: list[Any],
-        join: _Join,
-        parts: Sequence[int] | None,
-        claim: Claim | None,
+        self, runs: Iterable[_Run], items: list[Any], join: _Join
     ) -> list[Chunk] | None:
-        """A chunk for each type and part, or None: look closer.
+        """A chunk for each run, or None: look closer.
 
-        Args:
-            structs: of each event the class that it decodes to; None: it is invalid.
-            items: what `join` takes, one for each event.
+        Args: items: what `join` takes, one for each event.
         """
         chunks: list[Chunk] = []
-        for (struct, part), indexes in _grouped(structs, parts):
-            if struct is None:
-                continue
+        for kind, indexes, claim, name, lacks in runs:
             if len(chunks) % _YIELD_EVERY == _YIELD_EVERY - 1:
                 await asyncio.sleep(0)
-            kind = self._registry.by_struct[struct]
             some = items if len(indexes) == len(items) else [items[i] for i in indexes]
             if (data := join(kind, some)) is None:
                 return None
-            of_part = claim and (*claim, part)
-            chunks.append(Chunk(kind.name, kind.columns, data, len(indexes), of_part, indexes))
+            chunks.append(
+                Chunk(kind.name, kind.columns, data, len(indexes), claim, indexes, name, lacks)
+            )
         return chunks
 
     async def _look_closer(
         self, body: bytes, batch: bool, received_at: str, claim: Claim | None, lanes: Lanes
     ) -> Parsed:
         """Take a body apart, event by event."""
-        structs: list[type | None] = []
+        names: list[str | None] = []
+        kinds: list[Kind | None] = []
         rows: list[bytes] = []
         sizes: list[int] = []
         errors: list[tuple[int, Refused]] = []
@@ -212,9 +219,10 @@ class Parser:
             if index >= self._max_events:
                 raise self._too_many()
             sizes.append(len(raw))
-            struct, row = None, b""
+            name, kind, row = None, None, b""
             try:
-                struct, row = self._row(raw, received_at, lanes)
+                name = _name(raw)
+                kind, row = self._row(name, raw, received_at, lanes)
             except EventRejected as exc:
                 if not batch:
                     raise
@@ -222,7 +230,8 @@ class Parser:
                     exc.body = raw  # one is enough to show
                 exc.__context__ = None  # there may be thousands: drop the frames that they hold
                 errors.append((index, exc.with_traceback(None)))
-            structs.append(struct)
+            names.append(name)
+            kinds.append(kind)
             rows.append(row)
             since_turn += len(raw) + _EVENT_BYTES
             if since_turn >= _YIELD_BYTES:
@@ -230,29 +239,40 @@ class Parser:
                 await asyncio.sleep(0)
         if not sizes:
             raise EventRejected(Reason.NO_CONTENT, "the batch is empty")
-        parts = _part_numbers(sizes) if claim else None
-        chunks = await self._chunks(structs, rows, lambda _, some: b"".join(some), parts, claim)
+        runs = _runs(names, kinds, sizes, claim)
+        chunks = await self._chunks(runs, rows, lambda _, some: b"".join(some))
         return Parsed(batch, chunks or [], errors)
 
     def _too_many(self) -> EventRejected:
         detail = f"more than {self._max_events} events in a batch, which batch_max_events sets"
         return EventRejected(Reason.TOO_LONG, detail, 413)
 
-    def _row(self, raw: bytes, received_at: str, lanes: Lanes) -> tuple[type, bytes]:
-        """The class of one JSON object, and its row. Raises: EventRejected: why it is refused."""
+    def _row(self, name: str, raw: bytes, received_at: str, lanes: Lanes) -> tuple[Kind, bytes]:
+        """The type of one JSON object, and its row. Raises: EventRejected: why it is refused."""
+        kind = self._kind(name)
+        if lanes is not None and kind.name not in lanes:
+            detail = f"this ingest key may not post to {kind.name!r}"
+            raise EventRejected(Reason.FORBIDDEN, detail)
         try:
-            if not _is_utf8(raw):
-                packed = raw.startswith(_GZIP)
-                raise _not_json(_PACKED if packed else "it is not UTF-8")
-            kind = self._kind(raw)
-            if lanes is not None and kind.name not in lanes:
-                detail = f"this ingest key may not post to {kind.name!r}"
-                raise EventRejected(Reason.FORBIDDEN, detail)
-            return kind.struct, kind.look_closer(raw, received_at)
+            return kind, kind.look_closer(raw, received_at)
         except _BROKEN as exc:
             raise _not_json(_TWO_OBJECTS if _are_two(raw, exc) else exc) from None
 
-    def _kind(self, raw: bytes) -> Kind:
+    def _kind(self, name: str) -> Kind:
+        kind = self._registry.kind_of(name)
+        if kind is None:
+            shown = name if len(name) <= 64 else f"{name[:64]}..."
+            detail = f"event_name: unsupported event type {shown!r}"
+            raise EventRejected(Reason.UNSUPPORTED_EVENT, detail)
+        return kind
+
+
+def _name(raw: bytes) -> str:
+    """The `event_name` of one JSON object. Raises: EventRejected: it has none, or is none."""
+    try:
+        if not _is_utf8(raw):
+            packed = raw.startswith(_GZIP)
+            raise _not_json(_PACKED if packed else "it is not UTF-8")
         try:
             name = _NAME.decode(raw).event_name
         except msgspec.ValidationError as exc:
@@ -260,15 +280,11 @@ class Parser:
         if name is msgspec.UNSET:
             raise EventRejected(Reason.KEY_MISSING, "event_name: this key is missing")
         try:
-            event_name = _TEXT.decode(name)
+            return _TEXT.decode(name)
         except msgspec.ValidationError as exc:
             raise EventRejected(Reason.BAD_VALUE, f"event_name: str wanted ({exc})") from None
-        kind = self._registry.kind_of(event_name)
-        if kind is None:
-            shown = event_name if len(event_name) <= 64 else f"{event_name[:64]}..."
-            detail = f"event_name: unsupported event type {shown!r}"
-            raise EventRejected(Reason.UNSUPPORTED_EVENT, detail)
-        return kind
+    except _BROKEN as exc:
+        raise _not_json(_TWO_OBJECTS if _are_two(raw, exc) else exc) from None
 
 
 def _is_utf8(body: bytes) -> bool:
@@ -299,18 +315,60 @@ def _parts(body: bytes) -> list[int]:
 
 
 def _part_numbers(sizes: list[int]) -> list[int]:
-    return [start // PART_BYTES for start in itertools.accumulate(sizes, initial=0)]
+    starts = itertools.accumulate(sizes[:-1], initial=0)
+    return [start // PART_BYTES for start in starts]
+
+
+def _runs(
+    names: Sequence[str | None],
+    kinds: Sequence[Kind | None],
+    sizes: list[int],
+    claim: Claim | None,
+) -> list[_Run]:
+    """Of a body some events of which are rejected: those have no type; not even a name, if it can't
+    be read.
+    """
+    if claim is None:
+        return [_Run(kind, indexes) for (kind, _), indexes in _grouped(kinds, None) if kind]
+    numbers = _part_numbers(sizes)
+    lacks = _lacks(names, kinds, numbers)
+    named = [kind and (kind, name or "") for kind, name in zip(kinds, names, strict=True)]
+    runs = []
+    for (accepted, number), indexes in _grouped(named, numbers):
+        if accepted:
+            kind, name = accepted
+            own = "" if name == kind.name else name
+            lacking = lacks.get((name, number), "")
+            runs.append(_Run(kind, indexes, (*claim, number), own, lacking))
+    return runs
+
+
+def _lacks(
+    names: Sequence[str | None], kinds: Sequence[Kind | None], numbers: Sequence[int]
+) -> dict[tuple[str, int], str]:
+    """What parts lack (see `Chunk`), by name and number.
+
+    What has no name that can be read is rejected at each try, so it counts nowhere.
+    """
+    counts: Counter[tuple[str, int]] = Counter()
+    bits: Counter[tuple[str, int]] = Counter()
+    for name, kind, number in zip(names, kinds, numbers, strict=True):
+        if name is not None:
+            if kind is None:
+                bits[name, number] |= 1 << counts[name, number]
+            counts[name, number] += 1
+    return {part: f"{lacking:x}" for part, lacking in bits.items()}
 
 
 def _grouped(
-    structs: Sequence[type | None], parts: Sequence[int] | None
-) -> Iterable[tuple[tuple[type | None, int], Sequence[int]]]:
-    """Type and part, and the indexes of their events."""
-    if parts is None and structs.count(structs[0]) == len(structs):  # most bodies
-        return [((structs[0], 0), range(len(structs)))]
-    groups: dict[tuple[type | None, int], list[int]] = defaultdict(list)
-    for index, struct in enumerate(structs):
-        groups[struct, parts[index] if parts else 0].append(index)
+    keys: Sequence[_K], parts: Sequence[int] | None
+) -> Iterable[tuple[tuple[_K, int], Sequence[int]]]:
+    """Key and part, and the indexes of their events."""
+    if parts is None and keys.count(keys[0]) == len(keys):  # most bodies
+        return [((keys[0], 0), range(len(keys)))]
+    groups: dict[tuple[_K, int], list[int]] = defaultdict(list)
+    for index, key in enumerate(keys):
+        groups[key, parts[index] if parts else 0].append(index)
     return groups.items()
 
 

@@ -97,12 +97,13 @@ def internal_error(error: BaseException, request_id: str, path: str) -> Answer:
 
 def refused(exc: Refused, *, stopping: bool = False) -> Answer:
     """The answer to a request that is refused as a whole."""
-    headers, close = {}, exc.reason is Reason.TIMEOUT
+    headers, close, extra = {}, exc.reason is Reason.TIMEOUT, None
     if isinstance(exc, Busy | RateLimited):
         headers, close = _retry_after(exc), stopping
+        extra = {"busy": exc.lanes} if isinstance(exc, Busy) and exc.lanes else None
     elif exc.status == 401:
         headers = {"WWW-Authenticate": 'Basic realm="datapipe", charset="UTF-8"'}
-    return answer(exc.status, exc.reason.code, exc.detail, headers=headers, close=close)
+    return answer(exc.status, exc.reason.code, exc.detail, extra, headers=headers, close=close)
 
 
 def _retry_after(exc: Busy | RateLimited) -> dict[str, str]:

@@ -76,7 +76,7 @@ class Buffer:
         Raises: BufferFull, MirrorUnavailable: nothing is promised; what was already stored in
         another queue of the mirror may still be loaded.
         """
-        self._check(chunks)
+        self.check(chunks)
         if wait is not None:
             self.waiters.enter(wait, chunks, [self.lane(chunk.lane) for chunk in chunks])
         per_lane = self.mirror.traits.queue_per_lane
@@ -96,7 +96,7 @@ class Buffer:
 
         Raises: BufferFull: `done` is not called.
         """
-        self._check((chunk,))
+        self.check((chunk,))
         traits = self.mirror.traits
         self._group(chunk.lane if traits.queue_per_lane else "").add((chunk,), done)
 
@@ -114,7 +114,8 @@ class Buffer:
         self._group(queue).add(chunks, done)
         return durable
 
-    def _check(self, chunks: Sequence[Chunk]) -> None:
+    def check(self, chunks: Sequence[Chunk]) -> None:
+        """Raises: BufferFull: `append` and `add` of these would do nothing else."""
         if self.closed:
             raise BufferFull("shutting down")
         if not self.mirror.traits.durable:

@@ -23,7 +23,8 @@ OWN_TABLES = (
             Column("events", "count"),  # of a cluster: 1 once it has the mark
             Column("dead", "count"),
             Column("duplicates", "count"),
-            Column("body", "text"),  # of a claim: the hash of what stands; a cluster's mark
+            # of a claim: the hash of what stands; of a part: what it lacks; a cluster's mark
+            Column("body", "text"),
             Column("source", "word"),  # where it lies: a journal's id, `ironmq`, `nats:` and prefix
             Column("process", "word"),
             Column("load", "word"),
@@ -147,16 +148,17 @@ class Dialect:
 
     def where(self, selection: Selection) -> tuple[str, list[Any]]:
         """A selection of a shelf as a condition and its values."""
-        ids, lanes = selection.ids, selection.lanes
+        ids, lanes, state = selection.ids, selection.lanes, self.quote("sqlstate")
         lane, _, _ = self.kept(selection.shelf)
         tests = {
             f"id {self.one_of.format('bigint')}": None if ids is None else self.listed(ids),
             f"{lane} = %s": selection.lane,
             f"{lane} {self.one_of.format('text')}": None if lanes is None else self.listed(lanes),
-            f"{self.quote('sqlstate')} = %s": selection.sqlstate,
+            f"{state} = %s": selection.sqlstate or None,
         }
         given = {test: value for test, value in tests.items() if value is not None}
-        return " AND ".join(["1 = 1", *given]), list(given.values())
+        none = [f"coalesce({state}, '') = ''"] if selection.sqlstate == "" else []
+        return " AND ".join(["1 = 1", *none, *given]), list(given.values())
 
     # --- tables ---
 

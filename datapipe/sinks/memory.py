@@ -84,7 +84,7 @@ class MemoryDatabase:
             for id, (letter, at) in self.letters.items()
             if (selection.ids is None or id in selection.ids)
             and selection.lane in (None, letter.lane)
-            and selection.sqlstate in (None, letter.sqlstate)
+            and selection.sqlstate in (None, letter.sqlstate or "")
         ]
 
     def fitting_unknown(self, selection: Selection) -> list[tuple[int, UnknownRow, str | None]]:
@@ -138,8 +138,8 @@ class MemoryTransaction:
         ledger = self._database.ledger
         return {id: ledger[id].known for id in segments if id in ledger}
 
-    def bodies(self, claims: Sequence[str]) -> dict[str, str]:
-        return {id: self._database.ledger[id].entry.body or "" for id in claims}
+    def bodies(self, ids: Sequence[str]) -> dict[str, str | None]:
+        return {id: self._database.ledger[id].entry.body for id in ids}
 
     def book(self, counts: Sequence[tuple[str, int, int]]) -> None:
         for id, dead, duplicates in counts:
@@ -272,11 +272,11 @@ class MemorySink(TransactionalSink):
         if selection.shelf is Shelf.UNKNOWN:
             return self._find_unknown(selection, limit)
         fitting = self._database.fitting(selection)
-        messages: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+        messages: defaultdict[tuple[str, str | None], list[str]] = defaultdict(list)
         for _, letter, _ in fitting:
             messages[letter.lane, letter.sqlstate].append(letter.message)
         groups = [(*reason, min(said), len(said)) for reason, said in messages.items()]
-        groups.sort(key=lambda group: (-group[3], group[:2]))
+        groups.sort(key=lambda group: (-group[3], group[0], group[1] or ""))
         newest = fitting[::-1][:limit]
         return found(groups, [(id, *letter[:5], at) for id, letter, at in newest])
 
@@ -316,13 +316,11 @@ class MemorySink(TransactionalSink):
                 found[row.event_name].append(bytes(row.event).decode())
         return found
 
-    async def expire_unknown(self, retention_s: float) -> bool:
-        unknown, now = self._database.unknown, self._database.clock()
-        old = [
-            i
-            for i, e in unknown.items()
-            if now - _time(e.row.received_at).timestamp() > retention_s
-        ]
+    async def remove_expired(self, table: Table) -> bool:
+        if table.name != UNKNOWN or not table.retention_s:
+            return False
+        unknown, until = self._database.unknown, self._database.clock() - table.retention_s
+        old = [id for id, e in unknown.items() if _time(e.row.received_at).timestamp() < until]
         for id in old:
             del unknown[id]
         return False

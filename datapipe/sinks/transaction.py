@@ -17,7 +17,10 @@ class TableMissing(LaneBlocked):
 
 
 class Entry(NamedTuple):
-    """A row of the ledger: of a segment, or of a claim or a part (see `transactional`)."""
+    """A row of the ledger: of a segment, or of a claim or a part (see `transactional`).
+
+    Attributes: body: of a claim: the hash of the body that stands; of a part: what it lacks.
+    """
 
     id: str
     events: int = 0
@@ -45,12 +48,13 @@ class RefusedRow:
     """One row that the database refuses, and what it said.
 
     Attributes:
+        sqlstate: None, where it was not the database's decision; empty, where it did not say.
         of_itself: any table of this database would refuse it, so it says nothing about this one.
     """
 
     id: str
     row: bytes
-    sqlstate: str
+    sqlstate: str | None
     message: str
     column: str | None = None
     of_itself: bool = False
@@ -76,7 +80,7 @@ class Letter(NamedTuple):
 
     lane: str
     event: str
-    sqlstate: str
+    sqlstate: str | None
     message: str
     column_name: str | None
     segment: str
@@ -108,8 +112,8 @@ class Transaction(Protocol):
         Its COMMIT waits for whatever the COMMIT of those rows had to wait for.
         """
 
-    def bodies(self, claims: Sequence[str]) -> dict[str, str]:
-        """The hash of the body that stands, by claim."""
+    def bodies(self, ids: Sequence[str]) -> dict[str, str | None]:
+        """The `body` of ledger rows: of those that are there."""
 
     def book(self, counts: Sequence[tuple[str, int, int]]) -> None:
         """Note in the ledger how many events of a segment are dead, and how many duplicates."""

@@ -12,8 +12,9 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import replace
 from functools import partial
-from itertools import groupby
+from itertools import count, groupby
 from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
 from uuid import uuid4
@@ -21,7 +22,7 @@ from uuid import uuid4
 import msgspec
 import structlog
 
-from datapipe.errors import EventRejected, SinkUnavailable
+from datapipe.errors import EventRejected, LaneBlocked, SinkUnavailable
 from datapipe.events.segment import Part, Segment
 from datapipe.events.types import Column, with_offset
 from datapipe.health import Health, Wait
@@ -37,13 +38,14 @@ from datapipe.sinks.transaction import (
 )
 
 REPLAY_ROWS = 1000  # in one transaction
+KEY_REUSED = "idempotency key reused with another body"  # of a dead letter, without an SQLSTATE
 
 _ESCAPED = re.compile(rb"\\([\\tnr])")
 _PLAIN = {b"\\": b"\\", b"t": b"\t", b"n": b"\n", b"r": b"\r"}
 
 _COLUMNS = attrgetter("columns")
 _T = TypeVar("_T")
-_Keyed = tuple[str, Part]  # a part, and the id of its segment
+_ALL = -1  # of some bits
 log = structlog.stdlib.get_logger("datapipe.sinks")
 
 
@@ -74,6 +76,13 @@ class TransactionalSink(ABC):
     async def find(self, selection: Selection, limit: int) -> dict[str, Any]:
         """See `Shelves.find`."""
 
+    async def count_dead(self) -> dict[str, int]:
+        """See `Shelves.count_dead`."""
+        counts: Counter[str] = Counter()
+        for group in (await self.find(Selection(), 0))["groups"]:
+            counts[group["lane"]] += group["count"]
+        return dict(counts)
+
     @abstractmethod
     async def transact(self, lane: str, work: Callable[[Transaction], _T]) -> _T:
         """Do work in one transaction, in a thread if it takes time, and commit it.
@@ -88,6 +97,18 @@ class TransactionalSink(ABC):
 
     def abort(self) -> None:  # noqa: B027
         """See `Sink.abort`: nothing, where no load takes long."""
+
+    async def make_ahead(self, table: Table) -> list[str]:
+        """See `Upkeep.make_ahead`: nothing, where there are no partitions."""
+        return []
+
+    async def remove_expired(self, table: Table) -> bool:
+        """See `Upkeep.remove_expired`."""
+        return False
+
+    async def adopt(self, table: Table, say: Callable[[str], None]) -> None:
+        """See `Upkeep.adopt`."""
+        raise LaneBlocked(f"table {table.name}: only PostgreSQL's can be adopted")
 
     # --- up or down ---
 
@@ -180,23 +201,27 @@ class TransactionalSink(ABC):
             transaction, [each for id, each in once.items() if id not in new], not_after
         )
         fresh = [each for id, each in once.items() if id in new]
-        skipped = _known_parts(transaction, table.name, fresh)
+        outcomes = _outcomes(transaction, table.name, fresh)
         duplicates: Counter[str] = Counter()
-        for id, part in skipped:
-            duplicates[id] += part.events
+        reused: list[RefusedRow] = []
+        for copy, outcome in outcomes.items():
+            id = copy.segment.id
+            duplicates[id] += copy.part.events - len(outcome.rows)
+            if outcome.reused:
+                reused += [RefusedRow(id, row, None, KEY_REUSED) for row in outcome.rows]
         refused: list[RefusedRow] = []
         for columns, group in groupby(fresh, key=_COLUMNS):
-            rows = (Rows(each.id, piece) for each in group for piece in _kept(each, skipped))
+            rows = (Rows(each.id, piece) for each in group for piece in _kept(each, outcomes))
             refused += transaction.copy(table, columns, rows)
-        copied = sum(each.events for each in fresh) - duplicates.total()
+        copied = sum(each.events for each in fresh) - duplicates.total() - len(reused)
         self._guards[table.name].look(refused, copied, accept_dead)
-        if refused:
-            transaction.bury([_letter(table.name, once[each.id].columns, each) for each in refused])
-            result.refused = tuple(f"{each.sqlstate}: {each.message}" for each in refused[:3])
-        dead = Counter(each.id for each in refused)
+        if buried := refused + reused:
+            transaction.bury([_letter(table.name, once[each.id].columns, each) for each in buried])
+            result.refused = tuple(_reason(each) for each in buried[:3])
+        dead = Counter(each.id for each in buried)
         if counts := [(id, dead[id], duplicates[id]) for id in dead.keys() | duplicates.keys()]:
             transaction.book(counts)
-        result.dead += len(refused)
+        result.dead += len(buried)
         result.dead_of = {**result.dead_of, **dead}
         twice = sum(each.events for each in segments) - sum(each.events for each in once.values())
         result.duplicate += duplicates.total() + twice
@@ -314,45 +339,117 @@ class _Received(msgspec.Struct):
 # --- idempotency keys: which rows of keyed POSTs are new ---
 #
 # A claim row per (ingest key, idempotency key) says which body stands: the one loaded first. A part
-# row per (claim, lane, part) says that this run of rows is in. Both are ledger rows, written in key
-# order, claims before parts, or two loads would deadlock.
+# row per (claim, event name, part) says that this run of rows is in, and its `body` which events it
+# lacked because they were rejected. Of a copy that lacks fewer, as the verdict has changed since,
+# each such event gets a row of its own. Of another body the same is written, under ids that hold
+# its hash: so its events are dead letters once. All are ledger rows, only ever inserted, claims
+# before parts before single events, each in key order, or two loads would deadlock.
 
 
-def _known_parts(transaction: Transaction, lane: str, segments: Sequence[Segment]) -> set[_Keyed]:
-    """Those parts of new segments that are in already; the others are, from now on."""
-    keyed = [(segment.id, part) for segment in segments for part in segment.parts]
-    return set(keyed) - _enter_parts(transaction, lane, keyed) if keyed else set()
+class _Copy(NamedTuple):
+    """A part, in one of the segments that hold it."""
+
+    segment: Segment
+    part: Part
+
+    def rows(self, bits: int) -> list[bytes]:
+        """The rows of these events (see `Chunk.lacks`)."""
+        if not bits:
+            return []
+        data = self.segment.data[self.part.start : self.part.end]
+        lacking = _bits(self.part.lacks)
+        events = (n for n in count() if not lacking >> n & 1)
+        rows = zip(events, data.split(b"\n")[:-1], strict=False)
+        return [row + b"\n" for n, row in rows if bits >> n & 1]
 
 
-def _enter_parts(transaction: Transaction, lane: str, keyed: Sequence[_Keyed]) -> set[_Keyed]:
-    """Write claims and parts that are not there yet; the parts that are new, of the right body."""
-    bodies: dict[str, str] = {}
-    for _, part in keyed:
+class _Outcome(NamedTuple):
+    """What becomes of a part that is not just loaded: those of its rows that are new.
+
+    Attributes: reused: they are dead letters, for another body stands under their key.
+    """
+
+    rows: Sequence[bytes]
+    reused: bool
+
+
+def _outcomes(
+    transaction: Transaction, lane: str, segments: Sequence[Segment]
+) -> dict[_Copy, _Outcome]:
+    """Enter claims and parts of new segments; says which parts are not just loaded."""
+    copies = [_Copy(segment, part) for segment in segments for part in segment.parts]
+    if not copies:
+        return {}
+    bodies: dict[str, str | None] = {}
+    for _, part in copies:
         bodies.setdefault(f"claim:{part.claim}", part.body)
     transaction.enter("claim", [Entry(id, body=bodies[id]) for id in sorted(bodies)])
     # a claim that is missing by now was past `dedupe_window`: nothing stands against it
     bodies |= transaction.bodies(list(bodies))
-    standing: dict[str, _Keyed] = {}
-    for id, part in keyed:
+    by_id: dict[str, list[_Copy]] = {}
+    reused: set[str] = set()
+    for copy in copies:
+        part = copy.part
         if bodies[f"claim:{part.claim}"] == part.body:
-            standing.setdefault(f"part:{part.claim}:{lane}:{part.number}", (id, part))
-    if not standing:
-        return set()
-    entries = [Entry(id) for id in sorted(standing)]
-    return {standing[id] for id in transaction.enter("part", entries, lane)}
+            id = f"part:{part.claim}:{part.name or lane}:{part.number}"
+        else:
+            id = f"part:{part.claim}:{part.body}:{part.name or lane}:{part.number}"
+            reused.add(id)
+        by_id.setdefault(id, []).append(copy)
+    entries = [Entry(id, body=by_id[id][0].part.lacks or None) for id in sorted(by_id)]
+    new = transaction.enter("part", entries, lane)
+    if len(new) == len(copies) and not reused:  # most of the time
+        return {}
+    filled = _fill(transaction, lane, by_id, new)
+    outcomes: dict[_Copy, _Outcome] = {}
+    for id, of_part in by_id.items():
+        for copy in of_part:
+            whole = id in new and copy is of_part[0]
+            if id in reused or not whole:
+                rows = copy.rows(_ALL if whole else filled[copy])
+                outcomes[copy] = _Outcome(rows, id in reused)
+    return outcomes
 
 
-def _kept(segment: Segment, skipped: Set[_Keyed]) -> list[bytes | memoryview]:
-    """The segment's rows without the skipped parts, in runs."""
-    if not skipped:
+def _fill(
+    transaction: Transaction, lane: str, by_id: Mapping[str, Sequence[_Copy]], new: Set[str]
+) -> Counter[_Copy]:
+    """Enter what parts lack and a later copy of them has: the bits of these events, by copy."""
+    known = [id for id in by_id if id not in new]
+    lacking = transaction.bodies(known) if known else {}
+    events: dict[str, tuple[_Copy, int]] = {}
+    for id, copies in by_id.items():
+        later = copies[1:] if id in new else copies
+        lacks = _bits(copies[0].part.lacks if id in new else lacking.get(id))
+        for copy in later if lacks else ():
+            had = lacks & ~_bits(copy.part.lacks)
+            events |= {f"{id}:{n}": (copy, n) for n in range(had.bit_length()) if had >> n & 1}
+    filled: Counter[_Copy] = Counter()
+    if events:
+        for id in transaction.enter("part", [Entry(id) for id in sorted(events)], lane):
+            copy, n = events[id]
+            filled[copy] |= 1 << n
+    return filled
+
+
+def _bits(lacks: str | None) -> int:
+    return int(lacks or "0", 16)
+
+
+def _kept(segment: Segment, outcomes: Mapping[_Copy, _Outcome]) -> list[bytes | memoryview]:
+    """The rows of a segment that go into its table, in runs."""
+    if not outcomes:
         return [segment.data]
-    parts = [part for part in segment.parts if (segment.id, part) in skipped]
-    if not parts:
+    copies = [copy for part in segment.parts if (copy := _Copy(segment, part)) in outcomes]
+    if not copies:
         return [segment.data]
-    view, kept, at = memoryview(segment.data), [], 0
-    for part in parts:
-        kept.append(view[at : part.start])
-        at = part.end
+    view, at = memoryview(segment.data), 0
+    kept: list[bytes | memoryview] = []
+    for copy in copies:
+        kept.append(view[at : copy.part.start])
+        outcome = outcomes[copy]
+        kept += () if outcome.reused else outcome.rows
+        at = copy.part.end
     kept.append(view[at:])
     return [piece for piece in kept if len(piece)]
 
@@ -361,7 +458,7 @@ def _widened(table: Table, segments: Sequence[Segment]) -> Table:
     """The table with the columns that segments of an older event class still bring."""
     names = {column.name for column in table.columns}
     brought = {c.name: c for s in segments for c in s.columns if c.name not in names}
-    return Table(table.name, (*table.columns, *brought.values()))
+    return replace(table, columns=(*table.columns, *brought.values()))
 
 
 def found(groups: Iterable[Sequence[Any]], letters: Iterable[Sequence[Any]]) -> dict[str, Any]:
@@ -398,6 +495,10 @@ def found_unknown(
         letter["event"] = msgspec.Raw(letter["event"].encode())
     named = [dict(zip(names, group, strict=True)) for group in groups]
     return {"total": total, "groups": named, "letters": shown}
+
+
+def _reason(refused: RefusedRow) -> str:
+    return f"{refused.sqlstate}: {refused.message}" if refused.sqlstate else refused.message
 
 
 def _letter(lane: str, columns: Sequence[Column], refused: RefusedRow) -> Letter:

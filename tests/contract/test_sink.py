@@ -24,7 +24,7 @@ from datapipe.settings import Settings
 from datapipe.sinks import Beat, Database, Heartbeat, Loaded, Selection, Shelf, Table, open_sink
 from datapipe.sinks.memory import MemoryDatabase
 from datapipe.sinks.sql import Result, SqlSink, Statement
-from datapipe.sinks.transactional import event_json
+from datapipe.sinks.transactional import KEY_REUSED, event_json
 from tests.databases import execute
 from tests.mariadb import MariaDB
 from tests.postgres import Postgres
@@ -198,7 +198,7 @@ def row(user: int) -> bytes:
 def segment(*users: int, lane: str = "install", key: str = "", source: str = "") -> Segment:
     """A segment; with a key it is one part of a POST of that key, whose body is its rows."""
     data = b"".join(map(row, users))
-    parts = (Part(key, str(users), 0, 0, len(data), len(users)),) if key else ()
+    parts = (Part(key, str(users)[:99], 0, 0, len(data), len(users)),) if key else ()
     return Segment(lane, TABLES[lane].columns, data, len(users), parts, source=source)
 
 
@@ -280,14 +280,122 @@ async def test_a_key_holds_for_each_lane_and_each_part(world: World) -> None:
     assert (world.users(), world.users("purchase")) == ([1, 2, 3, 4], [5])
 
 
-async def test_another_body_of_a_key_is_not_loaded(world: World) -> None:
+def copy(*users: int, body: str = "body", lacks: int = 0, **more: Any) -> Segment:
+    """A POST of the key `k`, as one try had it: some of its events were rejected then."""
+    data = b"".join(map(row, users))
+    part = Part("k", body, 0, 0, len(data), len(users), lacks=f"{lacks:x}" if lacks else "", **more)
+    return Segment("install", INSTALL.columns, data, len(users), (part,))
+
+
+async def test_each_event_counts_once_whatever_was_rejected_at_which_try(world: World) -> None:
+    """Users 0 to 5; bit n says that this try rejected user n."""
+    one, two = await world.open("one"), await world.open("two")
+    assert await load(one, copy(0, 2, 4, lacks=0b101010)) == (3, 0, 0)
+    assert await load(two, copy(0, 1, 2, lacks=0b111000)) == (1, 2, 0)
+    assert world.users() == [0, 1, 2, 4]
+    assert await load(two, copy(0, 1, 2, lacks=0b111000)) == (0, 3, 0)
+    assert await load(one, copy(0, 1, 2, 3, 4, 5), segment(7)) == (3, 4, 0)
+    assert await load(two, copy(0, 1, 2, 3, 4, 5)) == (0, 6, 0)
+    assert await load(one, copy(3, lacks=0b110111)) == (0, 1, 0)
+    assert world.users() == [0, 1, 2, 3, 4, 5, 7]
+
+
+async def test_the_same_in_one_load(world: World) -> None:
     sink = await world.open()
-    assert await load(sink, segment(1, key="k")) == (1, 0, 0)
+    tries = [copy(0, 2, lacks=0b1010), copy(1, 2, 3, lacks=0b0001), copy(0, 1, 2, 3)]
+    assert await load(sink, segment(8), *tries, segment(9)) == (6, 5, 0)
+    assert world.users() == [0, 1, 2, 3, 8, 9]
+
+
+async def test_the_same_by_two_processes_at_once(world: World) -> None:
+    sinks = [await world.open(process) for process in ("one", "two")]
+    await load(sinks[0], copy(*range(0, 64, 4), lacks=0xEEEEEEEEEEEEEEEE))
+    async with asyncio.timeout(20):
+        done = await asyncio.gather(
+            *(
+                load(sinks[n % 2], copy(*range(64)), copy(*range(60), lacks=0xF << 60))
+                for n in range(4)
+            )
+        )
+    assert sum(loaded for loaded, _, _ in done) == 48
+    assert world.users() == list(range(64))
+
+
+async def test_a_part_is_of_an_event_name_whatever_its_lane(world: World) -> None:
+    """Of a type that was not registered at the first try."""
+    sink = await world.open()
+    data = row(1) + row(2)
+    part = Part("k", "body", 0, 0, len(row(1)), 1, name="purchase")
+    kept = Segment("install", INSTALL.columns, data, 2, (part,))
+    assert await load(sink, kept) == (2, 0, 0)
+    again = Segment("purchase", PURCHASE.columns, row(1), 1, (part,))
+    assert await load(sink, again) == (0, 1, 0)
+
+
+async def test_another_body_of_a_key_is_dead_letters_once(world: World) -> None:
+    one, two = await world.open("one"), await world.open("two")
+    assert await load(one, segment(1, key="k")) == (1, 0, 0)
     size = len(row(2))
     parts = tuple(Part("k", "another", n, n * size, (n + 1) * size, 1) for n in range(2))
     other = Segment("install", INSTALL.columns, row(2) + row(3), 2, parts)  # more parts, too
-    assert await load(sink, other, segment(4)) == (1, 2, 0)
+    result = await two.load(INSTALL, [other, segment(4)])
+    assert (counts(result), result.refused) == ((1, 0, 2), (KEY_REUSED, KEY_REUSED))
     assert world.users() == [1, 4]
+    again = Segment("install", INSTALL.columns, row(2) + row(3), 2, parts)
+    assert await load(one, again, other) == (0, 4, 0)
+    third = segment(5, key="k")
+    assert await load(one, third, segment(1, key="k"), segment(5, key="k")) == (0, 2, 1)
+    found = await one.find(Selection(), 10)
+    assert found["groups"] == [
+        {"lane": "install", "sqlstate": None, "message": KEY_REUSED, "count": 3}
+    ]
+    assert {letter["sqlstate"] for letter in found["letters"]} == {None}
+    assert await dead_users(one) == [5, 3, 2]
+    assert await load(one, third) == (0, 1, 0)  # it was loaded, as a dead letter
+
+
+async def test_of_two_bodies_in_one_load_the_first_one_stands(world: World) -> None:
+    sink = await world.open()
+    assert await load(sink, segment(1, key="k"), segment(2, 3, key="k")) == (1, 0, 2)
+    assert (world.users(), await dead_users(sink)) == ([1], [3, 2])
+
+
+async def test_of_another_body_too_each_event_counts_once(world: World) -> None:
+    sink = await world.open()
+    await load(sink, segment(9, key="k"))
+    assert await load(sink, copy(0, 2, lacks=0b010)) == (0, 0, 2)
+    assert await load(sink, copy(0, 1, lacks=0b100)) == (0, 1, 1)
+    assert (world.users(), sorted(await dead_users(sink))) == ([9], [0, 1, 2])
+
+
+async def test_reused_keys_do_not_block_a_lane_and_are_put_back_whatever_the_key(
+    world: World,
+) -> None:
+    sink = await refusing(world)
+    await load(sink, segment(0, key="k"))
+    assert await load(sink, segment(*range(2, 302), key="k"), segment(1)) == (0, 0, 301)
+    states = {group["sqlstate"] for group in (await sink.find(Selection(), 0))["groups"]}
+    assert len(states) == 2  # of the database, and none
+    none = Selection(lane="install", sqlstate="")
+    assert len(await dead_users(sink, none)) == 300
+    assert await sink.replay(none, TABLES, check_row) == ({"install": 150}, 150)
+    assert len(await dead_users(sink, none)) == 0  # those have the database's reason now
+    assert await sink.drop(none) == 0
+    assert len(world.users()) == 151
+
+
+async def test_a_letter_that_has_no_sqlstate_gets_none_by_the_check(world: World) -> None:
+    sink = await world.open()
+    await load(sink, segment(1, key="k"), segment(2, key="k"))
+
+    def check(lane: str, event: bytes, received_at: str) -> bytes:
+        return EventType(lane, Install).look_closer(b"{}", received_at)
+
+    assert await sink.replay(Selection(), TABLES, check) == ({}, 1)
+    (letter,) = (await sink.find(Selection(sqlstate=""), 1))["letters"]
+    assert letter["sqlstate"] is None
+    assert "user_id" in letter["message"]
+    assert await sink.drop(Selection(sqlstate="")) == 1
 
 
 async def test_keys_at_once_in_whatever_order(world: World) -> None:
@@ -631,6 +739,18 @@ async def test_a_refused_row_costs_itself_alone(world: World) -> None:
     assert letter["created_at"].tzinfo is not None
 
 
+async def test_dead_letters_are_counted_by_segment(world: World) -> None:
+    sink, other = await refusing(world), await world.open("other")
+    one, two, none = segment(1, 2, 3), segment(5, 6, key="k"), segment(8)
+    result = await sink.load(INSTALL, [one, two, none])
+    assert (result.dead, result.dead_of) == (3, {one.id: 2, two.id: 1})
+    again = await other.load(INSTALL, [one, none, more := segment(7)])
+    assert (again.dead, again.dead_of) == (1, {one.id: 2, more.id: 1})
+    known = await other.outcomes([one.id, two.id, none.id, "x", more.id])
+    assert known == {one.id: 2, two.id: 1, none.id: 0, more.id: 1}
+    assert await other.outcomes(["x"]) == {}
+
+
 async def test_dead_letters_are_found_and_dropped_by_selection(world: World) -> None:
     sink = await refusing(world)
     await load(sink, segment(1, 3, 5, 7, 9))
@@ -647,7 +767,9 @@ async def test_dead_letters_are_found_and_dropped_by_selection(world: World) -> 
     assert await sink.drop(Selection(ids=ids)) == 0
     assert await sink.drop(Selection(lane="purchase")) == 0
     assert await dead_users(sink) == [5, 3, 1]
+    assert await sink.count_dead() == {"install": 3}
     assert await sink.drop(Selection()) == 3
+    assert await sink.count_dead() == {}
     found = await sink.find(Selection(), 100)
     assert (found["total"], found["groups"], found["letters"]) == (0, [], [])
 
@@ -709,6 +831,7 @@ async def test_a_table_that_refuses_nearly_all_is_blocked_and_nothing_is_dead(
 # --- unknown events ---
 
 KEPT = Table(UNKNOWN, UnknownType.columns)
+HOURS = Table(UNKNOWN, UnknownType.columns, retention_s=7200)
 ALL_KEPT = Selection(shelf=Shelf.UNKNOWN)
 # as it was sent: digits, white space, escapes, a key twice
 SENT = '{"event_name" : "install",\t"user_id": 7, "n": 1.50, "t": "a\\tb\\\\n\\u00e9é", "n": 2}'
@@ -736,7 +859,7 @@ async def test_where_none_were_kept_there_is_nothing(world: World) -> None:
     assert await sink.replay(ALL_KEPT, TABLES, check_row) == ({}, 0)
     assert await sink.drop(ALL_KEPT) == 0
     assert await sink.samples(["a"], 3) == {"a": []}
-    assert await sink.expire_unknown(1.0) is False
+    assert await sink.remove_expired(HOURS) is False
 
 
 async def test_unknown_events_are_found_as_they_were_sent_and_dropped_by_selection(
@@ -805,10 +928,11 @@ async def test_unknown_events_expire_by_when_they_were_received(world: World) ->
     old, new = (f"{datetime.now(UTC) - timedelta(hours=h):%Y-%m-%d %H:%M:%S}" for h in (3, 1))
     await keep(sink, ("new", "{}"), at=new)
     await keep(sink, *[("old", "{}")] * 1500, at=old)
-    while await sink.expire_unknown(7200.0):
+    while await sink.remove_expired(HOURS):
         assert "new" in await names(sink)
     assert await names(sink) == {"new": 1}
-    assert await sink.expire_unknown(7200.0) is False
+    assert await sink.remove_expired(HOURS) is False
+    assert await sink.remove_expired(KEPT) is False  # for ever
 
 
 async def test_so_many_names_are_told_apart(world: World) -> None:

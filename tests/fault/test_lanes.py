@@ -89,6 +89,13 @@ async def test_three_locked_tables_hold_up_nobody_else(
         assert [e["status_code"] for e in answer.json["errors"]] == [9]
         assert int(answer.headers["retry-after"]) >= 1
         assert all(each["status_code"] == 9 for each in refused.values())
+        # with a key nothing is taken, and the whole of it later
+        keyed = post(
+            json.dumps([both[0], {**both[1], "user_id": -2}]).encode(), "Idempotency-Key: k"
+        )
+        answer = await ask(service, keyed)
+        assert (answer.status, answer.code, answer.json["busy"]) == (503, 9, ["one"])
+        assert int(answer.headers["retry-after"]) >= 1
         single = await ask(service, post(json.dumps(both[0]).encode()))
         assert (single.status, single.code) == (503, 9)
         assert int(single.headers["retry-after"]) >= 1
@@ -101,6 +108,7 @@ async def test_three_locked_tables_hold_up_nobody_else(
         return not any(found[lane]["waiting"] for lane in found if lane not in STUCK)
 
     await until(others_empty, what="empty lanes")
+    assert Postgres.execute(database, "SELECT 1 FROM install WHERE user_id = -2") == []
     Postgres.execute(database, "DELETE FROM install WHERE user_id = -1")
     await driver.check(database)
     locks.close()
@@ -110,7 +118,12 @@ async def test_three_locked_tables_hold_up_nobody_else(
     for lane in STUCK:
         count = postgres.execute(database, f"SELECT count(*) FROM {lane}")
         assert count == [(taken[lane],)]
-    assert (await send(service, {"event_name": "one", "n": 3}))[0] == 200
+    for _ in range(2):
+        assert (await ask(service, keyed)).status == 200
+    books = await service.drained(60)
+    assert books["balanced"]
+    assert postgres.execute(database, "SELECT count(*) FROM install WHERE user_id = -2") == [(1,)]
+    assert postgres.execute(database, "SELECT count(*) FROM one") == [(taken["one"] + 1,)]
 
 
 async def test_what_is_parked_is_loaded_before_what_came_later(

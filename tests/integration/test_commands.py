@@ -389,6 +389,12 @@ async def test_check_verifies_the_journals(
     assert beside.code == 0
     assert "100" in beside.out
     assert f"ok    service: running here (pid {service.pid}, {service.url})\n" in beside.out
+    assert "warn" not in beside.out
+    other = await datapipe(
+        "check", database_url=database, builtin_events=False, events={"signup": {"plan": "str"}}
+    )
+    assert other.code == 0
+    assert "warn  journal: 100 events of crash_report wait, which is no event type" in other.out
     await service.kill()
     journals = (tmp_path / "var" / "journal").glob("*.sqlite")
     journal = max(journals, key=lambda path: path.stat().st_size)

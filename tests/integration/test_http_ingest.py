@@ -578,16 +578,24 @@ async def test_a_batch_over_two_lanes_counts_once(service: Service, stored: Any,
 
 
 @shared
-async def test_the_body_that_is_loaded_first_stands(
+async def test_another_body_under_a_key_is_refused(
     service: Service, stored: Any, mark: str
 ) -> None:
-    assert (await service.post(crash(mark, 1), **keyed(mark)))[0] == 200
-    assert (await service.post(purchase(mark, 2), **keyed(mark)))[0] == 200
-    await service.load("?lane=purchase")
-    assert (await service.post([crash(mark, 3)], **keyed(mark)))[0] == 200
-    assert await stored(mark) == [(2, mark)]
-    assert (await service.post(purchase(mark, 2), **keyed(mark)))[0] == 200
-    assert await stored(mark) == [(2, mark)]
+    assert (await service.post([{}], **keyed(mark)))[0] == 400  # stores nothing: claims nothing
+    assert await service.post(crash(mark, 1), **keyed(mark)) == (200, OK)
+    rejected = (await service.status())["rejected"].get("key_reused", 0)
+    for other in (
+        crash(mark, 2),
+        [crash(mark, 1)],
+        [crash(mark, 1), purchase(mark, 3)],
+        "nonsense",
+    ):
+        status, answer = await service.post(other, **keyed(mark))
+        assert (status, answer["status_code"]) == (422, 10)
+        assert "key of its own" in answer["status_message"]
+    assert (await service.status())["rejected"]["key_reused"] == rejected + 4
+    assert await service.post(crash(mark, 1), **keyed(mark)) == (200, OK)
+    assert await stored(mark) == [(1, mark)]
 
 
 @shared

@@ -14,6 +14,7 @@ from datapipe.errors import BufferFull
 from datapipe.events.registry import load_registry
 from datapipe.events.segment import Chunk
 from datapipe.http.admission import SMALL_BODY_BYTES, Admission, Reservation
+from datapipe.http.auth import Credentials
 from datapipe.http.body import read_body
 from datapipe.http.cors import Cors
 from datapipe.http.ingest import Ingest
@@ -22,6 +23,7 @@ from datapipe.pipeline.records import Records
 from datapipe.settings import Settings
 
 INSTALL = {"event_name": "install", "user_id": 1, "timestamp": 2}
+CRASH = {**INSTALL, "event_name": "crash_report", "message": "m"}
 PURCHASE = {**INSTALL, "event_name": "purchase", "sku": "tea"}
 
 
@@ -36,6 +38,9 @@ class FakeBuffer:
 
     def full(self, lanes: Iterable[str]) -> dict[str, str]:
         return dict.fromkeys(self._full & set(lanes), "it is full")
+
+    def check(self, chunks: Sequence[Chunk]) -> None:
+        pass
 
     async def append(self, chunks: Sequence[Chunk], wait: object = None) -> None:
         self.taken += chunks
@@ -76,7 +81,9 @@ async def test_decompressed_bytes_count_as_well() -> None:
 async def test_at_a_stop_the_connection_ends_with_the_answer() -> None:
     buffer = FakeBuffer()
     buffer.stopping = True
-    answer = await ingest(buffer).answer(CIMultiDict(), None, json.dumps(INSTALL).encode(), "id")
+    answer = await ingest(buffer).answer(
+        CIMultiDict(), Credentials(None), json.dumps(INSTALL).encode(), "id"
+    )
     assert (answer.status, json.loads(answer.body)["status_code"], answer.close) == (503, 9, True)
     assert int(answer.headers["Retry-After"]) >= 1
     assert buffer.taken == []
@@ -96,7 +103,9 @@ async def test_a_full_lane_costs_its_own_events(
 ) -> None:
     buffer = FakeBuffer(full=["install"])
     service = ingest(buffer)
-    answer = await service.answer(CIMultiDict(), None, json.dumps(events).encode(), "id")
+    answer = await service.answer(
+        CIMultiDict(), Credentials(None), json.dumps(events).encode(), "id"
+    )
     content = json.loads(answer.body)
     assert (answer.status, content.get("busy")) == (status, busy)
     assert ("Retry-After" in answer.headers) == (status != 200)
@@ -104,3 +113,26 @@ async def test_a_full_lane_costs_its_own_events(
     indexes = [error["index"] for error in content.get("errors", [])]
     assert indexes == sorted(indexes)
     assert (service.admission.bytes, service.admission.requests) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("events", "status", "busy"),
+    [
+        (INSTALL, 503, ["install"]),
+        ([PURCHASE, INSTALL, {}, CRASH, PURCHASE], 503, ["crash_report", "install"]),
+        ([PURCHASE, {}], 207, None),
+    ],
+)
+async def test_with_a_key_a_post_is_taken_whole_or_not_at_all(
+    events: Any, status: int, busy: list[str] | None
+) -> None:
+    buffer = FakeBuffer(full=["install", "crash_report"])
+    headers = CIMultiDict({"Idempotency-Key": "k"})
+    answer = await ingest(buffer).answer(headers, None, json.dumps(events).encode(), "id")
+    content = json.loads(answer.body)
+    assert (answer.status, content.get("busy")) == (status, busy)
+    assert ("Retry-After" in answer.headers) == (status == 503)
+    assert bool(buffer.taken) == (status == 207)
+    if busy:
+        assert content["status_code"] == 9
+        assert ", ".join(busy) in content["status_message"]

@@ -166,6 +166,75 @@ async def test_parts_depend_on_the_body_alone(registry: Registry) -> None:
     assert cuts[0] == list(wanted.items())
 
 
+def install(user: int, **more: Any) -> dict[str, Any]:
+    return {"event_name": "install", "user_id": user, "timestamp": 2, **more}
+
+
+async def test_a_part_says_which_events_of_its_name_were_rejected(registry: Registry) -> None:
+    """What has no name counts nowhere, and each name and each part of the body by itself."""
+    padding = "x" * 300
+    events: list[Any] = [
+        install(0), 5, {}, {"event_name": 3}, install(1.5), {**install(2), "event_name": "other"},
+        {"event_name": "purchase"}, install(3, more=padding), install("bad"), install(5),
+    ] * 40  # fmt: skip
+    array = json.dumps(events).encode()
+    lines = b"\n".join(json.dumps(event).encode() for event in events)
+    for body in (array, lines):
+        parsed = await read(registry, body, keyed=True, most=2000)
+        wanted: dict[int, str] = {}
+        start = 0
+        for event in events:
+            if isinstance(event, dict) and event.get("event_name") == "install":
+                good = isinstance(event["user_id"], int)
+                number = start // PART_BYTES
+                wanted[number] = ("0" if good else "1") + wanted.get(number, "")
+            start += len(json.dumps(event))
+        assert len(wanted) > 1
+        found = {part(chunk): f"{int(chunk.lacks, 16):0{len(wanted[part(chunk)])}b}"
+                 for chunk in parsed.chunks}  # fmt: skip
+        assert found == wanted
+        assert {chunk.name for chunk in parsed.chunks} == {""}
+        unkeyed = await read(registry, body, most=2000)
+        assert [chunk.lacks for chunk in unkeyed.chunks] == [""]
+
+
+async def test_parts_lack_nothing_where_nothing_was_rejected(registry: Registry) -> None:
+    purchase = {**install(1), "event_name": "purchase", "sku": "tea"}
+    body = json.dumps([install(1), purchase, 5, install(2)]).encode()
+    parsed = await read(registry, body, keyed=True)
+    assert [(chunk.lane, part(chunk), chunk.lacks) for chunk in parsed.chunks] == [
+        ("install", 0, ""), ("purchase", 0, ""),
+    ]  # fmt: skip
+
+
+async def test_parts_of_unknown_types_have_their_event_names() -> None:
+    """So the same event is in the same part once its type is registered."""
+    keeping = Parser(load_registry(Settings(unknown_events="keep")), 100)
+    events = [
+        install(0), {"event_name": "a"}, {"event_name": "b"}, {"event_name": "a", "x": "\0"},
+        {"event_name": "No form"}, {"event_name": "a"},
+    ]  # fmt: skip
+    body = json.dumps(events).encode()
+    parsed = await keeping.parse(body, AT, ("key", "body"))
+    assert [(chunk.lane, chunk.name, chunk.lacks, chunk.events) for chunk in parsed.chunks] == [
+        ("install", "", "", 1), ("datapipe_unknown", "a", "2", 2), ("datapipe_unknown", "b", "", 1),
+    ]  # fmt: skip
+    parsed = await keeping.parse(body, AT, None)
+    assert [(chunk.lane, chunk.events) for chunk in parsed.chunks] == [
+        ("install", 1), ("datapipe_unknown", 3),
+    ]  # fmt: skip
+
+
+async def test_whatever_a_part_lacks_fits_into_a_ledger_row(registry: Registry) -> None:
+    """Of MariaDB, which reads 255 characters."""
+    least = Parser(load_registry(Settings(events={"a": {"n": "int?"}})), 2000)
+    events = [b'{"event_name":"a"}'] + [b'{"event_name":"a","n":""}'] * 2 + [b'{"event_name":"a"}']
+    body = b"\n".join(events[:1] + events * 300)
+    parsed = await least.parse(body, AT, ("key", "body"))
+    assert 100 < max(len(chunk.lacks) for chunk in parsed.chunks) <= 255
+    assert PART_BYTES / len(events[0]) / 4 + 1 <= 255
+
+
 async def test_parts_of_a_small_body_are_one(registry: Registry) -> None:
     parsed = await read(registry, b"[" + GOOD + b"," + GOOD + b"]", keyed=True)
     assert [part(rows) for rows in parsed.chunks] == [0]

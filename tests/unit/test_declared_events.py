@@ -204,3 +204,53 @@ class Login(Base): pass
     exec(text, vars(module))
     login = load_registry(Settings(event_modules=["own_events"])).types["login"]
     assert [field.name for field in login.fields] == ["user"]
+
+
+# --- options of the table ---
+
+
+def test_options_of_a_class_and_of_an_entry_are_the_same() -> None:
+    fields = {"n": "int", "@partition": "week", "@retention": "90 days"}
+    declared = load_registry(Settings(events={"kept": fields})).types["kept"]
+
+    @register("kept_too", partition="week", retention="90 days")
+    class Kept(Event):
+        n: int
+
+    written = EventType("kept_too", Kept)
+    assert [column.name for column in declared.columns] == ["n", "received_at"]
+    for kind in (declared, written):
+        assert (kind.partition, kind.retention_s) == ("week", 90 * 86_400)
+
+    @register("not_kept")
+    class NotKept(Kept):
+        m: int
+
+    inherited = EventType("not_kept", NotKept)
+    assert (inherited.partition, inherited.retention_s) == (None, None)
+    del Kept, NotKept, written, inherited, kind
+    gc.collect()
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "words"),
+    [
+        ("@partition", "hour", ["'x'", "partition", "'hour'", "day, week, month"]),
+        ("@retention", "soon", ["'x'", "retention", "'soon'", "'90 days'"]),
+        ("@retention", "0 days", ["'x'", "retention", "'0 days'"]),
+        ("@retain", "1 day", ["events.x.@retain", "@partition and @retention"]),
+    ],
+)
+def test_wrong_options(option: str, text: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_registry(Settings(events={"x": {"n": "int", option: text}}))
+    assert [word for word in words if word not in str(error.value)] == []
+
+
+@pytest.mark.parametrize("option", [{"@partition": "day"}, {"@retention": "1 day"}])
+@pytest.mark.parametrize("url", ["sqlite:///x.db", "mysql://u@h/d"])
+def test_options_are_for_postgresql_alone(url: str, option: dict[str, str]) -> None:
+    events = {"x": {"n": "int", **option}}
+    load_registry(Settings(events=events, database_url="postgresql://h/d"))
+    with pytest.raises(ConfigError, match=r"'x': .*PostgreSQL's alone, not .*: leave them out"):
+        load_registry(Settings(events=events, database_url=url))

@@ -97,9 +97,9 @@ class ToyTransaction:
         rows = [row for id in segments for row in self._execute(sql, (id,))]
         return {id: Known(*rest) for id, *rest in rows}
 
-    def bodies(self, claims: Sequence[str]) -> dict[str, str]:
+    def bodies(self, ids: Sequence[str]) -> dict[str, str | None]:
         sql = "SELECT segment, body FROM datapipe_ledger WHERE segment = ?"
-        return dict(row for id in claims for row in self._execute(sql, (id,)))
+        return dict(row for id in ids for row in self._execute(sql, (id,)))
 
     def book(self, counts: Sequence[tuple[str, int, int]]) -> None:
         for id, *numbers in counts:
@@ -345,8 +345,10 @@ class ToySink(TransactionalSink):
 
         return await self._run(look)
 
-    async def expire_unknown(self, retention_s: float) -> bool:
-        before = datetime.fromtimestamp(time.time() - retention_s, UTC).replace(tzinfo=None)
+    async def remove_expired(self, table: Table) -> bool:
+        if table.name != Shelf.UNKNOWN.value or not table.retention_s:
+            return False
+        before = datetime.fromtimestamp(time.time() - table.retention_s, UTC).replace(tzinfo=None)
         sql = "DELETE FROM datapipe_unknown WHERE received_at < ?"
         await self._run(lambda connection: connection.execute(sql, (str(before),)))
         return False
@@ -365,7 +367,8 @@ def where(selection: Selection) -> tuple[str, list[Any]]:
         if among is not None:
             conditions.append(f"{column} IN ({', '.join('?' * len(among))})")
             values += among
-    for column, value in ((lane, selection.lane), ("sqlstate", selection.sqlstate)):
+    state = "coalesce(sqlstate, '')"
+    for column, value in ((lane, selection.lane), (state, selection.sqlstate)):
         if value is not None:
             conditions.append(f"{column} = ?")
             values.append(value)
