@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import structlog
 from aiohttp import web
@@ -26,7 +27,7 @@ from datapipe import settings as settings_module
 from datapipe.errors import ConfigError, DatapipeError
 from datapipe.events.registry import Registry, load_registry
 from datapipe.http.admin import Admin
-from datapipe.http.auth import Access
+from datapipe.http.auth import Access, Credentials
 from datapipe.http.body import Body
 from datapipe.http.cors import Cors
 from datapipe.http.heads import PATHS
@@ -70,6 +71,7 @@ class Pipeline:
     Attributes:
         failed: a background task has died.
         try_out: it is `make run`: tables are made at the start, for people to look at.
+        address: the URL at which it listens, once it does; None: somebody else has the port.
         on_failure: called once when that happens; it must end the service.
     """
 
@@ -80,6 +82,7 @@ class Pipeline:
         self.registry = registry
         self.failed = False
         self.try_out = False
+        self.address: str | None = None
         self.on_failure: Callable[[], None] = lambda: None
         self._open_mirror = open_mirror
         self._open_sink = open_sink
@@ -104,9 +107,12 @@ class Pipeline:
                 self.buffer, sink, self.registry, self.settings, records,
                 metrics.load_seconds.observe,
             )  # fmt: skip
-            kinds = self.registry.lanes.values() if self.try_out else ()
-            tables = [table_of(kind) for kind in kinds]
-            self.coordinator = Coordinator(self.buffer, self.loader, sink, process, tables)
+            tables = [table_of(kind) for kind in self.registry.lanes.values()]
+            kept = [table_of(kind) for kind in self.registry.kinds.values()]
+            self.coordinator = Coordinator(
+                self.buffer, self.loader, sink, process, tables if self.try_out else (),
+                [table for table in kept if table.partition or table.retention_s],
+            )  # fmt: skip
             self.ingest = Ingest(
                 self.buffer, self.registry, self.settings, self.keys, self.cors, records,
                 metrics.request_seconds.observe,
@@ -129,11 +135,20 @@ class Pipeline:
             admin.add_to(app)
             await stack.enter_async_context(self.loader.running(self._task_died))
             await stack.enter_async_context(self.coordinator.running(self._task_died))
-            own = Own(self.status.for_peers, admin.load_own)
+            await stack.enter_async_context(dead.counting(self._task_died))
+            own = Own(self.status.for_peers, admin.load_own, self._service)
             for each in {local, peers}:
                 await stack.enter_async_context(each.listening(own))
             stack.push_async_callback(self.stop)
             yield
+
+    async def _service(self, status: bool) -> dict[str, Any]:
+        """What commands ask of it through its socket."""
+        told: dict[str, Any] = {"pid": os.getpid(), "address": self.address}
+        if status:
+            await self.status.refresh(history=False)
+            told["status"] = self.status.snapshot()
+        return told
 
     def reload(self, settings: Settings) -> tuple[list[str], list[str]]:
         """Take over from other settings what can change while the service runs.
@@ -207,12 +222,15 @@ class Pipeline:
                 raise ConnectionResetError("the client has left")
             return await request.content.readany()
 
-        id, key = request_id(request.headers), request.query.get("key")
+        id = request_id(request.headers)
+        authorization = request.headers.get("Authorization")
+        credentials = Credentials(authorization, request.query.get("key"))
         body = Body(request.content_length, read)
         transport = request.transport
         connection = None if transport is None else transport.get_protocol()
         gone = connection.gone if isinstance(connection, Connection) else None
-        response = (await self.ingest.answer(request.headers, key, body, id, gone)).response()
+        answer = await self.ingest.answer(request.headers, credentials, body, id, gone)
+        response = answer.response()
         response.headers["X-Request-ID"] = id
         return response
 

@@ -114,8 +114,8 @@ def configure(level: str, fmt: str, *, queued: bool = False) -> None:
     terminal = sys.stdout.isatty()
     if fmt == "console" or (fmt == "auto" and terminal):
         # without the values of variables, which may be secrets; `rich`, where it is there, has them
-        plain = structlog.dev.plain_traceback
-        last = [structlog.dev.ConsoleRenderer(colors=terminal, exception_formatter=plain)]
+        plain, colours = structlog.dev.plain_traceback, terminal and "NO_COLOR" not in os.environ
+        last = [structlog.dev.ConsoleRenderer(colors=colours, exception_formatter=plain)]
     handler = _handler(queued=queued)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(

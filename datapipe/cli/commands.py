@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -27,13 +28,14 @@ from datapipe.errors import (
 from datapipe.events.registry import load_registry
 from datapipe.http.ingest_keys import check_lanes
 from datapipe.mirrors import check_mirror, open_mirror
+from datapipe.monitor.peers import services
 from datapipe.pipeline.buffer import Buffer
 from datapipe.pipeline.coordinator import Coordinator, new_process_id
 from datapipe.pipeline.dead_letters import DeadLetters, selection_of
 from datapipe.pipeline.loader import Loader
 from datapipe.pipeline.records import Records
 from datapipe.pipeline.tasks import ended_by_failure
-from datapipe.settings import Settings
+from datapipe.settings import Settings, plugin
 from datapipe.sinks import Database, Selection, Table, open_sink, table_of
 
 
@@ -50,21 +52,37 @@ async def check(settings: Settings, args: argparse.Namespace) -> int:
     registry = load_registry(settings)
     check_lanes(settings.ingest_keys, registry.types)
     names = ", ".join(sorted(registry.types))
-    failed = _report([("ok", f"settings: {len(registry.types)} event types: {names}")], away)
+    findings: list[dict[str, str]] = []
+
+    def report(found: Iterable[tuple[str, str]]) -> None:
+        for level, text in found:
+            findings.append({"level": away if level == "away" else level, "text": text})
+            if not args.json:
+                print("{level:<5} {text}".format(**findings[-1]))
+
+    report([("ok", f"settings: {len(registry.types)} event types: {names}")])
+    if running := await services(Path(settings.data_dir)):
+        report([("ok", f"service: running here {_who(running)}")])
+    embedded = plugin(settings, "sink").kept_in(settings)
     async with open_sink(settings, new_process_id()) as sink:
-        tables = [table_of(kind) for kind in registry.lanes.values()]
-        failed |= _report(await sink.check(tables), away)
-        failed |= _report(await unknown.findings(sink, registry), away)
-        failed |= _report(await check_mirror(settings, sink.find_mark), away)
-    return int(failed)
+        if embedded and not embedded.is_dir():
+            report([("ok", f"database: none yet in {embedded}; the service makes it")])
+        else:
+            tables = [table_of(kind) for kind in registry.lanes.values()]
+            report(await sink.check(tables))
+            report(await unknown.findings(sink, registry))
+        report(await check_mirror(settings, sink.find_mark))
+    ok = all(each["level"] != "fail" for each in findings)
+    if args.json:
+        print_json({"ok": ok, "data_dir": settings.data_dir, "findings": findings})
+    return int(not ok)
 
 
-def _report(findings: Sequence[tuple[str, str]], away: str) -> bool:
-    """Print findings, each of level ok, warn, fail or away; whether one of them failed."""
-    levels = [away if level == "away" else level for level, _ in findings]
-    for level, (_, text) in zip(levels, findings, strict=True):
-        print(f"{level:<5} {text}")
-    return "fail" in levels
+def _who(running: Sequence[Mapping[str, Any]]) -> str:
+    """Which processes of a service run here, and where they listen."""
+    addresses = sorted({each["address"] for each in running if each["address"]})
+    pids = ", ".join(str(each["pid"]) for each in running)
+    return f"({', '.join([f'pid {pids}', *addresses])})"
 
 
 async def load(settings: Settings, args: argparse.Namespace) -> int:
@@ -74,6 +92,9 @@ async def load(settings: Settings, args: argparse.Namespace) -> int:
     """
     logs.configure("warning", settings.log_format)
     registry = load_registry(settings)
+    if running := await services(Path(settings.data_dir)):
+        text = f"a service is running here {_who(running)}, and loads itself what it has taken"
+        print(f"datapipe: {text}", file=sys.stderr, flush=True)
     process = new_process_id()
     loaded: Counter[str] = Counter()
     failed: dict[str, str] = {}
@@ -107,11 +128,31 @@ def _waiting(buffer: Buffer) -> int:
 
 
 async def status(settings: Settings, args: argparse.Namespace) -> int:
-    """Print what the page of a running service shows.
+    """Print what the page of a running service shows; 1 if it is not well.
+
+    Without a URL it is the one that runs with the same `data_dir`, which needs no key.
 
     Raises: DatapipeError: it does not answer, or refuses.
     """
-    url = (args.url or f"http://127.0.0.1:{settings.port}").rstrip("/")
+    logs.configure("critical", settings.log_format)
+    running = [] if args.url else await services(Path(settings.data_dir), status=True)
+    if running:
+        shown = running[0]["status"]
+        who = f"a service is running here {_who(running)}, with {settings.data_dir}"
+        print(f"datapipe: {who}", file=sys.stderr, flush=True)
+    else:
+        shown = await _status_of(settings, args.url)
+    try:
+        print_json(shown) if args.json else show_status(shown)
+        return int(shown["summary"]["state"] != "healthy")
+    except (KeyError, TypeError) as exc:
+        raise DatapipeError("this is no datapipe: its /status.json can't be read") from exc
+
+
+async def _status_of(settings: Settings, named: str | None) -> dict[str, Any]:
+    """What `/status.json` has. Args: named: the URL that was given."""
+    url = (named or f"http://127.0.0.1:{settings.port}").rstrip("/")
+    here = "" if named else f", and no service runs with {settings.data_dir}"
     headers = {"Authorization": f"Bearer {settings.admin_key}"} if settings.admin_key else {}
     timeout = aiohttp.ClientTimeout(total=10)
     try:
@@ -123,23 +164,30 @@ async def status(settings: Settings, args: argparse.Namespace) -> int:
                 raise DatapipeError(f"{url} wants the admin key: set DATAPIPE_ADMIN_KEY")
             if response.status != 200:
                 raise DatapipeError(f"{url} answers {response.status} {response.reason}")
-            show_status(msgspec.json.decode(await response.read(), type=dict[str, Any]))
+            return msgspec.json.decode(await response.read(), type=dict[str, Any])
     except aiohttp.InvalidURL as exc:
         raise DatapipeError(f"{url} is no URL: http://HOST:PORT wanted") from exc
     except (aiohttp.ClientError, TimeoutError) as exc:
-        raise DatapipeError(f"{url} does not answer: {exc or 'not in time'}") from exc
-    except (msgspec.MsgspecError, KeyError, TypeError) as exc:
+        raise DatapipeError(f"{url} does not answer: {exc or 'not in time'}{here}") from exc
+    except msgspec.MsgspecError as exc:
         raise DatapipeError(f"{url} is no datapipe: its /status.json can't be read") from exc
-    return 0
 
 
 async def schema(settings: Settings, args: argparse.Namespace) -> int:
-    """Print the DDL for all event types and our own tables; or make what is missing.
+    """Print the DDL for all event types and our own tables; make what is missing; adopt a table.
 
-    Raises: SinkUnavailable: the database does not answer.
+    Raises: SinkUnavailable: the database does not answer. LaneBlocked: a table can't be adopted.
+    ConfigError: there is no event type of that name.
     """
     tables = [table_of(kind) for kind in load_registry(settings).lanes.values()]
+    adopted = [table for table in tables if table.name in args.adopt]
+    if unknown := set(args.adopt) - {table.name for table in tables}:
+        raise ConfigError(f"--adopt: there is no event type {min(unknown)!r}")
     async with open_sink(settings, new_process_id()) as sink:
+        for table in adopted:
+            await sink.adopt(table, print)
+        if adopted and not args.apply:
+            return 0
         if args.apply:
             logs.configure("critical", settings.log_format)
             return await _apply(sink, tables)
@@ -155,7 +203,7 @@ async def _apply(sink: Database, tables: Sequence[Table]) -> int:
     made, failed = 0, False
     for table in tables:
         try:
-            statements = await sink.prepare(table)
+            statements = await sink.prepare(table) + await sink.make_ahead(table)
         except SinkUnavailable as exc:
             if exc.everywhere:
                 raise

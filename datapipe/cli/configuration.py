@@ -28,10 +28,10 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def require(configured: Settings, room: settings.Room) -> None:
-    """What this mirror or sink keeps in `data_dir` must be there: a command makes no folder.
+def require(configured: Settings, room: settings.Room) -> Path | None:
+    """The folder of this mirror or sink in `data_dir`, if it has one: no command makes it.
 
-    Raises: DatapipeError: it is not.
+    Raises: DatapipeError: it is not there.
     """
     found: settings.Plugin = settings.plugin(configured, room)
     folder = found.kept_in(configured)
@@ -40,6 +40,7 @@ def require(configured: Settings, room: settings.Room) -> None:
             f"{folder} is not there: no service has run with this data_dir; `datapipe config` "
             "shows where it was set"
         )
+    return folder
 
 
 async def config(configured: Settings, args: argparse.Namespace) -> int:

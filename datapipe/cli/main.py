@@ -37,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.load = partial(settings.load, **given)
         shows = args.command is configuration.config
         configured = settings.read(**given).settings if shows else settings.load(**given)
-        if args.needs:
-            configuration.require(configured, args.needs)
+        if args.needs and (folder := configuration.require(configured, args.needs)):
+            print(f"datapipe: looking in {folder}", file=sys.stderr, flush=True)
         if args.uses_database and settings.plugin(configured, "sink").is_file:
             print(f"datapipe: database {configured.database_url}", file=sys.stderr, flush=True)
         code: int = _run(args.command(configured, args))
@@ -113,6 +113,10 @@ def _parser() -> argparse.ArgumentParser:
     defining.add_argument(
         "--apply", action="store_true", help="make what is missing, and print only that"
     )
+    defining.add_argument(
+        "--adopt", metavar="NAME", action="append", default=[],
+        help="keep a table that was there before in order as one of ours (PostgreSQL)",
+    )  # fmt: skip
     _add_shelf(
         sub, "dead", commands.dead, "dead letters: look, put back, remove",
         {
@@ -196,9 +200,9 @@ def _add_shelf(
     selectors: Mapping[str, str],
 ) -> None:
     """A command over dead letters, or unknown events. Args: texts: of its actions."""
-    actions = sub.add_parser(shelf, help=text).add_subparsers(
-        title="actions", metavar="ACTION", required=True
-    )
+    parser = sub.add_parser(shelf, help=text)
+    _add_config(parser)
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     for name, text in texts.items():
         made = actions.add_parser(name, help=text, description=text)
         made.set_defaults(command=command, action=name, needs="sink")

@@ -11,13 +11,14 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import structlog
 
 from datapipe import logs
 from datapipe.app import PIPELINE, Pipeline, create_app, create_runner, end_process
+from datapipe.cli import notify
 from datapipe.errors import DatapipeError
 from datapipe.http.openapi import example
 from datapipe.http.port import Port, raise_limit
@@ -42,13 +43,17 @@ async def serve(settings: Settings, args: argparse.Namespace) -> int:
     pipeline = app[PIPELINE]
     pipeline.on_failure = end_process
     pipeline.try_out = args.try_out
-    with _signals() as signals:
+    async with _signals() as signals, notify.watchdog():
         try:
             await runner.setup()
             port = Port(runner.server, files)
             async with _listening(port, settings):
-                address = _address(port, settings)
-                log.info("listening", address=address, pid=os.getpid(), mirror=settings.mirror_kind)
+                pipeline.address = address = _address(port, settings)
+                log.info(
+                    "listening", address=address, pid=os.getpid(), mirror=settings.mirror_kind,
+                    data_dir=settings.data_dir,
+                )  # fmt: skip
+                notify.ready(f"listening on {address}")
                 # what start-up made stays for good: the garbage collector need not scan it
                 gc.collect()
                 gc.freeze()
@@ -57,6 +62,7 @@ async def serve(settings: Settings, args: argparse.Namespace) -> int:
                 if args.try_out:
                     await _print_hints(pipeline, address, ended)
                 number = await ended
+                notify.stopping()
                 if not pipeline.failed:
                     log.info("stopping", signal=number.name)
             await _stop(pipeline, signals)
@@ -109,11 +115,14 @@ def _has_terminal() -> bool:
 
 def _reload(pipeline: Pipeline, load: Callable[[], Settings]) -> None:
     """Read the settings anew, and take over what can change while the service runs."""
+    notify.reloading()
     try:
         changed, kept = pipeline.reload(load())
     except (DatapipeError, OSError) as exc:
         log.error("settings not reloaded", error=" ".join(str(exc).split()))
         return
+    finally:
+        notify.ready(f"listening on {pipeline.address}")
     log.info("settings reloaded", changed=changed)
     if kept:
         log.warning("settings need a restart", settings=kept)
@@ -139,8 +148,8 @@ async def _next_end(signals: asyncio.Queue[signal.Signals]) -> signal.Signals:
     return number
 
 
-@contextlib.contextmanager
-def _signals() -> Iterator[asyncio.Queue[signal.Signals]]:
+@contextlib.asynccontextmanager
+async def _signals() -> AsyncIterator[asyncio.Queue[signal.Signals]]:
     """What ends or reloads the service, as it arrives; ignored after the block: it has ended."""
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[signal.Signals] = asyncio.Queue()

@@ -76,11 +76,12 @@ def _facts(status: Mapping[str, Any]) -> list[str]:
 
 
 def _processes(status: Mapping[str, Any]) -> str:
-    answered, silent = status["processes"], status.get("silent", ())
-    if answered + len(silent) == 1:
+    answered, silent, ended = status["processes"], status.get("silent"), status.get("ended")
+    if answered == 1 and not (silent or ended):
         return ""
     text = f", {answered} process{'' if answered == 1 else 'es'}"
-    return f"{text}, silent: {', '.join(silent)}" if silent else text
+    text += f", silent: {', '.join(silent)}" if silent else ""
+    return text + (f", ended: {', '.join(ended)}" if ended else "")
 
 
 def _error(part: Mapping[str, Any]) -> str:

@@ -25,6 +25,7 @@ import msgspec
 from datapipe.errors import ConfigError, EventRejected, Reason
 from datapipe.events.limits import Limits
 from datapipe.events.values import TIMES, wire_type, written, wrong_inside
+from datapipe.settings.values import seconds_of
 
 # The names of release 1.0; each sink says what they are in its database.
 PG_TYPES: dict[type, str] = {
@@ -40,7 +41,8 @@ PG_TYPES: dict[type, str] = {
     list: "jsonb",
 }
 
-_NAME = re.compile(r"[a-z][a-z0-9_]{0,47}")
+NAME = re.compile(r"[a-z][a-z0-9_]{0,47}")
+PARTITIONS = ("day", "week", "month")  # periods of `received_at`, in UTC
 RESERVED = {"received_at", "event_name"}  # by us
 
 _JSON = (dict, list)
@@ -69,10 +71,16 @@ class Event:
 _E = TypeVar("_E", bound=type[Event])
 
 
-def register(event_name: str = "") -> Callable[[_E], _E]:
+def register(
+    event_name: str = "", *, partition: str | None = None, retention: str | None = None
+) -> Callable[[_E], _E]:
     """Make a class an event type of this name; its lane, table and page row follow.
 
-    Raises: ConfigError: there is no name, or it or a field can't be used; the message says why.
+    Args, for PostgreSQL alone:
+        partition: day, week or month: the table has a partition for each, by `received_at` in UTC.
+        retention: such as `90 days`: rows that were received before that are removed.
+    Raises: ConfigError: there is no name, or it, a field or an option can't be used; the message
+    says why.
     """
     given: object = event_name
     if isinstance(given, type):  # a bare `@register`
@@ -81,6 +89,8 @@ def register(event_name: str = "") -> Callable[[_E], _E]:
     def mark(cls: _E) -> _E:
         if not event_name:
             raise _nameless(cls)
+        cls.__datapipe_partition__ = partition  # type: ignore[attr-defined]
+        cls.__datapipe_retention__ = retention  # type: ignore[attr-defined]
         EventType(event_name, cls)  # a wrong class fails where it is written
         cls.__datapipe_event_name__ = event_name  # type: ignore[attr-defined]
         return cls
@@ -142,6 +152,8 @@ class EventType:
     Attributes:
         fields: of the class, in its order.
         columns: the table's, in the order of the rows; `received_at` is the last one.
+        partition: one of `PARTITIONS`, if the table is to have some.
+        retention_s: for how long rows are kept; None: for ever.
         struct: what its objects are decoded into.
     """
 
@@ -154,6 +166,7 @@ class EventType:
                 f"{' or '.join(_taken(limits))}"
             )
         self.name = name
+        self.partition, self.retention_s = _kept(name, cls)
         declared = list(_declared(name, cls, limits))
         self.fields = tuple(field for field, _ in declared)
         self.columns = (*(column for _, column in declared), Column("received_at", "timestamptz"))
@@ -228,9 +241,24 @@ class EventType:
         return EventRejected(Reason.BAD_VALUE, str(error))
 
 
+def _kept(name: str, cls: type[Event]) -> tuple[str | None, int | None]:
+    """The partition and the retention of a class itself. Raises: ConfigError: one is none."""
+    own = vars(cls)
+    partition = own.get("__datapipe_partition__")
+    retention = own.get("__datapipe_retention__")
+    if partition not in (None, *PARTITIONS):
+        raise ConfigError(
+            f"event type {name!r}: partition: {partition!r} is none of {', '.join(PARTITIONS)}"
+        )
+    try:
+        return partition, None if retention is None else seconds_of(retention)
+    except (ValueError, TypeError) as exc:
+        raise ConfigError(f"event type {name!r}: retention: {exc}") from exc
+
+
 def is_event_name(name: str, limits: Limits = DEFAULTS) -> bool:
     """Whether an event type may be called so."""
-    return bool(_NAME.fullmatch(name)) and not name.startswith(_taken(limits))
+    return bool(NAME.fullmatch(name)) and not name.startswith(_taken(limits))
 
 
 def _taken(limits: Limits) -> tuple[str, ...]:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
-from collections.abc import Mapping
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from aiohttp import BasicAuth, web
 
 from datapipe.errors import Reason, Refused
 from datapipe.settings import Settings
+
+
+class Credentials(NamedTuple):
+    """What a request says about who sends it: a header, and `?key=`."""
+
+    authorization: str | None
+    in_query: str | None = None
 
 
 class Access:
@@ -43,7 +50,8 @@ class Access:
     def why_not(self, request: web.BaseRequest) -> Refused | None:
         """Why this client may not act, from whatever page, and how it could; or None."""
         if self._admin_key:
-            if hmac.compare_digest(given_key(request.headers), self._admin_key):
+            given = given_key(Credentials(request.headers.get("Authorization")))
+            if hmac.compare_digest(given, self._admin_key):
                 return None
             return Refused(Reason.UNAUTHORIZED, "no or wrong admin key")
         if not self._loopback:
@@ -62,9 +70,9 @@ class Access:
         return None
 
 
-def given_key(headers: Mapping[str, str], in_query: str | None = None) -> bytes:
+def given_key(given: Credentials) -> bytes:
     """The key of a request: Bearer, the password of HTTP Basic, or `?key=`; else empty."""
-    header = headers.get("Authorization", "")
+    header = given.authorization or ""
     scheme, _, value = header.partition(" ")
     if scheme.lower() == "bearer":
         return value.strip().encode(errors="surrogateescape")
@@ -74,7 +82,7 @@ def given_key(headers: Mapping[str, str], in_query: str | None = None) -> bytes:
             return password.encode()
         except ValueError:
             return b""
-    return (in_query or "").encode(errors="surrogateescape")
+    return (given.in_query or "").encode(errors="surrogateescape")
 
 
 def _same_origin(request: web.BaseRequest) -> bool:

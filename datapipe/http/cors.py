@@ -56,7 +56,8 @@ class Cors:
 
         async def preflight(request: web.Request) -> web.StreamResponse:
             if not self._origins:
-                raise web.HTTPMethodNotAllowed("OPTIONS", ["GET", "HEAD", "POST"])
+                page = ["GET", "HEAD"] if request.path == "/" else []
+                raise web.HTTPMethodNotAllowed("OPTIONS", [*page, "POST"])
             headers = self.headers(request.headers.get("Origin"))
             if "Access-Control-Allow-Origin" not in headers:
                 reason = "cors_origins does not name the origin of this page"

@@ -20,6 +20,7 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from datapipe.errors import Reason, Refused
+from datapipe.http.auth import Credentials
 from datapipe.http.prefer import wait_seconds
 
 PATHS = ("/", "/v1/events")  # that take events
@@ -51,13 +52,13 @@ class Head(NamedTuple):
 
     Attributes:
         length: bytes of the body that follows.
-        key: the one in the query.
+        credentials: who sends it, for the ingest to judge.
         waits: it asks to wait: see `prefer`.
     """
 
     length: int
     headers: CIMultiDict[str]
-    key: str | None
+    credentials: Credentials
     waits: bool
 
 
@@ -239,7 +240,8 @@ def _parse(head: bytes) -> Head | None:
         return None
     key = URL.build(path="/", query_string=query, encoded=True).query.get("key") if query else None
     length = int(headers.get("Content-Length", "0"))
-    return Head(length, headers, key, wait_seconds(headers) is not None)
+    credentials = Credentials(headers.get("Authorization"), key)
+    return Head(length, headers, credentials, wait_seconds(headers) is not None)
 
 
 def _is_plain(head: bytes, syntax: Syntax) -> bool:

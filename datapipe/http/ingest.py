@@ -13,6 +13,7 @@ from datapipe.errors import BufferFull, EventRejected, Reason, Refused
 from datapipe.events.registry import Registry
 from datapipe.http import responses
 from datapipe.http.admission import Admission, Reservation
+from datapipe.http.auth import Credentials
 from datapipe.http.body import Body, Headers, read_body
 from datapipe.http.claims import Claim, Claims
 from datapipe.http.cors import Cors
@@ -58,7 +59,7 @@ class Ingest:
     async def answer(
         self,
         headers: Headers,
-        key: str | None,
+        credentials: Credentials,
         source: bytes | Body,
         request_id: str,
         gone: Callable[[], asyncio.Future[None]] | None = None,
@@ -66,7 +67,7 @@ class Ingest:
         """Answer one POST. Raises nothing.
 
         Args:
-            key: the one in the query.
+            credentials: who sends it.
             source: the body, or how it is read while some of it may be on its way.
             gone: gives what is done once the client has left.
         """
@@ -74,7 +75,7 @@ class Ingest:
         wait = None if seconds is None else Wait(seconds)
         reservation = Reservation(self.admission)
         try:
-            storing = self._store(headers, key, source, request_id, reservation, wait)
+            storing = self._store(headers, credentials, source, request_id, reservation, wait)
             del source  # whoever waits holds no body meanwhile
             answer = await storing
             if wait is not None and answer.status < 300:  # something was accepted
@@ -90,7 +91,7 @@ class Ingest:
     async def _store(
         self,
         headers: Headers,
-        key: str | None,
+        credentials: Credentials,
         source: bytes | Body,
         request_id: str,
         reservation: Reservation,
@@ -100,9 +101,9 @@ class Ingest:
         body, grant, taken = b"", ANYBODY, 0
         try:
             self.admission.check()
-            grant = self._keys.grant(headers, key)
+            grant = self._keys.grant(credentials)
             grant.use.last_seen = self._clock.now()
-            grant.bucket.check()
+            grant.bucket.take(0)
             idempotency_key = _idempotency_key(headers)
             body = await read_body(source, headers, self._settings, reservation)
             claim = self._claim(grant.scope, idempotency_key, body)
@@ -110,12 +111,12 @@ class Ingest:
             full = self.admission.refuse_full(parsed, keyed=claim is not None)
             if parsed.chunks:
                 reservation.grow(sum([len(chunk.data) for chunk in parsed.chunks]))
-                grant.bucket.check()  # others may have emptied it meanwhile
+                events = sum([chunk.events for chunk in parsed.chunks])
+                grant.bucket.take(events)
+                taken = events
                 if claim:  # by now another one may have come
                     self._buffer.check(parsed.chunks)
                     self._claims.enter(claim)
-                taken = sum([chunk.events for chunk in parsed.chunks])
-                grant.bucket.take(taken)
                 await self._buffer.append(parsed.chunks, wait)
                 grant.use.accepted += taken
             if parsed.errors:
@@ -124,14 +125,14 @@ class Ingest:
             if parsed.batch:
                 answer = responses.batch(taken, parsed.errors, full)
         except Exception as exc:
-            grant.bucket.take(-taken)
+            grant.bucket.give_back(taken)
             answer = self._failed(exc, body, request_id, grant.use)
         return answer
 
     def take(
         self,
         headers: Headers,
-        key: str | None,
+        credentials: Credentials,
         body: bytes,
         request_id: str,
         send: Callable[[Answer], None],
@@ -153,13 +154,12 @@ class Ingest:
             if error is None:
                 grant.use.accepted += 1
             else:
-                grant.bucket.take(-1)
+                grant.bucket.give_back(1)
                 answer = self._failed(error, body, request_id, grant.use)
             send(self._cors.apply(answer, headers))
 
         try:
-            grant = self._keys.grant(headers, key)
-            grant.bucket.check()
+            grant = self._keys.grant(credentials)
             claim = None
             if "Idempotency-Key" in headers:
                 claim = self._claim(grant.scope, _idempotency_key(headers), body)
@@ -167,21 +167,22 @@ class Ingest:
             chunk = self._parser.single(body, now, claim, grant.lanes)
             if chunk is None or self._buffer.mirror.full((chunk.lane,)):
                 return False
+            grant.bucket.take(1)
         except Exception:
             return False  # `answer` meets it again, and says what it was
         held += len(chunk.data)
-        if not self.admission.enter(held):
-            return False
-        try:
-            self._buffer.add(chunk, done)
-        except BufferFull:
-            self.admission.leave(held)
-            return False
-        if claim:
-            self._claims.enter(claim)
-        grant.bucket.take(1)
-        grant.use.last_seen = now
-        return True
+        if self.admission.enter(held):
+            try:
+                self._buffer.add(chunk, done)
+            except BufferFull:
+                self.admission.leave(held)
+            else:
+                if claim:
+                    self._claims.enter(claim)
+                grant.use.last_seen = now
+                return True
+        grant.bucket.give_back(1)
+        return False
 
     def _claim(self, scope: bytes, idempotency_key: str | None, body: bytes) -> Claim | None:
         """The hashes that stand for the keys and for the body.

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import hmac
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from time import monotonic
 
 from datapipe.errors import ConfigError, EventRejected, RateLimited, Reason
 from datapipe.events.unknown import UNKNOWN
-from datapipe.http.auth import given_key
+from datapipe.http.auth import Credentials, given_key
 from datapipe.pipeline.records import KeyUse, Records
 from datapipe.settings import IngestKey
 
@@ -37,17 +37,23 @@ class Bucket:
         """Args: rate: events a second; 0: no bound."""
         self._rate = rate
 
-    def check(self) -> None:
-        """Raises: RateLimited: too much was taken; until when it is paid for."""
-        if self._rate and (wait_s := self._paid_until - monotonic()) > 0:
-            detail = f"ingest key {self._name!r}: more than its rate of {self._rate:.15g} events/s"
-            raise RateLimited(detail, min(wait_s, _LONGEST_S))
-
     def take(self, events: int) -> None:
-        """For events that are accepted, however many; a number below 0 gives back."""
+        """For so many events that are to be accepted.
+
+        Raises: RateLimited: too much was taken before; until when it is paid for.
+        """
         if self._rate:
-            paid_until = max(self._paid_until, monotonic() - _BUCKET_S)
-            self._paid_until = paid_until + events / self._rate
+            now, paid_until = monotonic(), self._paid_until
+            if paid_until > now:
+                rate = f"its rate of {self._rate:.15g} events a second"
+                detail = f"ingest key {self._name!r}: more than {rate}"
+                raise RateLimited(detail, min(paid_until - now, _LONGEST_S))
+            self._paid_until = max(paid_until, now - _BUCKET_S) + events / self._rate
+
+    def give_back(self, events: int) -> None:
+        """They were not accepted."""
+        if self._rate:
+            self._paid_until -= events / self._rate
 
 
 class Grant:
@@ -97,26 +103,25 @@ class IngestKeys:
         """
         check_lanes(entries, self._types)
         self._grants = [self._compiled(entry) for entry in entries]
-        # what headers and query of those that were granted said: a client says it again and again.
-        # A table by hash reveals nothing to those who guess: they don't know this process's hashes.
-        self._remembered: dict[tuple[str | None, str | None], Grant] = {}
+        # those that were granted: a client has the same each time. A table by hash reveals nothing
+        # to those who guess: they don't know this process's hashes
+        self._remembered: dict[Credentials, Grant] = {}
 
-    def grant(self, headers: Mapping[str, str], in_query: str | None) -> Grant:
+    def grant(self, credentials: Credentials) -> Grant:
         """Raises: EventRejected: no or wrong key."""
         if not self._grants:
             return ANYBODY
-        said = headers.get("Authorization"), in_query
-        if (found := self._remembered.get(said)) is not None:
+        if (found := self._remembered.get(credentials)) is not None:
             return found
-        given = given_key(headers, in_query)
+        given = given_key(credentials)
         # every key is compared, even after a match: the time must reveal nothing
         fitting = [grant for key, grant in self._grants if hmac.compare_digest(given, key)]
         if not fitting:
             raise EventRejected(Reason.UNAUTHORIZED, "no or wrong ingest key")
-        if sum(len(text or "") for text in said) <= _REMEMBERED_CHARS:
+        if sum(len(text or "") for text in credentials) <= _REMEMBERED_CHARS:
             if len(self._remembered) >= _REMEMBERED:
                 self._remembered.clear()
-            self._remembered[said] = fitting[0]
+            self._remembered[credentials] = fitting[0]
         return fitting[0]
 
     def _compiled(self, entry: str | IngestKey) -> tuple[bytes, Grant]:

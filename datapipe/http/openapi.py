@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 import typing
+from collections.abc import Sequence
 from datetime import date, datetime
 from decimal import Decimal
 from typing import Any
@@ -12,7 +13,8 @@ from uuid import UUID
 import msgspec
 
 from datapipe.events.registry import Registry
-from datapipe.events.types import EventType
+from datapipe.events.types import NAME, EventType
+from datapipe.events.unknown import UNKNOWN
 from datapipe.http.assets import FILES, templates_folder
 from datapipe.version import __version__
 
@@ -73,11 +75,20 @@ def _event_schema(kind: EventType) -> Schema:
     }
 
 
+def _unknown_schema(registered: Sequence[str]) -> Schema:
+    """Of an event whose type is not registered, where such are kept."""
+    name = {"pattern": f"^{NAME.pattern}$", "not": {"enum": list(registered)}}
+    properties = {"event_name": {"type": "string", **name}}
+    return {"type": "object", "properties": properties, "required": ["event_name"]}
+
+
 def document(registry: Registry) -> Schema:
     """The whole description."""
     whole: Schema = msgspec.json.decode((templates_folder() / "openapi.json").read_bytes())
     whole["info"]["version"] = __version__
     events = {name: _event_schema(kind) for name, kind in sorted(registry.types.items())}
+    if registry.keeps_unknown:
+        events[UNKNOWN] = _unknown_schema(list(events))
     whole["paths"]["/v1/events"] = {"post": whole["paths"]["/"]["post"]}
     whole["components"]["schemas"] |= events | {
         "Event": {"oneOf": [{"$ref": f"#/components/schemas/{name}"} for name in events]},

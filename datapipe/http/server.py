@@ -216,14 +216,14 @@ class Connection(asyncio.Protocol):
             self._body.feed_data(body)
             source = Body(head.length, partial(self._body.read, _AHEAD_BYTES))
         elif not head.waits and self._server.handler.take(
-            head.headers, head.key, body, self._id, self._write
+            head.headers, head.credentials, body, self._id, self._write
         ):
             return
         self._task = asyncio.get_running_loop().create_task(self._serve(head, source))
 
     async def _serve(self, head: Head, source: bytes | Body) -> None:
         handler = self._server.handler
-        answering = handler.answer(head.headers, head.key, source, self._id, self.gone)
+        answering = handler.answer(head.headers, head.credentials, source, self._id, self.gone)
         del source  # or who waits for a load would hold a body
         try:
             answer = await answering

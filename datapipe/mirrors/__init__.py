@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from datapipe.errors import MirrorUnavailable
+from datapipe.events.registry import load_registry
 from datapipe.events.segment import Segment
 from datapipe.settings import Plugin, Settings, plugin
 
@@ -325,6 +326,25 @@ def open_mirror(settings: Settings, process: str) -> AbstractAsyncContextManager
     """See `MirrorPlugin.open`: the mirror that the settings name."""
     found: MirrorPlugin = plugin(settings, "mirror")
     return found.open(settings, process)
+
+
+def unregistered(
+    mirror: str, waiting: Mapping[str, int], unit: str, settings: Settings
+) -> list[tuple[str, str]]:
+    """What `check` has to say of lanes in which something waits and that are no event types here.
+
+    Args: waiting: how much, by lane. unit: of what.
+    """
+    known = load_registry(settings).kinds
+    return [
+        (
+            "warn",
+            f"{mirror}: {count} {unit} of {lane} wait, which is no event type here: they are kept, "
+            "and loaded once it is registered",
+        )
+        for lane, count in sorted(waiting.items())
+        if count and lane not in known
+    ]
 
 
 async def check_mirror(

@@ -98,6 +98,7 @@ _MIRROR: dict[str, Rule] = {"requests": sum, "requests_this_month": sum, "calls"
 _KEY: dict[str, Rule] = {**dict.fromkeys(OUTCOMES, _sum), "last_seen": _latest}
 _STATUS: dict[str, Rule] = {
     "processes": len, "uptime_seconds": max, "rejected": _counts, "keys": _keys,
+    "dead_letters": _most("at"),
 }  # fmt: skip
 
 

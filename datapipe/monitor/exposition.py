@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from prometheus_client import generate_latest
+from prometheus_client import ProcessCollector, generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -55,6 +55,8 @@ _FAMILIES = (
     Family(_C, "events_dead", "Events that the database refused.", "lane", _lanes("dead")),
     Family(_C, "events_replayed", "Dead letters put back into their table.", "lane",
            _lanes("replayed")),
+    Family(_G, "dead_letters", "Dead letters that there are now, whoever wrote them.", "lane",
+           lambda status: (status["dead_letters"] or {"lanes": {}})["lanes"]),
     Family(_C, "events_rejected", "Events, or whole bodies, that were refused.", "reason",
            lambda status: dict.fromkeys(REASONS, 0) | status["rejected"]),
     Family(_C, "key_events", "What was posted with named ingest keys.", "key,outcome",
@@ -76,6 +78,8 @@ _FAMILIES = (
            _one("database", "up")),
     Family(_G, "mirror_up", "1 if the last work with the mirror succeeded.", "",
            _one("mirror", "up")),
+    Family(_G, "build_info", "1, of this release.", "version",
+           lambda status: {status["version"]: 1}),
 )  # fmt: skip
 
 
@@ -89,7 +93,9 @@ def text(known: Sequence[Histogram], status: Status, histograms: Sequence[Sample
         seconds = total.pop("sum")
         added.append(HistogramMetricFamily(own.name, own.text, list(total.items()), seconds))
     families = [_metric(family, status) for family in _FAMILIES]
-    return generate_latest(_Collected([*added, *families]))
+    # `process_*`: of the process that answers alone
+    process = ProcessCollector(registry=None).collect()
+    return generate_latest(_Collected([*added, *families, *process]))
 
 
 def _metric(family: Family, status: Status) -> Metric:

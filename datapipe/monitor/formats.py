@@ -26,6 +26,10 @@ def events(value: int) -> str:
     return f"{count(value)} event{'' if value == 1 else 's'}"
 
 
+def processes(value: int) -> str:
+    return "One process" if value == 1 else f"{count(value)} processes"
+
+
 def size(value: float | None) -> str:
     """Bytes: 1536 -> 1.5 KiB"""
     if value is None:

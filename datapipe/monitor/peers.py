@@ -31,6 +31,7 @@ from datapipe.mirrors import Channel
 
 _ANSWER_S = 2.0  # a peer that takes longer is left out
 _LATELY_S = 30.0
+ENDED_SHOWN_S = 30.0  # how long one that ended is told of
 _LONGEST_PATH = 100  # bytes; sun_path holds 108 on Linux, 104 elsewhere
 _OBJECT = msgspec.json.Decoder(dict[str, Any])
 
@@ -46,11 +47,14 @@ class _Question(msgspec.Struct):
 class Heard(NamedTuple):
     """What the others answered: JSON objects.
 
-    Attributes: silent: `host:pid` of those that live and did not answer.
+    Attributes:
+        silent: `host:pid` of those that live and did not answer.
+        ended: the same of those that answered before, and ended lately without deregistering.
     """
 
     answers: Sequence[dict[str, Any]] = ()
     silent: Sequence[str] = ()
+    ended: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -60,15 +64,19 @@ class Own:
     Attributes:
         status: what it shows of itself; whether with the series of the charts.
         load: load now: one lane or all; whether to accept dead letters.
+        service: for commands: `pid`, `address`; with `status`, what it shows of all processes.
     """
 
     status: Callable[[bool], Awaitable[Mapping[str, Any]]]
     load: Callable[[str | None, bool], Awaitable[Mapping[str, Any]]]
+    service: Callable[[bool], Awaitable[Mapping[str, Any]]]
 
     async def answer(self, method: str, path: str, query: Mapping[str, str]) -> bytes | None:
         """JSON, or None: nobody of this version asks that."""
         if (method, path) == ("GET", "/status.json"):
             return msgspec.json.encode(await self.status(query.get("history") != "no"))
+        if (method, path) == ("GET", "/service.json"):
+            return msgspec.json.encode(await self.service(query.get("status") == "yes"))
         if (method, path) == ("POST", "/load"):
             accept_dead = query.get("accept") == "dead"
             return msgspec.json.encode(await self.load(query.get("lane"), accept_dead))
@@ -89,13 +97,13 @@ class Others:
     """What the others last said of themselves.
 
     Attributes:
-        answers, silent: see `Heard`.
+        answers, silent, ended: see `Heard`.
         histories: the series of their charts, when they were last asked for.
         at: when that was, by the monotonic clock.
     """
 
     def __init__(self, peers: Peers) -> None:
-        self.answers, self.silent = Heard()
+        self.answers, self.silent, self.ended = Heard()
         self.histories: Sequence[Mapping[str, Any]] = ()
         self.at = -math.inf
         self._peers = peers
@@ -114,7 +122,8 @@ class Others:
             if answered <= asked:
                 self._asked = question = self._asked + 1
                 query = {} if history else {"history": "no"}
-                self.answers, self.silent = await self._peers.ask("GET", "/status.json", query)
+                heard = await self._peers.ask("GET", "/status.json", query)
+                self.answers, self.silent, self.ended = heard
                 if history:
                     self.histories = [each["history"] for each in self.answers]
                 self.at = time.monotonic()
@@ -123,18 +132,30 @@ class Others:
     @property
     def silent_lately(self) -> bool:
         """Whether any is; not for ever, so that "since" begins anew where nobody has asked."""
-        return bool(self.silent) and time.monotonic() - self.at < _LATELY_S
+        return bool(self.silent) and self._lately
+
+    @property
+    def ended_lately(self) -> bool:
+        return bool(self.ended) and self._lately
+
+    @property
+    def _lately(self) -> bool:
+        return time.monotonic() - self.at < _LATELY_S
 
 
 class LocalPeers:
     """Those that share our `data_dir`; each listens on a socket in `data_dir/peers`.
 
-    One that is too slow is left out, and logged.
+    One that is too slow is left out, and logged. The socket of one that was killed stays for a
+    while, so that all who knew it notice.
     """
 
-    def __init__(self, data_dir: Path, process: str) -> None:
+    def __init__(self, data_dir: Path, process: str, answer_s: float = _ANSWER_S) -> None:
         self._folder = data_dir / "peers"
         self._own = f"{process}.sock"
+        self._answer_s = answer_s
+        self._hosts: dict[str, str] = {}  # of those that have answered, by name
+        self._deserted: dict[str, float] = {}  # since when nobody listens there, by name
 
     @asynccontextmanager
     async def listening(self, own: Own) -> AsyncIterator[None]:
@@ -173,19 +194,33 @@ class LocalPeers:
         return str(Path(short) / "s")
 
     async def ask(self, method: str, path: str, query: Mapping[str, str]) -> Heard:
-        """See `Peers.ask`; what a dead one left behind is removed."""
+        """See `Peers.ask`; what one that ended has left behind is removed in the end."""
         try:
             others = [p for p in sorted(self._folder.glob("*.sock")) if p.name != self._own]
+            self._forget(others)
         except OSError as exc:  # no open file is left
             log.warning("a peer does not answer", error=str(exc))
             return Heard()
         answers = await asyncio.gather(*(self._ask(other, method, path, query) for other in others))
-        return Heard([answer for answer in answers if answer is not None])
+        ended = [self._hosts[name] for name in self._deserted if name in self._hosts]
+        return Heard([answer for answer in answers if answer is not None], ended=ended)
+
+    def _forget(self, others: Sequence[Path]) -> None:
+        """Those that are gone, and those that ended some time ago, with their sockets."""
+        until = time.monotonic() - ENDED_SHOWN_S
+        there = {path.name for path in others}
+        for name in (self._hosts.keys() | self._deserted.keys()) - there:
+            self._hosts.pop(name, None)
+            self._deserted.pop(name, None)
+        for name in [name for name, since in self._deserted.items() if since < until]:
+            _unlink(self._folder / name)
+            del self._deserted[name]
+            self._hosts.pop(name, None)
 
     async def _ask(
         self, socket: Path, method: str, path: str, query: Mapping[str, str]
     ) -> dict[str, Any] | None:
-        timeout = aiohttp.ClientTimeout(total=None if method == "POST" else _ANSWER_S)
+        timeout = aiohttp.ClientTimeout(total=None if method == "POST" else self._answer_s)
         try:
             async with (
                 aiohttp.ClientSession(
@@ -195,14 +230,28 @@ class LocalPeers:
             ):
                 if response.status != 200:
                     return None
-                return _OBJECT.decode(await response.read())
+                answer = _OBJECT.decode(await response.read())
+                self._hosts[socket.name] = str(answer.get("host", self._hosts.get(socket.name)))
+                return answer
         except (aiohttp.ClientError, TimeoutError, OSError, msgspec.MsgspecError) as exc:
             cause = exc.os_error if isinstance(exc, aiohttp.ClientConnectorError) else exc
             if isinstance(cause, ConnectionRefusedError | FileNotFoundError):
-                _unlink(socket)  # nobody listens: its process has ended
+                self._deserted.setdefault(socket.name, time.monotonic())
                 return None
             log.warning("a peer does not answer", error=f"{type(exc).__name__}: {exc}")
         return None
+
+
+async def services(data_dir: Path, *, status: bool = False) -> Sequence[dict[str, Any]]:
+    """For commands: what the processes that run with this `data_dir` say of themselves.
+
+    Each its `pid` and `address` (None: somebody else listens for it); with `status`, what all of
+    them together show.
+    """
+    # each may have to wait for another
+    peers = LocalPeers(data_dir, "", 2 * _ANSWER_S)
+    found = await peers.ask("GET", "/service.json", {"status": "yes"} if status else {})
+    return sorted(found.answers, key=lambda service: int(service["pid"]))
 
 
 class ClusterPeers:

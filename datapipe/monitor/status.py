@@ -25,7 +25,10 @@ from datapipe.pipeline.loader import Loader
 from datapipe.pipeline.records import Rate, Records, iso, now
 from datapipe.version import __version__
 
-_JUDGED = ("ingest", "database", "mirror", "books", "room", "leftovers", "peers")
+_JUDGED = (
+    "ingest", "database", "mirror", "books", "room", "dead_letters", "leftovers", "ended", "peers",
+)  # fmt: skip
+_NOT_TOLD = {"ended", "peers"}  # to others: it may have asked long ago
 NEARLY_FULL = 0.8  # of the mirror
 
 
@@ -59,6 +62,7 @@ class Status:
         self.history = History(self._started)
         self._month = datetime.now(UTC).month
         self._before_month = 0  # requests to the mirror in months that are over
+        self._refused = 0  # events that became dead letters, at the last reading
         self.tick()
 
     def tick(self) -> None:
@@ -73,6 +77,9 @@ class Status:
             for name, lane in self.buffer.lanes.items()
         }
         self.history.take(moment, readings)
+        if self._refused != (refused := sum(lane.dead for lane in self.buffer.lanes.values())):
+            self._refused = refused
+            self.dead.count_soon()
         self._judge()
 
     # --- health ---
@@ -96,6 +103,7 @@ class Status:
         self._judge()
         yield from self._judged.values()
         yield from (self.buffer.health, self.buffer.removal, *self.coordinator.parts)
+        yield self.dead.health
         yield from (lane.health for _, lane in sorted(self.buffer.lanes.items()))
 
     def _judge(self) -> None:
@@ -111,6 +119,8 @@ class Status:
             "room": f"{used:.0%} used" if used >= NEARLY_FULL else None,
             "leftovers": f"{formats.count(mirror.left)} messages, not counted below"
             if mirror.left else None,
+            "dead_letters": "" if any(self.dead.present.values()) else None,
+            "ended": ", ".join(self._others.ended) if self._others.ended_lately else None,
             "peers": "" if self._others.silent_lately else None,
         }  # fmt: skip
         began = time.perf_counter()
@@ -128,7 +138,9 @@ class Status:
 
     def snapshot(self) -> dict[str, Any]:
         """All numbers at one moment, of all processes, without the series of the charts."""
-        status = together(self._own(), self._others.answers) | {"silent": self._others.silent}
+        others = self._others
+        status = together(self._own(), others.answers)
+        status |= {"silent": others.silent, "ended": others.ended if others.ended_lately else []}
         return status | {"summary": summary(status)}
 
     async def whole(self) -> dict[str, Any]:
@@ -145,8 +157,7 @@ class Status:
     async def for_peers(self, history: bool = True) -> dict[str, Any]:
         """What this process answers the others. Args: history: also the series of the charts."""
         own = self._own() | {"histograms": self.metrics.histograms()}
-        # whom it does not hear is not told: it may have asked long ago
-        own["parts"] = [part for part in own["parts"] if part["part"] != "peers"]
+        own["parts"] = [part for part in own["parts"] if part["part"] not in _NOT_TOLD]
         if not history:
             return own
         return own | {"history": await asyncio.to_thread(series_of, self.history.points())}
@@ -175,12 +186,19 @@ class Status:
                 for name, lane in sorted(self.buffer.lanes.items())
             },
             "rejected": dict(self.records.rejected),
+            "dead_letters": self._dead_letters(),
             "keys": {name: use.shown() for name, use in sorted(self.records.keys.items())},
             "mirror": self._mirror(),
             "database": self._database(),
             "parts": [_part(health) for health in self.parts()],
             "recent_loads": self.records.loads(),
         }
+
+    def _dead_letters(self) -> dict[str, Any] | None:
+        if (at := self.dead.counted_at) is None:
+            return None
+        lanes = dict.fromkeys(self.buffer.lanes, 0) | dict(self.dead.present)
+        return {"at": iso(at), "lanes": dict(sorted(lanes.items()))}
 
     def _lane(self, lane: Lane) -> dict[str, Any]:
         schedule = self.loader.schedules.get(lane.name)

@@ -18,6 +18,7 @@ class Words(NamedTuple):
     state: str
     what: str
     then: str
+    since: str = "since"
 
 
 # By part and what is wrong with it; the worst first.
@@ -49,6 +50,11 @@ WORDS = {
         "{kept} When it is full, events are refused: see to it that lanes are loaded, or give it "
         "more room in the settings.",
     ),
+    ("dead_letters", "fails"): Words(
+        "dead_letters", "{dead}",
+        "The database has refused them; they are kept. See why under Dead letters, or by datapipe "
+        "dead list; repair that and put them back, or drop them for good.",
+    ),
     ("database", "is new"): Words(
         "starting", "The database has not been reached", "Events are kept meanwhile."
     ),
@@ -56,9 +62,11 @@ WORDS = {
         "recovering", "A process that died has left events in the mirror",
         "They will be taken over within about {left}; nothing need be done.",
     ),
+    ("ended", "fails"): Words("process_ended", "{ended} ended", "{takeover}", since="at"),
     ("peers", "fails"): Words(
         "process_silent", "No answer from {silent}",
-        "The numbers here lack theirs. Should one have died, others load what it had taken.",
+        "The numbers here lack theirs. Should one have died, others load what it had taken, from "
+        "half a minute later on.",
     ),
 }  # fmt: skip
 _RANK = {key: rank for rank, key in enumerate(WORDS)}
@@ -78,14 +86,25 @@ WORK = {
         "The upkeep of the mirror",
         "Meanwhile it gives no space back, and messages of a remote one come closer to their end.",
     ),
+    "count": ("The count of dead letters", "How many there are now is not known meanwhile."),
+    "tables": (
+        "The upkeep of tables",
+        "Meanwhile no partitions are made ahead, and what is older than its retention stays.",
+    ),
 }
 _WORK_RANK = _RANK["room", "fails"] - 0.5
+# until others begin to load what was accepted by a process that ended
+_TAKEOVER_S = {"journal": 35.0, "ironmq": 45.0}
+_LONGEST_TAKEOVER_S = 60.0
+_LANES_NAMED = 3
+_NONE: Mapping[str, Any] = {"lanes": {}}
 # A part is not named while one of these fails: then that is why, or says the same. Nor is one that
 # failed before they worked again and has not been tried since.
 _BECAUSE = {
     "mirror": ("ingest",), "append": ("ingest",), "room": ("ingest",), "load": ("database",),
     "heartbeat": ("database",), "recovery": ("mirror", "database"), "peers": ("mirror",),
-    "upkeep": ("mirror", "database"), "removal": ("mirror",),
+    "upkeep": ("mirror", "database"), "removal": ("mirror",), "count": ("database",),
+    "tables": ("database",),
 }  # fmt: skip
 
 
@@ -125,6 +144,8 @@ def _troubles(status: Mapping[str, Any]) -> Iterator[_Trouble]:
         lane = status["lanes"].get(part["lane"], {})
         if lane.get("blocked") is not None:
             yield _trouble(status, part, "is blocked")
+        elif part["part"] == "dead_letters" and not dead_letters(status):
+            pass  # another process has counted since
         elif part["up"] is False and named and tried:
             yield _trouble(status, part, "fails")
         elif part["up"] is None and part["part"] == "database":
@@ -133,11 +154,16 @@ def _troubles(status: Mapping[str, Any]) -> Iterator[_Trouble]:
             yield _trouble(status, part, "is slow")
 
 
+def dead_letters(status: Mapping[str, Any]) -> dict[str, int]:
+    """How many there are now, by lane; the lanes that have some."""
+    return {name: n for name, n in (status.get("dead_letters") or _NONE)["lanes"].items() if n}
+
+
 def _trouble(status: Mapping[str, Any], part: Mapping[str, Any], wrong: str) -> _Trouble:
     key, slow, facts = (part["part"], wrong), wrong == "is slow", _facts(status, part)
     words = WORDS.get(key) or work_words(part["part"], slow)
     since = part["doing_since"] if slow else part["since"]
-    when = "yet" if wrong == "is new" else f"since {_moment(since, status['now'])}"
+    when = "yet" if wrong == "is new" else f"{words.since} {_moment(since, status['now'])}"
     why = _wait(status, part) if slow else part["error"]
     because = f": {why.rstrip('.')}" if why else ""
     what, then = words.what.format(**facts), words.then.format(**facts)
@@ -162,6 +188,9 @@ def _facts(status: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, str]
     return {
         "lane": part["lane"],
         "silent": ", ".join(status["silent"]),
+        "ended": formats.processes(len(status["ended"])),
+        "takeover": _takeover(status["mirror"], len(status["ended"])),
+        "dead": _dead(status),
         "waiting": waiting,
         "kept": _kept(status),
         "refusing": _refusing(status, part["error"]),
@@ -169,6 +198,26 @@ def _facts(status: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, str]
         "product": _product(status),
         "remedy": f"{remedy} " if (remedy := part.get("remedy")) else "",
     }
+
+
+def _dead(status: Mapping[str, Any]) -> str:
+    """1,204 events are dead letters (install 1,200, purchase 4)"""
+    lanes = sorted(dead_letters(status).items(), key=lambda lane: -lane[1])
+    total = sum(count for _, count in lanes)
+    named = [f"{name} {formats.count(count)}" for name, count in lanes[:_LANES_NAMED]]
+    if more := len(lanes) - len(named):
+        named.append(f"and {formats.count(more)} more lanes")
+    are = "is a dead letter" if total == 1 else "are dead letters"
+    return f"{formats.events(total)} {are} ({', '.join(named)})"
+
+
+def _takeover(mirror: Mapping[str, Any], ended: int) -> str:
+    """What becomes of the events of processes that ended; "How soon" in docs/operations.md."""
+    if mirror["kind"] == "none":
+        return "What was held in memory there is lost."
+    within = formats.roughly(_TAKEOVER_S.get(mirror["kind"], _LONGEST_TAKEOVER_S))
+    whose = "Its" if ended == 1 else "Their"
+    return f"{whose} events are taken over within {within}; nothing need be done."
 
 
 def _product(status: Mapping[str, Any]) -> str:

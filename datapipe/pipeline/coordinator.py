@@ -7,8 +7,9 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from typing import TypeVar
 from uuid import uuid4
 
 from datapipe.errors import DatapipeError, LaneBlocked, SinkUnavailable
@@ -25,6 +26,8 @@ from datapipe.sinks import Database, Heartbeat, Mark, Table
 BEAT_S = 5.0
 SILENT_S = 30.0  # six beats missed
 _BLOCKED_S = 30.0  # the longest wait until a table that alone can't be made is tried again
+_TABLES_S = 60.0  # until the next look at what is too old
+_ROUND_S = 5.0  # of removals: then health says that they work
 _RELEASE_S = 2.0
 _FEW = 10_000  # events in memory
 _MORE_S = 0.2  # until the next look, where there was more than one look could take
@@ -32,6 +35,8 @@ _MORE_S = 0.2  # until the next look, where there was more than one look could t
 # closely after a start or a death, and while there is more than one look can take; then they become
 # rarer.
 _FIRST_PAUSE_S = 30.0
+
+_T = TypeVar("_T")
 
 
 def new_process_id() -> str:
@@ -44,7 +49,9 @@ class Coordinator:
 
     It is the mirror's `Membership`: what it needs to know of other processes.
 
-    Args: tables: to be made at the start; any other is made at its lane's first load.
+    Args:
+        tables: to be made at the start; any other is made at its lane's first load.
+        kept: those with a partition or a retention.
     Attributes:
         parts: the health of all that it does for ever.
         host: the machine of this process and its number there, for people.
@@ -57,6 +64,7 @@ class Coordinator:
         sink: Database,
         process: str,
         tables: Sequence[Table] = (),
+        kept: Sequence[Table] = (),
     ) -> None:
         self._buffer = buffer
         self._mirror: Mirror = buffer.mirror
@@ -65,7 +73,9 @@ class Coordinator:
         self._process = process
         self.host = f"{socket.gethostname()}:{os.getpid()}"
         self._tables = tables
-        self.parts = (Health("recovery"), Health("heartbeat"), Health("upkeep"))
+        self._kept = kept
+        names = ("recovery", "heartbeat", "upkeep", "tables")
+        self.parts = tuple(Health(name) for name in names)
         self._pause_s = _FIRST_PAUSE_S
         self._looked = asyncio.Event()
         self._look_now = asyncio.Event()
@@ -78,11 +88,12 @@ class Coordinator:
     @asynccontextmanager
     async def running(self, failed: Failed) -> AsyncIterator[None]:
         """All of it in the background; a task that dies is reported to `failed`."""
-        recovery, heartbeat, upkeep = self.parts
+        recovery, heartbeat, upkeep, tables = self.parts
         work = [
             repeat(self._recover, recovery, "recovery failed", 30.0, self._pause),
             repeat(self._beat, heartbeat, "heartbeat failed", BEAT_S),
             repeat(self._keep, upkeep, "mirror not kept", BEAT_S),
+            repeat(self._keep_tables, tables, "tables not kept", _TABLES_S),
             self._prepare(),
             self._release_memory(),
         ]
@@ -255,6 +266,39 @@ class Coordinator:
             if traits.shared:  # other processes' events may be due
                 self._buffer.wake.set()
         return min(BEAT_S, traits.keep_interval_s)
+
+    async def _keep_tables(self) -> float:
+        """Make partitions ahead; remove what is too old, of all tables in turn, by small steps.
+
+        Between two steps others have as much time as a step took. A lock that somebody holds is no
+        failure: later it may be free.
+        """
+        failed: list[LaneBlocked] = []
+
+        async def tried(step: Awaitable[_T]) -> _T | None:
+            try:
+                return await step
+            except SinkUnavailable as exc:
+                if exc.everywhere:
+                    raise
+            except LaneBlocked as exc:
+                failed.append(exc)
+            return None
+
+        for table in self._kept:
+            await tried(self._sink.make_ahead(table))
+        now = asyncio.get_running_loop().time
+        until, left = now() + _ROUND_S, deque(self._kept)
+        while left and now() < until:
+            began = now()
+            if await tried(self._sink.remove_expired(left[0])):
+                left.rotate(-1)
+            else:
+                left.popleft()
+            await asyncio.sleep(now() - began)
+        if failed:
+            raise failed[0]
+        return 0.0 if left else _TABLES_S
 
     async def _release_memory(self) -> None:
         """Give back what is free, again and again; where much waits it is soon needed again."""

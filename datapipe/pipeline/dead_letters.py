@@ -1,10 +1,12 @@
-"""Dead letters: how they are selected, and checked again before they are put back."""
+"""Dead letters: how they are selected, counted, and checked again before they are put back."""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from datapipe import sinks
@@ -12,11 +14,15 @@ from datapipe.errors import EventRejected, LaneBlocked, Reason, SinkUnavailable
 from datapipe.events.registry import Registry
 from datapipe.events.types import neutral_time
 from datapipe.events.unknown import UnknownType
+from datapipe.health import Health
 from datapipe.pipeline.records import BODY_SHOWN
+from datapipe.pipeline.tasks import Failed, background, repeat
 from datapipe.sinks import Selection, table_of
 
 SHOWN_S = 1.0  # the page must not wait for a database that does not answer
 _SHOWN_LETTERS = 200
+_COUNT_S = 10.0  # between two counts, unless there is a reason for one
+_REST = 20  # times as long as the last count took: none is made, where there are millions
 
 
 def selection_of(wanted: Any) -> Selection:
@@ -62,15 +68,53 @@ def shortened(event: str) -> str:
 
 
 class DeadLetters:
-    """Looks at dead letters, puts them back, drops them.
+    """Looks at dead letters, puts them back, drops them, counts them.
 
-    Attributes: replayed: rows that were put back, of unknown events, too, by lane.
+    Attributes:
+        replayed: rows that were put back, of unknown events, too, by lane.
+        present: how many there are in the database, whoever wrote them; by lane.
+        counted_at: when that was so, Unix time; None: they have not been counted yet.
+        health: of the counting.
     """
 
     def __init__(self, database: sinks.Shelves, registry: Registry) -> None:
         self.replayed: Counter[str] = Counter()
+        self.present: Mapping[str, int] = {}
+        self.counted_at: float | None = None
+        self.health = Health("count")
+        self._changed = asyncio.Event()
+        self._rest_s = 0.0
         self._database = database
         self._registry = registry
+
+    # --- counting ---
+
+    @asynccontextmanager
+    async def counting(self, failed: Failed) -> AsyncIterator[None]:
+        """Count them in the background; should that end with an error, `failed` gets it."""
+        work = repeat(self._count, self.health, "dead letters not counted", 30.0, self._pause)
+        async with background([work], failed):
+            yield
+
+    def count_soon(self) -> None:
+        """There are more, or fewer."""
+        self._changed.set()
+
+    async def _count(self) -> float:
+        self._changed.clear()
+        began, at = time.monotonic(), time.time()
+        self.present = await self._database.count_dead()
+        self.counted_at = at
+        self._rest_s = _REST * (time.monotonic() - began)
+        return _COUNT_S
+
+    async def _pause(self, pause_s: float) -> None:
+        await asyncio.sleep(self._rest_s)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(pause_s):
+                await self._changed.wait()
+
+    # --- what people do ---
 
     async def look(self, selection: Selection, limit: int) -> dict[str, Any]:
         """Raises: SinkUnavailable, LaneBlocked."""
@@ -106,11 +150,14 @@ class DeadLetters:
         tables = {name: table_of(kind) for name, kind in self._registry.kinds.items()}
         back, stay = await self._database.replay(selection, tables, self._row)
         self.replayed.update(back)
+        self.count_soon()
         return back, stay
 
     async def drop(self, selection: Selection) -> dict[str, Any]:
         """`{"dropped": n}`. Raises: SinkUnavailable, LaneBlocked."""
-        return {"dropped": await self._database.drop(selection)}
+        dropped = await self._database.drop(selection)
+        self.count_soon()
+        return {"dropped": dropped}
 
     def _row(self, lane: str, event: bytes, received_at: str) -> bytes:
         kind, at = self._registry.kinds.get(lane), neutral_time(received_at)

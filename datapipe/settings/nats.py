@@ -23,7 +23,12 @@ def nats_faults(settings: Settings) -> Iterator[tuple[str, str]]:
         yield "mirror_timeout", f"must be at most {NATS_TIMEOUT_S:g} with mirror 'nats'"
     for number, url in enumerate(settings.nats_url.split(","), 1):
         if why := _url_fault(url.strip()):
-            yield "nats_url", f"{why} (the URL at place {number}; several are parted by commas)"
+            login = "; a login with / , ? or # goes into nats_user and nats_password"
+            more = login if "@" in settings.nats_url else ""
+            yield (
+                "nats_url",
+                f"{why} (the URL at place {number}; several are parted by commas){more}",
+            )
     if not settings.database_url or settings.database_url.startswith("sqlite:"):
         why = "mirror 'nats' needs a database that all processes share"
         yield "database_url", f"{why}: postgresql://... or mysql://..."

@@ -1,4 +1,4 @@
-"""Where segments are loaded into, exactly once: four narrow interfaces to one database."""
+"""Where segments are loaded into, exactly once: five narrow interfaces to one database."""
 
 from __future__ import annotations
 
@@ -22,10 +22,12 @@ from datapipe.sinks import urls
 
 @dataclass(slots=True, frozen=True)
 class Table:
-    """The table of a lane, as its event type wants it."""
+    """The table of a lane, as its event type wants it; see `EventType`."""
 
     name: str
     columns: tuple[Column, ...]
+    partition: str | None = None
+    retention_s: int | None = None
 
     @property
     def is_own(self) -> bool:
@@ -265,6 +267,9 @@ class Shelves(Protocol):
         Raises: SinkUnavailable, LaneBlocked.
         """
 
+    async def count_dead(self) -> dict[str, int]:
+        """How many there are, by lane. Raises: SinkUnavailable, LaneBlocked."""
+
     async def replay(
         self, selection: Selection, tables: Mapping[str, Table], check: Check
     ) -> tuple[dict[str, int], int]:
@@ -288,20 +293,41 @@ class Shelves(Protocol):
         Raises: SinkUnavailable, LaneBlocked.
         """
 
-    async def expire_unknown(self, retention_s: float) -> bool:
-        """Remove some unknown events that were received longer ago; whether there may be more.
 
-        Raises: SinkUnavailable, LaneBlocked.
+class Upkeep(Protocol):
+    """Keeps tables in order, by their `partition` and `retention_s`; where there are none, nothing.
+
+    It acts on tables alone that datapipe has made or adopted.
+    """
+
+    async def make_ahead(self, table: Table) -> list[str]:
+        """Once this returns, a table that is there has partitions for now and a few periods more.
+
+        Returns: the DDL that has been run.
+        Raises: SinkUnavailable: again later; LaneBlocked: a person must act.
+        """
+
+    async def remove_expired(self, table: Table) -> bool:
+        """Remove a little of what is older than the table's retention, by the database's clock.
+
+        Returns: whether there is more. Nothing is done while another process does it.
+        Raises: SinkUnavailable: again later; LaneBlocked: a person must act.
+        """
+
+    async def adopt(self, table: Table, say: Callable[[str], None]) -> None:
+        """Say what it will mean, line by line; then have the table kept in order as one of ours.
+
+        Raises: SinkUnavailable; LaneBlocked: it can't be.
         """
 
 
-class Database(Sink, Ledger, Heartbeats, Shelves, Protocol):
-    """All four, for whoever opens it; a user asks for the one that it needs."""
+class Database(Sink, Ledger, Heartbeats, Shelves, Upkeep, Protocol):
+    """All five, for whoever opens it; a user asks for the one that it needs."""
 
 
 def table_of(kind: Kind) -> Table:
     """The table that an event type's rows go into."""
-    return Table(kind.name, kind.columns)
+    return Table(kind.name, kind.columns, kind.partition, kind.retention_s)
 
 
 class SinkPlugin(Plugin):
@@ -312,11 +338,13 @@ class SinkPlugin(Plugin):
     Attributes:
         is_file: whether the database is a file of this machine, and its URL `scheme:///path`.
         has_schemas: whether `database_schema` means anything to it.
+        has_partitions: whether event types may have a partition and a retention.
         limits: what it can't hold of an event.
     """
 
     is_file: ClassVar[bool] = False
     has_schemas: ClassVar[bool] = False
+    has_partitions: ClassVar[bool] = False
     limits: ClassVar[Limits] = Limits()
 
     def faults(self, settings: Settings) -> Iterator[tuple[str, str]]:

@@ -316,13 +316,11 @@ class MemorySink(TransactionalSink):
                 found[row.event_name].append(bytes(row.event).decode())
         return found
 
-    async def expire_unknown(self, retention_s: float) -> bool:
-        unknown, now = self._database.unknown, self._database.clock()
-        old = [
-            i
-            for i, e in unknown.items()
-            if now - _time(e.row.received_at).timestamp() > retention_s
-        ]
+    async def remove_expired(self, table: Table) -> bool:
+        if table.name != UNKNOWN or not table.retention_s:
+            return False
+        unknown, until = self._database.unknown, self._database.clock() - table.retention_s
+        old = [id for id, e in unknown.items() if _time(e.row.received_at).timestamp() < until]
         for id in old:
             del unknown[id]
         return False

@@ -14,6 +14,8 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple, TypeVar
 from uuid import uuid4
 
+import structlog
+
 from datapipe.errors import LaneBlocked, SinkUnavailable
 from datapipe.settings import Settings
 from datapipe.sinks import UNKNOWN_GROUPS, Beat, Heartbeat, Mark, Selection, Shelf, Table
@@ -40,6 +42,8 @@ AT_ONCE = 4096
 
 _DELETED_AT_ONCE = 1000  # rows of a shelf, so that each statement is soon done
 _NAMES_AT_ONCE = 100  # SQLite takes 500 SELECTs in one
+
+log = structlog.stdlib.get_logger("datapipe.sinks")
 
 Statement = tuple[str, Sequence[Any]]
 _T = TypeVar("_T")
@@ -82,6 +86,7 @@ class SqlSink(TransactionalSink):
         self._mark_of = f"SELECT body, events FROM {self._ledger} WHERE segment = %s"
         self._preparing = asyncio.Lock()
         self._prepared: set[Table] = set()
+        self._removed = 0  # unknown events, since none were left that are too old
 
     @abstractmethod
     async def query(self, sql: str, *values: Any, lane: str | None = None) -> list[tuple[Any, ...]]:
@@ -399,6 +404,12 @@ class SqlSink(TransactionalSink):
         )  # fmt: skip
         return found(groups, [(*rest, datetime.fromtimestamp(at, UTC)) for *rest, at in letters])
 
+    async def count_dead(self) -> dict[str, int]:
+        """See `Shelves.count_dead`: of an index alone."""
+        await self.prepare(OWN_TABLES[0])
+        counts: Any = await self.query(f"SELECT lane, count(*) FROM {self._letters} GROUP BY lane")
+        return dict(counts)
+
     async def _find_unknown(self, selection: Selection, limit: int) -> dict[str, Any]:
         if not await self._has_unknown():
             return found_unknown()
@@ -458,15 +469,20 @@ class SqlSink(TransactionalSink):
                 found[name].append(event)
         return found
 
-    async def expire_unknown(self, retention_s: float) -> bool:
-        """See `Shelves.expire_unknown`: a thousand at most."""
+    async def remove_expired(self, table: Table) -> bool:
+        """See `Upkeep.remove_expired`: here of unknown events alone, a thousand at most."""
+        if table.name != UNKNOWN_TABLE.name or not table.retention_s:
+            return False
         if not await self._has_unknown():
             return False
         sql = f"SELECT id FROM {self._unknown} WHERE received_at < {self._dialect.ago()} LIMIT %s"
-        ids = [id for (id,) in await self.query(sql, retention_s, _DELETED_AT_ONCE)]
-        if ids:
-            await self._delete(self._unknown, ids)
-        return len(ids) == _DELETED_AT_ONCE
+        ids = [id for (id,) in await self.query(sql, table.retention_s, _DELETED_AT_ONCE)]
+        self._removed += await self._delete(self._unknown, ids) if ids else 0
+        more = len(ids) == _DELETED_AT_ONCE
+        if self._removed and not more:
+            log.info("rows removed", lane=table.name, rows=self._removed)
+            self._removed = 0
+        return more
 
 
 def _outlived(processes: Sequence[_Process]) -> dict[str, float]:

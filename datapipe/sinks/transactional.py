@@ -12,6 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import replace
 from functools import partial
 from itertools import count, groupby
 from operator import attrgetter
@@ -21,7 +22,7 @@ from uuid import uuid4
 import msgspec
 import structlog
 
-from datapipe.errors import EventRejected, SinkUnavailable
+from datapipe.errors import EventRejected, LaneBlocked, SinkUnavailable
 from datapipe.events.segment import Part, Segment
 from datapipe.events.types import Column, with_offset
 from datapipe.health import Health, Wait
@@ -75,6 +76,13 @@ class TransactionalSink(ABC):
     async def find(self, selection: Selection, limit: int) -> dict[str, Any]:
         """See `Shelves.find`."""
 
+    async def count_dead(self) -> dict[str, int]:
+        """See `Shelves.count_dead`."""
+        counts: Counter[str] = Counter()
+        for group in (await self.find(Selection(), 0))["groups"]:
+            counts[group["lane"]] += group["count"]
+        return dict(counts)
+
     @abstractmethod
     async def transact(self, lane: str, work: Callable[[Transaction], _T]) -> _T:
         """Do work in one transaction, in a thread if it takes time, and commit it.
@@ -89,6 +97,18 @@ class TransactionalSink(ABC):
 
     def abort(self) -> None:  # noqa: B027
         """See `Sink.abort`: nothing, where no load takes long."""
+
+    async def make_ahead(self, table: Table) -> list[str]:
+        """See `Upkeep.make_ahead`: nothing, where there are no partitions."""
+        return []
+
+    async def remove_expired(self, table: Table) -> bool:
+        """See `Upkeep.remove_expired`."""
+        return False
+
+    async def adopt(self, table: Table, say: Callable[[str], None]) -> None:
+        """See `Upkeep.adopt`."""
+        raise LaneBlocked(f"table {table.name}: only PostgreSQL's can be adopted")
 
     # --- up or down ---
 
@@ -438,7 +458,7 @@ def _widened(table: Table, segments: Sequence[Segment]) -> Table:
     """The table with the columns that segments of an older event class still bring."""
     names = {column.name for column in table.columns}
     brought = {c.name: c for s in segments for c in s.columns if c.name not in names}
-    return Table(table.name, (*table.columns, *brought.values()))
+    return replace(table, columns=(*table.columns, *brought.values()))
 
 
 def found(groups: Iterable[Sequence[Any]], letters: Iterable[Sequence[Any]]) -> dict[str, Any]:

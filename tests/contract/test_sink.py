@@ -739,6 +739,18 @@ async def test_a_refused_row_costs_itself_alone(world: World) -> None:
     assert letter["created_at"].tzinfo is not None
 
 
+async def test_dead_letters_are_counted_by_segment(world: World) -> None:
+    sink, other = await refusing(world), await world.open("other")
+    one, two, none = segment(1, 2, 3), segment(5, 6, key="k"), segment(8)
+    result = await sink.load(INSTALL, [one, two, none])
+    assert (result.dead, result.dead_of) == (3, {one.id: 2, two.id: 1})
+    again = await other.load(INSTALL, [one, none, more := segment(7)])
+    assert (again.dead, again.dead_of) == (1, {one.id: 2, more.id: 1})
+    known = await other.outcomes([one.id, two.id, none.id, "x", more.id])
+    assert known == {one.id: 2, two.id: 1, none.id: 0, more.id: 1}
+    assert await other.outcomes(["x"]) == {}
+
+
 async def test_dead_letters_are_found_and_dropped_by_selection(world: World) -> None:
     sink = await refusing(world)
     await load(sink, segment(1, 3, 5, 7, 9))
@@ -755,7 +767,9 @@ async def test_dead_letters_are_found_and_dropped_by_selection(world: World) -> 
     assert await sink.drop(Selection(ids=ids)) == 0
     assert await sink.drop(Selection(lane="purchase")) == 0
     assert await dead_users(sink) == [5, 3, 1]
+    assert await sink.count_dead() == {"install": 3}
     assert await sink.drop(Selection()) == 3
+    assert await sink.count_dead() == {}
     found = await sink.find(Selection(), 100)
     assert (found["total"], found["groups"], found["letters"]) == (0, [], [])
 
@@ -817,6 +831,7 @@ async def test_a_table_that_refuses_nearly_all_is_blocked_and_nothing_is_dead(
 # --- unknown events ---
 
 KEPT = Table(UNKNOWN, UnknownType.columns)
+HOURS = Table(UNKNOWN, UnknownType.columns, retention_s=7200)
 ALL_KEPT = Selection(shelf=Shelf.UNKNOWN)
 # as it was sent: digits, white space, escapes, a key twice
 SENT = '{"event_name" : "install",\t"user_id": 7, "n": 1.50, "t": "a\\tb\\\\n\\u00e9é", "n": 2}'
@@ -844,7 +859,7 @@ async def test_where_none_were_kept_there_is_nothing(world: World) -> None:
     assert await sink.replay(ALL_KEPT, TABLES, check_row) == ({}, 0)
     assert await sink.drop(ALL_KEPT) == 0
     assert await sink.samples(["a"], 3) == {"a": []}
-    assert await sink.expire_unknown(1.0) is False
+    assert await sink.remove_expired(HOURS) is False
 
 
 async def test_unknown_events_are_found_as_they_were_sent_and_dropped_by_selection(
@@ -913,10 +928,11 @@ async def test_unknown_events_expire_by_when_they_were_received(world: World) ->
     old, new = (f"{datetime.now(UTC) - timedelta(hours=h):%Y-%m-%d %H:%M:%S}" for h in (3, 1))
     await keep(sink, ("new", "{}"), at=new)
     await keep(sink, *[("old", "{}")] * 1500, at=old)
-    while await sink.expire_unknown(7200.0):
+    while await sink.remove_expired(HOURS):
         assert "new" in await names(sink)
     assert await names(sink) == {"new": 1}
-    assert await sink.expire_unknown(7200.0) is False
+    assert await sink.remove_expired(HOURS) is False
+    assert await sink.remove_expired(KEPT) is False  # for ever
 
 
 async def test_so_many_names_are_told_apart(world: World) -> None:

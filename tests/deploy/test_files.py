@@ -25,7 +25,8 @@ KEYS = {
     "Unit": {"Description", "After", "Wants", "StartLimitIntervalSec"},
     "Install": {"WantedBy"},
     "Service": {
-        "Type", "User", "WorkingDirectory", "ExecStart", "EnvironmentFile", "Environment",
+        "Type", "WatchdogSec", "User", "WorkingDirectory", "ExecStart", "ExecReload",
+        "EnvironmentFile", "Environment",
         "StateDirectory", "StateDirectoryMode", "UMask", "Restart", "RestartSec",
         "RestartPreventExitStatus", "KillMode", "TimeoutStopSec", "LimitNOFILE", "MemoryMax",
         "OOMPolicy", "CapabilityBoundingSet", "NoNewPrivileges", "ProtectSystem", "ProtectHome",
@@ -98,6 +99,9 @@ def test_the_unit_says_what_systemd_knows() -> None:
     parsed = unit()
     assert {name: set(parsed[name]) for name in parsed.sections()} == KEYS
     assert understood(parsed["Service"]["ExecStart"])
+    assert parsed["Service"]["Type"] == "notify"
+    # blocked for so long it must be: the longest that one body holds up others is 0.2 s
+    assert 10 <= float(parsed["Service"]["WatchdogSec"]) <= 60
     # a wrong setting ends `serve` with 2; the last loads take shutdown_timeout, and a little
     assert parsed["Service"]["RestartPreventExitStatus"] == "2"
     assert float(parsed["Service"]["TimeoutStopSec"]) > settings.Settings().shutdown_timeout + 5

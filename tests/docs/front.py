@@ -72,7 +72,8 @@ def busy(origin: str, status: int, more: dict[str, Any]) -> web.Response:
     """As a service that has no room; as its own, for a page of another origin to read."""
     headers = {
         "Retry-After": str(RETRY_AFTER_S), "Access-Control-Allow-Origin": origin,
-        "Access-Control-Expose-Headers": "Retry-After, X-Request-ID", "Vary": "Origin",
+        "Access-Control-Expose-Headers": "Preference-Applied, Retry-After, X-Request-ID",
+        "Vary": "Origin",
     }  # fmt: skip
     response = web.json_response(
         {"status_message": "no room", **more}, status=status, headers=headers

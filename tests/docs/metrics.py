@@ -18,7 +18,9 @@ def exposed() -> dict[str, set[str]]:
     lane |= {"oldest_seconds": 0, "blocked": None, "waiting_bytes": 0, "balanced": True}
     metrics = Metrics()
     status = {
+        "version": "1.0",
         "lanes": {"install": lane},
+        "dead_letters": {"at": "2026-11-22T12:00:00Z", "lanes": {"install": 1}},
         "totals": {"waiting_bytes": 0},
         "rejected": {"busy": 1},
         "keys": {"ios": {"accepted": 1, "rejected": 1, "limited": 1}},
@@ -35,14 +37,15 @@ def exposed() -> dict[str, set[str]]:
 
 
 def families() -> set[str]:
-    """The names without what a histogram adds to its own."""
-    return {re.sub(r"_(bucket|sum|count|created)$", "", name) for name in exposed()}
+    """The names of ours, without what a histogram adds to its own."""
+    ours = [name for name in exposed() if name.startswith("datapipe_")]
+    return {re.sub(r"_(bucket|sum|count|created)$", "", name) for name in ours}
 
 
 def check(expression: str) -> None:
     """Raises: AssertionError: a metric, a label or a reason that there is not; an open bracket."""
     known = exposed()
-    named = re.findall(r"datapipe_\w+(?:\{[^}]*\})?", expression)
+    named = re.findall(r"\b(?:datapipe|process)_\w+(?:\{[^}]*\})?", expression)
     assert named, expression
     for use in named:
         name, _, selector = use.partition("{")

@@ -65,7 +65,7 @@ def test_commands_that_are_named_exist() -> None:
             for found in re.findall(r"(?:^|\s)datapipe ([a-z-][^|>#;&]*)", text):
                 words = found.split()
                 command = max((c for c in known if found.startswith(c)), key=len)
-                options = {word for word in words if word.startswith("-")}
+                options = {word for word in words if word.startswith("-") and word != "-"}
                 place = f"{page.path.name}: {text}"
                 assert command or words[0] in known[""], place
                 assert options <= known[command], place

@@ -21,6 +21,7 @@ from multidict import CIMultiDict
 
 from datapipe.app import PIPELINE, Pipeline, create_app
 from datapipe.http import responses as answers
+from datapipe.http.auth import Credentials
 from datapipe.settings import Settings
 from tests.databases import Server, execute
 
@@ -135,9 +136,9 @@ class Run:
         """As a connection asks for it: at once, else by a closer look."""
         ingest = self._pipeline.ingest
         sent: asyncio.Future[answers.Answer] = asyncio.get_running_loop().create_future()
-        if ingest.take(headers, None, body, "id", sent.set_result):
+        if ingest.take(headers, Credentials(None), body, "id", sent.set_result):
             return await sent
-        return await ingest.answer(headers, None, body, "id")
+        return await ingest.answer(headers, Credentials(None), body, "id")
 
     def good(self) -> bytes:
         self.found.good += 1

@@ -388,6 +388,13 @@ async def test_check_verifies_the_journals(
     beside = await datapipe("check", database_url=database)  # a living service is no fault
     assert beside.code == 0
     assert "100" in beside.out
+    assert f"ok    service: running here (pid {service.pid}, {service.url})\n" in beside.out
+    assert "warn" not in beside.out
+    other = await datapipe(
+        "check", database_url=database, builtin_events=False, events={"signup": {"plan": "str"}}
+    )
+    assert other.code == 0
+    assert "warn  journal: 100 events of crash_report wait, which is no event type" in other.out
     await service.kill()
     journals = (tmp_path / "var" / "journal").glob("*.sqlite")
     journal = max(journals, key=lambda path: path.stat().st_size)
@@ -433,6 +440,39 @@ async def test_load(
     assert Postgres.execute(database, "SELECT user_id FROM purchase") == [(3,)]
 
 
+async def test_a_wrong_folder_is_named_and_stays_empty(
+    datapipe: Run, tmp_path: Path, database: str
+) -> None:
+    """Nothing waits where nobody has been: that is no success, and makes no folder."""
+    loaded, dead, checked = await asyncio.gather(
+        datapipe("load", env={"DATABASE_URL": database}), datapipe("dead", "list"),
+        datapipe("check", "--json"),
+    )  # fmt: skip
+    for result, folder in ((loaded, "journal"), (dead, "postgres")):
+        assert (result.code, result.out) == (1, "")
+        assert f"{tmp_path}/var/{folder} is not there" in result.one_line()
+    assert checked.code == 0
+    found = json.loads(checked.out)
+    assert (found["ok"], found["data_dir"]) == (True, str(tmp_path / "var"))
+    for folder in ("journal", "postgres"):
+        assert f"none yet in {tmp_path}/var/{folder}" in checked.out
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_events_of_1_0_stop_the_start_and_check(datapipe: Run, tmp_path: Path) -> None:
+    """Which had its folder in the working folder, whatever settings file was named."""
+    (tmp_path / "var" / "journal").mkdir(parents=True)
+    (tmp_path / "var" / "journal" / "0.sqlite").touch()
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "my.toml").write_text("database_url = 'postgresql://127.0.0.1:1/x'")
+    for result in await asyncio.gather(
+        *(datapipe(each, "--config", "conf/my.toml") for each in ("serve", "check", "load"))
+    ):
+        assert result.code == 2
+        assert f"move {tmp_path}/var to {tmp_path}/conf/var" in result.one_line()
+    assert not (tmp_path / "conf" / "var").exists()
+
+
 async def test_load_accept_dead(
     datapipe: Run, make_service: Callable[..., Service], database: str
 ) -> None:
@@ -454,6 +494,9 @@ async def test_load_accept_dead(
     sql = "SELECT lane, sqlstate, count(*), count(DISTINCT event->>'user_id')"
     sql += " FROM datapipe_dead_letters GROUP BY 1, 2"
     assert Postgres.execute(database, sql) == [("crash_report", "23514", 150, 150)]
+    found = json.loads((await datapipe("dead", "list", "--json", database_url=database)).out)
+    assert (found["total"], len(found["letters"])) == (150, 20)
+    assert found["letters"][0]["event"]["event_name"] == "crash_report"
 
 
 async def test_load_ends_with_a_worker_that_dies(
@@ -468,9 +511,41 @@ async def test_load_ends_with_a_worker_that_dies(
         event_modules=["tests.fault.modules.dying_loads"],
     )  # fmt: skip
     assert died.code == 1, died
-    assert "RuntimeError('this load dies on purpose')" in died.one_line()
+    where, died_of = died.err.splitlines()
+    assert where.startswith("datapipe: looking in /")
+    assert "RuntimeError('this load dies on purpose')" in died_of
     assert (await datapipe("load", database_url=database)).code == 0
     assert Postgres.execute(database, "SELECT user_id FROM crash_report") == [(1,)]
+
+
+# --- status ---
+
+
+async def test_status_finds_the_service_by_its_folder(
+    datapipe: Run, make_service: Callable[..., Service], database: str, tmp_path: Path
+) -> None:
+    """It needs neither port nor key; 1 where something is wrong, or nobody answers."""
+    service = await make_service(database_url=database, admin_key="SECRET").start()
+    service.session.headers["Authorization"] = "Bearer SECRET"
+    await service.post(crash())
+    await service.drained()
+    at = str(tmp_path / "var")
+    told, typed, elsewhere = await asyncio.gather(
+        datapipe("status", data_dir=at), datapipe("status", "--json", data_dir=at),
+        datapipe("status", data_dir=str(tmp_path / "other"), port=free_port()),
+    )  # fmt: skip
+    where = f"datapipe: a service is running here (pid {service.pid}, {service.url}), with {at}\n"
+    assert (told.code, told.err, told.out.splitlines()[0][:8]) == (0, where, "Healthy.")
+    found = json.loads(typed.out)
+    assert (typed.code, found["books"]["loaded"], found["processes"]) == (0, 1, 1)
+    assert elsewhere.code == 1
+    assert f"no service runs with {tmp_path / 'other'}" in elsewhere.one_line()
+    Postgres.execute(database, "DROP TABLE crash_report; CREATE VIEW crash_report AS SELECT 1")
+    await service.post(crash())
+    await service.load()
+    unwell = await datapipe("status", data_dir=at)
+    assert unwell.code == 1
+    assert "crash_report" in unwell.out.splitlines()[0]
 
 
 # --- schema ---

@@ -1,4 +1,4 @@
-"""CORS: off by default, for listed origins only, and for `POST /` only."""
+"""CORS: off by default, for listed origins only, and for POSTs of events only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ shared = pytest.mark.asyncio(loop_scope="module")
 
 SHOP = "https://shop.example"
 BODY = json.dumps(crash()).encode()
-HEADERS = "Content-Type, Content-Encoding, Idempotency-Key, Authorization, X-Request-ID"
+HEADERS = "Content-Type, Content-Encoding, Idempotency-Key, Prefer, Authorization, X-Request-ID"
+EXPOSED = "Preference-Applied, Retry-After, X-Request-ID"
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=WAYS)
@@ -46,22 +47,23 @@ def preflight(origin: str, path: str = "/", method: str = "POST") -> bytes:
 
 
 @shared
+@pytest.mark.parametrize("path", ["/", "/v1/events"])
 @pytest.mark.parametrize("origin", [SHOP, "http://localhost:3000"])
-async def test_a_listed_origin_may_ask_and_post(service: Service, origin: str) -> None:
-    answer = await ask(service, preflight(origin), method="OPTIONS")
+async def test_a_listed_origin_may_ask_and_post(service: Service, origin: str, path: str) -> None:
+    answer = await ask(service, preflight(origin, path), method="OPTIONS")
     assert (answer.status, answer.headers["vary"]) == (204, "Origin")
     assert allowed(answer) == {
         "access-control-allow-origin": origin,
         "access-control-allow-methods": "POST",
         "access-control-allow-headers": HEADERS,
-        "access-control-expose-headers": "Retry-After, X-Request-ID",
+        "access-control-expose-headers": EXPOSED,
         "access-control-max-age": "600",
     }
-    posted = await ask(service, post(BODY, f"Origin: {origin}", target="/?key=k"))
+    posted = await ask(service, post(BODY, f"Origin: {origin}", target=f"{path}?key=k"))
     assert (posted.status, posted.code, posted.headers["vary"]) == (200, 0, "Origin")
     assert allowed(posted) == {
         "access-control-allow-origin": origin,
-        "access-control-expose-headers": "Retry-After, X-Request-ID",
+        "access-control-expose-headers": EXPOSED,
     }
 
 

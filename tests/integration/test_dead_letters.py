@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -61,6 +62,42 @@ async def test_a_refused_row_costs_itself_only(
     assert letter["event"]["received_at"].endswith("+00:00")
     assert "even" in letter["message"]
     assert service.logged("rows refused")[0]["rows"] == 2
+
+
+async def counted(service: Service) -> tuple[str, int]:
+    """The state, and the gauge of the lane."""
+    async with service.session.get(f"{service.url}/metrics") as response:
+        found = re.search(
+            r'^datapipe_dead_letters\{lane="install"\} (\S+)', await response.text(), re.MULTILINE
+        )
+    state = (await service.status())["summary"]["state"]
+    return state, int(float(found[1])) if found else -1
+
+
+async def test_they_are_a_state_of_their_own_as_long_as_they_lie_there(
+    service: Service, make_service: Make, database: str, postgres: Postgres
+) -> None:
+    async def becomes(state: str, count: int, which: Service = service) -> None:
+        async def is_so() -> bool:
+            return await counted(which) == (state, count)
+
+        await until(is_so, what=f"{state}, {count}")
+
+    await becomes("healthy", 0)
+    await service.post([install(3), install(5), install(6)])
+    await service.drained()
+    await becomes("dead_letters", 2)
+    text = (await service.status())["summary"]["text"]
+    assert text.startswith("2 events are dead letters (install 2) since ")
+    _, said = await command(service, "status", service.url)
+    assert text in said
+    other = await make_service(database_url=database, data_dir="other").start()
+    await becomes("dead_letters", 2, other)  # though it has refused none
+    postgres.execute(database, "ALTER TABLE install DROP CONSTRAINT even")
+    form = {"lane": "install", "sqlstate": "23514"}
+    async with service.session.post(f"{service.url}/dead/replay", data=form) as answer:
+        assert answer.status == 200
+    await becomes("healthy", 0)
 
 
 async def test_replayed_when_the_table_takes_them_again(
@@ -220,6 +257,10 @@ async def test_the_page_shows_them_escaped_and_its_buttons_act(
     assert "Dead letters" in page
     assert "&lt;script&gt;x" in page
     assert "<script>x" not in page
+    asked, form = page.split("Drop for good…</summary>")[1].split("</form>")[0].split("<form")
+    assert "2 events can't be had again then." in asked
+    assert 'action="dead/drop"' in form
+    assert page.count('action="dead/drop"') == page.count('<details class="ask">') == 2
     postgres.execute(database, "ALTER TABLE install DROP CONSTRAINT even")
     form = {"lane": "install", "sqlstate": "23514"}
     url = f"{service.url}/dead/replay"

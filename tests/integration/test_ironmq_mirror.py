@@ -485,6 +485,15 @@ async def test_suspects_stay_while_another_queue_is_looked_at(world: World) -> N
     assert world.mq.queue("purchase").size == 0
 
 
+async def test_kept_events_of_unknown_types_are_recovered(world: World) -> None:
+    world.town.types |= {"datapipe_unknown"}
+    mirror = await world.open()
+    left = [segment(1, "datapipe_unknown"), segment(2)]
+    await world.left_by("dead", left)
+    found = await world.recover(mirror)
+    assert sorted(ids(found.segments)) == sorted(ids(left))
+
+
 async def test_a_recoverer_reaches_no_further_than_it_must_and_releases_the_living(
     world: World,
 ) -> None:
@@ -991,6 +1000,13 @@ async def test_check_names_the_queues_and_changes_nothing(world: World) -> None:
         ("ok", "ironmq: the credentials work, 1 queues"),
         ("ok", "ironmq queue install: 3 messages"),
     ]
+
+
+async def test_check_warns_of_what_waits_for_a_type_that_is_not_registered(world: World) -> None:
+    await world.left_by("dead", [segment(lane="signup"), segment()])
+    found = await check_mirror(world.settings())
+    (warning,) = (text for level, text in found if level == "warn")
+    assert warning.startswith("ironmq: 1 messages of signup wait, which is no event type here")
 
 
 async def test_check_tells_wrong_credentials_from_an_ironmq_that_is_away(world: World) -> None:

@@ -6,15 +6,17 @@ import asyncio
 import fcntl
 import json
 import os
+import pty
 import signal
 import sys
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import pytest
 
 from tests.postgres import free_port
 from tests.service import ROOT, until
@@ -156,3 +158,52 @@ async def test_a_line_may_come_in_the_midst_of_another() -> None:
     assert process.returncode == 0
     events = {json.loads(line)["event"] for line in said.splitlines()}
     assert {"line", "in between"} <= events
+
+
+SAID = """
+import sys
+from datapipe import logs
+
+logs.configure("info", sys.argv[1])
+import structlog
+log = structlog.stdlib.get_logger("tests")
+log.info("segments loaded", lane="install", rows=3)
+key = "s3" + "cret"
+raise ValueError("on purpose")
+"""
+
+
+@pytest.mark.parametrize(
+    ("form", "terminal", "is_json"),
+    [("auto", True, False), ("auto", False, True), ("json", True, True), ("console", False, False)],
+)
+async def test_lines_for_people_on_a_terminal(form: str, terminal: bool, is_json: bool) -> None:
+    """Also the traceback, which shows no values."""
+    reader, writer = pty.openpty() if terminal else os.pipe()
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        SAID,
+        form,
+        cwd=ROOT,
+        stdout=writer,
+        env=os.environ | {"TERM": "xterm"},
+    )
+    os.close(writer)
+    assert await process.wait() == 1
+    told = b""
+    with suppress(OSError):  # the end of a terminal
+        while more := os.read(reader, 65_536):
+            told += more
+    os.close(reader)
+    text = told.decode()
+    first = text.splitlines()[0]
+    assert ("\x1b" in text) == (terminal and not is_json)
+    assert "ValueError: on purpose" in text
+    assert "s3cret" not in text
+    if is_json:
+        assert json.loads(first)["rows"] == 3
+        assert len(text.splitlines()) == 2
+    else:
+        assert "segments loaded" in first
+        assert not first.startswith("{")

@@ -20,6 +20,7 @@ from datapipe.errors import LaneBlocked, MirrorUnavailable, SinkUnavailable
 from datapipe.events.segment import Chunk
 from datapipe.health import Health
 from datapipe.mirrors import Appended
+from datapipe.pipeline import coordinator
 from datapipe.settings import Settings
 from tests.doubles.memory_database import MemoryDatabase
 from tests.doubles.virtual_time import VirtualTime
@@ -62,7 +63,11 @@ async def running(folder: Any, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
 
     monkeypatch.setattr(Health, "__init__", noted)
     database = MemoryDatabase()
-    settings = Settings(data_dir=str(folder), mirror="none", load_interval=1, host="127.0.0.1")
+    monkeypatch.setattr(coordinator, "_TABLES_S", 5.0)
+    kept = {"install": {"user_id": "int", "timestamp": "int", "@retention": "1 day"}}
+    settings = Settings(
+        data_dir=str(folder), mirror="none", load_interval=1, host="127.0.0.1", events=kept
+    )
     app = create_app(settings, open_sink=database.open)
     runner = create_runner(app)
     await runner.setup()
@@ -141,6 +146,7 @@ HANGS = {
     "recovery": breaks("mirror", "recover", hang),
     "heartbeat": breaks("sink", "heartbeat", hang),
     "upkeep": breaks("mirror", "keep", hang),
+    "tables": breaks("sink", "remove_expired", hang),
 }
 FAILS = {
     "ingest": (stops, "refusing"),
@@ -156,6 +162,7 @@ FAILS = {
     "recovery": (breaks("mirror", "recover", raising(AWAY)), "recovery_failing"),
     "heartbeat": (breaks("sink", "heartbeat", raising(LaneBlocked("no"))), "heartbeat_failing"),
     "upkeep": (breaks("mirror", "keep", raising(AWAY)), "upkeep_failing"),
+    "tables": (breaks("sink", "make_ahead", raising(LaneBlocked("no"))), "tables_failing"),
 }
 
 

@@ -44,9 +44,24 @@ async def test_page_metrics_and_load_are_of_all(
     assert await one.load() == {"loaded": {"install": 5}, "failed": {}}
     assert postgres.execute(database, "SELECT count(*) FROM install") == [(5,)]
     assert (await two.status())["books"]["loaded"] == 5
+    second = (await two.status())["host"]
     await two.kill()
     alone = await one.status()
     assert (alone["processes"], alone["books"]["accepted"]) == (1, 3)
+    assert (alone["ended"], alone["summary"]["state"]) == ([second], "process_ended")
+    assert alone["summary"]["text"].startswith("One process ended at ")
+    assert f": {second}. Its events are taken over within 35 s" in alone["summary"]["text"]
+
+
+async def test_one_that_stops_in_order_is_not_told_of(make_service: Make, database: str) -> None:
+    settings = {"database_url": database, "load_interval": 300}
+    one = await make_service(**settings).start()
+    two = await make_service(**settings).start()
+    assert (await one.status())["processes"] == 2
+    assert await two.stop() == 0
+    alone = await one.status()
+    assert (alone["processes"], alone["ended"]) == (1, [])
+    assert alone["summary"]["state"] == "healthy"
 
 
 async def test_several_on_one_port(make_service: Make, database: str) -> None:

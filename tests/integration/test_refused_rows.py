@@ -125,7 +125,7 @@ async def test_the_word_for_line_is_translated(postgres: Postgres, database: str
     class Told(Exception):
         diag = Diag()
 
-    copier = Copier(None, dialect("public"), "rows", (), 1)  # type: ignore[arg-type]
+    copier = Copier(None, dialect("public"), Table("rows", ()), (), 1)  # type: ignore[arg-type]
     assert copier._line(Told()) == 41  # type: ignore[arg-type]
 
 

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from datapipe.errors import SinkUnavailable
+from datapipe.errors import MirrorUnavailable, SinkUnavailable
+from datapipe.mirrors import Appended
 from datapipe.pipeline import waiters
 from datapipe.sinks.transaction import Transaction
 from tests.doubles.ironmq import IronMQ
@@ -147,7 +148,7 @@ async def test_it_is_loaded_once_it_is_said_to_be(start: Start, mirror: dict[str
 @pytest.mark.parametrize("target", ["/", "/v1/events"])
 async def test_either_way_and_path(start: Start, kind: str, target: str) -> None:
     way = await start(kind)
-    alone = await ask(way, crash(), "Prefer: respond-async", 'prefer: WAIT="99"', target=target)
+    alone = await ask(way, crash(), 'prefer: respond-async, WAIT="99"', target=target)
     assert alone[:3] == (200, {**OK, "loaded": True, "dead": 0}, "wait=25")
     assert rows(way) == 1
     assert (await ask(way, crash(), "Prefer: wait=soon", target=target))[:3] == (200, OK, None)
@@ -159,6 +160,19 @@ async def test_either_way_and_path(start: Start, kind: str, target: str) -> None
 async def test_it_takes_no_longer_than_its_load(start: Start) -> None:
     way = await start()
     assert (await ask(way, crash(), "Prefer: wait=20")).seconds < 2
+
+
+async def test_what_takes_several_loads_is_loaded_after_the_last(start: Start) -> None:
+    way = await start(load_trigger_bytes=2000)
+    gate = Gate(way)
+    body = [crash("x" * 900) for _ in range(10)]
+    asking = asyncio.create_task(ask(way, body, "Prefer: wait=20"))
+    await comes_true(lambda: bool(gate.loads))
+    gate.open.set()
+    answer = await asking
+    assert (answer.status, answer.said["loaded"], rows(way)) == (200, True, 10)
+    assert len(gate.loads) > 3
+    assert idle(way)
 
 
 async def test_what_is_sent_again_is_loaded_already(start: Start) -> None:
@@ -342,10 +356,12 @@ async def test_a_stop_answers_all_of_them_at_once(start: Start, kind: str) -> No
 
 
 async def test_an_append_that_fails_leaves_nobody_waiting(start: Start) -> None:
-    way = await start(buffer_max_bytes=3000)
-    gate = Gate(way)
-    assert (await ask(way, crash("x" * 1000))).status == 200
-    answer = await ask(way, crash("x" * 1000), "Prefer: wait=20")
+    way = await start()
+
+    async def fails(segments: object) -> Appended:
+        return Appended((), MirrorUnavailable("away"))
+
+    way.pipeline.buffer.mirror.append = fails  # type: ignore[method-assign]
+    answer = await ask(way, crash(), "Prefer: wait=20")
     assert (answer.status, answer.applied, "loaded" in answer.said) == (503, None, False)
     assert idle(way)
-    gate.open.set()

@@ -14,6 +14,7 @@ from datapipe.errors import BufferFull
 from datapipe.events.registry import load_registry
 from datapipe.events.segment import Chunk
 from datapipe.http.admission import SMALL_BODY_BYTES, Admission, Reservation
+from datapipe.http.auth import Credentials
 from datapipe.http.body import read_body
 from datapipe.http.cors import Cors
 from datapipe.http.ingest import Ingest
@@ -80,7 +81,9 @@ async def test_decompressed_bytes_count_as_well() -> None:
 async def test_at_a_stop_the_connection_ends_with_the_answer() -> None:
     buffer = FakeBuffer()
     buffer.stopping = True
-    answer = await ingest(buffer).answer(CIMultiDict(), None, json.dumps(INSTALL).encode(), "id")
+    answer = await ingest(buffer).answer(
+        CIMultiDict(), Credentials(None), json.dumps(INSTALL).encode(), "id"
+    )
     assert (answer.status, json.loads(answer.body)["status_code"], answer.close) == (503, 9, True)
     assert int(answer.headers["Retry-After"]) >= 1
     assert buffer.taken == []
@@ -100,7 +103,9 @@ async def test_a_full_lane_costs_its_own_events(
 ) -> None:
     buffer = FakeBuffer(full=["install"])
     service = ingest(buffer)
-    answer = await service.answer(CIMultiDict(), None, json.dumps(events).encode(), "id")
+    answer = await service.answer(
+        CIMultiDict(), Credentials(None), json.dumps(events).encode(), "id"
+    )
     content = json.loads(answer.body)
     assert (answer.status, content.get("busy")) == (status, busy)
     assert ("Retry-After" in answer.headers) == (status != 200)

@@ -21,6 +21,7 @@ async def test_a_process_of_1_0_is_counted_in() -> None:
     old: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(own))
     for lane in old["lanes"].values():
         del lane["slow_load"], lane["taken"], lane["returned"], lane["in_hand"]
+    del old["keys"]
     del old["mirror"]["left_messages"], old["mirror"]["left_seconds"]
     old["mirror"]["up"] = old["database"]["up"] = False  # so what it tells stands
     product = old["database"].pop("product")
@@ -29,6 +30,18 @@ async def test_a_process_of_1_0_is_counted_in() -> None:
     assert status["processes"] == 2
     assert status["books"]["accepted"] == 2
     assert status["mirror"]["left_messages"] == 0
+
+
+async def test_the_use_of_named_keys_is_added_up() -> None:
+    async with testing.service() as service:
+        own = await service.pipeline.status.for_peers()
+    counted = {"accepted": 1, "rejected": 2, "limited": 3, "last_seen": "2026-11-26T09:00:00.000Z"}
+    early = counted | {"last_seen": "2026-11-25T10:00:00.000Z"}
+    never = dict.fromkeys(("accepted", "rejected", "limited"), 0) | {"last_seen": None}
+    several = [own | {"keys": {"ios": each, "web": never}} for each in (early, counted, never)]
+    status = together(several[0], [*several[1:], own | {"keys": {}}])
+    both = {"accepted": 2, "rejected": 4, "limited": 6, "last_seen": counted["last_seen"]}
+    assert status["keys"] == {"ios": both, "web": never}
 
 
 async def test_of_each_part_the_process_that_is_worst_off_is_shown() -> None:

@@ -22,7 +22,10 @@ def own(name: str) -> Own:
     async def load(lane: str | None, accept_dead: bool) -> dict[str, Any]:
         return {"process": name, "lane": lane, "accept_dead": accept_dead}
 
-    return Own(status, load)
+    async def service(status: bool) -> dict[str, Any]:
+        return {"pid": 1, "address": None}
+
+    return Own(status, load, service)
 
 
 @pytest.fixture

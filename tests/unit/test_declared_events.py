@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gc
+import re
 import sys
+import sysconfig
 from collections.abc import Iterator
 from datetime import datetime
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -126,6 +129,36 @@ def test_without_those_that_are_built_in() -> None:
         load_registry(Settings(builtin_events=False))
 
 
+# --- event_modules ---
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("no_such.x", ["there is no 'no_such' (as package.module) in ", "(the working folder)"]),
+        ("json.no_such", ["there is no 'json.no_such' (as package.module)"]),
+        ("shop/events.py", ["write 'shop.events'", "not a file's path"]),
+        ("./events.py", ["write 'events'"]),
+        ("shop.py", ["write 'shop'"]),
+        (r"shop\events", ["write 'shop.events'"]),
+        ("needs_another", ["ModuleNotFoundError: No module named 'another_one'"]),
+    ],
+)  # fmt: skip
+def test_a_module_that_is_not_there_is_named_with_its_form_and_where_it_was_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, words: list[str]
+) -> None:
+    (tmp_path / "needs_another.py").write_text("import another_one")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend("")
+    with pytest.raises(ConfigError) as refused:
+        load_registry(Settings(event_modules=[module]))
+    text = str(refused.value)
+    assert text.startswith(f"event_modules: {module!r} can't be imported: ")
+    for word in words:
+        assert word in text
+    assert sysconfig.get_path("stdlib") not in re.split(", | in ", text)
+
+
 # --- classes that are no event types, though they look like it ---
 
 
@@ -171,3 +204,53 @@ class Login(Base): pass
     exec(text, vars(module))
     login = load_registry(Settings(event_modules=["own_events"])).types["login"]
     assert [field.name for field in login.fields] == ["user"]
+
+
+# --- options of the table ---
+
+
+def test_options_of_a_class_and_of_an_entry_are_the_same() -> None:
+    fields = {"n": "int", "@partition": "week", "@retention": "90 days"}
+    declared = load_registry(Settings(events={"kept": fields})).types["kept"]
+
+    @register("kept_too", partition="week", retention="90 days")
+    class Kept(Event):
+        n: int
+
+    written = EventType("kept_too", Kept)
+    assert [column.name for column in declared.columns] == ["n", "received_at"]
+    for kind in (declared, written):
+        assert (kind.partition, kind.retention_s) == ("week", 90 * 86_400)
+
+    @register("not_kept")
+    class NotKept(Kept):
+        m: int
+
+    inherited = EventType("not_kept", NotKept)
+    assert (inherited.partition, inherited.retention_s) == (None, None)
+    del Kept, NotKept, written, inherited, kind
+    gc.collect()
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "words"),
+    [
+        ("@partition", "hour", ["'x'", "partition", "'hour'", "day, week, month"]),
+        ("@retention", "soon", ["'x'", "retention", "'soon'", "'90 days'"]),
+        ("@retention", "0 days", ["'x'", "retention", "'0 days'"]),
+        ("@retain", "1 day", ["events.x.@retain", "@partition and @retention"]),
+    ],
+)
+def test_wrong_options(option: str, text: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_registry(Settings(events={"x": {"n": "int", option: text}}))
+    assert [word for word in words if word not in str(error.value)] == []
+
+
+@pytest.mark.parametrize("option", [{"@partition": "day"}, {"@retention": "1 day"}])
+@pytest.mark.parametrize("url", ["sqlite:///x.db", "mysql://u@h/d"])
+def test_options_are_for_postgresql_alone(url: str, option: dict[str, str]) -> None:
+    events = {"x": {"n": "int", **option}}
+    load_registry(Settings(events=events, database_url="postgresql://h/d"))
+    with pytest.raises(ConfigError, match=r"'x': .*PostgreSQL's alone, not .*: leave them out"):
+        load_registry(Settings(events=events, database_url=url))

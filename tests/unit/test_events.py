@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from datapipe.errors import ConfigError, EventRejected
 from datapipe.events.limits import Limits
 from datapipe.events.registry import Registry, load_registry
-from datapipe.events.types import Event, EventType, neutral_time, with_offset
+from datapipe.events.types import Column, Event, EventType, neutral_time, with_offset
 from datapipe.settings import Settings
-from datapipe.sinks import table_of
+from datapipe.sinks import Table, table_of
 from datapipe.sinks.postgres.dialect import dialect
 from datapipe.sinks.postgres.sink import PostgresPlugin
 
@@ -345,11 +345,22 @@ def test_defaults_become_column_defaults() -> None:
     "received_at" timestamptz
 );
 
+COMMENT ON TABLE "s"."made" IS 'kept by datapipe';
+
 """
         )
     )
     row = ["it's", '{"x":[1]}', None, "2026-01-02 00:34:05", AT]
     assert unescape(kind.look_closer(b"{}", AT)) == row
+
+
+def test_the_ddl_of_what_is_kept() -> None:
+    table = Table("made", (Column("received_at", "timestamptz"),), retention_s=1)
+    made, index, comment = dialect("s").create(table)
+    assert made.endswith('"received_at" timestamptz\n)')
+    assert index == 'CREATE INDEX "made_received_at" ON "s"."made" (received_at)'
+    partitioned = dialect("s").create(replace(table, partition="day"))
+    assert partitioned == [f"{made} PARTITION BY RANGE (received_at)", comment]
 
 
 class Log(Event):

@@ -30,12 +30,22 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     return found
 
 
+def test_it_is_noted_once_whether_a_head_asks_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    known, asked = Heads(), head("Content-Length: 5", "Prefer: wait=3")
+    for _ in range(3):
+        found, plain = known.read(asked), known.read(head("X-A: b", "Prefer: wait=x"))
+        assert found is not None and plain is not None  # noqa: PT018
+        assert (found.waits, plain.waits) == (True, False)
+    monkeypatch.setattr(heads, "wait_seconds", None)  # looked up from now on
+    assert known.read(asked) is found
+
+
 def test_a_plain_head() -> None:
     found = Heads().read(
         head("Content-Length: 5", "X-A:  b ", first="POST /?a=b&key=s%20p HTTP/1.1")
     )
     assert found is not None
-    assert (found.length, found.key) == (5, "s p")
+    assert (found.length, found.credentials.in_query) == (5, "s p")
     assert dict(found.headers) == {"Host": "x", "Content-Length": "5", "X-A": "b"}
 
 

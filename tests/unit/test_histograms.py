@@ -14,7 +14,8 @@ from datapipe.monitor.metrics import Histogram, Metrics
 
 BOUNDS = (0.0005, 0.001, 0.0125, 1, 30)
 STATUS: dict[str, Any] = {
-    "lanes": {}, "totals": {"waiting_bytes": 0}, "rejected": {},
+    "version": "1.0", "lanes": {}, "dead_letters": None, "totals": {"waiting_bytes": 0},
+    "rejected": {}, "keys": {},
     "mirror": {"calls": {}, "up": True, "bytes": 0, "max_bytes": 1}, "database": {"up": True},
 }  # fmt: skip
 

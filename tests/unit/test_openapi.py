@@ -29,3 +29,12 @@ def test_what_lists_and_dicts_hold() -> None:
     assert rest == {"type": "object"}
     (example,) = basket["examples"]
     assert registry.types["basket"].look_closer(json.dumps(example).encode(), "2026-01-01 00:00:00")
+
+
+def test_where_unknown_types_are_kept_any_name_but_theirs_is_good() -> None:
+    settings = Settings(unknown_events="keep")
+    schemas = document(load_registry(settings))["components"]["schemas"]
+    kept = schemas["datapipe_unknown"]["properties"]["event_name"]
+    assert kept["not"] == {"enum": ["crash_report", "install", "purchase"]}
+    assert {"$ref": "#/components/schemas/datapipe_unknown"} in schemas["Event"]["oneOf"]
+    assert "datapipe_unknown" not in document(load_registry(Settings()))["components"]["schemas"]

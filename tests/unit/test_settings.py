@@ -257,6 +257,7 @@ def test_a_password_that_is_not_escaped_is_named_and_not_shown(url: str) -> None
         ("postgresql://u@h/d?sslmode=require", None),
         ("postgresql://h/d?passwor%64=x&sslpassword=y&a=b", "postgresql://h/d?passwor%64=***&sslpassword=***&a=b"),
         ("postgresql:///d?host=/run/x&application_name=a:b/c@d", None),
+        ("postgresql://h?application_name=a:b/c@d", None),
         ("postgresql://[::1]:5432/d@e", None),
         ("mysql://u:p%2Fs@h/d?ssl-mode=REQUIRED", "mysql://u:***@h/d?ssl-mode=REQUIRED"),
     ],
@@ -478,7 +479,8 @@ def test_settings_of_nats_that_fit(files: Path, given: dict[str, str]) -> None:
         ({"nats_url": "nats://u:s3cret@a:x"}, "nats_url", ["port", "65535"]),
         ({"nats_url": "nats://u:s3cret@a:65536"}, "nats_url", ["port", "65535"]),
         ({"nats_url": "nats://u:s3cret@a:0"}, "nats_url", ["port"]),
-        ({"nats_url": "nats://u:s3/cret@a"}, "nats_url", ["port"]),
+        ({"nats_url": "nats://u:s3/cret@a"}, "nats_url", ["port", "nats_user and nats_password"]),
+        ({"nats_url": "nats://u:s3,cret@a"}, "nats_url", ["place 1", "nats_user"]),
         ({"nats_url": "nats://[a"}, "nats_url", ["nats://host:4222"]),
         ({"nats_url": "nats://a/s3cret"}, "nats_url", ["end with the host"]),
         (

@@ -35,8 +35,11 @@ def status(*parts: dict[str, Any], **changes: Any) -> dict[str, Any]:
         "books": {"waiting": 1204, "balanced": True},
         "lanes": {"install": dict(LANE)},
         "silent": ["web2:4711", "web3:12"],
+        "ended": [],
+        "dead_letters": None,
         "database": {"product": "PostgreSQL"},
         "mirror": {
+            "kind": "journal",
             "up": True,
             "bytes": 0,
             "max_bytes": GIB,
@@ -48,7 +51,10 @@ def status(*parts: dict[str, Any], **changes: Any) -> dict[str, Any]:
     }
     for path, value in changes.items():
         key, _, inner = path.partition("__")
-        shown[key][inner] = value
+        if inner:
+            shown[key][inner] = value
+        else:
+            shown[key] = value
     return shown
 
 
@@ -84,6 +90,8 @@ def test_since_another_day() -> None:
          {"lanes__install": LANE | {"blocked": "no column x"}}, "lane_blocked"),
         (fails("load", "a lock", "install"), {}, "lane_failing"),
         (fails("peers"), {}, "process_silent"),
+        (fails("ended", "web2:4711"), {"ended": ["web2:4711"]}, "process_ended"),
+        (fails("dead_letters"), {"dead_letters": {"lanes": {"install": 1}}}, "dead_letters"),
         (hangs("load", "install"), {}, "lane_slow"),
         (hangs("load", "install", "IO: WALSync"), {}, "lane_slow"),
         (hangs("load", "install", "IPC: SyncRep", "COMMIT waits", "Bring it."), {}, "lane_slow"),
@@ -136,6 +144,42 @@ def test_the_worst_comes_first_and_the_rest_is_named_too() -> None:
         "A process that died has left events in the mirror",
         "No answer from web2:4711, web3:12",
     ]
+
+
+@pytest.mark.parametrize(
+    ("lanes", "words"),
+    [
+        ({"install": 1, "purchase": 0}, "1 event is a dead letter (install 1) since 10:05 UTC. "),
+        ({"a": 2, "b": 1200}, "1,202 events are dead letters (b 1,200, a 2) since"),
+        (dict.fromkeys("abcde", 1), "5 events are dead letters (a 1, b 1, c 1, and 2 more lanes)"),
+    ],
+)
+def test_dead_letters_are_counted_by_lane(lanes: dict[str, int], words: str) -> None:
+    shown = summary(status(fails("dead_letters"), dead_letters={"lanes": lanes}))
+    assert shown["text"].startswith(words)
+    assert "by datapipe dead list;" in shown["text"]
+
+
+def test_dead_letters_that_another_process_knows_to_be_gone() -> None:
+    for counted in ({"lanes": {"install": 0}}, {"lanes": {}}, None):
+        shown = summary(status(fails("dead_letters"), dead_letters=counted))
+        assert shown["state"] == "healthy"
+
+
+@pytest.mark.parametrize(
+    ("kind", "ended", "words"),
+    [
+        ("journal", ["a:1"], "One process ended at 10:05 UTC: a:1. Its events are taken over "
+                             "within 35 s; nothing need be done."),
+        ("ironmq", ["a:1", "b:2"], "2 processes ended at 10:05 UTC: a:1, b:2. Their events are "
+                                   "taken over within 45 s; nothing need be done."),
+        ("none", ["a:1"], "One process ended at 10:05 UTC: a:1. What was held in memory there is "
+                          "lost."),
+    ],
+)  # fmt: skip
+def test_a_process_that_ended(kind: str, ended: list[str], words: str) -> None:
+    shown = summary(status(fails("ended", ", ".join(ended)), ended=ended, mirror__kind=kind))
+    assert shown["text"] == words
 
 
 def test_what_follows_from_something_worse_is_not_named() -> None:

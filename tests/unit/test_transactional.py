@@ -58,12 +58,15 @@ class LosesAnswers(MemorySink):
 async def test_a_commit_whose_answer_was_lost_counts_as_what_it_did() -> None:
     database = MemoryDatabase()
     sink = LosesAnswers(database, "one")
-    segments = [Segment("install", INSTALL.columns, b"7\n", 1) for _ in range(3)]
+    database.checks["install"] = lambda line: line != b"8\n"
+    segments = [Segment("install", INSTALL.columns, row, 1) for row in [b"7\n"] * 3 + [b"8\n"]]
     for _ in range(2):
         with pytest.raises(SinkUnavailable):
             await sink.load(INSTALL, segments)
     loaded = await sink.load(INSTALL, segments)
-    assert (loaded.loaded, loaded.duplicate) == (3, 0)
+    assert (loaded.loaded, loaded.duplicate, loaded.dead) == (3, 0, 1)
+    assert loaded.dead_of == {segments[-1].id: 1}
     assert len(database.lines["install"]) == 3
     loaded = await sink.load(INSTALL, segments)  # this one is somebody's copy
-    assert (loaded.loaded, loaded.duplicate) == (0, 3)
+    assert (loaded.loaded, loaded.duplicate, loaded.dead) == (0, 4, 0)
+    assert loaded.dead_of == {segments[-1].id: 1}  # whoever loaded it

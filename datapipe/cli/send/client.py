@@ -95,8 +95,10 @@ class Client:
                     continue  # another has found it full meanwhile
                 while (answer := await self._post(body, key)) is None or self._is_trouble(answer):
                     failures += 1
-                    least_s = (answer and answer.again_s) or 0
-                    await asyncio.sleep(least_s + backoff(failures, _MAX_WAIT_S))
+                    if answer and answer.again_s is not None:
+                        failures = 1  # it says when, and only chance is added
+                    wait_s = backoff(failures, _MAX_WAIT_S)
+                    await asyncio.sleep(wait_s + ((answer and answer.again_s) or 0))
             self.trouble, failures = "", 0
             if "busy" not in answer.content:
                 return answer

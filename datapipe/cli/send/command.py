@@ -36,14 +36,17 @@ async def send(settings: Settings, args: argparse.Namespace) -> int:
     if args.parallel < 1:
         raise ConfigError("--parallel: at least 1")
     work = asyncio.create_task(_send_all(settings, args))
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    loop, numbers = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
+    for number in numbers:
         loop.add_signal_handler(number, work.cancel)
     try:
         return await work
     except asyncio.CancelledError:
         print("datapipe: stopped; the same command goes on from here", file=sys.stderr)
         return 1
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
 
 
 async def _send_all(settings: Settings, args: argparse.Namespace) -> int:

@@ -16,7 +16,15 @@ import aiohttp
 
 from datapipe.errors import MirrorFull, MirrorUnavailable
 from datapipe.events.segment import Segment
-from datapipe.mirrors import Appended, Membership, Mirror, MirrorPlugin, MirrorState, Traits
+from datapipe.mirrors import (
+    Appended,
+    Membership,
+    Mirror,
+    MirrorPlugin,
+    MirrorState,
+    Traits,
+    unregistered,
+)
 from datapipe.mirrors.buffered import BufferedMirror, Found, Removal, Run
 from datapipe.mirrors.ironmq.books import HELD_BYTES, SOURCE, Books, Held
 from datapipe.mirrors.ironmq.client import (
@@ -29,7 +37,7 @@ from datapipe.mirrors.ironmq.client import (
     Message,
     encode_post,
 )
-from datapipe.mirrors.ironmq.orphans import Orphans
+from datapipe.mirrors.ironmq.orphans import LANE, Orphans
 from datapipe.mirrors.ironmq.upkeep import Upkeep
 from datapipe.mirrors.ironmq.wire import INLINE_BYTES, Unreadable, envelope_of, pack, unpacked
 from datapipe.settings import Settings
@@ -281,8 +289,9 @@ class IronMQPlugin(MirrorPlugin):
             except MirrorUnavailable as exc:
                 return [("away", f"ironmq: {exc.detail}")]
         found = [("ok", f"ironmq: the credentials work, {len(queues)} queues")]
-        return found + [
-            ("ok", f"ironmq queue {queue}: {size} messages")
-            for queue, size in sizes
-            if size is not None
-        ]
+        there = {queue: size for queue, size in sizes if size is not None}
+        found += [("ok", f"ironmq queue {queue}: {size} messages") for queue, size in there.items()]
+        prefix = settings.ironmq_queue_prefix
+        lanes = {queue.removeprefix(prefix): size for queue, size in there.items()}
+        ours = {lane: size for lane, size in lanes.items() if LANE.fullmatch(lane)}
+        return found + unregistered("ironmq", ours, "messages", settings)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from datapipe.errors import MirrorUnavailable
 from datapipe.events.segment import SEGMENT_OVERHEAD_BYTES
+from datapipe.events.unknown import UNKNOWN
 from datapipe.mirrors import Membership
 from datapipe.mirrors.buffered import Found
 from datapipe.mirrors.ironmq.books import ANEW_S, LEASE_MAX_S, LEASE_S, Books, Held
@@ -26,7 +27,8 @@ from datapipe.mirrors.ironmq.wire import Unreadable, envelope_of, rows_bytes, un
 from datapipe.mirrors.recovery import STAYS, Fate, Label, fate_of, known_to_ledger
 from datapipe.settings import Settings
 
-_LANE = re.compile(r"(?!datapipe_)[a-z][a-z0-9_]{0,47}")  # a queue that may be one of ours
+# of a queue that may be one of ours; it is without its prefix
+LANE = re.compile(rf"{UNKNOWN}|(?!datapipe_)[a-z][a-z0-9_]{{0,47}}")
 
 
 @dataclass(slots=True)
@@ -114,7 +116,7 @@ class Orphans:
         self._thorough, self._books.given_up = self._books.given_up, False
         self._looked = now
         prefix = self._books.prefix
-        self._queues = [name for name in names if _LANE.fullmatch(name.removeprefix(prefix))]
+        self._queues = [name for name in names if LANE.fullmatch(name.removeprefix(prefix))]
         for by_queue in (self._unconfirmed, self._beyond):
             for queue in by_queue.keys() - set(self._queues):
                 del by_queue[queue]

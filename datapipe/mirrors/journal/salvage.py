@@ -12,10 +12,12 @@ import sqlite3
 import time
 import zlib
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from datapipe.mirrors import unregistered
 from datapipe.settings import Settings
 
 _COLUMNS = "position, lane, id, events, bytes, created_at, crc, head, data"
@@ -180,24 +182,31 @@ def check_journals(settings: Settings) -> list[tuple[str, str]]:
     if not folder.is_dir():
         return [("ok", f"journal: none yet in {folder}")]
     found = [] if os.access(folder, os.W_OK) else [("fail", f"journal {folder}: can't be written")]
+    lanes: Counter[str] = Counter()
     for path in sorted(folder.glob("*.sqlite")):
         try:
             verdict, waiting = _check(path)
         except sqlite3.Error as exc:
-            verdict, waiting = str(exc), 0
+            verdict, waiting = str(exc), Counter()
         level = "ok" if verdict == "ok" else "fail"
-        found.append((level, f"journal {path}: {verdict}, {waiting} events waiting"))
+        found.append((level, f"journal {path}: {verdict}, {waiting.total()} events waiting"))
+        lanes += waiting
+    found += unregistered("journal", lanes, "events", settings)
     damaged = sorted(folder.glob("*.damaged-*[0-9x]"))  # each may have its log beside it
     found += [("warn", f"journal {path}: quarantined as damaged") for path in damaged]
     return found
 
 
-def _check(path: Path) -> tuple[str, int]:
+def _check(path: Path) -> tuple[str, Counter[str]]:
     """Read-only: `check` may run beside the service that owns the file."""
     for connection in _opened(path):
         (verdict,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
-        rows = list(_rows(connection)) if verdict == "ok" else []
-        if None in rows:
-            verdict = f"{rows.count(None)} segments are damaged"
-        return verdict, sum(row[3] for row in rows if row is not None)
+        lanes: Counter[str] = Counter()
+        damaged = 0
+        for row in _rows(connection) if verdict == "ok" else ():
+            if row is None:
+                damaged += 1
+            else:
+                lanes[row[1]] += row[3]
+        return f"{damaged} segments are damaged" if damaged else verdict, lanes
     raise AssertionError  # `_opened` gives one

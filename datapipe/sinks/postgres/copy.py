@@ -13,12 +13,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime
 from functools import partial
+from itertools import chain
 
 import psycopg2
 import psycopg2.extensions
 
+from datapipe.errors import LaneBlocked
 from datapipe.events.types import Column
+from datapipe.sinks import Table
 from datapipe.sinks.dialect import Dialect
 from datapipe.sinks.pieces import lines, pieces
 from datapipe.sinks.postgres.errors import is_unrouted, may_be_of_a_row, one_line
@@ -42,6 +46,22 @@ _KEY = (
     " AND objid = refobjid AND refobjsubid = 0 AND objid = (SELECT c.oid FROM pg_class c"
     " JOIN pg_namespace n ON n.oid = c.relnamespace WHERE nspname = %s AND relname = %s)"
 )
+
+
+_MINUTE = len("2026-11-25 12:00")  # of a time in a row
+
+
+class PartitionMissing(LaneBlocked):
+    """Of a table whose event type has a `partition`: there is none for some rows.
+
+    Attributes: times: Unix times at which those rows and all behind them were received, each to the
+        minute below it: so exact may the bounds of partitions be that a person has made.
+    """
+
+    def __init__(self, detail: str, table: Table, times: set[float]) -> None:
+        super().__init__(detail)
+        self.table = table
+        self.times = times
 
 
 class _Reader:
@@ -86,19 +106,20 @@ class Copier:
         self,
         cursor: psycopg2.extensions.cursor,
         dialect: Dialect,
-        table: str,
+        table: Table,
         columns: Sequence[Column],
         chunk_bytes: int,
     ) -> None:
         self._cursor = cursor
+        self._table = table
         names = ", ".join(dialect.quote(column.name) for column in columns)
-        self._statement = f"COPY {dialect.table(table)} ({names}) FROM STDIN"
+        self._statement = f"COPY {dialect.table(table.name)} ({names}) FROM STDIN"
         self._types = {column.name: column.type for column in columns}
         self._chunk_bytes = chunk_bytes
         # a line of the context that begins with the table's name, in whatever language; most have
         # the word COPY before it. Its first number is the line, a column may follow
         self._place = re.compile(
-            rf"^(?:COPY )?{re.escape(table)}(?![0-9A-Za-z_])[^0-9\n]*({_NUMBER})([^:\n]*)",
+            rf"^(?:COPY )?{re.escape(table.name)}(?![0-9A-Za-z_])[^0-9\n]*({_NUMBER})([^:\n]*)",
             re.MULTILINE,
         )
         self._takes_none = False  # known to take no rows at all
@@ -108,12 +129,20 @@ class Copier:
     def copy(self, rows: Iterable[Rows]) -> list[RefusedRow]:
         """Copy them all, but those that are refused.
 
-        Raises: psycopg2.Error: what is not about a single row.
+        Raises: psycopg2.Error: what is not about a single row. PartitionMissing.
         """
         self._cursor.execute("SAVEPOINT piece")
-        for piece in pieces(rows):
-            if self._try(piece) is not None:
-                self._copy_lines(lines(piece))
+        left = pieces(rows)
+        for piece in left:
+            try:
+                if self._try(piece) is not None:
+                    self._copy_lines(lines(piece))
+            except psycopg2.Error as exc:
+                if not (self._table.partition and is_unrouted(exc)):
+                    raise
+                detail = f"{one_line(exc)} (SQLSTATE {exc.pgcode})"
+                times = _received(chain(piece, chain.from_iterable(left)))
+                raise PartitionMissing(detail, self._table, times) from exc
         self._cursor.execute("RELEASE SAVEPOINT piece")
         return self._refused
 
@@ -215,3 +244,13 @@ class Copier:
         self._refused.append(
             RefusedRow(row.id, bytes(row.data), sqlstate, one_line(error), column, bool(of_itself))
         )
+
+
+def _received(rows: Iterable[Rows]) -> set[float]:
+    """When rows were received, which is their last value: Unix times, without seconds."""
+    texts = {
+        line[line.rfind(b"\t") + 1 :][:_MINUTE]
+        for each in rows
+        for line in bytes(each.data).split(b"\n")[:-1]
+    }
+    return {datetime.fromisoformat(text.decode()).replace(tzinfo=UTC).timestamp() for text in texts}

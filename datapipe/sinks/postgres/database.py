@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,8 @@ from datapipe.sinks.postgres.connections import (
 )
 from datapipe.sinks.postgres.dialect import dialect
 from datapipe.sinks.postgres.errors import is_away, reason, verdict
+from datapipe.sinks.postgres.partitions import Partitions
+from datapipe.sinks.postgres.retention import Retention
 from datapipe.sinks.server import ServerSink, fetch
 from datapipe.sinks.verdict import Verdict
 
@@ -58,6 +60,9 @@ _RIGHTS = """
 _CONNECTIONS = 2  # at once
 
 _DDL_LOCK = 0x64617461_70697065  # "datapipe": one key for all DDL of ours in a database
+_REMOVAL_LOCK = _DDL_LOCK + 1  # of whoever removes what is too old
+
+_BEGIN_DDL = f"{_BEGIN}; SELECT pg_advisory_xact_lock({_DDL_LOCK})"
 
 _T = TypeVar("_T")
 
@@ -71,7 +76,11 @@ class Database(ServerSink[psycopg2.extensions.connection]):
 
     def __init__(self, settings: Settings, process: str, stack: AsyncExitStack) -> None:
         pool = AiopgPool(self.dsn, _CONNECTIONS)
-        super().__init__(dialect(settings.database_schema), settings, process, pool, Loads())
+        own = dialect(settings.database_schema)
+        super().__init__(own, settings, process, pool, Loads())
+        self._partitions = Partitions(own, self.run, f"{_BEGIN_DDL}; SET LOCAL timezone = 'UTC'")
+        briefly = f"{_BEGIN}; SET LOCAL lock_timeout = '1s'; SET LOCAL timezone = 'UTC'"
+        self._retention = Retention(own, self.run, self._partitions, briefly, _REMOVAL_LOCK)
         self._data_dir = Path(settings.data_dir)
         self._stack = stack
         url = settings.database_url
@@ -145,8 +154,7 @@ class Database(ServerSink[psycopg2.extensions.connection]):
         schema = self._dialect.schema
 
         async def work(cursor: aiopg.Cursor) -> None:
-            await cursor.execute(_BEGIN)
-            await cursor.execute("SELECT pg_advisory_xact_lock(%s)", (_DDL_LOCK,))
+            await cursor.execute(_BEGIN_DDL)
             there = "SELECT 1 FROM pg_namespace WHERE nspname = %s"
             if not await fetch(cursor, there, (schema,)):
                 await cursor.execute(f"CREATE SCHEMA {self._dialect.quote(schema)}")
@@ -156,7 +164,30 @@ class Database(ServerSink[psycopg2.extensions.connection]):
 
         await self.run(work, table)
 
+    # --- upkeep ---
+
+    async def make_partitions(self, table: Table, times: Iterable[float]) -> None:
+        """See `Partitions.make`."""
+        await self._partitions.make(table, times)
+
+    async def make_ahead(self, table: Table) -> list[str]:
+        """See `Upkeep.make_ahead`."""
+        return await self._partitions.make_ahead(table)
+
+    async def remove_expired(self, table: Table) -> bool:
+        """See `Upkeep.remove_expired`."""
+        if table.is_own:
+            return await super().remove_expired(table)
+        return await self._retention.remove(table)
+
+    async def adopt(self, table: Table, say: Callable[[str], None]) -> None:
+        """See `Upkeep.adopt`."""
+        await self._retention.adopt(table, say)
+
     # --- check ---
+
+    async def _check(self, table: Table) -> list[tuple[str, str]]:
+        return [*await super()._check(table), *await self._retention.findings(table)]
 
     def is_away(self, exc: BaseException | None) -> bool:
         """See `SqlSink.is_away`."""

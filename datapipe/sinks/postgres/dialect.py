@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from datapipe.events.types import PG_TYPES, Column, with_offset
+from datapipe.sinks import Table
 from datapipe.sinks.dialect import Dialect
 
 _TYPES = {
@@ -23,9 +24,40 @@ _TYPES = {
     "flag": "boolean NOT NULL DEFAULT false",
 }
 
+# In the comment of a table whose partitions we make, and whose old rows we remove.
+MARK = "kept by datapipe"
 
-def dialect(schema: str) -> Dialect:
-    return Dialect(
+
+class PostgresDialect(Dialect):
+    """PostgreSQL's: tables of event types bear our mark, and may be partitioned."""
+
+    __slots__ = ()
+
+    def create(self, table: Table) -> list[str]:
+        """See `Dialect.create`."""
+        made, *more = super().create(table)
+        if table.is_own:
+            return [made, *more]
+        if table.partition:
+            made += " PARTITION BY RANGE (received_at)"
+        elif table.retention_s:
+            more.append(self.index(table))
+        return [made, *more, self.comment(self.table(table.name), MARK)]
+
+    def index(self, table: Table, *, concurrently: bool = False) -> str:
+        """What makes the index by which old rows are found."""
+        name = self.quote(f"{table.name}_received_at")
+        how = " CONCURRENTLY" if concurrently else ""
+        return f"CREATE INDEX{how} {name} ON {self.table(table.name)} (received_at)"
+
+    def comment(self, table: str, text: str) -> str:
+        """Args: table: quoted."""
+        literal = text.replace("'", "''")
+        return f"COMMENT ON TABLE {table} IS '{literal}'"
+
+
+def dialect(schema: str) -> PostgresDialect:
+    return PostgresDialect(
         types=_TYPES,
         default=_default,
         listed=as_json,

@@ -31,7 +31,7 @@ from datapipe.settings import Settings
 from datapipe.sinks import SinkPlugin, Table
 from datapipe.sinks.dialect import Dialect
 from datapipe.sinks.postgres.connections import PEER_MAY_VANISH
-from datapipe.sinks.postgres.copy import Copier, attempt
+from datapipe.sinks.postgres.copy import Copier, PartitionMissing, attempt
 from datapipe.sinks.postgres.database import Database
 from datapipe.sinks.postgres.dialect import as_json
 from datapipe.sinks.sql import SqlTransaction
@@ -72,6 +72,8 @@ _FOR_STANDBY = Wait(
     "Bring the standby back, or change synchronous_standby_names.",
 )
 
+_PARTITION_TRIES = 5
+
 _BEYOND_ASCII = re.compile(r"[^\x00-\x7f]+")
 
 _T = TypeVar("_T")
@@ -87,9 +89,19 @@ class PostgresSink(Database):
     # --- loads ---
 
     async def transact(self, lane: str, work: Callable[[Transaction], _T]) -> _T:
-        """See `TransactionalSink.transact`."""
+        """See `TransactionalSink.transact`; what lacks partitions is repeated once they are there.
+
+        Those of other columns, or another lane, may show only then that they lack some, too; and
+        what is older than the retention may be gone at once.
+        """
         await self.dsn()
-        return await super().transact(lane, work)
+        for _ in range(_PARTITION_TRIES):
+            try:
+                return await super().transact(lane, work)
+            except PartitionMissing as exc:
+                missing = exc
+            await self.make_partitions(missing.table, missing.times)
+        raise missing
 
     def connected(self) -> psycopg2.extensions.connection:
         """See `ServerSink.connected`."""
@@ -191,7 +203,7 @@ class PostgresTransaction(SqlTransaction):
         self, table: Table, columns: Sequence[Column], rows: Iterable[Rows]
     ) -> list[RefusedRow]:
         """See `Transaction.copy`."""
-        copier = Copier(self._cursor, self._dialect, table.name, columns, self._chunk_bytes)
+        copier = Copier(self._cursor, self._dialect, table, columns, self._chunk_bytes)
         return copier.copy(rows)
 
     def bury(self, letters: Sequence[Letter]) -> None:
@@ -222,6 +234,7 @@ def _in_ascii(letter: Letter) -> Letter:
 
 class PostgresPlugin(SinkPlugin):
     has_schemas = True
+    has_partitions = True
     # Source: PostgreSQL documentation, "Numeric Types", "System Columns", "Identifiers"; of the
     # offsets that times may have: datetime.h, MAX_TZDISP_HOUR
     limits = Limits(

@@ -345,8 +345,10 @@ class ToySink(TransactionalSink):
 
         return await self._run(look)
 
-    async def expire_unknown(self, retention_s: float) -> bool:
-        before = datetime.fromtimestamp(time.time() - retention_s, UTC).replace(tzinfo=None)
+    async def remove_expired(self, table: Table) -> bool:
+        if table.name != Shelf.UNKNOWN.value or not table.retention_s:
+            return False
+        before = datetime.fromtimestamp(time.time() - table.retention_s, UTC).replace(tzinfo=None)
         sql = "DELETE FROM datapipe_unknown WHERE received_at < ?"
         await self._run(lambda connection: connection.execute(sql, (str(before),)))
         return False
