@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import json
 import re
+from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -192,7 +193,10 @@ class Parser:
         for kind, indexes, claim, name, lacks in runs:
             if len(chunks) % _YIELD_EVERY == _YIELD_EVERY - 1:
                 await asyncio.sleep(0)
-            some = items if len(indexes) == len(items) else [items[i] for i in indexes]
+            if isinstance(indexes, range):
+                some = items[indexes.start : indexes.stop]
+            else:
+                some = [items[i] for i in indexes]
             if (data := join(kind, some)) is None:
                 return None
             chunks.append(
@@ -392,12 +396,21 @@ def _grouped(
     keys: Sequence[_K], parts: Sequence[int] | None
 ) -> Iterable[tuple[tuple[_K, int], Sequence[int]]]:
     """Key and part, and the indexes of their events."""
-    if parts is None and keys.count(keys[0]) == len(keys):  # most bodies
-        return [((keys[0], 0), range(len(keys)))]
+    if keys.count(keys[0]) == len(keys):  # most bodies
+        return _ranges(keys[0], parts or [0] * len(keys))
     groups: dict[tuple[_K, int], list[int]] = defaultdict(list)
     for index, key in enumerate(keys):
         groups[key, parts[index] if parts else 0].append(index)
     return groups.items()
+
+
+def _ranges(key: _K, parts: Sequence[int]) -> Iterator[tuple[tuple[_K, int], Sequence[int]]]:
+    """The same for one key: each part is a run of events."""
+    start = 0
+    while start < len(parts):
+        end = bisect_right(parts, parts[start], start)
+        yield (key, parts[start]), range(start, end)
+        start = end
 
 
 def _elements(body: bytes) -> Iterator[bytes | None]:
