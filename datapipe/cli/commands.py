@@ -180,8 +180,8 @@ async def schema(settings: Settings, args: argparse.Namespace) -> int:
     ConfigError: there is no event type of that name.
     """
     tables = [table_of(kind) for kind in load_registry(settings).lanes.values()]
-    adopted = [table for table in tables if table.name in args.adopt]
-    if unknown := set(args.adopt) - {table.name for table in tables}:
+    adopted = [table for table in tables if table.name in args.adopt and not table.is_own]
+    if unknown := set(args.adopt) - {table.name for table in adopted}:
         raise ConfigError(f"--adopt: there is no event type {min(unknown)!r}")
     async with open_sink(settings, new_process_id()) as sink:
         for table in adopted:
