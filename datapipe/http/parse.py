@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import re
 from bisect import bisect_right
 from collections import Counter, defaultdict
@@ -278,7 +279,7 @@ def _name(raw: bytes) -> str:
             packed = raw.startswith(_GZIP)
             raise _not_json(_PACKED if packed else "it is not UTF-8")
         try:
-            name = _NAME.decode(raw).event_name
+            name = _decode_name(raw)
         except msgspec.ValidationError as exc:
             raise EventRejected(Reason.BAD_JSON, f"an event is a JSON object: {exc}") from None
         if name is msgspec.UNSET:
@@ -289,6 +290,33 @@ def _name(raw: bytes) -> str:
             raise EventRejected(Reason.BAD_VALUE, f"event_name: str wanted ({exc})") from None
     except _BROKEN as exc:
         raise _not_json(_TWO_OBJECTS if _are_two(raw, exc) else exc) from None
+
+
+def _decode_name(raw: bytes) -> msgspec.Raw | msgspec.UnsetType:
+    """The JSON of the `event_name`, also where some text has half of a surrogate pair.
+
+    Such text is JSON, of which msgspec reads nothing. What becomes of it is for the type to say.
+    """
+    try:
+        return _NAME.decode(raw).event_name
+    except msgspec.ValidationError:
+        raise
+    except msgspec.DecodeError:
+        if b"\\u" not in raw:
+            raise
+        with suppress(ValueError, RecursionError):
+            event = _LENIENT.decode(raw.decode())
+            if isinstance(event, dict) and isinstance(event.get("event_name"), str):
+                return msgspec.Raw(json.dumps(event["event_name"]).encode())
+        raise
+
+
+def _no_json(constant: str) -> Any:
+    raise ValueError(constant)
+
+
+# takes halves of surrogate pairs; but for what else Python's own takes (NaN) it is as strict
+_LENIENT = json.JSONDecoder(parse_constant=_no_json)
 
 
 def _is_utf8(body: bytes) -> bool:
