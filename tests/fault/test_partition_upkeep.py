@@ -98,4 +98,4 @@ async def test_made_and_removed_under_load_while_processes_are_killed(
     assert (verdict.dead, verdict.rows > 500) == (0, True), verdict
     for lane in LANES:
         sql = f"SELECT count(DISTINCT tableoid) FROM {lane}"
-        assert await aexecute(database, sql) == [(13,)]
+        assert await aexecute(database, sql) in ([(13,)], [(14,)])  # a midnight

@@ -24,8 +24,6 @@ from datapipe.sinks import Database, Loaded, Selection, Table, open_sink, table_
 from tests.pgbouncer import PgBouncer
 from tests.postgres import VERSIONS, Postgres
 
-NOW = datetime.now(UTC)  # the servers of the tests have this machine's clock
-
 
 class World:
     """A database, a sink, and the event type `seen` with these options."""
@@ -33,6 +31,7 @@ class World:
     def __init__(self, url: str, sink: Database, **options: str) -> None:
         self.url = url
         self.sink = sink
+        self.now = datetime.now(UTC)  # the servers of the tests have this machine's clock
         named = {f"@{name}": value for name, value in options.items()}
         self.kind = EventType("seen", declared_class("seen", {"n": "int", **named}))
 
@@ -47,7 +46,7 @@ class World:
         """One load of an event for each, received so many days from now."""
         rows = b"".join(
             self.kind.look_closer(
-                b'{"n": %d}' % n, f"{NOW + timedelta(days=day):%Y-%m-%d %H:%M:%S}"
+                b'{"n": %d}' % n, f"{self.now + timedelta(days=day):%Y-%m-%d %H:%M:%S}"
             )
             for n, day in enumerate(days, first)
         )
@@ -60,6 +59,10 @@ class World:
         while await self.sink.remove_expired(self.table):
             steps += 1
         return steps
+
+    def name(self, day: float) -> str:
+        """Of the partition of the day that is so many from now."""
+        return f"seen_p{self.now + timedelta(days=day):%Y%m%d}"
 
     def numbers(self) -> list[int]:
         return [n for (n,) in self.execute("SELECT n FROM seen ORDER BY n")]
@@ -90,10 +93,6 @@ async def daily(database: str) -> AsyncIterator[World]:
         yield world
 
 
-def name(day: float) -> str:
-    return f"seen_p{NOW + timedelta(days=day):%Y%m%d}"
-
-
 @pytest.mark.parametrize("version", ["", *VERSIONS])
 async def test_whatever_the_clock_said_it_is_loaded_and_goes_by_the_database_s(
     request: pytest.FixtureRequest, version: str
@@ -103,13 +102,13 @@ async def test_whatever_the_clock_said_it_is_loaded_and_goes_by_the_database_s(
     async with world_of(url, partition="day", retention="90 days") as world:
         loaded = await world.load(0, 40, -400, -400, -100, -80)
         assert (loaded.loaded, loaded.dead) == (6, 0)
-        assert world.partitions() == sorted(map(name, (0, 40, -400, -100, -80)))
+        assert world.partitions() == sorted(map(world.name, (0, 40, -400, -100, -80)))
         assert await world.remove() == 2 * 2 + 1  # detached, dropped; nothing more
-        assert world.tables() == sorted(["seen", *map(name, (0, 40, -80))])
+        assert world.tables() == sorted(["seen", *map(world.name, (0, 40, -80))])
         assert world.numbers() == [0, 1, 5]
         made = await world.sink.make_ahead(world.table)
         assert len(made) == 2 * 3
-        assert world.partitions() == sorted(map(name, (-80, 0, 1, 2, 3, 40)))
+        assert world.partitions() == sorted(map(world.name, (-80, 0, 1, 2, 3, 40)))
         assert await world.sink.make_ahead(world.table) == []
         again = await world.load(-400, 2, first=10)
         assert again.loaded == 2
@@ -159,7 +158,7 @@ async def test_dead_letters_come_back_into_partitions_that_are_gone(daily: World
     assert back == ({"seen": 2}, 0)
     assert daily.execute(
         "SELECT n, date_trunc('second', received_at) = %s FROM seen ORDER BY n",
-        NOW.replace(microsecond=0) - timedelta(days=100),
+        daily.now.replace(microsecond=0) - timedelta(days=100),
     ) == [(1, True), (2, False), (3, False)]
 
 
@@ -168,10 +167,10 @@ async def test_whoever_dies_between_detach_and_drop(daily: World) -> None:
     await daily.load(-100)
     assert await daily.sink.remove_expired(daily.table)
     assert daily.partitions() == []
-    assert daily.tables() == ["seen", name(-100)]
+    assert daily.tables() == ["seen", daily.name(-100)]
     async with world_of(daily.url, partition="day", retention="90 days") as another:
         await another.load(-100, first=7)
-        assert another.partitions() == [f"{name(-100)}_2"]
+        assert another.partitions() == [f"{daily.name(-100)}_2"]
         assert another.numbers() == [7]
         await another.remove()
     assert daily.tables() == ["seen"]
@@ -179,9 +178,20 @@ async def test_whoever_dies_between_detach_and_drop(daily: World) -> None:
 
 async def test_what_a_person_has_detached_stays(daily: World) -> None:
     await daily.load(-100)
-    daily.execute(f"ALTER TABLE seen DETACH PARTITION {name(-100)}")
+    daily.execute(f"ALTER TABLE seen DETACH PARTITION {daily.name(-100)}")
     assert await daily.remove() == 1
-    assert daily.tables() == ["seen", name(-100)]
+    assert daily.tables() == ["seen", daily.name(-100)]
+
+
+async def test_what_a_person_attaches_again_is_a_partition_as_before(daily: World) -> None:
+    await daily.load(-100)
+    assert await daily.sink.remove_expired(daily.table)
+    start = (daily.now - timedelta(days=100)).date()
+    bounds = f"FROM ('{start} 00:00Z') TO ('{start + timedelta(days=1)} 00:00Z')"
+    daily.execute(f"ALTER TABLE seen ATTACH PARTITION {daily.name(-100)} FOR VALUES {bounds}")
+    async with world_of(daily.url, partition="day", retention="200 days") as patient:
+        assert await patient.remove() == 1
+        assert patient.numbers() == [0]
 
 
 async def test_who_reads_for_long_holds_up_no_load(daily: World) -> None:
@@ -200,14 +210,16 @@ async def test_who_reads_for_long_holds_up_no_load(daily: World) -> None:
     assert (loaded.loaded, await removal) == (2, False)
     assert await daily.remove() == 1
     (_, text), *_ = [each for each in await daily.said() if "next" in each[1]]
-    assert text.endswith(f"next to be removed: partition {name(-100)}, as soon as nobody holds it")
+    assert text.endswith(
+        f"next to be removed: partition {daily.name(-100)}, as soon as nobody holds it"
+    )
     began = time.monotonic()
     await daily.sink.make_ahead(daily.table)
     assert time.monotonic() - began < 0.9
     reader.rollback()
     reader.close()
     assert await daily.remove() == 3
-    assert name(-100) not in daily.tables()
+    assert daily.name(-100) not in daily.tables()
 
 
 async def test_only_one_removes_at_a_time(daily: World) -> None:
@@ -225,7 +237,7 @@ async def test_two_that_make_the_same_make_it_once(daily: World) -> None:
     async with world_of(daily.url, partition="day") as another:
         loads = [each.load(5, 6, first=n) for n, each in enumerate((daily, another) * 3)]
         assert sum(each.loaded for each in await asyncio.gather(*loads)) == 12
-    assert daily.partitions() == sorted(map(name, (0, 5, 6)))
+    assert daily.partitions() == sorted(map(daily.name, (0, 5, 6)))
 
 
 async def test_behind_a_pooler_of_one_connection(database: str) -> None:
@@ -235,7 +247,7 @@ async def test_behind_a_pooler_of_one_connection(database: str) -> None:
             await world.sink.make_ahead(world.table)
             assert await world.remove() == 3
     async with world_of(database, partition="day", retention="90 days") as world:
-        assert world.partitions() == sorted(map(name, (0, 1, 2, 3, 40)))
+        assert world.partitions() == sorted(map(world.name, (0, 1, 2, 3, 40)))
         assert world.numbers() == [0, 1]
 
 
@@ -259,7 +271,7 @@ async def test_a_plain_table_is_loaded_as_it_is_until_it_is_adopted(daily: World
     daily.execute('CREATE INDEX CONCURRENTLY "seen_received_at" ON "public"."seen" (received_at)')
     told: list[str] = []
     await daily.sink.adopt(daily.table, told.append)
-    assert f"before {NOW - timedelta(days=90):%Y-%m-%d}" in told[0]
+    assert f"before {daily.now - timedelta(days=90):%Y-%m-%d}" in told[0]
     (comment,) = daily.execute("SELECT obj_description('seen'::regclass)")
     assert comment == ("our own words\nkept by datapipe",)
     assert daily.numbers() == [0, 1]
@@ -269,27 +281,35 @@ async def test_a_plain_table_is_loaded_as_it_is_until_it_is_adopted(daily: World
     assert [level for level, _ in await daily.said()] == ["warn", "ok"]
 
 
-async def test_a_partitioned_table_of_others_is_adopted_as_it_is(daily: World) -> None:
-    """Its bounds are odd; one has none at all."""
-    daily.execute(PLAIN + " PARTITION BY RANGE (received_at)")
-    noon = (NOW - timedelta(days=1)).replace(hour=12, minute=34, second=0, microsecond=0)
-    old = noon - timedelta(days=200)
-    daily.execute("CREATE SCHEMA attic")
-    daily.execute(
-        f"CREATE TABLE attic.oldest PARTITION OF seen FOR VALUES FROM (MINVALUE) TO ('{old}')"
+@pytest.mark.parametrize("kind", ["timestamptz", "timestamp"])
+async def test_a_partitioned_table_of_others_is_adopted_as_it_is(database: str, kind: str) -> None:
+    """Its bounds are odd, one has none at all; and so are the time zone and the date style."""
+    noon = (datetime.now(UTC) - timedelta(days=1)).replace(
+        hour=12, minute=34, second=0, microsecond=0
     )
-    daily.execute(f"CREATE TABLE odd PARTITION OF seen FOR VALUES FROM ('{old}') TO ('{noon}')")
-    with pytest.raises(LaneBlocked, match="datapipe schema --adopt seen"):
-        await daily.load(0)
-    told: list[str] = []
-    await daily.sink.adopt(daily.table, told.append)
-    assert "['oldest']" in "".join(told)
-    day = (noon + timedelta(hours=1) - NOW) / timedelta(days=1)
-    assert (await daily.load(0, day, -100, -300)).loaded == 4
-    await daily.remove()
-    assert daily.numbers() == [0, 1, 2]
-    assert daily.execute("SELECT to_regclass('attic.oldest')") == [(None,)]
-    assert "odd" in daily.partitions()
+    old = noon - timedelta(days=200)
+    Postgres.execute(
+        database,
+        f"CREATE TABLE seen (n bigint, received_at {kind}) PARTITION BY RANGE (received_at);"
+        "CREATE SCHEMA attic; CREATE TABLE attic.oldest PARTITION OF seen"
+        f" FOR VALUES FROM (MINVALUE) TO ('{old}');"
+        f"CREATE TABLE odd PARTITION OF seen FOR VALUES FROM ('{old}') TO ('{noon}')",
+    )
+    name = database.rpartition("/")[2]
+    for setting in ("timezone = 'Asia/Kathmandu'", "datestyle = 'SQL, DMY'"):
+        Postgres.execute(database, f"ALTER DATABASE {name} SET {setting}")
+    async with world_of(database, partition="day", retention="90 days") as world:
+        with pytest.raises(LaneBlocked, match="datapipe schema --adopt seen"):
+            await world.load(0)
+        told: list[str] = []
+        await world.sink.adopt(world.table, told.append)
+        assert "['oldest']" in "".join(told)
+        behind = (noon + timedelta(minutes=2) - world.now) / timedelta(days=1)
+        assert (await world.load(0, behind, -100, -300)).loaded == 4
+        await world.remove()
+        assert world.numbers() == [0, 1, 2]
+        assert world.execute("SELECT to_regclass('attic.oldest')") == [(None,)]
+        assert "odd" in world.partitions()
 
 
 async def test_partitions_by_something_else_are_not_ours(daily: World) -> None:
@@ -325,14 +345,14 @@ async def test_rows_go_in_small_steps(request: pytest.FixtureRequest, version: s
         assert await world.remove() == 3
         assert world.numbers() == [0, 1]
         world.execute("CREATE TABLE child () INHERITS (seen)")
-        world.execute("INSERT INTO child SELECT n, now() FROM generate_series(50, 59) AS n")
+        world.execute("INSERT INTO child SELECT n, now() FROM generate_series(50, 3049) AS n")
         await world.load(-91, first=5)
         assert await world.remove() == 1
-        assert world.numbers() == [0, 1, *range(50, 60)]
+        assert world.numbers() == [0, 1, *range(50, 3050)]
         world.execute("DROP TABLE child")
         ((level, text),) = await world.said()
         assert level == "ok"
-        assert f"its oldest row, after {NOW + timedelta(days=1):%Y-%m-%d}" in text
+        assert f"its oldest row, after {world.now + timedelta(days=1):%Y-%m-%d}" in text
         world.execute("DROP INDEX seen_received_at")
         await world.load(-91, first=5)
         ((level, text),) = await world.said()
@@ -351,13 +371,13 @@ async def test_rights_that_are_lacking_are_named(database: str) -> None:
     role = f"role_{database[-8:]}"
     options = {"partition": "day", "retention": "90 days"}
     async with world_of(database, **options) as owner:
-        await owner.load(0)
+        await owner.load(0, -95)
         await owner.sink.make_ahead(owner.table)
         grants = "SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public"
         owner.execute(f"CREATE ROLE {role} LOGIN; GRANT {grants} TO {role}")
         owner.execute("REVOKE CREATE ON SCHEMA public FROM PUBLIC")
     async with world_of(database.replace("postgres@", f"{role}@"), **options) as world:
-        assert (await world.load(1, first=1)).loaded == 1
+        assert (await world.load(1, first=11)).loaded == 1
         ((level, text),) = await world.said()
         assert level == "fail"
         with pytest.raises(LaneBlocked) as error:
@@ -365,6 +385,11 @@ async def test_rights_that_are_lacking_are_named(database: str) -> None:
         assert str(error.value) == text
         Postgres.execute(database, text.partition("partitions: ")[2])
         assert (await world.load(-100, first=2)).loaded == 1
-        await world.remove()
-        assert Postgres.execute(database, "SELECT n FROM seen ORDER BY n") == [(0,), (1,)]
-        Postgres.execute(database, f"ALTER TABLE {name(0)} RENAME TO theirs")
+        assert await world.sink.remove_expired(world.table)
+        assert await world.sink.remove_expired(world.table)
+        with pytest.raises(LaneBlocked) as error:
+            await world.remove()
+        assert world.name(-95) in str(error.value)
+        Postgres.execute(database, str(error.value).partition("may not remove it: ")[2])
+        assert await world.remove() == 3
+        assert Postgres.execute(database, "SELECT n FROM seen ORDER BY n") == [(0,), (11,)]

@@ -350,7 +350,6 @@ COMMENT ON TABLE "s"."made" IS 'kept by datapipe';
 """
         )
     )
-
     row = ["it's", '{"x":[1]}', None, "2026-01-02 00:34:05", AT]
     assert unescape(kind.look_closer(b"{}", AT)) == row
 

@@ -200,6 +200,12 @@ def test_what_a_person_must_act_upon_stops_it(status: int, words: str) -> None:
         judge(piece(2), Answer(status, {"status_message": "key used"}, None), "URL")
 
 
+@pytest.fixture
+def thousands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of 1,000 items."""
+    monkeypatch.setattr(cut, "_PIECE_ITEMS", 1000)
+
+
 class Stub:
     """A service that answers as told first, and then takes what it gets, each key once."""
 
@@ -280,7 +286,7 @@ async def stubbed(stub: Stub, *words: object, **more: Any) -> int:
         return await send(str(server.make_url("/")), *words, **more)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.usefixtures("thousands")
 async def test_it_sends_again_for_as_long_as_that_helps(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(events(2500))
     stub = Stub(lost, busy, partly_busy, overloaded, limited)
@@ -306,6 +312,7 @@ async def test_an_event_that_no_service_takes_is_refused(tmp_path: Path) -> None
     assert {each["status_code"] for each in told} == {6}
 
 
+@pytest.mark.usefixtures("thousands")
 async def test_a_signal_stops_it_and_it_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
