@@ -20,7 +20,7 @@ from pathlib import Path
 from benchmarks import servers
 from benchmarks.events import as_array, as_ndjson, batches
 from benchmarks.generator import Load, wrk
-from benchmarks.loads import BATCH_CONNECTIONS, WARM_UP_S, database, figures, rows
+from benchmarks.loads import BATCH_CONNECTIONS, database, figures, rows, warm_up
 from benchmarks.measure import Bench, Contest, Goal, Sample, in_turn
 
 TITLE = "Files"
@@ -59,7 +59,7 @@ def _send(bench: Bench, file: Path, events: int, again: list[Sample]) -> Sample:
     Raises: RuntimeError: the table does not hold each event once.
     """
     with database(bench.postgres) as url, servers.datapipe(url) as server:
-        warm_up(server)
+        _warm_up(server)
         before = rows(bench.postgres, url)
         file.with_name(f"{file.name}.datapipe-sent").unlink(missing_ok=True)
         first = _timed(server, file, events)
@@ -69,8 +69,8 @@ def _send(bench: Bench, file: Path, events: int, again: list[Sample]) -> Sample:
     return first
 
 
-def warm_up(server: servers.Server) -> None:
-    wrk(server.url, [as_array(b) for b in batches(_BATCH)], BATCH_CONNECTIONS, WARM_UP_S)
+def _warm_up(server: servers.Server) -> None:
+    warm_up(server.url, [as_array(batch) for batch in batches(_BATCH)])
     server.load()
 
 
@@ -91,7 +91,7 @@ def _wrk(bench: Bench, events: int) -> Sample:
     """As many as wrk sends in the time that they take, in whole seconds."""
     bodies = [as_array(batch) for batch in batches(_BATCH)]
     with database(bench.postgres) as url, servers.datapipe(url) as server:
-        warm_up(server)
+        _warm_up(server)
         cpu_s, before = server.cpu_s(), rows(bench.postgres, url)
         load = wrk(server.url, bodies, BATCH_CONNECTIONS, 2 if events > _QUICK_EVENTS else 1)
         began = time.perf_counter()

@@ -125,6 +125,10 @@ class Service:
     def logged(self, event: str) -> list[dict[str, Any]]:
         return [line for line in self.lines if line.get("event") == event]
 
+    def send_signal(self, number: int) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
+
     async def wait(self, timeout_s: float = 60.0) -> int:
         """The exit code, once it has ended."""
         assert self._process is not None

@@ -61,20 +61,27 @@ class UnknownType:
     def look_closer(self, raw: bytes, received_at: str) -> bytes:
         """The row of one JSON object, whose name `takes` is true of.
 
-        Raises: EventRejected: it can't be kept; msgspec's errors: it does not parse.
+        Raises: EventRejected: it can't be kept.
         """
         if len(raw) > self.max_len:
             raise too_long(self.max_len)
-        event_name = msgspec.json.decode(raw, type=_Named).event_name
+        try:
+            event_name = msgspec.json.decode(raw, type=_Named).event_name
+        except msgspec.DecodeError as exc:  # it has a name, so that alone can be wrong
+            raise _unstorable(f"half of a surrogate pair can't be stored ({exc})") from None
         text = raw.decode()
         if NUL_IN_JSON.search(text):
-            raise EventRejected(Reason.BAD_VALUE, f"an event of an unknown type: {NO_NUL}")
+            raise _unstorable(NO_NUL)
         return f"{event_name}\t{escape(text)}\t{received_at}\n".encode()
 
     def replayed(self, letter: bytes, received_at: str) -> bytes:
         """The row of a dead letter of this lane. Raises: as `look_closer`."""
         event = msgspec.json.decode(letter, type=UnknownRow).event
         return self.look_closer(bytes(event), received_at)
+
+
+def _unstorable(why: str) -> EventRejected:
+    return EventRejected(Reason.BAD_VALUE, f"an event of an unknown type: {why}")
 
 
 Kind = EventType | UnknownType

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import re
+from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -191,7 +193,10 @@ class Parser:
         for kind, indexes, claim, name, lacks in runs:
             if len(chunks) % _YIELD_EVERY == _YIELD_EVERY - 1:
                 await asyncio.sleep(0)
-            some = items if len(indexes) == len(items) else [items[i] for i in indexes]
+            if isinstance(indexes, range):
+                some = items[indexes.start : indexes.stop]
+            else:
+                some = [items[i] for i in indexes]
             if (data := join(kind, some)) is None:
                 return None
             chunks.append(
@@ -274,7 +279,7 @@ def _name(raw: bytes) -> str:
             packed = raw.startswith(_GZIP)
             raise _not_json(_PACKED if packed else "it is not UTF-8")
         try:
-            name = _NAME.decode(raw).event_name
+            name = _decode_name(raw)
         except msgspec.ValidationError as exc:
             raise EventRejected(Reason.BAD_JSON, f"an event is a JSON object: {exc}") from None
         if name is msgspec.UNSET:
@@ -285,6 +290,33 @@ def _name(raw: bytes) -> str:
             raise EventRejected(Reason.BAD_VALUE, f"event_name: str wanted ({exc})") from None
     except _BROKEN as exc:
         raise _not_json(_TWO_OBJECTS if _are_two(raw, exc) else exc) from None
+
+
+def _decode_name(raw: bytes) -> msgspec.Raw | msgspec.UnsetType:
+    """The JSON of the `event_name`, also where some text has half of a surrogate pair.
+
+    Such text is JSON, of which msgspec reads nothing. What becomes of it is for the type to say.
+    """
+    try:
+        return _NAME.decode(raw).event_name
+    except msgspec.ValidationError:
+        raise
+    except msgspec.DecodeError:
+        if b"\\u" not in raw:
+            raise
+        with suppress(ValueError, RecursionError):
+            event = _LENIENT.decode(raw.decode())
+            if isinstance(event, dict) and isinstance(event.get("event_name"), str):
+                return msgspec.Raw(json.dumps(event["event_name"]).encode())
+        raise
+
+
+def _no_json(constant: str) -> Any:
+    raise ValueError(constant)
+
+
+# takes halves of surrogate pairs; but for what else Python's own takes (NaN) it is as strict
+_LENIENT = json.JSONDecoder(parse_constant=_no_json)
 
 
 def _is_utf8(body: bytes) -> bool:
@@ -364,12 +396,21 @@ def _grouped(
     keys: Sequence[_K], parts: Sequence[int] | None
 ) -> Iterable[tuple[tuple[_K, int], Sequence[int]]]:
     """Key and part, and the indexes of their events."""
-    if parts is None and keys.count(keys[0]) == len(keys):  # most bodies
-        return [((keys[0], 0), range(len(keys)))]
+    if keys.count(keys[0]) == len(keys):  # most bodies
+        return _ranges(keys[0], parts or [0] * len(keys))
     groups: dict[tuple[_K, int], list[int]] = defaultdict(list)
     for index, key in enumerate(keys):
         groups[key, parts[index] if parts else 0].append(index)
     return groups.items()
+
+
+def _ranges(key: _K, parts: Sequence[int]) -> Iterator[tuple[tuple[_K, int], Sequence[int]]]:
+    """The same for one key: each part is a run of events."""
+    start = 0
+    while start < len(parts):
+        end = bisect_right(parts, parts[start], start)
+        yield (key, parts[start]), range(start, end)
+        start = end
 
 
 def _elements(body: bytes) -> Iterator[bytes | None]:

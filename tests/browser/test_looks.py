@@ -74,11 +74,11 @@ async def test_numbers_change_and_nothing_else_moves(
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-async def test_dead_letters_are_readable(
+async def test_dead_letters_and_unknown_events_are_readable(
     database: str, make_service: Callable[..., Service], open_page: OpenPage, scheme: str
 ) -> None:
-    service = await make_service(database_url=database).start()
-    await service.post(CRASH)
+    service = await make_service(database_url=database, unknown_events="keep").start()
+    await service.post([CRASH, {"event_name": "n" * 48, "k" * 60: "x" * 500, "also": 1}])
     await service.drained()
     Postgres.execute(database, "ALTER TABLE crash_report ADD CHECK (user_id > 0)")
     await service.post([{**CRASH, "user_id": -1, "message": "x" * 500}] * 3)
@@ -87,8 +87,14 @@ async def test_dead_letters_are_readable(
         size = {"width": width, "height": 800}
         tab = await open_page(service.url, color_scheme=scheme, viewport=size)
         await tab.shows("#dead ~ .scroll", "23514")
+        await tab.shows("#unknown ~ .scroll", "a type that fits them")
+        assert await tab.page.locator("button.danger").first.is_hidden(), "it asks first"
+        await tab.page.click("#dead ~ .scroll summary")
         assert await violations(tab) == []
         across = await tab.page.evaluate("document.documentElement.scrollWidth")
         assert across == width, "something sticks out"
-    await tab.page.click("text=Drop for good")
-    await tab.shows("#dead ~ .hint", "None")
+    for section in ("#dead", "#unknown"):
+        if section != "#dead":  # which is open
+            await tab.page.click(f"{section} ~ .scroll summary")
+        await tab.page.click(f"{section} ~ .scroll button.danger")
+        await tab.shows(f"{section} ~ .hint", "None")

@@ -2,7 +2,8 @@
 
 Many connections post single events, arrays and NDJSON, over several lanes, with and without an
 `Idempotency-Key`. What has a key is sent again until it is answered, and some of it once more after
-that: it must count once. What has none is never sent again, unless no connection came about.
+that: it must count once. What has none is never sent again, unless no connection came about. Some
+wait for their load.
 """
 
 from __future__ import annotations
@@ -37,9 +38,11 @@ class Post:
     events: list[tuple[str, int]]  # lane and id
     body: bytes
     key: str | None
-    answered: int = 0  # how often with 200
+    answered: int = 0  # how often with 200 or 202
     refused: bool = False
     tries: int = 0
+    waits: bool = False  # for its load
+    dead: int | None = None  # dead letters, as its first answer said if it was loaded by then
 
 
 @dataclass(slots=True)
@@ -58,6 +61,7 @@ class Verdict:
     refused_stored: list[int] = field(default_factory=list)
     wrongly_dead: list[int] = field(default_factory=list)  # or in the table, which refuses it
     damaged: int = 0
+    miscounted: list[int] = field(default_factory=list)  # POSTs with other dead letters than said
 
     def check(self) -> None:
         """Every event answered 200 is in once, whole, and the sum comes out."""
@@ -66,6 +70,7 @@ class Verdict:
         assert not self.refused_stored, f"refused, yet stored: {self.refused_stored[:10]}"
         assert not self.wrongly_dead, f"{len(self.wrongly_dead)} wrongly: {self.wrongly_dead[:10]}"
         assert not self.damaged, f"{self.damaged} rows are not what was sent"
+        assert not self.miscounted, f"not so many dead letters: {self.miscounted[:10]}"
         came = self.answered + self.unanswered_stored
         went = self.rows + self.dead + self.waiting + self.duplicates_by_key
         assert came == went, self
@@ -77,6 +82,7 @@ class Driver:
     Args:
         certain: what is answered 503 at the first try is stored nowhere.
         refuses: whether the table of a lane refuses this id.
+        waits: share of POSTs that wait for their load, for 2 s at the most.
     Attributes:
         faults: answers that no test expects. torn: answers that broke off.
         statuses: of all answers.
@@ -94,6 +100,7 @@ class Driver:
         tls: ssl.SSLContext | bool = True,
         certain: bool = True,
         refuses: Callable[[str, int], bool] = lambda lane, id: False,
+        waits: float = 0.0,
     ) -> None:
         self.posts: list[Post] = []
         self.faults: list[str] = []
@@ -101,6 +108,7 @@ class Driver:
         self.torn = 0
         self._certain = certain
         self._refuses = refuses
+        self._waits = waits
         self._url = url
         self._random = random.Random(seed)
         self._lanes = lanes
@@ -182,11 +190,13 @@ class Driver:
         objects = [json.dumps(event(lane, id)) for lane, id in events]
         body = f"[{','.join(objects)}]" if shape == "array" else "\n".join(objects)
         key = f"{self._run}-{events[0][1]}" if self._random.random() < 0.5 else None
-        return Post(events, body.encode(), key)
+        return Post(events, body.encode(), key, waits=self._random.random() < self._waits)
 
     async def _send(self, session: aiohttp.ClientSession, post: Post, again: bool = True) -> None:
         """Args: again: what is to be sent again comes into the queue."""
         headers = {"Idempotency-Key": post.key} if post.key else {}
+        if post.waits:
+            headers["Prefer"] = "wait=2"
         answer: dict[str, Any] = {}
         try:
             async with session.post(
@@ -210,9 +220,11 @@ class Driver:
     def _book(self, post: Post, status: int, answer: dict[str, Any], again: bool) -> None:
         post.tries += 1
         self.statuses[status] += 1
-        if status == 200:
+        if status == 200 or (status == 202 and post.waits):
             post.answered += 1
             self.answers += 1
+            if post.tries == 1:
+                post.dead = answer.get("dead")
             if answer.get("accepted", 1) != len(post.events) and post.body.startswith(b"["):
                 self.faults.append(f"{len(post.events)} sent: {answer}")
         elif status == 503:
@@ -254,6 +266,8 @@ class Driver:
         for post in self.posts:
             verdict.answered += post.answered * len(post.events)
             verdict.duplicates_by_key += max(0, post.answered - 1) * len(post.events)
+            if post.dead not in (None, sum(dead[each] for each in post.events)):
+                verdict.miscounted.append(post.events[0][1])
             for each in post.events:
                 self._judge(verdict, post, each[1], rows[each] + dead[each])
                 if rows[each] if self._refuses(*each) else dead[each]:

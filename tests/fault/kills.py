@@ -72,7 +72,7 @@ class Fleet:
                 await service.start()
             driver = Driver(
                 lambda: chance.choice(services).url, chance.getrandbits(32),
-                connections=connections, batch=20, refuses=is_refused,
+                connections=connections, batch=20, refuses=is_refused, waits=0.2,
             )  # fmt: skip
             yield cls(database, services, moments, driver)
             for service in services:
@@ -84,14 +84,15 @@ class Fleet:
             self.unbalanced += not await books_balance(service)
 
     async def enough(self) -> None:
-        """Wait until what must not go wrong was there: a key used twice, and a refused row."""
+        """Wait until what must not go wrong was there: a key used twice, a refused row, a wait."""
 
         async def there() -> bool:
             posts = [post for post in self.driver.posts if post.answered]
             refused = any(is_refused(*each) for post in posts for each in post.events)
-            return refused and any(post.answered > 1 for post in posts)
+            waited = any(post.dead is not None for post in posts)
+            return refused and waited and any(post.answered > 1 for post in posts)
 
-        await until(there, what="a key used twice, and a refused row")
+        await until(there, what="a key used twice, a refused row, and a wait")
 
     async def check(self) -> Verdict:
         """Load all that waits, and compare; AssertionError if an event is not where it must be."""

@@ -69,7 +69,7 @@ class Machines:
         self.away: set[Service] = set()
         self.ack_wait_s = ACK_WAIT_S
         self.driver = Driver(self._url, chance.getrandbits(32), connections=8, certain=False,
-                             pause_s=0.02)  # fmt: skip
+                             pause_s=0.02, waits=0.1)  # fmt: skip
         self._loads: list[tuple[float, str]] = []  # when, and the lane
         self._seen: dict[Service, int] = {}
 

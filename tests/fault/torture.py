@@ -1,6 +1,6 @@
 """`make torture`: the long fault run; prints the table of docs/torture.md.
 
-    python -m tests.fault.torture [kills] [outage] [bodies] [heads] [nats] [databases]
+    python -m tests.fault.torture [kills] [outage] [bodies] [heads] [nats] [databases] [changes]
 
 Everything happens in a temporary folder. A part that fails ends the run with exit code 1.
 """
@@ -24,6 +24,7 @@ from typing import Any
 
 from tests.databases import running
 from tests.fault import hostile, pipelines
+from tests.fault.changes import change
 from tests.fault.kills import crash_many, cut_many, kill_many
 from tests.fault.machines import Machines, Pauses
 from tests.fault.nats_faults import FAULTS, FAULTS_APART, drawn
@@ -31,12 +32,13 @@ from tests.fault.outage import LIMIT_BYTES, outage
 from tests.postgres import Postgres
 from tests.service import Service
 
-PARTS = ("kills", "outage", "bodies", "heads", "nats", "databases")
+PARTS = ("kills", "outage", "bodies", "heads", "nats", "databases", "changes")
 _ROUND = 50  # kills to a database; then all is compared
 _FAULTS = 25  # to a cluster and a database
 # those after which something waits for `ack_wait`, which the others shrink
 _HOLDING = ["a process killed in the middle of COPY", "a process frozen with what it took"]
 _ACK_WAIT_S = 30.0
+_COUNTED = ("sent", "accepted", "rows", "kept", "dead", "reused", "waited")
 
 
 def _say(text: str) -> None:
@@ -232,6 +234,34 @@ async def run_databases(make: Callable[..., Service], args: argparse.Namespace) 
     ]
 
 
+async def run_changes(make: Callable[..., Service], args: argparse.Namespace) -> list[str]:
+    """Keys used twice, POSTs that wait, types, settings and ingest keys that change, kills."""
+    postgres, started = Postgres(fsync="on"), time.monotonic()
+    sums: Counter[str] = Counter()
+    chance = random.Random(args.seed)
+    try:
+        postgres.start()
+        while sums["changes"] < args.changes:
+            count = min(_FAULTS, args.changes - sums["changes"])
+            found = await change(postgres.create_database(), make, chance, count)
+            found.check()
+            sums.update({"changes": count, **{name: getattr(found, name) for name in _COUNTED}})
+            _say(f"changes: {dict(sums)}")
+    finally:
+        postgres.remove()
+    return [
+        f"| restarts with other settings, reloads with other ingest keys, kills | "
+        f"{sums['changes']:,} |",
+        f"| events sent; accepted at some try | {sums['sent']:,}; {sums['accepted']:,} |",
+        f"| keys used with another body; POSTs told to be loaded | "
+        f"{sums['reused']:,}; {sums['waited']:,} |",
+        f"| rows; kept as unknown; dead letters | "
+        f"{sums['rows']:,}; {sums['kept']:,}; {sums['dead']:,} |",
+        "| lost, doubled, stored though refused, not there though told | 0 |",
+        f"| minutes, seed | {(time.monotonic() - started) / 60:.0f}, {args.seed} |",
+    ]
+
+
 async def run(args: argparse.Namespace) -> int:
     folder = Path(tempfile.mkdtemp(prefix="datapipe-torture-", dir="/var/tmp"))
     made: list[Service] = []
@@ -244,7 +274,7 @@ async def run(args: argparse.Namespace) -> int:
 
     runs = {
         "kills": run_kills, "outage": run_outage, "bodies": run_bodies, "heads": run_heads,
-    "nats": run_nats, "databases": run_databases,
+        "nats": run_nats, "databases": run_databases, "changes": run_changes,
     }  # fmt: skip
     try:
         for part in args.parts or PARTS:
@@ -269,6 +299,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60, help="of the heads, at least")
     parser.add_argument("--faults", type=int, default=300, help="of the part nats")
     parser.add_argument("--each", type=int, default=20, help="kills of each kind in the databases")
+    parser.add_argument("--changes", type=int, default=200, help="of settings, keys and processes")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(32))
     args = parser.parse_args()
     if unknown := set(args.parts) - set(PARTS):

@@ -123,7 +123,7 @@ async def test_intervals_also_for_what_waits(service: Service) -> None:
     async def another() -> bool:
         return len(service.logged("segments loaded")) > loaded
 
-    await until(another, what="a load")
+    await until(another, 10, "a load")  # in 30 s another look would find it, too
     await reload(service)
 
 

@@ -155,7 +155,7 @@ async def test_a_file_that_grows_goes_on_where_it_ended(
     service: Service, postgres: Postgres, tmp_path: Path, capsys: Any
 ) -> None:
     file, events = tmp_path / "log", lines(*mixed("grows", 3000))
-    for end, code in ((6_000, 1), (130_000, 1), (len(events), 0)):
+    for end, code in ((6_000, 1), (150_000, 1), (len(events), 0)):
         file.write_bytes(events[:end])
         capsys.readouterr()
         assert await send(file, "--url", service.url) == code
@@ -175,15 +175,17 @@ async def test_a_file_that_grows_goes_on_where_it_ended(
 async def test_sender_and_service_are_killed_while_the_file_grows(
     make_service: Callable[..., Service], database: str, postgres: Postgres, tmp_path: Path
 ) -> None:
-    service = make_service(database_url=database, port=free_port(), load_interval=0.1)
+    service = make_service(
+        database_url=database, port=free_port(), load_interval=0.1, mirror_linger_ms=60
+    )  # fmt: skip
     await service.start()
     file = tmp_path / "events.gz"
-    data = lines(*mixed("killed", 30_000))
+    data = lines(*mixed("killed", 50_000))
     half = data.index(b"\n", len(data) // 2) + 1
     file.write_bytes(gzip.compress(data[:half], 1))
 
     async def start() -> Forked:
-        words = ["send", str(file), "--url", service.url, "--parallel", "2"]
+        words = ["send", str(file), "--url", service.url, "--parallel", "1"]
         return await zygote().start(words, dict(os.environ), tmp_path, LINE_BYTES)
 
     async def accepted(least: int) -> None:
@@ -201,12 +203,12 @@ async def test_sender_and_service_are_killed_while_the_file_grows(
     assert await sender.wait() == -signal.SIGKILL
     file.write_bytes(file.read_bytes() + gzip.compress(data[half:], 1))
     sender = await start()
-    await accepted(7000)
+    await accepted(8000)
     sender.send_signal(signal.SIGINT)
     assert await sender.wait() == 1
     sender = await start()
     assert await sender.wait() == 0
-    assert await stored(service, postgres, "killed") == list(range(30_000))
+    assert await stored(service, postgres, "killed") == list(range(50_000))
 
 
 async def test_a_full_lane_holds_up_its_own_alone(

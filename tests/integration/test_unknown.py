@@ -146,6 +146,13 @@ CASES = {
     '{"event_name": "new", "a": {"b\\u0000": [1]}}': 5,
     '{"event_name": "new", "a": "\\\\u0000"}': 0,
     '{"event_name": "install"}': 4,  # a type that is registered is checked as ever
+    r'{"event_name": "new", "a": "\ud800"}': 5,
+    r'{"event_name": "new", "a": "\uDC00\uD800"}': 5,
+    r'{"event_name": "new", "\ud83d": [1]}': 5,
+    r'{"event_name": "new", "a": "\ud83d\ude00"}': 0,
+    r'{"event_name": "new", "a": "\\ud83d"}': 0,
+    r'{"event_name": "install", "user_id": 1, "timestamp": 1, "a": "\ud800"}': 3,
+    r'{"event_name": "new", "a": "\ud800",}': 3,
     "[1]": 3,
 }  # fmt: skip
 
@@ -157,7 +164,7 @@ async def test_what_is_kept_and_what_is_refused() -> None:
         kept = [row["event"] for row in await service.rows("datapipe_unknown")]
         assert kept == [json.loads(event) for event, code in CASES.items() if not code]
         _, answer = await service.post("\n".join(CASES))
-        assert answer["accepted"] == 3
+        assert answer["accepted"] == 5
 
 
 async def test_under_a_key_they_count_once_whatever_their_names() -> None:

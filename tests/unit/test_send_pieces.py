@@ -25,7 +25,7 @@ from datapipe.cli.send.cut import Block, Mark, Piece, blocks
 from datapipe.cli.send.items import Elements, Lines, array_start
 from datapipe.cli.send.source import BrokenInput, Source
 from datapipe.cli.send.state import State
-from datapipe.errors import DatapipeError
+from datapipe.errors import ConfigError, DatapipeError
 from datapipe.settings import Settings
 from tests.postgres import free_port
 
@@ -200,6 +200,12 @@ def test_what_a_person_must_act_upon_stops_it(status: int, words: str) -> None:
         judge(piece(2), Answer(status, {"status_message": "key used"}, None), "URL")
 
 
+@pytest.fixture
+def thousands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of 1,000 items."""
+    monkeypatch.setattr(cut, "_PIECE_ITEMS", 1000)
+
+
 class Stub:
     """A service that answers as told first, and then takes what it gets, each key once."""
 
@@ -280,7 +286,7 @@ async def stubbed(stub: Stub, *words: object, **more: Any) -> int:
         return await send(str(server.make_url("/")), *words, **more)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.usefixtures("thousands")
 async def test_it_sends_again_for_as_long_as_that_helps(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(events(2500))
     stub = Stub(lost, busy, partly_busy, overloaded, limited)
@@ -306,6 +312,7 @@ async def test_an_event_that_no_service_takes_is_refused(tmp_path: Path) -> None
     assert {each["status_code"] for each in told} == {6}
 
 
+@pytest.mark.usefixtures("thousands")
 async def test_a_signal_stops_it_and_it_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -352,6 +359,14 @@ async def test_what_may_be_loaded_already_is_sent_again_only_on_request(tmp_path
     with pytest.raises(DatapipeError, match="no state file"):
         await stubbed(stub, file, port=port)
     assert stub.taken == list(range(2500))
+
+
+@pytest.mark.parametrize("url", ["host", "ftp://host", "http://", "http://host:99999", "http://["])
+async def test_what_is_no_url_leaves_nothing_behind(tmp_path: Path, url: str) -> None:
+    (tmp_path / "f").write_bytes(events(1))
+    with pytest.raises(ConfigError, match="no URL"):
+        await send(url, tmp_path / "f")
+    assert [each.name for each in tmp_path.iterdir()] == ["f"]
 
 
 async def test_a_folder_that_takes_no_state_is_told_before_anything_is_sent(tmp_path: Path) -> None:

@@ -257,6 +257,7 @@ def test_a_password_that_is_not_escaped_is_named_and_not_shown(url: str) -> None
         ("postgresql://u@h/d?sslmode=require", None),
         ("postgresql://h/d?passwor%64=x&sslpassword=y&a=b", "postgresql://h/d?passwor%64=***&sslpassword=***&a=b"),
         ("postgresql:///d?host=/run/x&application_name=a:b/c@d", None),
+        ("postgresql://h?application_name=a:b/c@d", None),
         ("postgresql://[::1]:5432/d@e", None),
         ("mysql://u:p%2Fs@h/d?ssl-mode=REQUIRED", "mysql://u:***@h/d?ssl-mode=REQUIRED"),
     ],
