@@ -156,7 +156,7 @@ class Retention:
 
     async def findings(self, table: Table) -> list[tuple[str, str]]:
         """For `check`: partitions that are there, and what goes next. Raises: SinkUnavailable."""
-        is_kept = not table.is_own and (table.partition or table.retention_s)
+        is_kept = table.partition or table.retention_s
         state = await self._partitions.state(table) if is_kept else None
         if state is None:
             return []
