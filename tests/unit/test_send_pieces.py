@@ -25,7 +25,7 @@ from datapipe.cli.send.cut import Block, Mark, Piece, blocks
 from datapipe.cli.send.items import Elements, Lines, array_start
 from datapipe.cli.send.source import BrokenInput, Source
 from datapipe.cli.send.state import State
-from datapipe.errors import DatapipeError
+from datapipe.errors import ConfigError, DatapipeError
 from datapipe.settings import Settings
 from tests.postgres import free_port
 
@@ -359,6 +359,14 @@ async def test_what_may_be_loaded_already_is_sent_again_only_on_request(tmp_path
     with pytest.raises(DatapipeError, match="no state file"):
         await stubbed(stub, file, port=port)
     assert stub.taken == list(range(2500))
+
+
+@pytest.mark.parametrize("url", ["host", "ftp://host", "http://", "http://host:99999", "http://["])
+async def test_what_is_no_url_leaves_nothing_behind(tmp_path: Path, url: str) -> None:
+    (tmp_path / "f").write_bytes(events(1))
+    with pytest.raises(ConfigError, match="no URL"):
+        await send(url, tmp_path / "f")
+    assert [each.name for each in tmp_path.iterdir()] == ["f"]
 
 
 async def test_a_folder_that_takes_no_state_is_told_before_anything_is_sent(tmp_path: Path) -> None:
