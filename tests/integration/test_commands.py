@@ -444,11 +444,11 @@ async def test_a_wrong_folder_is_named_and_stays_empty(
     datapipe: Run, tmp_path: Path, database: str
 ) -> None:
     """Nothing waits where nobody has been: that is no success, and makes no folder."""
-    loaded, dead, checked = await asyncio.gather(
+    loaded, dead, applied, checked = await asyncio.gather(
         datapipe("load", env={"DATABASE_URL": database}), datapipe("dead", "list"),
-        datapipe("check", "--json"),
+        datapipe("schema", "--apply"), datapipe("check", "--json"),
     )  # fmt: skip
-    for result, folder in ((loaded, "journal"), (dead, "postgres")):
+    for result, folder in ((loaded, "journal"), (dead, "postgres"), (applied, "postgres")):
         assert (result.code, result.out) == (1, "")
         assert f"{tmp_path}/var/{folder} is not there" in result.one_line()
     assert checked.code == 0

@@ -19,6 +19,7 @@ from datapipe.errors import LaneBlocked
 from datapipe.events.registry import declared_class
 from datapipe.events.segment import Segment
 from datapipe.events.types import EventType
+from datapipe.events.unknown import UnknownType
 from datapipe.settings import Settings
 from datapipe.sinks import Database, Loaded, Selection, Table, open_sink, table_of
 from tests.pgbouncer import PgBouncer
@@ -362,6 +363,14 @@ async def test_rows_go_in_small_steps(request: pytest.FixtureRequest, version: s
         world.execute(text.partition("received_at: ")[2])
         assert await world.remove() == 1
         assert world.numbers() == [0, 1]
+
+
+async def test_the_table_of_unknown_events_has_a_retention_of_its_own(database: str) -> None:
+    """It is ours anyway: nobody need adopt it."""
+    async with world_of(database) as world:
+        table = table_of(UnknownType(retention_s=1))
+        await world.sink.prepare(table)
+        assert [text for level, text in await world.sink.check([table]) if level != "ok"] == []
 
 
 # --- rights ---

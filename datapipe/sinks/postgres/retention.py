@@ -145,8 +145,8 @@ class Retention:
 
     async def findings(self, table: Table) -> list[tuple[str, str]]:
         """For `check`: partitions that are there, and what goes next. Raises: SinkUnavailable."""
-        wanted = table.partition or table.retention_s
-        state = await self._partitions.state(table) if wanted else None
+        is_kept = not table.is_own and (table.partition or table.retention_s)
+        state = await self._partitions.state(table) if is_kept else None
         if state is None:
             return []
         name = f"table {table.name}:"
