@@ -16,6 +16,7 @@ import msgspec
 
 from datapipe import logs
 from datapipe.cli import unknown
+from datapipe.cli.configuration import require
 from datapipe.cli.new_event import class_text
 from datapipe.cli.terminal import print_json, progress, show_status
 from datapipe.errors import (
@@ -143,6 +144,7 @@ async def status(settings: Settings, args: argparse.Namespace) -> int:
     else:
         shown = await _status_of(settings, args.url)
     try:
+        shown.pop("history", None)  # the series of the charts
         print_json(shown) if args.json else show_status(shown)
         return int(shown["summary"]["state"] != "healthy")
     except (KeyError, TypeError) as exc:
@@ -180,9 +182,11 @@ async def schema(settings: Settings, args: argparse.Namespace) -> int:
     ConfigError: there is no event type of that name.
     """
     tables = [table_of(kind) for kind in load_registry(settings).lanes.values()]
-    adopted = [table for table in tables if table.name in args.adopt]
-    if unknown := set(args.adopt) - {table.name for table in tables}:
+    adopted = [table for table in tables if table.name in args.adopt and not table.is_own]
+    if unknown := set(args.adopt) - {table.name for table in adopted}:
         raise ConfigError(f"--adopt: there is no event type {min(unknown)!r}")
+    if args.apply or adopted:
+        require(settings, "sink")
     async with open_sink(settings, new_process_id()) as sink:
         for table in adopted:
             await sink.adopt(table, print)

@@ -475,7 +475,10 @@ class SqlSink(TransactionalSink):
             return False
         if not await self._has_unknown():
             return False
-        sql = f"SELECT id FROM {self._unknown} WHERE received_at < {self._dialect.ago()} LIMIT %s"
+        sql = (
+            f"SELECT id FROM {self._unknown} WHERE received_at < {self._dialect.ago()}"
+            " ORDER BY received_at LIMIT %s"  # by the index, whatever the planner thinks there is
+        )
         ids = [id for (id,) in await self.query(sql, table.retention_s, _DELETED_AT_ONCE)]
         self._removed += await self._delete(self._unknown, ids) if ids else 0
         more = len(ids) == _DELETED_AT_ONCE

@@ -120,6 +120,15 @@ async def test_lanes(client: Make) -> None:
     }  # fmt: skip
 
 
+async def test_events_of_unknown_types_only_with_a_key_that_names_their_lane(client: Make) -> None:
+    keys = [*KEYS, {"name": "all", "key": "u", "lanes": ["install", "datapipe_unknown"]}]
+    at = await client(*keys, unknown_events="keep")
+    for key, wanted in (("u", (200, 0)), ("key", (200, 0)), ("a", (403, 8)), ("w", (403, 8))):
+        assert (await at.post(UNKNOWN, key))[:2] == wanted, key
+        status = 200 if wanted[0] == 200 else 207
+        assert (await at.post([INSTALL, UNKNOWN], key)).status == status, key
+
+
 async def test_counters(client: Make) -> None:
     at = await client(*KEYS, {"name": "slow", "key": "s", "rate": 0.01})
     await at.post(INSTALL, "a")
@@ -194,6 +203,18 @@ async def test_a_key_that_is_replaced_keeps_the_scope_of_idempotency_keys(client
     await at.pipeline.loader.load_now()
     books = at.pipeline.status.snapshot()["books"]
     assert (books["loaded"], books["duplicate"]) == (3, 1)
+
+
+async def test_what_a_key_was_refused_is_taken_once_it_may(client: Make) -> None:
+    """Sent again under the same idempotency key, after a reload that opens the lane."""
+    ios = {"name": "ios", "key": "a"}
+    at = await client({**ios, "lanes": ["install"]})
+    for lanes, status in ((["install"], 207), (["install", "crash_report"], 200)):
+        at.pipeline.keys.reload([entry({**ios, "lanes": lanes})])
+        assert (await at.post([INSTALL, crash()], "a", Idempotency_Key="k")).status == status
+        await at.pipeline.loader.load_now()
+    books = at.pipeline.status.snapshot()["books"]
+    assert (books["loaded"], books["duplicate"]) == (2, 1)
 
 
 async def test_secrets_are_never_shown(client: Make) -> None:

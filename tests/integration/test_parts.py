@@ -139,6 +139,15 @@ def hears_nothing(service: Running) -> None:
     others.silent, others.at = ["web2:4711"], time.monotonic()
 
 
+def hears_of_an_end(service: Running) -> None:
+    others = service.pipeline.status._others
+    others.ended, others.at = ["web2:4711"], time.monotonic()
+
+
+async def two_dead() -> dict[str, int]:
+    return {"install": 2}
+
+
 HANGS = {
     "append": breaks("mirror", "append", hang),
     "load": breaks("sink", "load", hang),
@@ -146,6 +155,7 @@ HANGS = {
     "recovery": breaks("mirror", "recover", hang),
     "heartbeat": breaks("sink", "heartbeat", hang),
     "upkeep": breaks("mirror", "keep", hang),
+    "count": breaks("sink", "count_dead", hang),
     "tables": breaks("sink", "remove_expired", hang),
 }
 FAILS = {
@@ -162,6 +172,9 @@ FAILS = {
     "recovery": (breaks("mirror", "recover", raising(AWAY)), "recovery_failing"),
     "heartbeat": (breaks("sink", "heartbeat", raising(LaneBlocked("no"))), "heartbeat_failing"),
     "upkeep": (breaks("mirror", "keep", raising(AWAY)), "upkeep_failing"),
+    "count": (breaks("sink", "count_dead", raising(LaneBlocked("no"))), "count_failing"),
+    "dead_letters": (breaks("sink", "count_dead", two_dead), "dead_letters"),
+    "ended": (hears_of_an_end, "process_ended"),
     "tables": (breaks("sink", "make_ahead", raising(LaneBlocked("no"))), "tables_failing"),
 }
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datapipe.events.fitting import fitting
@@ -79,6 +79,7 @@ _leaves = st.one_of(
 _values = st.one_of(_leaves, st.lists(_leaves, max_size=2), st.just({"x": [{}]}))
 
 
+@settings(deadline=None)  # others use the machine, too
 @given(st.lists(st.dictionaries(st.sampled_from("abcd"), _values), min_size=1, max_size=3))
 def test_each_event_that_was_seen_fits(events: list[dict[str, Any]]) -> None:
     sent = [json.dumps({"event_name": "e", **event}) for event in events]

@@ -124,17 +124,12 @@ class Client:
                 self.waiting.discard(piece)
 
     async def _post(self, body: bytes, key: str) -> Answer | None:
-        """None: no answer; it may be taken or not, and the key sees to both.
-
-        Raises: DatapipeError: the URL is none.
-        """
+        """None: no answer; it may be taken or not, and the key sees to both."""
         try:
             async with self._session.post(
                 self.url, data=body, headers={"Idempotency-Key": key}, allow_redirects=False
             ) as response:
                 text = await response.read()
-        except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError) as exc:
-            raise DatapipeError(f"{self.url} is no URL: http://HOST:PORT wanted") from exc
         except (aiohttp.ClientError, TimeoutError, OSError) as exc:
             self.trouble = f"{self.url} does not answer: {exc or 'not in time'}"
             return None

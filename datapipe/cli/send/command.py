@@ -14,6 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from yarl import URL
+
 from datapipe.cli.send.client import Client
 from datapipe.cli.send.cut import Mark
 from datapipe.cli.send.sending import Sending, Totals
@@ -50,7 +52,7 @@ async def send(settings: Settings, args: argparse.Namespace) -> int:
 
 
 async def _send_all(settings: Settings, args: argparse.Namespace) -> int:
-    url = (args.url or f"http://127.0.0.1:{settings.port}").rstrip("/") + "/"
+    url = _checked_url(args.url or f"http://127.0.0.1:{settings.port}")
     key = args.key_file.read_text().strip() if args.key_file else _first_key(settings)
     changed, totals, started = asyncio.Event(), Totals(), time.monotonic()
     unsent = 0
@@ -65,6 +67,17 @@ async def _send_all(settings: Settings, args: argparse.Namespace) -> int:
     finally:
         _print_summary(totals, time.monotonic() - started)
     return 1 if unsent or totals.refused else 0
+
+
+def _checked_url(text: str) -> str:
+    """Where to post. Raises: ConfigError: it is no URL; it must not get into a state file."""
+    try:
+        url = URL(text.rstrip("/") + "/")
+    except ValueError:
+        url = URL()
+    if url.scheme not in ("http", "https") or not url.host:
+        raise ConfigError(f"--url: {text} is no URL: http://HOST:PORT wanted")
+    return str(url)
 
 
 async def _send_one(
@@ -124,7 +137,7 @@ def _state(
         raise DatapipeError(f"{file.path} is of --id {old.id}: name another by --state")
     new.id, new.cuts = old.id, old.cuts
     if old.url != url:
-        if args.again:
+        if args.again or old.reached == Mark():
             return new
         raise DatapipeError(
             f"{source.name} was sent to {old.url} ({file.path}): to send it to {url} as well, "
