@@ -187,13 +187,13 @@ async def schema(settings: Settings, args: argparse.Namespace) -> int:
         raise ConfigError(f"--adopt: there is no event type {min(unknown)!r}")
     if args.apply or adopted:
         require(settings, "sink")
+    logs.configure("critical", settings.log_format)  # what is printed is all that is said
     async with open_sink(settings, new_process_id()) as sink:
         for table in adopted:
             await sink.adopt(table, print)
         if adopted and not args.apply:
             return 0
         if args.apply:
-            logs.configure("critical", settings.log_format)
             return await _apply(sink, tables)
         print(sink.ddl(tables), end="")
     return 0

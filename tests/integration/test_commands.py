@@ -88,6 +88,14 @@ async def test_version_and_help(datapipe: Run) -> None:
     assert "--port" in serve.out
 
 
+async def test_what_schema_prints_is_no_log_line(datapipe: Run) -> None:
+    result = await datapipe(
+        "schema", "--adopt", "install", database_url="postgresql://127.0.0.1:1/x"
+    )
+    assert (result.code, result.out) == (1, "")
+    assert "Connection refused" in result.one_line()
+
+
 async def test_wrong_usage(datapipe: Run) -> None:
     wrong = [["nope"], ["serve", "--nope"], ["serve", "--port", "x"], ["load", "x"], ["--nope"]]
     for result in await asyncio.gather(*(datapipe(*args) for args in wrong)):

@@ -89,3 +89,8 @@ async def test_what_can_not_be_adopted(database: str) -> None:
         await commands.schema(settings, argparse.Namespace(adopt=["visit"], apply=False))
     with pytest.raises(ConfigError, match="'nobody'"):
         await commands.schema(settings, argparse.Namespace(adopt=["nobody"], apply=False))
+    Postgres.execute(database, "CREATE TABLE visit (page text)")
+    with pytest.raises(LaneBlocked, match="has no column received_at"):
+        await commands.schema(settings, argparse.Namespace(adopt=["visit"], apply=False))
+    marked = Postgres.execute(database, "SELECT obj_description('visit'::regclass)")
+    assert marked == [(None,)]

@@ -187,6 +187,7 @@ class Database(ServerSink[psycopg2.extensions.connection]):
 
     async def adopt(self, table: Table, say: Callable[[str], None]) -> None:
         """See `Upkeep.adopt`."""
+        self._changes(table, await self.columns(table.name))  # somebody else's is none of ours
         await self._retention.adopt(table, say)
 
     # --- check ---
