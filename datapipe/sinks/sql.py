@@ -20,7 +20,14 @@ from datapipe.errors import LaneBlocked, SinkUnavailable
 from datapipe.settings import Settings
 from datapipe.sinks import UNKNOWN_GROUPS, Beat, Heartbeat, Mark, Selection, Shelf, Table
 from datapipe.sinks.dialect import OWN_TABLES, UNKNOWN_TABLE, Dialect
-from datapipe.sinks.transaction import Kept, Known, Letter, RefusedRow, TableMissing
+from datapipe.sinks.transaction import (
+    RENEWED_S,
+    Kept,
+    Known,
+    Letter,
+    RefusedRow,
+    TableMissing,
+)
 from datapipe.sinks.transactional import TransactionalSink, found, found_unknown
 
 _HOUR_S = 3600.0
@@ -277,7 +284,8 @@ class SqlSink(TransactionalSink):
         ]
         await self.forget(
             *((f"segment {self._one_of}", (d.listed(some),)) for some in sliced(removed)),
-            (f"kind IN ('claim', 'part') AND loaded_at < {d.at.format('%s')}", (keys_until,)),
+            (f"kind = 'part' AND loaded_at < {d.at.format('%s')}", (keys_until,)),
+            (f"kind = 'claim' AND loaded_at < {d.at.format('%s')}", (keys_until - RENEWED_S,)),
             (
                 f"kind = 'segment' AND source = 'ironmq' AND loaded_at < {d.ago()}",
                 (_IRONMQ_S,),
@@ -542,6 +550,18 @@ class SqlTransaction(ABC):
         for some in sliced(ids):
             found |= self.query(sql, self._dialect.listed(some))
         return found
+
+    def renew(self, claims: Sequence[str]) -> None:
+        """See `Transaction.renew`."""
+        d = self._dialect
+        old: list[tuple[Any, ...]] = []
+        for some in sliced(claims):
+            old += self.query(
+                f"SELECT segment FROM {self._ledger}"
+                f" WHERE segment {self._one_of} AND loaded_at < {d.ago()} ORDER BY segment",
+                d.listed(some), RENEWED_S,
+            )  # fmt: skip
+        self.many(f"UPDATE {self._ledger} SET loaded_at = {d.now} WHERE segment = %s", old)
 
     def book(self, counts: Sequence[tuple[str, int, int]]) -> None:
         """See `Transaction.book`."""
