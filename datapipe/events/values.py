@@ -38,6 +38,7 @@ _WIRE: dict[Any, Any] = {
     int: INT64, datetime: Time, Any: Any, object: Any, type(None): None,
     **{kind: kind for kind in (float, str, bool, date, Decimal, UUID, dict, list)},
 }  # fmt: skip
+_PARAMETERS = {list: 1, dict: 2}
 _BY_NAME = {kind.__name__: kind for kind in _WIRE if kind is not type(None)}
 # date; hours and minutes; seconds; offset
 _TIME = re.compile(
@@ -74,6 +75,8 @@ def wire_type(hint: Any) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return typing.Union[tuple(wire_type(arg) for arg in args)]  # noqa: UP007 - at run time
+    if origin in (list, dict) and args and len(args) != _PARAMETERS[origin]:
+        raise TypeError("write it as in list[str], dict[str, int]")
     if origin is list and args:
         return list[wire_type(args[0])]  # type: ignore[misc]
     if origin is dict and args:
