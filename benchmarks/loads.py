@@ -53,11 +53,12 @@ def opened(peer: Peer, postgres: Postgres) -> Iterator[tuple[Server, Callable[[]
             yield server, partial(rows, postgres, url)
 
 
-def single(server: Server, connections: int, seconds: float) -> tuple[Sample, int]:
+def single(server: Server, connections: int, seconds: float, query: str = "") -> tuple[Sample, int]:
     """One event a POST: the figures, and how many POSTs were answered in all."""
-    warm_up = wrk(server.url, SINGLE_BODIES, connections, WARM_UP_S)
+    url = f"{server.url}/{query}"
+    warm_up = wrk(url, SINGLE_BODIES, connections, WARM_UP_S)
     cpu_s = server.cpu_s()
-    load = wrk(server.url, SINGLE_BODIES, connections, seconds)
+    load = wrk(url, SINGLE_BODIES, connections, seconds)
     cpu_s = server.cpu_s() - cpu_s
     return figures(server, load, load.requests, load.seconds, cpu_s), (
         warm_up.requests + load.requests

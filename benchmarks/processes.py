@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 from benchmarks import servers
 from benchmarks.generator import wrk
@@ -53,14 +54,17 @@ def _counted(bench: Bench, processes: int, connections: int) -> Sample:
     }
 
 
-def served(bench: Bench, processes: int, connections: int) -> Sample:
+def served(
+    bench: Bench, processes: int, connections: int, query: str = "", **settings: Any
+) -> Sample:
     """Single events to so many processes; all that was answered is in the table afterwards.
 
+    Args: query: of each POST. settings: over the defaults.
     Raises: RuntimeError: it is not.
     """
     with database(bench.postgres) as url:
-        with servers.datapipe(url, processes) as server:
-            sample, answered = single(server, connections, bench.seconds)
+        with servers.datapipe(url, processes, **settings) as server:
+            sample, answered = single(server, connections, bench.seconds, query)
         if (stored := rows(bench.postgres, url)) < answered:
             raise RuntimeError(f"{answered} events answered with 200, {stored} in the table")
     return sample

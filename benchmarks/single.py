@@ -24,6 +24,8 @@ CORES = len(os.sched_getaffinity(0))
 LIMIT = "the generator's limit"
 BARE = "bare aiohttp"
 _OURS = "datapipe"
+_KEYED = "datapipe, four named keys with rates"
+_KEYS = [{"name": f"k{i}", "key": f"a long random text, {i}", "rate": 1e6} for i in range(4)]
 _ALL_CORES = f"datapipe, {CORES} processes"
 
 
@@ -40,6 +42,9 @@ def goals(connections: int) -> list[Goal]:
         goal(_OURS, gathered, 1.15 if at_64 else 1.35),
         Goal(f"CPU of a single event / {BARE}", _OURS, BARE, "cpu_s_per_million", most=0.6),
         goal(_ALL_CORES, all_cores, 1, "one process a core"),
+        Goal(
+            f"CPU of a single event, {_KEYED} / none", _KEYED, _OURS, "cpu_s_per_million", most=1.05
+        ),
         goal(_OURS, each, 1.7),
         goal(_OURS, tornado, 3),
         goal(_OURS, fastapi, 5),
@@ -64,6 +69,9 @@ def _rivals(bench: Bench, connections: int) -> dict[str, Callable[[], Sample]]:
 
     return {
         _OURS: partial(served, bench, 1, connections),
+        _KEYED: partial(
+            served, bench, 1, connections, "?key=a%20long%20random%20text,%203", ingest_keys=_KEYS
+        ),
         BARE: bare,
         LIMIT: limit,
         _ALL_CORES: partial(served, bench, CORES, connections),

@@ -204,7 +204,8 @@ class Heads:
         headers = found.headers.copy()
         for name, value in varying.items():
             headers[name.decode()] = value.decode()
-        return found._replace(headers=headers)
+        # not `_replace`, which takes five times as long
+        return Head(found.length, headers, found.credentials, found.waits)
 
     def _remember(self, head: bytes, parsed: Head) -> None:
         """At its second sight, so that heads that never come again don't fill the table."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import re
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from hashlib import blake2b
 
 from datapipe.errors import BufferFull, EventRejected, Reason, Refused
 from datapipe.events.registry import Registry
@@ -114,8 +114,9 @@ class Ingest:
                 events = sum([chunk.events for chunk in parsed.chunks])
                 grant.bucket.take(events)
                 taken = events
-                if claim:  # by now another one may have come
+                if claim:
                     self._buffer.check(parsed.chunks)
+                    self._claims.check(claim)  # by now another body may have come
                     self._claims.enter(claim)
                 await self._buffer.append(parsed.chunks, wait)
                 grant.use.accepted += taken
@@ -237,9 +238,9 @@ class _Clock:
 
 def _idempotency_key(headers: Headers) -> str | None:
     """The key, or None. Raises: EventRejected: it is malformed."""
-    if "Idempotency-Key" not in headers:
+    values = headers.getall("Idempotency-Key", None)
+    if values is None:
         return None
-    values = headers.getall("Idempotency-Key")
     if len(values) != 1 or not _KEY_FORM.fullmatch(values[0]):
         detail = "Idempotency-Key: 1 to 255 visible ASCII characters wanted, once"
         raise EventRejected(Reason.BAD_JSON, detail)
@@ -247,4 +248,4 @@ def _idempotency_key(headers: Headers) -> str | None:
 
 
 def _hash(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
+    return blake2b(data, digest_size=16).hexdigest()

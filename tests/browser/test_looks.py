@@ -32,10 +32,10 @@ async def test_axe_finds_nothing(
 ) -> None:
     """Wide and narrow, with things refused and with the database away."""
     nowhere = "postgresql://postgres@127.0.0.1:1/none"
-    service = await make_service(database_url=nowhere, load_interval=0.1).start()
-    await service.post([CRASH] * 3)
-    await service.post({"event_name": "nonesuch"})
-    await service.post("{")
+    keys = [{"name": "ios", "key": "k"}]
+    service = await make_service(database_url=nowhere, load_interval=0.1, ingest_keys=keys).start()
+    for body in ([CRASH] * 3, {"event_name": "nonesuch"}, "{"):
+        await service.post(body, params={"key": "k"})
     for width in (1280, 360):
         size = {"width": width, "height": 800}
         tab = await open_page(service.url, color_scheme=scheme, viewport=size)

@@ -13,6 +13,7 @@ from importlib.metadata import requires
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from datapipe import settings
 from datapipe.cli.main import _parser
@@ -80,12 +81,12 @@ def test_the_python_is_named_by_major_and_minor() -> None:
 def test_the_lock_has_all_that_we_need() -> None:
     lock = (ROOT / "requirements.txt").read_text()
     pinned = re.findall(r"^([\w.-]+)==([^\s;]+)", lock, re.MULTILINE)
-    locked = {name.lower().replace("_", "-"): version for name, version in pinned}
+    locked = {canonicalize_name(name): version for name, version in pinned}
     wanted = [Requirement(text) for text in requires("datapipe") or []]
     needed = [each for each in wanted if each.marker is None or each.marker.evaluate({"extra": ""})]
     assert len(needed) >= 10
     for each in needed:
-        assert each.specifier.contains(locked[each.name.lower()]), f"{each}: make lock"
+        assert each.specifier.contains(locked[canonicalize_name(each.name)]), f"{each}: make lock"
 
 
 def unit() -> configparser.ConfigParser:

@@ -282,44 +282,6 @@ async def test_which_port_wins(datapipe: Run, postgres: Postgres) -> None:
             each.close()
 
 
-# --- config ---
-
-
-async def test_config(datapipe: Run, tmp_path: Path) -> None:
-    """What is in force and where it came from; `--config` goes before the variable."""
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "my.toml").write_text("load_workers = 7\nload_interval = 1\n")
-    (tmp_path / "key").write_text("SECRET\n")
-    named = str(tmp_path / "a" / "my.toml")
-    env = {
-        "DATAPIPE_CNF": "/nowhere.json", "DATAPIPE_LOAD_INTERVAL": "2",
-        "DATABASE_URL": "postgresql://u:SECRET@h/d", "DATAPIPE_ADMIN_KEY_FILE": "key",
-    }  # fmt: skip
-    first, last, told, wrong, nothing, broken = await asyncio.gather(
-        datapipe("--config", named, "config", "--json", env=env),
-        datapipe("config", "--json", "--config", "a/my.toml", env=env),
-        datapipe("config", "--config", named, env=env),
-        datapipe("config", env=env),
-        datapipe("config", "--config", "", env=env),
-        datapipe("check", "--config", named, env={**env, "DATAPIPE_ADMIN_KEY": "SECRET"}),
-    )
-    assert [r.code for r in (first, last, told, wrong, nothing, broken)] == [0, 0, 0, 2, 2, 2]
-    assert "/nowhere.json" in wrong.one_line()
-    assert "leave one of them" in broken.one_line()
-    assert "SECRET" not in "".join(r.out + r.err for r in (first, last, told, broken))
-    found = json.loads(first.out)
-    assert {key: each["value"] for key, each in found.items()} == {
-        key: each["value"] for key, each in json.loads(last.out).items()
-    }
-    shown = {key: (each["value"], each["source"]) for key, each in found.items()}
-    assert shown["load_workers"] == (7, f"file {named}")
-    assert shown["load_interval"] == (2, "variable DATAPIPE_LOAD_INTERVAL")
-    assert shown["admin_key"] == ("***", "variable DATAPIPE_ADMIN_KEY_FILE, file key")
-    assert shown["database_url"] == ("postgresql://u:***@h/d", "variable DATABASE_URL")
-    assert shown["data_dir"] == (str(tmp_path / "a" / "var"), "default")
-    assert re.search(r'^mirror +"auto" \(journal\) +default$', told.out, re.MULTILINE)
-
-
 # --- check ---
 
 
@@ -408,6 +370,15 @@ async def test_check_verifies_the_journals(
     assert result.code == 1, result
 
 
+async def test_check_where_nothing_is_makes_nothing(datapipe: Run, tmp_path: Path) -> None:
+    result = await datapipe("check", "--json")
+    found = json.loads(result.out)
+    assert (result.code, found["ok"], found["data_dir"]) == (0, True, str(tmp_path / "var"))
+    for folder in ("journal", "postgres"):
+        assert f"none yet in {tmp_path}/var/{folder}" in result.out
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- load ---
 
 
@@ -438,39 +409,6 @@ async def test_load(
         assert (await datapipe("load", database_url=database)).code == 0
     assert Postgres.execute(database, rows) == [(1,), (2,)]
     assert Postgres.execute(database, "SELECT user_id FROM purchase") == [(3,)]
-
-
-async def test_a_wrong_folder_is_named_and_stays_empty(
-    datapipe: Run, tmp_path: Path, database: str
-) -> None:
-    """Nothing waits where nobody has been: that is no success, and makes no folder."""
-    loaded, dead, applied, checked = await asyncio.gather(
-        datapipe("load", env={"DATABASE_URL": database}), datapipe("dead", "list"),
-        datapipe("schema", "--apply"), datapipe("check", "--json"),
-    )  # fmt: skip
-    for result, folder in ((loaded, "journal"), (dead, "postgres"), (applied, "postgres")):
-        assert (result.code, result.out) == (1, "")
-        assert f"{tmp_path}/var/{folder} is not there" in result.one_line()
-    assert checked.code == 0
-    found = json.loads(checked.out)
-    assert (found["ok"], found["data_dir"]) == (True, str(tmp_path / "var"))
-    for folder in ("journal", "postgres"):
-        assert f"none yet in {tmp_path}/var/{folder}" in checked.out
-    assert list(tmp_path.iterdir()) == []
-
-
-async def test_events_of_1_0_stop_the_start_and_check(datapipe: Run, tmp_path: Path) -> None:
-    """Which had its folder in the working folder, whatever settings file was named."""
-    (tmp_path / "var" / "journal").mkdir(parents=True)
-    (tmp_path / "var" / "journal" / "0.sqlite").touch()
-    (tmp_path / "conf").mkdir()
-    (tmp_path / "conf" / "my.toml").write_text("database_url = 'postgresql://127.0.0.1:1/x'")
-    for result in await asyncio.gather(
-        *(datapipe(each, "--config", "conf/my.toml") for each in ("serve", "check", "load"))
-    ):
-        assert result.code == 2
-        assert f"move {tmp_path}/var to {tmp_path}/conf/var" in result.one_line()
-    assert not (tmp_path / "conf" / "var").exists()
 
 
 async def test_load_accept_dead(

@@ -218,6 +218,11 @@ async def test_who_reads_for_long_holds_up_no_load(daily: World) -> None:
     await daily.sink.make_ahead(daily.table)
     assert time.monotonic() - began < 0.9
     reader.rollback()
+    reader.cursor().execute(f"SELECT * FROM {daily.name(-100)}")
+    began = time.monotonic()
+    assert await daily.remove() == 1
+    assert time.monotonic() - began < 0.9
+    reader.rollback()
     reader.close()
     assert await daily.remove() == 3
     assert daily.name(-100) not in daily.tables()
@@ -259,7 +264,7 @@ PLAIN = "CREATE TABLE seen (n bigint, received_at timestamptz)"
 
 async def test_a_plain_table_is_loaded_as_it_is_until_it_is_adopted(daily: World) -> None:
     daily.execute(PLAIN)
-    daily.execute("COMMENT ON TABLE seen IS 'our own words'")
+    daily.execute("COMMENT ON TABLE seen IS '100 % our ''own'' words'")
     assert (await daily.load(0, -100)).loaded == 2
     assert await daily.remove() == 1
     assert await daily.sink.make_ahead(daily.table) == []
@@ -274,7 +279,7 @@ async def test_a_plain_table_is_loaded_as_it_is_until_it_is_adopted(daily: World
     await daily.sink.adopt(daily.table, told.append)
     assert f"before {daily.now - timedelta(days=90):%Y-%m-%d}" in told[0]
     (comment,) = daily.execute("SELECT obj_description('seen'::regclass)")
-    assert comment == ("our own words\nkept by datapipe",)
+    assert comment == ("100 % our 'own' words\nkept by datapipe",)
     assert daily.numbers() == [0, 1]
     assert await daily.remove() == 1
     assert daily.numbers() == [0]
@@ -363,6 +368,24 @@ async def test_rows_go_in_small_steps(request: pytest.FixtureRequest, version: s
         world.execute(text.partition("received_at: ")[2])
         assert await world.remove() == 1
         assert world.numbers() == [0, 1]
+
+
+async def test_a_removal_that_takes_too_long_is_told(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datapipe.sinks.postgres.database._STEP_MS", 200)
+    async with world_of(database, retention="90 days") as world:
+        await world.load(-100)
+        world.execute(
+            "CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql"
+            " AS 'BEGIN PERFORM pg_sleep(5); RETURN OLD; END';"
+            "CREATE TRIGGER t BEFORE DELETE ON seen FOR EACH ROW EXECUTE FUNCTION f()"
+        )
+        with pytest.raises(LaneBlocked, match=r"seen: what is too old can't be removed in time"):
+            await world.remove()
+        world.execute("DROP TRIGGER t ON seen")
+        await world.remove()
+        assert world.numbers() == []
 
 
 async def test_the_table_of_unknown_events_has_a_retention_of_its_own(database: str) -> None:

@@ -176,7 +176,7 @@ async def test_sender_and_service_are_killed_while_the_file_grows(
     make_service: Callable[..., Service], database: str, postgres: Postgres, tmp_path: Path
 ) -> None:
     service = make_service(
-        database_url=database, port=free_port(), load_interval=0.1, mirror_linger_ms=60
+        database_url=database, port=free_port(), load_interval=0.1, mirror_linger_ms=100
     )  # fmt: skip
     await service.start()
     file = tmp_path / "events.gz"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datapipe.cli import main
-from datapipe.cli.send import cut
+from datapipe.cli.send import command, cut
 from datapipe.cli.send.client import Answer, judge
 from datapipe.cli.send.cut import Block, Mark, Piece, blocks
 from datapipe.cli.send.items import Elements, Lines, array_start
@@ -213,6 +215,7 @@ class Stub:
         self.answers = list(answers)
         self.bodies: dict[str, list[Any]] = {}
         self.posts = 0
+        self.full_until: dict[str, int] = {}  # by lane: how many events must be taken before
         self._most = most
 
     async def handle(self, request: web.Request) -> web.Response:
@@ -220,6 +223,8 @@ class Stub:
         body = json.loads(await request.read())
         if len(body) > self._most:
             return web.json_response({"status_code": 6, "status_message": "long"}, status=413)
+        if len(self.taken) < self.full_until.get(body[0]["event_name"], 0):
+            return busy(len(body))
         first = self.answers.pop(0) if self.answers else None
         if first is None or first is lost:
             self.bodies.setdefault(request.headers["Idempotency-Key"], body)
@@ -326,6 +331,37 @@ async def test_a_signal_stops_it_and_it_goes_on(
     assert await stubbed(stub, *words, port=port) == 0
     assert stub.taken == list(range(2500))
     assert "sent 2,500: " in capsys.readouterr().out  # the lane was behind from the first on
+
+
+async def test_a_lane_that_was_set_aside_is_sent_in_another_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("_BLOCK_ITEMS", 500), ("_PIECE_ITEMS", 10)):
+        monkeypatch.setattr(cut, name, value)
+    data = [b'{"event_name": "%b", "n": %d}\n' % (b"ab"[n % 2 :][:1], n) for n in range(1000)]
+    data[400] = data[900] = b"no\n"  # the file ends where a block does
+    (tmp_path / "f").write_bytes(b"".join(data))
+    stub = Stub()
+    stub.full_until["a"] = 500
+    assert await stubbed(stub, tmp_path / "f") == 1
+    assert stub.taken == [n for n in range(1000) if n not in (400, 900)]
+    assert len(stub.bodies) == 2 * 50
+    told = [json.loads(line)["line"] for line in (tmp_path / "f.refused").read_text().splitlines()]
+    assert told == [401, 901]
+
+
+async def test_on_a_terminal_a_bar_says_how_far_it_is_and_what_holds_it_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "_SHOW_S", 0.02)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    (tmp_path / "f").write_bytes(events(100))
+    assert await stubbed(Stub(overloaded, busy), tmp_path / "f") == 0
+    said = capsys.readouterr().err
+    assert "0 events; http://127.0.0.1:" in said
+    assert "answers 502" in said
+    assert "0 events; no room for a" in said
+    assert re.search(r"100%.* 100 events\]", said)
 
 
 # --- the state file ---

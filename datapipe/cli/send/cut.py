@@ -4,7 +4,7 @@ The cut depends on the content alone, so that a repeat gives the same pieces und
 
 - A *block* is the next 20,000 items, or as many as make 8 MiB if those are fewer. It is what a
   state file can name: at its end nothing is left over, so cutting goes on there as if it began.
-- The items of a block are sorted by event type, and those of a type cut into *pieces* of 2,000
+- The items of a block are sorted by event type, and those of a type cut into *pieces* of 4,000
   items, or halves of that until none has more than 1 MiB. A piece is one POST. Pieces are numbered
   through, in the order in which their types appear.
 - Where an input once ended, in the middle of a block, it is cut again when it has grown since.
@@ -26,7 +26,7 @@ import msgspec
 from datapipe.errors import Reason
 
 _BLOCK_ITEMS, _BLOCK_BYTES = 20_000, 8_388_608
-_PIECE_ITEMS, _PIECE_BYTES = 2_000, 1_048_576
+_PIECE_ITEMS, _PIECE_BYTES = 4_000, 1_048_576
 _BROKEN = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 

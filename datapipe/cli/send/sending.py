@@ -89,6 +89,7 @@ class Sending:
         try:
             while not self._state.whole:
                 await self._pass()
+                self.save()  # how far it was, before it goes back
                 self._state.whole = not self._aside
                 self._from, self._at = self._aside, min(self._aside.values(), default=self._at)
                 self._aside = {}
@@ -192,7 +193,8 @@ class Sending:
         while len(self._tasks) >= self._most:
             waiting = self._client.waiting
             full = {piece.lane for piece in waiting}
-            if len(waiting) == len(self._tasks) and self._source.again and self._moving - full:
+            others = (self._moving | {piece.lane for piece in self._unsent}) - full
+            if len(waiting) == len(self._tasks) and self._source.again and others:
                 for lane in full:
                     self._set_aside(lane)
             await self._change()

@@ -62,6 +62,8 @@ _CONNECTIONS = 2  # at once
 _DDL_LOCK = 0x64617461_70697065  # "datapipe": one key for all DDL of ours in a database
 _REMOVAL_LOCK = _DDL_LOCK + 1  # of whoever removes what is too old
 
+_STEP_MS = 40_000  # of a removal, such as the DROP of a partition; less than `answer_within_s`
+
 _BEGIN_DDL = f"{_BEGIN}; SELECT pg_advisory_xact_lock({_DDL_LOCK})"
 
 _T = TypeVar("_T")
@@ -79,7 +81,10 @@ class Database(ServerSink[psycopg2.extensions.connection]):
         own = dialect(settings.database_schema)
         super().__init__(own, settings, process, pool, Loads())
         self._partitions = Partitions(own, self.run, f"{_BEGIN_DDL}; SET LOCAL timezone = 'UTC'")
-        briefly = f"{_BEGIN}; SET LOCAL lock_timeout = '1s'; SET LOCAL timezone = 'UTC'"
+        briefly = (
+            f"{_BEGIN}; SET LOCAL lock_timeout = '1s'; SET LOCAL statement_timeout = {_STEP_MS};"
+            " SET LOCAL timezone = 'UTC'"
+        )
         self._retention = Retention(own, self.run, self._partitions, briefly, _REMOVAL_LOCK)
         self._data_dir = Path(settings.data_dir)
         self._stack = stack

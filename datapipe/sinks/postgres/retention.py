@@ -27,6 +27,8 @@ from datapipe.sinks.server import fetch
 
 STEP_ROWS = 1000  # deleted in one transaction
 
+_CANCELLED = "57014"
+
 # A detached partition of that table: to be found by whoever comes next, or by a person.
 _DETACHED = """
     SELECT nspname::text, relname::text FROM pg_description
@@ -41,8 +43,10 @@ log = structlog.stdlib.get_logger("datapipe.sinks")
 class Retention:
     """Removes what is too old, and says what will go next.
 
-    Args: begin: of a transaction whose waits for locks last a second at most, in UTC. lock: key of
-        the lock that whoever removes something has.
+    Args:
+        begin: of a transaction in UTC whose waits for locks, and whose statements, are bounded: by
+            a second, and by less than an answer may take.
+        lock: key of the lock that whoever removes something has.
     """
 
     def __init__(
@@ -61,6 +65,9 @@ class Retention:
         except SinkUnavailable as exc:
             if exc.everywhere:
                 raise
+            if getattr(exc.__cause__, "pgcode", None) == _CANCELLED:
+                text = f"what is too old can't be removed in time: {exc}"
+                raise LaneBlocked(f"table {table.name}: {text}") from exc
             return False  # a lock; `check` says what is overdue
         return more
 
@@ -96,6 +103,10 @@ class Retention:
                 role = self._dialect.quote(state.role)
                 raise LaneBlocked(f"partition {oldest.name}: {state.role} {why} {role}")
             parent = self._dialect.table(table.name)
+            # then only whoever reads the partition itself can make us wait, and loads behind us
+            await cursor.execute(
+                f"LOCK TABLE ONLY {parent} IN ACCESS EXCLUSIVE MODE; SET LOCAL lock_timeout = 100"
+            )
             await cursor.execute(f"ALTER TABLE {parent} DETACH PARTITION {name}")
             await cursor.execute(self._dialect.comment(name, self._comment(table)))
         else:
@@ -145,7 +156,7 @@ class Retention:
 
     async def findings(self, table: Table) -> list[tuple[str, str]]:
         """For `check`: partitions that are there, and what goes next. Raises: SinkUnavailable."""
-        is_kept = not table.is_own and (table.partition or table.retention_s)
+        is_kept = table.partition or table.retention_s
         state = await self._partitions.state(table) if is_kept else None
         if state is None:
             return []
@@ -191,8 +202,8 @@ class Retention:
     async def _oldest(self, table: Table) -> float | None:
         """When the oldest row was received."""
         name = self._dialect.parameterized(table.name)
-        sql = f"SELECT extract(epoch FROM min(received_at))::float8 FROM ONLY {name}"
-        ((at,),) = await self._run(partial(fetch, sql=sql), table.name)
+        sql = f"SELECT extract(epoch FROM min(received_at))::float8 FROM ONLY {name} WHERE %s"
+        ((at,),) = await self._run(partial(fetch, sql=sql, values=(True,)), table.name)
         return None if at is None else float(at)
 
     async def adopt(self, table: Table, say: Callable[[str], None]) -> None:
@@ -214,9 +225,9 @@ class Retention:
         for text in await self._meaning(table, state):
             say(f"table {table.name}: {text}")
         comment = "\n".join(filter(None, (state.comment, MARK)))
-        sql = self._dialect.comment(self._dialect.table(table.name), comment)
-        await self._run(partial(fetch, sql=sql), table.name)
-        say(sql)
+        sql = f"COMMENT ON TABLE {self._dialect.parameterized(table.name)} IS %s"
+        await self._run(partial(fetch, sql=sql, values=(comment,)), table.name)
+        say(f"table {table.name}: from now on its comment says: {MARK}")
 
     async def _meaning(self, table: Table, state: State) -> list[str]:
         said = []
