@@ -31,7 +31,7 @@ bench: $(VENV)/.test ## measure against bare aiohttp, bare COPY and what people 
 	@PYTHON=$(PYTHON) ./tools/bench-needs
 	$(BIN)/python -m benchmarks
 
-torture: $(VENV)/.test ## the long fault run: kills, an outage, hostile bodies and heads, a cluster, databases (over two hours)
+torture: $(VENV)/.test ## the long fault run: kills, an outage, hostile bodies and heads, a cluster, databases, what changes (over two hours)
 	@./tools/test-needs
 	$(BIN)/python -m tests.fault.torture
 

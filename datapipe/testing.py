@@ -22,8 +22,8 @@ from aiohttp import web
 from datapipe.app import PIPELINE, Pipeline, create_app, create_runner
 from datapipe.events.types import PG_TYPES
 from datapipe.settings import Settings
+from datapipe.sinks.letters import event_json
 from datapipe.sinks.memory import MemoryDatabase
-from datapipe.sinks.transactional import event_json
 
 _PYTHON: dict[str, Any] = {name: kind for kind, name in PG_TYPES.items()}
 _PYTHON |= {"jsonb": Any, "json": Any}

@@ -19,8 +19,9 @@ from datapipe.events.types import Column, with_offset
 from datapipe.events.unknown import UNKNOWN, UnknownRow, UnknownType
 from datapipe.settings import Settings
 from datapipe.sinks import UNKNOWN_GROUPS, Beat, Heartbeat, Mark, Selection, Shelf, Table
+from datapipe.sinks.letters import event_json, found, found_unknown
 from datapipe.sinks.transaction import Entry, Kept, Known, Letter, RefusedRow, Rows, Transaction
-from datapipe.sinks.transactional import TransactionalSink, event_json, found, found_unknown
+from datapipe.sinks.transactional import TransactionalSink
 
 _T = TypeVar("_T")
 

@@ -7,14 +7,13 @@ transaction of their rows. A database brings a `Transaction`, and is a `Transact
 from __future__ import annotations
 
 import math
-import re
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import partial
-from itertools import count, groupby
+from itertools import groupby
 from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
 from uuid import uuid4
@@ -23,14 +22,14 @@ import msgspec
 import structlog
 
 from datapipe.errors import EventRejected, LaneBlocked, SinkUnavailable
-from datapipe.events.segment import Part, Segment
-from datapipe.events.types import Column, with_offset
+from datapipe.events.segment import Segment
 from datapipe.health import Health, Wait
 from datapipe.sinks import Check, Loaded, Selection, SinkState, Table
 from datapipe.sinks.guard import Guard
+from datapipe.sinks.letters import letter_of, reason_of
+from datapipe.sinks.parts import KEY_REUSED, kept, outcomes_of
 from datapipe.sinks.transaction import (
     Entry,
-    Letter,
     RefusedRow,
     Rows,
     TableMissing,
@@ -38,14 +37,9 @@ from datapipe.sinks.transaction import (
 )
 
 REPLAY_ROWS = 1000  # in one transaction
-KEY_REUSED = "idempotency key reused with another body"  # of a dead letter, without an SQLSTATE
-
-_ESCAPED = re.compile(rb"\\([\\tnr])")
-_PLAIN = {b"\\": b"\\", b"t": b"\t", b"n": b"\n", b"r": b"\r"}
 
 _COLUMNS = attrgetter("columns")
 _T = TypeVar("_T")
-_ALL = -1  # of some bits
 log = structlog.stdlib.get_logger("datapipe.sinks")
 
 
@@ -201,7 +195,7 @@ class TransactionalSink(ABC):
             transaction, [each for id, each in once.items() if id not in new], not_after
         )
         fresh = [each for id, each in once.items() if id in new]
-        outcomes = _outcomes(transaction, table.name, fresh)
+        outcomes = outcomes_of(transaction, table.name, fresh)
         duplicates: Counter[str] = Counter()
         reused: list[RefusedRow] = []
         for copy, outcome in outcomes.items():
@@ -211,13 +205,15 @@ class TransactionalSink(ABC):
                 reused += [RefusedRow(id, row, None, KEY_REUSED) for row in outcome.rows]
         refused: list[RefusedRow] = []
         for columns, group in groupby(fresh, key=_COLUMNS):
-            rows = (Rows(each.id, piece) for each in group for piece in _kept(each, outcomes))
+            rows = (Rows(each.id, piece) for each in group for piece in kept(each, outcomes))
             refused += transaction.copy(table, columns, rows)
         copied = sum(each.events for each in fresh) - duplicates.total() - len(reused)
         self._guards[table.name].look(refused, copied, accept_dead)
         if buried := refused + reused:
-            transaction.bury([_letter(table.name, once[each.id].columns, each) for each in buried])
-            result.refused = tuple(_reason(each) for each in buried[:3])
+            transaction.bury(
+                [letter_of(table.name, once[each.id].columns, each) for each in buried]
+            )
+            result.refused = tuple(reason_of(each) for each in buried[:3])
         dead = Counter(each.id for each in buried)
         if counts := [(id, dead[id], duplicates[id]) for id in dead.keys() | duplicates.keys()]:
             transaction.book(counts)
@@ -336,194 +332,8 @@ class _Received(msgspec.Struct):
     received_at: str
 
 
-# --- idempotency keys: which rows of keyed POSTs are new ---
-#
-# A claim row per (ingest key, idempotency key) says which body stands: the one loaded first. A part
-# row per (claim, event name, part) says that this run of rows is in, and its `body` which events it
-# lacked because they were rejected. Of a copy that lacks fewer, as the verdict has changed since,
-# each such event gets a row of its own. Of another body the same is written, under ids that hold
-# its hash: so its events are dead letters once. All are ledger rows, only ever inserted, claims
-# before parts before single events, each in key order, or two loads would deadlock.
-
-
-class _Copy(NamedTuple):
-    """A part, in one of the segments that hold it."""
-
-    segment: Segment
-    part: Part
-
-    def rows(self, bits: int) -> list[bytes]:
-        """The rows of these events (see `Chunk.lacks`)."""
-        if not bits:
-            return []
-        data = self.segment.data[self.part.start : self.part.end]
-        lacking = _bits(self.part.lacks)
-        events = (n for n in count() if not lacking >> n & 1)
-        rows = zip(events, data.split(b"\n")[:-1], strict=False)
-        return [row + b"\n" for n, row in rows if bits >> n & 1]
-
-
-class _Outcome(NamedTuple):
-    """What becomes of a part that is not just loaded: those of its rows that are new.
-
-    Attributes: reused: they are dead letters, for another body stands under their key.
-    """
-
-    rows: Sequence[bytes]
-    reused: bool
-
-
-def _outcomes(
-    transaction: Transaction, lane: str, segments: Sequence[Segment]
-) -> dict[_Copy, _Outcome]:
-    """Enter claims and parts of new segments; says which parts are not just loaded."""
-    copies = [_Copy(segment, part) for segment in segments for part in segment.parts]
-    if not copies:
-        return {}
-    bodies: dict[str, str | None] = {}
-    for _, part in copies:
-        bodies.setdefault(f"claim:{part.claim}", part.body)
-    first = transaction.enter("claim", [Entry(id, body=bodies[id]) for id in sorted(bodies)])
-    if known := [id for id in sorted(bodies) if id not in first]:
-        # a claim that is missing by now was past `dedupe_window`: nothing stands against it
-        standing = transaction.bodies(known)
-        # a part that outlived its claim would be taken for one of the next body under the key
-        transaction.renew([id for id, body in standing.items() if body == bodies[id]])
-        bodies |= standing
-    by_id: dict[str, list[_Copy]] = {}
-    reused: set[str] = set()
-    for copy in copies:
-        part = copy.part
-        if bodies[f"claim:{part.claim}"] == part.body:
-            id = f"part:{part.claim}:{part.name or lane}:{part.number}"
-        else:
-            id = f"part:{part.claim}:{part.body}:{part.name or lane}:{part.number}"
-            reused.add(id)
-        by_id.setdefault(id, []).append(copy)
-    entries = [Entry(id, body=by_id[id][0].part.lacks or None) for id in sorted(by_id)]
-    new = transaction.enter("part", entries, lane)
-    if len(new) == len(copies) and not reused:  # most of the time
-        return {}
-    filled = _fill(transaction, lane, by_id, new)
-    outcomes: dict[_Copy, _Outcome] = {}
-    for id, of_part in by_id.items():
-        for copy in of_part:
-            whole = id in new and copy is of_part[0]
-            if id in reused or not whole:
-                rows = copy.rows(_ALL if whole else filled[copy])
-                outcomes[copy] = _Outcome(rows, id in reused)
-    return outcomes
-
-
-def _fill(
-    transaction: Transaction, lane: str, by_id: Mapping[str, Sequence[_Copy]], new: Set[str]
-) -> Counter[_Copy]:
-    """Enter what parts lack and a later copy of them has: the bits of these events, by copy."""
-    known = [id for id in by_id if id not in new]
-    lacking = transaction.bodies(known) if known else {}
-    events: dict[str, tuple[_Copy, int]] = {}
-    for id, copies in by_id.items():
-        later = copies[1:] if id in new else copies
-        lacks = _bits(copies[0].part.lacks if id in new else lacking.get(id))
-        for copy in later if lacks else ():
-            had = lacks & ~_bits(copy.part.lacks)
-            events |= {f"{id}:{n}": (copy, n) for n in range(had.bit_length()) if had >> n & 1}
-    filled: Counter[_Copy] = Counter()
-    if events:
-        for id in transaction.enter("part", [Entry(id) for id in sorted(events)], lane):
-            copy, n = events[id]
-            filled[copy] |= 1 << n
-    return filled
-
-
-def _bits(lacks: str | None) -> int:
-    return int(lacks or "0", 16)
-
-
-def _kept(segment: Segment, outcomes: Mapping[_Copy, _Outcome]) -> list[bytes | memoryview]:
-    """The rows of a segment that go into its table, in runs."""
-    if not outcomes:
-        return [segment.data]
-    copies = [copy for part in segment.parts if (copy := _Copy(segment, part)) in outcomes]
-    if not copies:
-        return [segment.data]
-    view, at = memoryview(segment.data), 0
-    kept: list[bytes | memoryview] = []
-    for copy in copies:
-        kept.append(view[at : copy.part.start])
-        outcome = outcomes[copy]
-        kept += () if outcome.reused else outcome.rows
-        at = copy.part.end
-    kept.append(view[at:])
-    return [piece for piece in kept if len(piece)]
-
-
 def _widened(table: Table, segments: Sequence[Segment]) -> Table:
     """The table with the columns that segments of an older event class still bring."""
     names = {column.name for column in table.columns}
     brought = {c.name: c for s in segments for c in s.columns if c.name not in names}
     return replace(table, columns=(*table.columns, *brought.values()))
-
-
-def found(groups: Iterable[Sequence[Any]], letters: Iterable[Sequence[Any]]) -> dict[str, Any]:
-    """What `Shelves.find` returns of dead letters.
-
-    Args:
-        groups: lane, SQLSTATE, one of the messages, how many.
-        letters: id, lane, the event as text, SQLSTATE, message, column, when it was written.
-    """
-    names = ("lane", "sqlstate", "message", "count")
-    named = [dict(zip(names, group, strict=True)) for group in groups]
-    keys = ("id", "lane", "event", "sqlstate", "message", "column_name", "created_at")
-    shown = [dict(zip(keys, letter, strict=True)) for letter in letters]
-    for letter in shown:
-        letter["event"] = msgspec.Raw(letter["event"].encode())
-    return {"total": sum(group["count"] for group in named), "groups": named, "letters": shown}
-
-
-def found_unknown(
-    total: int = 0,
-    groups: Iterable[Sequence[Any]] = (),
-    letters: Iterable[Sequence[Any]] = (),
-) -> dict[str, Any]:
-    """What `Shelves.find` returns of unknown events.
-
-    Args:
-        groups: event_name, how many, how many of them a replay refused, one of its messages.
-        letters: id, event_name, the event as text, the message of a replay, when it was received.
-    """
-    names = ("event_name", "count", "refused", "message")
-    keys = ("id", "event_name", "event", "message", "received_at")
-    shown = [dict(zip(keys, letter, strict=True)) for letter in letters]
-    for letter in shown:
-        letter["event"] = msgspec.Raw(letter["event"].encode())
-    named = [dict(zip(names, group, strict=True)) for group in groups]
-    return {"total": total, "groups": named, "letters": shown}
-
-
-def _reason(refused: RefusedRow) -> str:
-    return f"{refused.sqlstate}: {refused.message}" if refused.sqlstate else refused.message
-
-
-def _letter(lane: str, columns: Sequence[Column], refused: RefusedRow) -> Letter:
-    event = event_json(lane, columns, refused.row)
-    return Letter(lane, event, refused.sqlstate, refused.message, refused.column, refused.id)
-
-
-def event_json(lane: str, columns: Sequence[Column], row: bytes) -> str:
-    """The JSON object of a COPY row: as it could be posted again, and `received_at`."""
-    event: dict[str, Any] = {"event_name": lane}
-    for column, text in zip(columns, row.rstrip(b"\n").split(b"\t"), strict=True):
-        event[column.name] = _value(column.type, text)
-    return msgspec.json.encode(event).decode()
-
-
-def _value(type: str, text: bytes) -> Any:
-    if text == b"\\N":
-        return None
-    plain = _ESCAPED.sub(lambda found: _PLAIN[found[1]], text)
-    if type in ("bigint", "double precision", "jsonb", "json"):
-        return msgspec.Raw(plain)
-    if type == "boolean":
-        return plain.lower() == b"true"
-    return with_offset(plain.decode()) if type == "timestamptz" else plain.decode()

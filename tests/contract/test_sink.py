@@ -22,9 +22,10 @@ from datapipe.events.types import Column, Event, EventType, escape, neutral_time
 from datapipe.events.unknown import UNKNOWN, UnknownType
 from datapipe.settings import Settings
 from datapipe.sinks import Beat, Database, Heartbeat, Loaded, Selection, Shelf, Table, open_sink
+from datapipe.sinks.letters import event_json
 from datapipe.sinks.memory import MemoryDatabase
+from datapipe.sinks.parts import KEY_REUSED
 from datapipe.sinks.sql import Result, SqlSink, Statement
-from datapipe.sinks.transactional import KEY_REUSED, event_json
 from tests.databases import execute
 from tests.mariadb import MariaDB
 from tests.postgres import Postgres

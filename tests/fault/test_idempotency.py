@@ -12,7 +12,7 @@ from typing import Any
 
 import aiohttp
 
-from datapipe.sinks.transactional import KEY_REUSED
+from datapipe.sinks.parts import KEY_REUSED
 from tests.fault.moments import Moment
 from tests.fault.proxy import Proxy
 from tests.postgres import Postgres

@@ -34,7 +34,7 @@ from datapipe.sinks.postgres.connections import PEER_MAY_VANISH
 from datapipe.sinks.postgres.copy import Copier, PartitionMissing, attempt
 from datapipe.sinks.postgres.database import Database
 from datapipe.sinks.postgres.dialect import as_json
-from datapipe.sinks.sql import SqlTransaction
+from datapipe.sinks.sql_transaction import SqlTransaction
 from datapipe.sinks.transaction import Entry, Letter, RefusedRow, Rows, Transaction
 from datapipe.sinks.urls import login_fault
 

@@ -29,6 +29,7 @@ from datapipe.sinks import (
     SinkPlugin,
     Table,
 )
+from datapipe.sinks.letters import event_json, found, found_unknown
 from datapipe.sinks.transaction import (
     Entry,
     Kept,
@@ -39,12 +40,7 @@ from datapipe.sinks.transaction import (
     TableMissing,
     Transaction,
 )
-from datapipe.sinks.transactional import (
-    TransactionalSink,
-    event_json,
-    found,
-    found_unknown,
-)
+from datapipe.sinks.transactional import TransactionalSink
 
 OWN_TABLES = """
 CREATE TABLE IF NOT EXISTS datapipe_ledger (
