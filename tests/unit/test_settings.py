@@ -565,3 +565,11 @@ def test_secrets_of_nats_are_not_shown() -> None:
     with pytest.raises(ConfigError) as refused:
         load(NATS_URL="s3cret", DATABASE_URL=SHARED)
     assert "s3cret" not in str(refused.value)
+
+
+def test_a_secret_that_is_no_text_is_named_and_not_shown() -> None:
+    with pytest.raises(ConfigError) as refused:
+        load(DATAPIPE_ADMIN_KEY="hidden\udcff")
+    assert str(refused.value) == (
+        "admin_key (from variable DATAPIPE_ADMIN_KEY): it is not text in UTF-8"
+    )
