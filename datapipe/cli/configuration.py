@@ -13,6 +13,7 @@ from datapipe import settings
 from datapipe.cli.terminal import print_json
 from datapipe.errors import DatapipeError
 from datapipe.settings import Settings
+from datapipe.sinks.urls import file_path
 
 # Defaults of `make run`: loads soon enough to be watched, reachable from this machine alone.
 _RUN_DEFAULTS = {"host": "127.0.0.1", "load_interval": 5.0, "load_min_interval": 1.0}
@@ -41,6 +42,19 @@ def require(configured: Settings, room: settings.Room) -> Path | None:
             "shows where it was set"
         )
     return folder
+
+
+def require_file(configured: Settings) -> None:
+    """Where the database is a file: what looks into it does not make it.
+
+    Raises: DatapipeError: it is not there.
+    """
+    file = file_path(configured.database_url)
+    if not file.exists():
+        raise DatapipeError(
+            f"{file} is not there: nothing was loaded yet; `datapipe config` shows where "
+            "database_url was set"
+        )
 
 
 async def config(configured: Settings, args: argparse.Namespace) -> int:

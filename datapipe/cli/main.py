@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"datapipe: looking in {folder}", file=sys.stderr, flush=True)
         if args.uses_database and settings.plugin(configured, "sink").is_file:
             print(f"datapipe: database {configured.database_url}", file=sys.stderr, flush=True)
+            if args.needs == "sink":
+                configuration.require_file(configured)
         code: int = _run(args.command(configured, args))
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of the output has closed it, as `head` does

@@ -65,7 +65,7 @@ async def test_a_service_looks_after_its_tables_and_those_that_it_adopted(
     (line,) = service.logged("rows removed")
     assert (line["lane"], line["rows"]) == ("hit", 31)
 
-    Postgres.execute(database, "DROP INDEX hit_received_at")
+    Postgres.execute(database, "DROP INDEX hit_received_at_idx")
     await state_is(service, "tables_failing")
     assert "CREATE INDEX CONCURRENTLY" in (await service.status())["summary"]["text"]
     Postgres.execute(database, index)

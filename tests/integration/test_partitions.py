@@ -359,7 +359,7 @@ async def test_rows_go_in_small_steps(request: pytest.FixtureRequest, version: s
         ((level, text),) = await world.said()
         assert level == "ok"
         assert f"its oldest row, after {world.now + timedelta(days=1):%Y-%m-%d}" in text
-        world.execute("DROP INDEX seen_received_at")
+        world.execute("DROP INDEX seen_received_at_idx")
         await world.load(-91, first=5)
         ((level, text),) = await world.said()
         assert level == "fail"
@@ -368,6 +368,9 @@ async def test_rows_go_in_small_steps(request: pytest.FixtureRequest, version: s
         world.execute(text.partition("received_at: ")[2])
         assert await world.remove() == 1
         assert world.numbers() == [0, 1]
+        world.execute("ALTER TABLE seen RENAME TO before")
+        assert (await world.load(0)).loaded == 1
+        assert world.numbers() == [0]
 
 
 async def test_a_removal_that_takes_too_long_is_told(

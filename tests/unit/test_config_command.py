@@ -110,6 +110,14 @@ def test_a_wrong_folder_is_named_and_stays_empty(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("shelf", ["dead", "unknown"])
+def test_to_look_into_a_file_does_not_make_it(datapipe: Run, tmp_path: Path, shelf: str) -> None:
+    code, out, err = datapipe(shelf, "list", DATABASE_URL="sqlite:///events.db")
+    assert (code, out) == (1, "")
+    assert f"{tmp_path}/events.db is not there" in err.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("command", ["serve", "check", "load", "status"])
 def test_events_of_1_0_stop_the_start_and_check(
     datapipe: Run, tmp_path: Path, command: str

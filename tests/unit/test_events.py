@@ -360,7 +360,7 @@ def test_the_ddl_of_what_is_kept() -> None:
     table = Table("made", (Column("received_at", "timestamptz"),), retention_s=1)
     made, index, comment = dialect("s").create(table)
     assert made.endswith('"received_at" timestamptz\n)')
-    assert index == 'CREATE INDEX "made_received_at" ON "s"."made" (received_at)'
+    assert index == 'CREATE INDEX ON "s"."made" (received_at)'
     partitioned = dialect("s").create(replace(table, partition="day"))
     assert partitioned == [f"{made} PARTITION BY RANGE (received_at)", comment]
 

@@ -378,12 +378,12 @@ async def test_what_may_be_loaded_already_is_sent_again_only_on_request(tmp_path
     stub = Stub()
     assert await stubbed(stub, file, port=port) == 0
     old = datetime.now(UTC) - timedelta(seconds=3601)
-    remember(state, written_at=old)
+    remember(state, advanced_at=old)
     assert await stubbed(stub, file, port=port, dedupe_window=3600) == 0  # there is nothing to do
     broken = {"whole": False, "behind": {"a": Mark(0, 0, 0)}, "done": Mark()}
-    remember(state, written_at=old, **broken)
+    remember(state, advanced_at=old, **broken)
     assert await stubbed(stub, file, port=port, dedupe_window=3700) == 0
-    remember(state, written_at=old, **broken)
+    remember(state, advanced_at=old, **broken)
     with pytest.raises(DatapipeError, match=r"lines 1 to 2,500 .*--again"):
         await stubbed(stub, file, port=port, dedupe_window=3600)
     assert await stubbed(stub, file, "--again", port=port, dedupe_window=3600) == 0
@@ -395,6 +395,44 @@ async def test_what_may_be_loaded_already_is_sent_again_only_on_request(tmp_path
     with pytest.raises(DatapipeError, match="no state file"):
         await stubbed(stub, file, port=port)
     assert stub.taken == list(range(2500))
+
+
+async def test_a_run_without_an_answer_makes_no_key_younger(tmp_path: Path) -> None:
+    file, state = tmp_path / "f", tmp_path / "f.datapipe-sent"
+    file.write_bytes(events(10))
+    assert await stubbed(Stub(), file, port=(port := free_port())) == 0
+    broken = {"whole": False, "behind": {"a": Mark()}, "done": Mark()}
+    remember(state, advanced_at=datetime.now(UTC) - timedelta(seconds=3000), **broken)
+    assert await stubbed(Stub(stop), file, port=port, dedupe_window=3600) == 1
+    left = msgspec.json.decode(state.read_bytes(), type=State)
+    assert datetime.now(UTC) - left.advanced_at > timedelta(seconds=3000)
+    assert await stubbed(Stub(), file, port=port, dedupe_window=3600) == 0
+    done = msgspec.json.decode(state.read_bytes(), type=State)
+    assert datetime.now(UTC) - done.advanced_at < timedelta(seconds=3000)
+    # nothing is behind, however long ago that was
+    remember(state, advanced_at=datetime.now(UTC) - timedelta(seconds=4000))
+    file.write_bytes(events(20))
+    assert await stubbed(Stub(stop), file, port=port, dedupe_window=3600) == 1
+    assert await stubbed(Stub(), file, port=port, dedupe_window=3600) == 0
+
+
+@pytest.mark.parametrize(
+    "more", ["u:SECRET@host", "SECRET@host", "host/?key=SECRET", "host/#SECRET"]
+)
+async def test_a_url_with_a_secret_gets_into_no_file(tmp_path: Path, more: str) -> None:
+    (tmp_path / "f").write_bytes(events(1))
+    with pytest.raises(ConfigError, match="--key-file") as refused:
+        await send(f"http://{more}", tmp_path / "f")
+    assert "SECRET" not in str(refused.value)
+    assert [each.name for each in tmp_path.iterdir()] == ["f"]
+
+
+@pytest.mark.parametrize("held", [b"", b"\n", b"a\nb", b"\xff"])
+async def test_a_key_file_without_a_key_is_told(tmp_path: Path, held: bytes) -> None:
+    (tmp_path / "f").write_bytes(events(1))
+    (tmp_path / "key").write_bytes(held)
+    with pytest.raises(ConfigError, match="one key, on one line"):
+        await stubbed(Stub(), tmp_path / "f", "--key-file", tmp_path / "key")
 
 
 @pytest.mark.parametrize("url", ["host", "ftp://host", "http://", "http://host:99999", "http://["])

@@ -53,7 +53,7 @@ async def send(settings: Settings, args: argparse.Namespace) -> int:
 
 async def _send_all(settings: Settings, args: argparse.Namespace) -> int:
     url = _checked_url(args.url or f"http://127.0.0.1:{settings.port}")
-    key = args.key_file.read_text().strip() if args.key_file else _first_key(settings)
+    key = _key_of(args.key_file) if args.key_file else _first_key(settings)
     changed, totals, started = asyncio.Event(), Totals(), time.monotonic()
     unsent = 0
     try:
@@ -70,11 +70,19 @@ async def _send_all(settings: Settings, args: argparse.Namespace) -> int:
 
 
 def _checked_url(text: str) -> str:
-    """Where to post. Raises: ConfigError: it is no URL; it must not get into a state file."""
+    """Where to post, as state files and messages may show it.
+
+    Raises: ConfigError: it is no URL, or more than that of a service.
+    """
     try:
         url = URL(text.rstrip("/") + "/")
     except ValueError:
         url = URL()
+    if url.raw_user or url.raw_password or url.raw_query_string or url.raw_fragment:
+        raise ConfigError(
+            "--url: http://HOST:PORT wanted, without a login and without what follows a ? or a #; "
+            "a key comes from --key-file or the setting ingest_keys"
+        )
     if url.scheme not in ("http", "https") or not url.host:
         raise ConfigError(f"--url: {text} is no URL: http://HOST:PORT wanted")
     return str(url)
@@ -143,17 +151,30 @@ def _state(
             f"{source.name} was sent to {old.url} ({file.path}): to send it to {url} as well, "
             "name another --state; if the service has moved, --again sends it anew"
         )
-    if old.whole:
-        return new if args.again else old
-    age_s = (now - old.written_at).total_seconds()
-    if age_s > settings.dedupe_window and not args.again:
+    if old.whole and args.again:
+        return new
+    age_s = (now - old.advanced_at).total_seconds()
+    if age_s > settings.dedupe_window and not (old.whole or args.again):
         window = formats.seconds(settings.dedupe_window)
         raise DatapipeError(
             f"{source.name} was broken off {formats.seconds(age_s)} ago, and a key is known for "
             f"{window} (dedupe_window): lines {old.done.item + 1:,} to {old.reached.item:,} may be "
             "loaded already, and would be a second time; --again sends them all the same"
         )
+    if old.whole or args.again:
+        old.advanced_at = now
     return old
+
+
+def _key_of(path: Path) -> str:
+    """The ingest key that a file holds. Raises: OSError; ConfigError: it holds something else."""
+    try:
+        key = path.read_bytes().decode().strip()
+    except UnicodeDecodeError:
+        key = ""
+    if not key or not key.isprintable():
+        raise ConfigError(f"--key-file: {path} must hold one key, on one line")
+    return key
 
 
 def _first_key(settings: Settings) -> str:

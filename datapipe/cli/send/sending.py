@@ -13,6 +13,7 @@ import contextlib
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 from datapipe.cli.send.client import Client, Outcome
 from datapipe.cli.send.cut import Block, Mark, Piece, blocks
@@ -231,7 +232,10 @@ class Sending:
             behind[piece.lane] = min(behind.get(piece.lane, reached), piece.start)
         state.reached = reached
         state.behind = {lane: mark for lane, mark in behind.items() if mark < reached}
-        state.done = min(state.behind.values(), default=reached)
+        done = min(state.behind.values(), default=reached)
+        if done > state.done:
+            state.advanced_at = datetime.now(UTC)
+        state.done = done
         self._refused.flush()
         self._file.write(state)
 

@@ -13,7 +13,7 @@ import hashlib
 import os
 from collections.abc import Iterable
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import IO
 
@@ -30,6 +30,8 @@ class State(msgspec.Struct):
         id: what the keys are made of.
         url: of the service.
         head: hash of its first `head_bytes` bytes (unpacked).
+        advanced_at: when `done` last went on. What comes behind it may have been sent then, so a
+            run that gets no answer makes those keys no younger.
         done: all before it is answered.
         reached: so is what comes between, but that of the lanes in `behind`.
         behind: by lane: all of it before here is answered.
@@ -41,7 +43,7 @@ class State(msgspec.Struct):
     url: str
     head: str
     head_bytes: int
-    written_at: datetime
+    advanced_at: datetime
     done: Mark
     reached: Mark
     behind: dict[str, Mark] = {}
@@ -86,7 +88,6 @@ class StateFile:
         """
         if self.path is None:
             return
-        state.written_at = datetime.now(UTC)
         new = self.path.with_name(f"{self.path.name}.new")
         try:
             with new.open("wb") as file:

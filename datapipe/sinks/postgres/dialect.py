@@ -45,10 +45,12 @@ class PostgresDialect(Dialect):
         return [made, *more, self.comment(self.table(table.name), MARK)]
 
     def index(self, table: Table, *, concurrently: bool = False) -> str:
-        """What makes the index by which old rows are found."""
-        name = self.quote(f"{table.name}_received_at")
+        """What makes the index by which old rows are found.
+
+        The server names it: a table that was renamed has kept the name of its own.
+        """
         how = " CONCURRENTLY" if concurrently else ""
-        return f"CREATE INDEX{how} {name} ON {self.table(table.name)} (received_at)"
+        return f"CREATE INDEX{how} ON {self.table(table.name)} (received_at)"
 
     def comment(self, table: str, text: str) -> str:
         """Args: table: quoted."""
