@@ -38,6 +38,7 @@ _WIRE: dict[Any, Any] = {
     int: INT64, datetime: Time, Any: Any, object: Any, type(None): None,
     **{kind: kind for kind in (float, str, bool, date, Decimal, UUID, dict, list)},
 }  # fmt: skip
+_PARAMETERS = {list: 1, dict: 2}
 _BY_NAME = {kind.__name__: kind for kind in _WIRE if kind is not type(None)}
 # date; hours and minutes; seconds; offset
 _TIME = re.compile(
@@ -73,7 +74,17 @@ def wire_type(hint: Any) -> Any:
     """The type to decode for an annotation. Raises: TypeError: says what can't be checked."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return typing.Union[tuple(wire_type(arg) for arg in args)]  # noqa: UP007 - at run time
+        union: Any = typing.Union[tuple(wire_type(arg) for arg in args)]  # noqa: UP007 - at run time
+        try:
+            msgspec.json.Decoder(union, **TIMES)
+        except TypeError:
+            raise TypeError(
+                f"{written(hint)}: in a union datetime goes with None alone, and there is only one "
+                "of str, date, Decimal and UUID, only one list, and only one dict"
+            ) from None
+        return union
+    if origin in (list, dict) and args and len(args) != _PARAMETERS[origin]:
+        raise TypeError("write it as in list[str], dict[str, int]")
     if origin is list and args:
         return list[wire_type(args[0])]  # type: ignore[misc]
     if origin is dict and args:

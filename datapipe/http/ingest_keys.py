@@ -34,8 +34,9 @@ class Bucket:
         self._paid_until = -math.inf
 
     def set_rate(self, rate: float) -> None:
-        """Args: rate: events a second; 0: no bound."""
-        self._rate = rate
+        """Args: rate: events a second; 0: no bound. Where it is another one, the bucket is full."""
+        if rate != self._rate:
+            self._rate, self._paid_until = rate, -math.inf
 
     def take(self, events: int) -> None:
         """For so many events that are to be accepted.

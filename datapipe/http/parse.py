@@ -356,23 +356,22 @@ def _runs(
     kinds: Sequence[Kind | None],
     sizes: list[int],
     claim: Claim | None,
-) -> list[_Run]:
+) -> Iterator[_Run]:
     """Of a body some events of which are rejected: those have no type; not even a name, if it can't
     be read.
     """
     if claim is None:
-        return [_Run(kind, indexes) for (kind, _), indexes in _grouped(kinds, None) if kind]
+        yield from (_Run(kind, indexes) for (kind, _), indexes in _grouped(kinds, None) if kind)
+        return
     numbers = _part_numbers(sizes)
-    lacks = _lacks(names, kinds, numbers)
+    lacks = _lacks(names, kinds, numbers) if None in kinds else {}
     named = [kind and (kind, name or "") for kind, name in zip(kinds, names, strict=True)]
-    runs = []
     for (accepted, number), indexes in _grouped(named, numbers):
         if accepted:
             kind, name = accepted
             own = "" if name == kind.name else name
             lacking = lacks.get((name, number), "")
-            runs.append(_Run(kind, indexes, (*claim, number), own, lacking))
-    return runs
+            yield _Run(kind, indexes, (*claim, number), own, lacking)
 
 
 def _lacks(

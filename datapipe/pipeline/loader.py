@@ -300,7 +300,7 @@ class Loader:
         )  # fmt: skip
         if load.dead:
             log.warning("rows refused", lane=lane.name, rows=load.dead,
-                        error="; ".join(result.refused))  # fmt: skip
+                        error="; ".join(dict.fromkeys(result.refused)))  # fmt: skip
         if lane.blocked is not None:
             log.info("lane healed", lane=lane.name)
         lane.blocked, lane.deferred = None, False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from msgspec import inspect
 
 from datapipe.errors import ConfigError
 from datapipe.settings.nats import NATS_FILES
-from datapipe.settings.values import wrong
+from datapipe.settings.values import SECRETS, wrong
 
 SYSTEM_FILE = Path("/etc/datapipe.json")
 
@@ -108,6 +109,8 @@ def _content(path: Path) -> dict[str, Any]:
 
 
 def _decoded(kind: inspect.Type | None, key: str, text: str, source: str) -> Any:
+    if key in SECRETS and re.search("[\udc80-\udcff]", text):  # as os.environ has other bytes
+        raise wrong(key, "it is not text in UTF-8", source)
     if not isinstance(kind, inspect.ListType | inspect.DictType):
         return text
     try:

@@ -142,6 +142,9 @@ class MemoryTransaction:
     def bodies(self, ids: Sequence[str]) -> dict[str, str | None]:
         return {id: self._database.ledger[id].entry.body for id in ids}
 
+    def renew(self, claims: Sequence[str]) -> None:
+        """Nothing: no claim is ever forgotten."""
+
     def book(self, counts: Sequence[tuple[str, int, int]]) -> None:
         for id, dead, duplicates in counts:
             row = self._database.ledger[id]

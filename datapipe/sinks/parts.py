@@ -60,9 +60,13 @@ def outcomes_of(
     bodies: dict[str, str | None] = {}
     for _, part in copies:
         bodies.setdefault(f"claim:{part.claim}", part.body)
-    transaction.enter("claim", [Entry(id, body=bodies[id]) for id in sorted(bodies)])
-    # a claim that is missing by now was past `dedupe_window`: nothing stands against it
-    bodies |= transaction.bodies(list(bodies))
+    first = transaction.enter("claim", [Entry(id, body=bodies[id]) for id in sorted(bodies)])
+    if known := [id for id in sorted(bodies) if id not in first]:
+        # a claim that is missing by now was past `dedupe_window`: nothing stands against it
+        standing = transaction.bodies(known)
+        # a part that outlived its claim would be taken for one of the next body under the key
+        transaction.renew([id for id, body in standing.items() if body == bodies[id]])
+        bodies |= standing
     by_id: dict[str, list[Copy]] = {}
     reused: set[str] = set()
     for copy in copies:

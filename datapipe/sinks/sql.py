@@ -22,7 +22,7 @@ from datapipe.sinks import UNKNOWN_GROUPS, Beat, Heartbeat, Mark, Selection, She
 from datapipe.sinks.dialect import OWN_TABLES, UNKNOWN_TABLE, Dialect
 from datapipe.sinks.letters import found, found_unknown
 from datapipe.sinks.sql_transaction import sliced
-from datapipe.sinks.transaction import TableMissing
+from datapipe.sinks.transaction import RENEWED_S, TableMissing
 from datapipe.sinks.transactional import TransactionalSink
 
 _HOUR_S = 3600.0
@@ -276,7 +276,8 @@ class SqlSink(TransactionalSink):
         ]
         await self.forget(
             *((f"segment {self._one_of}", (d.listed(some),)) for some in sliced(removed)),
-            (f"kind IN ('claim', 'part') AND loaded_at < {d.at.format('%s')}", (keys_until,)),
+            (f"kind = 'part' AND loaded_at < {d.at.format('%s')}", (keys_until,)),
+            (f"kind = 'claim' AND loaded_at < {d.at.format('%s')}", (keys_until - RENEWED_S,)),
             (
                 f"kind = 'segment' AND source = 'ironmq' AND loaded_at < {d.ago()}",
                 (_IRONMQ_S,),

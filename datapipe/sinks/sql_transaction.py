@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from datapipe.sinks import Selection, Shelf
 from datapipe.sinks.dialect import Dialect
-from datapipe.sinks.transaction import Kept, Known, Letter, RefusedRow
+from datapipe.sinks.transaction import RENEWED_S, Kept, Known, Letter, RefusedRow
 
 # Values, or ledger rows, in one statement: servers bound the length of it, to as little as 1 MB.
 AT_ONCE = 4096
@@ -55,6 +55,18 @@ class SqlTransaction(ABC):
         for some in sliced(ids):
             found |= self.query(sql, self._dialect.listed(some))
         return found
+
+    def renew(self, claims: Sequence[str]) -> None:
+        """See `Transaction.renew`."""
+        d = self._dialect
+        old: list[tuple[Any, ...]] = []
+        for some in sliced(claims):
+            old += self.query(
+                f"SELECT segment FROM {self._ledger}"
+                f" WHERE segment {self._one_of} AND loaded_at < {d.ago()} ORDER BY segment",
+                d.listed(some), RENEWED_S,
+            )  # fmt: skip
+        self.many(f"UPDATE {self._ledger} SET loaded_at = {d.now} WHERE segment = %s", old)
 
     def book(self, counts: Sequence[tuple[str, int, int]]) -> None:
         """See `Transaction.book`."""

@@ -11,6 +11,9 @@ from datapipe.errors import LaneBlocked
 from datapipe.events.types import Column
 from datapipe.sinks import Selection, Shelf, Table
 
+# A claim is kept for so much longer than the parts under it: so only an older one need be renewed.
+RENEWED_S = 60.0
+
 
 class TableMissing(LaneBlocked):
     """A table, a column or a right is missing: `prepare`, which makes or names it; once more."""
@@ -114,6 +117,11 @@ class Transaction(Protocol):
 
     def bodies(self, ids: Sequence[str]) -> dict[str, str | None]:
         """The `body` of ledger rows: of those that are there."""
+
+    def renew(self, claims: Sequence[str]) -> None:
+        """From now on the ledger keeps these rows as if they were new; may do nothing for those
+        that are younger than `RENEWED_S`.
+        """
 
     def book(self, counts: Sequence[tuple[str, int, int]]) -> None:
         """Note in the ledger how many events of a segment are dead, and how many duplicates."""

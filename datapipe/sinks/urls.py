@@ -55,9 +55,10 @@ def login_fault(url: str, ends: str) -> str | None:
     """
     rest = url.partition("://")[2]
     authority = re.split(f"[{ends}]", rest, maxsplit=1)[0]
-    login, at, host = authority.partition("@")
+    login, at, _ = authority.partition("@")
     if at:
-        fine = "@" not in host.partition("?")[0] and not _PERCENT.search(login)
+        # up to the options: a password that has a slash, too, ends in what looks like the path
+        fine = "@" not in rest[len(login) + 1 :].partition("?")[0] and not _PERCENT.search(login)
     else:  # a host, or a password that was cut off within
         hosts = authority.partition("?")[0].split(",")
         fine = "@" not in rest or all(_HOST.fullmatch(each) for each in hosts)

@@ -685,6 +685,17 @@ async def test_keys_are_kept_for_what_was_seen_waiting_however_late_they_are_del
         assert await load(one, segment(1, key="k")) == Keys.KNOWN
 
 
+async def test_a_key_stands_as_long_as_anything_that_was_loaded_under_it(keys: Keys) -> None:
+    """One lane of a POST was loaded an hour after another; then comes another body."""
+    async with keys.open("one") as one:
+        await load(one, segment(1, key="k"))
+        keys.age("datapipe_ledger", "loaded_at", 1.0)
+        assert await load(one, segment(1, lane="purchase", key="k")) == (1, 0, 0)
+        await one.heartbeat(Heartbeat("one", "one", None))
+        await one.expire([])
+        assert await load(one, segment(2, lane="purchase", key="k")) == (0, 0, 1)
+
+
 async def test_a_dead_process_is_shown_for_an_hour_if_its_mirror_is_shared(keys: Keys) -> None:
     async with keys.open("living") as living:
         for name, shared in (("shares", True), ("journals", False)):

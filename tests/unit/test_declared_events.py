@@ -69,6 +69,7 @@ def test_keys_that_no_class_could_have() -> None:
         ("signup", "n", "list[bytes]", ["events.signup.n", "'list[bytes]'", "list[...]"]),
         ("signup", "n", "list[int", ["events.signup.n", "'list[int'"]),
         ("signup", "n", "dict[int, str]", ["events.signup.n", "keys of a dict are str"]),
+        ("signup", "n", "list[UUID | str]", ["events.signup.n", "UUID | str: in a union"]),
         ("signup", "n", "dict[str]", ["events.signup.n", "'dict[str]'"]),
         ("signup", "n", "list[__import__('os')]", ["events.signup.n", "is no type"]),
         ("signup", "n", "int | str", ["events.signup", "'n'", "X | None"]),

@@ -242,6 +242,8 @@ def test_names_that_are_no_event_types(name: str) -> None:
         {"x": (bytes,)}, {"x": (int | str,)}, {"x": (int, "1")}, {"x": (int, None)},
         {"x": (str, "\0")}, {"x": (int, 2**63)}, {"x": (dict, {"a": "\0"})},
         {"x": (list[bytes],)}, {"x": (dict[int, str],)}, {"x": (list[list[set]],)},
+        {"x": (list[int, str],)}, {"x": (dict[str],)}, {"x": (list[dict[str]],)},
+        {"x": (list[datetime | str],)}, {"x": (dict[str, list[int] | list[str]],)},
         {"x": (list[int], ["a"])}, {"x": (Any,)},
     ],
 )  # fmt: skip

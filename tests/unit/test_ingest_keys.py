@@ -95,6 +95,16 @@ def test_what_is_given_back_can_be_taken_again(clock: Clock) -> None:
     assert taken_at_once(bucket) == pytest.approx(10, abs=1.001)
 
 
+def test_another_rate_counts_at_once_whatever_was_taken_at_the_one_before(clock: Clock) -> None:
+    bucket = filled(1.0)
+    bucket.take(20_000)
+    bucket.set_rate(1.0)
+    with pytest.raises(RateLimited):
+        bucket.take(1)
+    bucket.set_rate(100.0)
+    assert taken_at_once(bucket) == pytest.approx(1000, abs=1.001)
+
+
 def test_without_a_rate_all_is_let_through(clock: Clock) -> None:
     assert taken_at_once(filled(0)) == 100_000
 

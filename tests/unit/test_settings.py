@@ -237,6 +237,7 @@ def test_events_of_1_0_are_not_left_behind(
         "postgresql://u:p@ss@h/d", "postgresql://u:p/ss@h/d", "postgresql://u:50%off@h/d",
         "postgres://u:a?b/ss@h:5432/d", "mysql://u:p#ss@h/d", "mariadb://u:p?ss@h/d",
         "mysql://u:p/ss@h:3306/d", "mysql://u:p%ss@h/d",
+        "postgresql://u:p@off/ss@h/d", "mysql://u:p@off/ss@h/d",
     ],
 )  # fmt: skip
 def test_a_password_that_is_not_escaped_is_named_and_not_shown(url: str) -> None:
@@ -258,6 +259,7 @@ def test_a_password_that_is_not_escaped_is_named_and_not_shown(url: str) -> None
         ("postgresql://h/d?passwor%64=x&sslpassword=y&a=b", "postgresql://h/d?passwor%64=***&sslpassword=***&a=b"),
         ("postgresql:///d?host=/run/x&application_name=a:b/c@d", None),
         ("postgresql://h?application_name=a:b/c@d", None),
+        ("postgresql://u@h?application_name=a:b/c@d", None),
         ("postgresql://[::1]:5432/d@e", None),
         ("mysql://u:p%2Fs@h/d?ssl-mode=REQUIRED", "mysql://u:***@h/d?ssl-mode=REQUIRED"),
     ],
@@ -563,3 +565,11 @@ def test_secrets_of_nats_are_not_shown() -> None:
     with pytest.raises(ConfigError) as refused:
         load(NATS_URL="s3cret", DATABASE_URL=SHARED)
     assert "s3cret" not in str(refused.value)
+
+
+def test_a_secret_that_is_no_text_is_named_and_not_shown() -> None:
+    with pytest.raises(ConfigError) as refused:
+        load(DATAPIPE_ADMIN_KEY="hidden\udcff")
+    assert str(refused.value) == (
+        "admin_key (from variable DATAPIPE_ADMIN_KEY): it is not text in UTF-8"
+    )

@@ -97,6 +97,9 @@ class ToyTransaction:
         sql = "SELECT segment, body FROM datapipe_ledger WHERE segment = ?"
         return dict(row for id in ids for row in self._execute(sql, (id,)))
 
+    def renew(self, claims: Sequence[str]) -> None:
+        """Nothing: no claim is ever forgotten."""
+
     def book(self, counts: Sequence[tuple[str, int, int]]) -> None:
         for id, *numbers in counts:
             sql = "UPDATE datapipe_ledger SET dead = ?, duplicates = ? WHERE segment = ?"

@@ -6,3 +6,4 @@ from tests.fault.modules.patching import patch
 
 patch(housekeeping, "BEAT_S", 0.1)
 patch(sql, "_BEAT_SLACK_S", 0.0)
+patch(sql, "RENEWED_S", 0.0)
