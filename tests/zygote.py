@@ -33,32 +33,35 @@ def can_fork(env: dict[str, str]) -> bool:
 
 
 class Forked:
-    """A forked service; what tests use of `asyncio.subprocess.Process`."""
+    """A forked service; what tests use of `asyncio.subprocess.Process`. Made by a running loop."""
 
     def __init__(self, pid: int, status: int, stdout: asyncio.StreamReader) -> None:
         self.pid = pid
         self.stdout = stdout
         self._status = status
         self._returncode: int | None = None
+        self._ended = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(status, self._end)
+
+    def _end(self) -> None:
+        self._loop.remove_reader(self._status)
+        self._returncode = int(os.read(self._status, 16))
+        os.close(self._status)
+        self._ended.set()
 
     @property
     def returncode(self) -> int | None:
         """The exit code, or minus the signal that ended it; None: it runs."""
         if self._returncode is None and select.select([self._status], [], [], 0)[0]:
-            self._returncode = int(os.read(self._status, 16))
-            os.close(self._status)
+            self._end()
         return self._returncode
 
     async def wait(self) -> int:
         """Wait for its end; see `returncode`."""
-        while (code := self.returncode) is None:
-            ended, loop = asyncio.Event(), asyncio.get_running_loop()
-            loop.add_reader(self._status, ended.set)
-            try:
-                await ended.wait()
-            finally:
-                loop.remove_reader(self._status)
-        return code
+        await self._ended.wait()
+        assert self._returncode is not None
+        return self._returncode
 
     def send_signal(self, number: int) -> None:
         if self.returncode is None:

@@ -89,7 +89,7 @@ class Fleet:
         async def there() -> bool:
             posts = [post for post in self.driver.posts if post.answered]
             refused = any(is_refused(*each) for post in posts for each in post.events)
-            waited = any(post.dead is not None for post in posts)
+            waited = any(post.waits for post in posts)
             return refused and waited and any(post.answered > 1 for post in posts)
 
         await until(there, what="a key used twice, a refused row, and a wait")

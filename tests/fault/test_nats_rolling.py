@@ -17,7 +17,7 @@ async def test_all_processes_and_then_all_nodes_one_by_one(
     async with Machines.running(tmp_path, postgres, make_service, chance) as machines:
         print("processes", await machines.round(_processes))
         print("nodes", await machines.round(_nodes))
-        assert set(machines.driver.statuses) <= {200, 503}, machines.driver.statuses
+        assert set(machines.driver.statuses) <= {200, 202, 503}, machines.driver.statuses
         assert not machines.driver.torn
 
 
