@@ -50,7 +50,7 @@ async def watchdog() -> AsyncIterator[None]:
 
 async def _ping(interval_s: float) -> None:
     while True:
-        _send("WATCHDOG=1")
+        _send("WATCHDOG=1", wait_s=0)  # two come in each interval: one may be lost
         await asyncio.sleep(interval_s)
 
 
@@ -63,12 +63,13 @@ def _interval_s() -> float | None:
     return None
 
 
-def _send(message: str) -> None:
+def _send(message: str, wait_s: float = _SEND_S) -> None:
+    """Give up after `wait_s`, in which the event loop stands still."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address.startswith(("/", "@")):  # unset, or of a kind that is not for services (vsock)
         return
     if address.startswith("@"):  # a name without a file: Linux wants it to begin with a NUL
         address = f"\0{address[1:]}"
     with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
-        channel.settimeout(_SEND_S)
+        channel.settimeout(wait_s)
         channel.sendto(message.encode(), address)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -124,3 +125,21 @@ def test_a_socket_that_is_not_there_is_no_fault(
     notify.ready("listening")
     notify.reloading()
     notify.stopping()
+
+
+async def test_a_systemd_that_does_not_read_holds_up_no_event(
+    systemd: Systemd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", systemd.address)
+    monkeypatch.setenv("WATCHDOG_USEC", "20000")
+    with (
+        contextlib.suppress(BlockingIOError),
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as filler,
+    ):
+        filler.setblocking(False)
+        while True:
+            filler.sendto(b"x", systemd.address.replace("@", "\0", 1))
+    began = time.monotonic()
+    async with notify.watchdog():
+        await asyncio.sleep(0.05)
+    assert time.monotonic() - began < 0.5
