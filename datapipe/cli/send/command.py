@@ -74,8 +74,9 @@ def _checked_url(text: str) -> str:
 
     Raises: ConfigError: it is no URL, or more than that of a service.
     """
+    text = text.rstrip("/")
     try:
-        url = URL(text.rstrip("/") + "/")
+        url = URL(text if text.endswith("/v1/events") else f"{text}/")
     except ValueError:
         url = URL()
     if url.raw_user or url.raw_password or url.raw_query_string or url.raw_fragment:
