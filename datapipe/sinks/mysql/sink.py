@@ -63,7 +63,7 @@ _LOOK = "SELECT segment FROM datapipe_ledger"
 _DELETE = (
     "DELETE datapipe_ledger FROM JSON_TABLE(%s, '$[*]' COLUMNS"
     " (id VARCHAR(191) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin PATH '$')) AS found"
-    " STRAIGHT_JOIN datapipe_ledger ON datapipe_ledger.segment = found.id"
+    " STRAIGHT_JOIN datapipe_ledger FORCE INDEX (PRIMARY) ON datapipe_ledger.segment = found.id"
 )
 
 _ENGINE = (
