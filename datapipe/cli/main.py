@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import pkgutil
 import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
@@ -12,10 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from datapipe import settings
-from datapipe.cli import commands, configuration
-from datapipe.cli.send.command import send
-from datapipe.cli.serve import serve
-from datapipe.cli.unknown import unknown
+from datapipe.cli import configuration
 from datapipe.errors import ConfigError, DatapipeError
 from datapipe.settings import Settings
 from datapipe.version import __version__
@@ -56,6 +54,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+def _command(name: str) -> Command:
+    """Imported once it is run: each brings much that the others don't need."""
+
+    def run(configured: Settings, args: argparse.Namespace) -> Coroutine[Any, Any, int]:
+        command: Command = pkgutil.resolve_name(f"datapipe.cli.{name}")
+        return command(configured, args)
+
+    return run
+
+
 def _run(command: Coroutine[Any, Any, int]) -> int:
     """Run it on uvloop, or, where that is not installed, on asyncio's own, slower loop."""
     try:
@@ -89,29 +97,42 @@ def _parser() -> argparse.ArgumentParser:
             _add_database(made)
         return made
 
-    serving = add("serve", serve, "run the service")
+    serving = add("serve", _command("serve:serve"), "run the service")
     serving.add_argument("--host", help="address to listen on")
     serving.add_argument("--port", type=int, help="port to listen on")
     serving.add_argument("--try-out", action="store_true", help=argparse.SUPPRESS)
-    checking = add("check", commands.check, "verify the settings, the database and the mirror")
+    checking = add(
+        "check", _command("commands:check"), "verify the settings, the database and the mirror"
+    )
     checking.add_argument(
         "--release", action="store_true", help="before a release: to be unreachable is no failure"
     )
     _add_json(checking)
-    loading = add("load", commands.load, "load once all that waits without a living owner")
+    loading = add(
+        "load", _command("commands:load"), "load once all that waits without a living owner"
+    )
     loading.set_defaults(needs="mirror")
     loading.add_argument(
         "--accept-dead", action="store_true", help="let refused rows through to the dead letters"
     )
-    looking = add("status", commands.status, "the page at a glance", uses_database=False)
+    looking = add(
+        "status", _command("commands:status"), "the page at a glance", uses_database=False
+    )
     looking.add_argument(
         "url", nargs="?", metavar="URL", help="of the service, this machine's if not given"
     )
     _add_json(looking)
-    _add_send(add("send", send, "send files of events to a service", uses_database=False))
+    _add_send(
+        add(
+            "send",
+            _command("send.command:send"),
+            "send files of events to a service",
+            uses_database=False,
+        )
+    )
     text = "the settings in force, and where each came from"
     _add_json(add("config", configuration.config, text, uses_database=False))
-    defining = add("schema", commands.schema, "print the DDL for all event types")
+    defining = add("schema", _command("commands:schema"), "print the DDL for all event types")
     defining.add_argument(
         "--apply", action="store_true", help="make what is missing, and print only that"
     )
@@ -120,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
         help="keep a table that was there before in order as one of ours (PostgreSQL)",
     )  # fmt: skip
     _add_shelf(
-        sub, "dead", commands.dead, "dead letters: look, put back, remove",
+        sub, "dead", _command("commands:dead"), "dead letters: look, put back, remove",
         {
             "list": "count them by reason and show the newest",
             "replay": "check them again and put them back into their tables",
@@ -129,7 +150,8 @@ def _parser() -> argparse.ArgumentParser:
         {"--lane": "only of this lane", "--sqlstate": "only with this SQLSTATE"},
     )  # fmt: skip
     _add_shelf(
-        sub, "unknown", unknown, "kept events of unknown types: look, move, remove",
+        sub, "unknown", _command("unknown:unknown"),
+        "kept events of unknown types: look, move, remove",
         {
             "list": "count them by name, with a type that fits them, and show the newest",
             "replay": "check those whose type is registered by now and move them into its table",
@@ -138,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
         {"--name": "only of this event_name"},
     )  # fmt: skip
     text = "print the class of a new event type"
-    new = add("new-event", commands.new_event, text, uses_database=False)
+    new = add("new-event", _command("commands:new_event"), text, uses_database=False)
     new.add_argument("name", help="the event_name")
     new.add_argument("fields", nargs="*", metavar="field:type", help="e.g. user_id:int plan:str?")
     return parser

@@ -15,10 +15,11 @@ The cut depends on the content alone, so that a repeat gives the same pieces und
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import msgspec
@@ -116,12 +117,10 @@ def _full(held: list[bytes], offset: int, cuts: Sequence[int]) -> int:
     limit = min(bounds)
     if len(held) < _BLOCK_ITEMS and sum(map(len, held)) + len(held) < limit:
         return 0
-    size = 0
-    for count, item in enumerate(held[:_BLOCK_ITEMS], 1):
-        size += len(item) + 1
-        if size >= limit:
-            return count
-    return _BLOCK_ITEMS
+    lengths = list(accumulate(map(len, held[:_BLOCK_ITEMS])))
+    counts = range(1, len(lengths) + 1)
+    count = 1 + bisect_left(counts, limit, key=lambda count: lengths[count - 1] + count)
+    return min(count, _BLOCK_ITEMS)
 
 
 def _block(items: list[bytes], start: Mark, *, ended: bool) -> Block:
@@ -129,10 +128,8 @@ def _block(items: list[bytes], start: Mark, *, ended: bool) -> Block:
     pieces: list[Piece] = []
     for lane, indexes in _by_lane(names).items():
         for some in _pieces(items, indexes):
-            taken = items[some.start : some.stop] if isinstance(some, range) else [
-                items[i] for i in some
-            ]  # fmt: skip
-            pieces.append(Piece(lane, start, start.piece + len(pieces), taken, some))
+            number = start.piece + len(pieces)
+            pieces.append(Piece(lane, start, number, _taken(items, some), some))
     size = sum(map(len, items)) + len(items)
     end = Mark(start.offset + size, start.item + len(items), start.piece + len(pieces))
     return Block(start, end, pieces, refusals, ended)
@@ -145,10 +142,16 @@ def _pieces(items: Sequence[bytes], indexes: Sequence[int]) -> Iterator[Sequence
     while waiting:
         some = waiting.pop()
         middle = len(some) // 2
-        if middle and sum([len(items[i]) for i in some]) > _PIECE_BYTES:
+        if middle and sum(map(len, _taken(items, some))) > _PIECE_BYTES:
             waiting += [some[middle:], some[:middle]]
         else:
             yield some
+
+
+def _taken(items: Sequence[bytes], indexes: Sequence[int]) -> Sequence[bytes]:
+    if isinstance(indexes, range):
+        return items[indexes.start : indexes.stop]
+    return [items[i] for i in indexes]
 
 
 def _by_lane(names: Sequence[str | None]) -> Mapping[str, Sequence[int]]:
@@ -177,7 +180,7 @@ def _names(items: Sequence[bytes], number: int) -> tuple[Sequence[str | None], l
     """
     if all(map(bytes.isascii, items)):
         try:
-            names = [_decode(item).event_name for item in items]
+            names = [event.event_name for event in map(_decode, items)]
         except _BROKEN:
             pass
         else:
