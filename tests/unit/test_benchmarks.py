@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 import pytest
 import structlog
 
-from benchmarks import batch, databases, keys, memory, nats, page, single, steady
+from benchmarks import batch, databases, keys, memory, nats, page, send, single, steady
 from benchmarks.chart import Bar, Group, svg
 from benchmarks.limits import LIMITS
 from benchmarks.measure import (
@@ -147,7 +147,7 @@ def test_a_missed_goal_says_what_holds_it_back(
 
 
 def test_limits_are_those_of_goals_that_there_are() -> None:
-    goals = [goal for part in (batch, keys, memory, steady) for goal in part.goals()]
+    goals = [goal for part in (batch, keys, memory, send, steady) for goal in part.goals()]
     goals += [goal for connections in single.CONNECTIONS for goal in single.goals(connections)]
     goals += [goal for connections in nats.CONNECTIONS for goal in nats.goals(connections)]
     goals += nats.batch_goals() + [goal for name in nats.SYNC for goal in nats.process_goals(name)]
