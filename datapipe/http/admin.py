@@ -107,9 +107,11 @@ class Admin:
     ) -> web.StreamResponse:
         """`POST /dead/replay`, `POST /dead/drop`; the same of unknown events."""
         self._access.may_act(request)
+        body = await request.read()
         form = request.content_type == "application/x-www-form-urlencoded"  # the page's buttons
+        form = form and not body.lstrip().startswith(b"{")  # or `curl -d`, which says so, too
         try:
-            wanted = await request.post() if form else msgspec.json.decode(await request.read())
+            wanted = await request.post() if form else msgspec.json.decode(body)
             selection = select(wanted)
         except (msgspec.MsgspecError, UnicodeError, RecursionError) as exc:
             raise Refused(Reason.BAD_JSON, f"not JSON: {exc}") from None
