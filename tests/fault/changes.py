@@ -280,14 +280,17 @@ async def reload(services: list[Service], keys: list[str]) -> None:
 async def restart(services: list[Service], keys: list[str], chance: random.Random) -> None:
     service = chance.choice(services)
     await service.stop()
-    service.settings |= variant(chance)
-    write(service, keys)
-    await service.start()
+    await comes_back(service, keys, chance)
 
 
 async def killed(services: list[Service], keys: list[str], chance: random.Random) -> None:
     service = chance.choice(services)
     await service.kill()
+    await comes_back(service, keys, chance)
+
+
+async def comes_back(service: Service, keys: list[str], chance: random.Random) -> None:
+    """With other settings."""
     service.settings |= variant(chance)
     write(service, keys)
     await service.start()
