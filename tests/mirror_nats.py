@@ -104,7 +104,7 @@ def ids(segments: Sequence[Segment]) -> list[str]:
 
 async def store(mirror: Nats, *segments: Segment) -> None:
     appended = await mirror.append(segments)
-    assert appended.error is None
+    assert appended.error is None, appended.error
     assert ids(appended.stored) == ids(segments)
 
 
