@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -33,11 +34,14 @@ class _Lane:
         self.accepted, self.loaded = Rate(RATE_S), Rate(RATE_S)
         self.opened = self.last = Reading(0, 0, 0)  # a lane comes into being with its first event
         self.peak = 0
+        self.busy_at = -math.inf  # when last anything was accepted, loaded or waiting
         self.take(began, self.last)
 
     def take(self, now: float, reading: Reading) -> None:
         self.accepted.take(reading.accepted, now)
         self.loaded.take(reading.loaded, now)
+        if reading.waiting or reading != self.last:
+            self.busy_at = now
         self.last, self.peak = reading, max(self.peak, reading.waiting)
 
     def close(self, seconds: float) -> None:
@@ -83,6 +87,11 @@ class History:
         if (lane := self._lanes.get(name)) is None:
             return 0.0, 0.0
         return round(lane.accepted.per_second(), 1), round(lane.loaded.per_second(), 1)
+
+    def idle(self, name: str) -> bool:
+        """Nothing was accepted, loaded or waiting within the time that the charts show."""
+        lane = self._lanes.get(name)
+        return lane is None or self._taken_at - lane.busy_at >= POINTS * STEP_S
 
     def points(self) -> dict[str, list[Point]]:
         """All points by lane, oldest first, as they are now; a younger lane has fewer."""

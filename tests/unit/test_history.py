@@ -40,6 +40,22 @@ def test_a_pause_leaves_no_gap() -> None:
     assert len(series_of(history.points())["a"]["accepted"]) == POINTS
 
 
+def test_idle_is_what_nothing_has_happened_to_for_as_long_as_the_charts_show() -> None:
+    history, whole = History(0.0), POINTS * STEP_S
+    assert history.idle("nonesuch")
+    nothing = {name: Reading(0, 0, 0) for name in ("a", "b", "c")}
+    history.take(1.0, nothing)
+    assert [history.idle(name) for name in nothing] == [True] * 3
+    # one is accepted and loaded, one waits, one came from the mirror and waited from the start
+    then = {"a": Reading(1, 1, 0), "b": Reading(0, 0, 1), "d": Reading(0, 0, 1)}
+    history.take(2.0, nothing | then)
+    later = then | {"d": Reading(0, 1, 0)}
+    history.take(2.0 + whole - 1, nothing | later)
+    assert [history.idle(name) for name in "abcd"] == [False, False, True, False]
+    history.take(2.0 + whole, nothing | later)
+    assert [history.idle(name) for name in "abcd"] == [True, False, True, False]
+
+
 def test_rates_of_a_lane_that_is_not_known() -> None:
     assert History(0.0).rates("nonesuch") == (0.0, 0.0)
 
