@@ -17,6 +17,8 @@ import structlog
 from aiohttp import web
 
 from datapipe.errors import Busy, RateLimited, Reason, Refused
+from datapipe.http.body import Headers
+from datapipe.http.traceparent import trace_ids
 
 log = structlog.stdlib.get_logger("datapipe.http.responses")
 
@@ -92,9 +94,9 @@ def plain(content: Any) -> web.Response:
     )
 
 
-def internal_error(error: BaseException, request_id: str, path: str) -> Answer:
-    """The answer to an unexpected exception."""
-    log.error("fault", exc_info=error, request_id=request_id, path=path)
+def internal_error(error: BaseException, headers: Headers, request_id: str, path: str) -> Answer:
+    """The answer to an unexpected exception; `headers` are the request's."""
+    log.error("fault", exc_info=error, request_id=request_id, path=path, **trace_ids(headers))
     return answer(500, 100, f"internal server error; request id {request_id}")
 
 
