@@ -30,9 +30,10 @@ def test_each_test_that_is_named_exists(path: Path) -> None:
 
 
 def test_each_promise_names_a_test() -> None:
-    text = (ROOT / "docs" / "promises.md").read_text()
-    rows = [line for line in text.splitlines() if line.startswith("| ")][2:]
-    assert rows
+    lines = (ROOT / "docs" / "promises.md").read_text().splitlines()
+    heads = ("| promise | test |", "| --- | --- |")
+    rows = [line for line in lines if line.startswith("|") and line not in heads]
+    assert len(rows) >= len(lines) / 2
     assert all(_TEST.search(row) for row in rows), [r for r in rows if not _TEST.search(r)]
 
 
