@@ -3,7 +3,7 @@
     sh      bash -e; a block that ends with `datapipe serve` or `make run` starts a service, which
             runs until the page's end or the next one. `sudo systemctl start datapipe` does so, too;
             `stop` and `reload` are the reader's systemd as well
-    sql     psql, once nothing waits any more
+    sql     psql, once nothing waits any more; by the line that `make run` printed, if it did
     python, js    written to its file, or run where it has none
     html    written, and opened in a browser, from http://localhost:3000
     json    settings: read, event types and all
@@ -23,6 +23,7 @@ import doctest
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -188,12 +189,17 @@ class Stage:
     async def _systemctl(self, verb: str) -> None:
         """Raises: AssertionError: there is nothing to be stopped, or to be reloaded."""
         if verb == "start":
-            return await self._serve("datapipe serve")
+            await self._serve("datapipe serve")
+            return
         assert self._service is not None, "no service runs"
         if verb == "stop":
-            return await self.stop()
+            await self.stop()
+        else:
+            await self._reload(self._service)
+
+    async def _reload(self, service: asyncio.subprocess.Process) -> None:
         before = len(self.said)
-        os.killpg(self._service.pid, signal.SIGHUP)
+        os.killpg(service.pid, signal.SIGHUP)
 
         async def reloaded() -> bool:
             return any('"settings reloaded"' in line for line in self.said[before:])
@@ -237,7 +243,14 @@ class Stage:
 
     async def _sql(self, block: Block, text: str) -> None:
         await self.loaded()
-        await self._bash(text, 0, "psql", "-v", "ON_ERROR_STOP=1", self._database)
+        where = [self._database] if self._database else self._printed_psql()
+        await self._bash(text, 0, "psql", "-v", "ON_ERROR_STOP=1", *where)
+
+    def _printed_psql(self) -> list[str]:
+        """The words of the `psql` line of `make run` that say which database."""
+        (line,) = [line for line in self.said if line.startswith("  rows ")]
+        words = shlex.split(line)
+        return words[2 : words.index("-c")]
 
     async def _python(self, block: Block, text: str) -> None:
         compile(text, block.place, "exec")
