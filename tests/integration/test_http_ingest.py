@@ -6,6 +6,7 @@ import asyncio
 import base64
 import gzip
 import json
+import re
 import zlib
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -441,7 +442,7 @@ MENDS = {
         json.dumps(sized("x" * INPUT_MAX)).encode(), [], 400, "2048 bytes, which input_max_len sets"
     ),
     "a batch": (
-        b"\n".join([J1] * (BATCH_MAX + 1)), [], 413, "500 events in a batch, which batch_max_events"
+        b"\n".join([J1] * (BATCH_MAX + 1)), [], 413, "500 events in one POST, which batch_max_ev"
     ),
     "gzip": (gzip.compress(J1), [], 400, "Content-Encoding: gzip"),
     "lines without ends, as curl -d sends them": (J1 + J2, [], 400, "--data-binary"),
@@ -691,6 +692,8 @@ async def test_no_or_a_wrong_ingest_key(locked: Service, name: str) -> None:
     before = await accepted(locked)
     answer = await ask(locked, authorized(name, NOT_ALLOWED))
     assert (answer.status, answer.code) == (401, 8)
+    challenge = answer.headers["www-authenticate"]
+    assert re.findall(r"(\w+) realm=", challenge) == ["Basic", "Bearer"]
     assert await accepted(locked) == before
     assert (await ask(locked, authorized(name, NOT_ALLOWED, b"nonsense"))).status == 401
 
