@@ -13,7 +13,7 @@ from datapipe.health import Health
 from datapipe.mirrors import MirrorState
 from datapipe.monitor import formats
 from datapipe.monitor.aggregate import BOOKS, IN_HAND, together, together_series
-from datapipe.monitor.history import History, Reading, series_of
+from datapipe.monitor.history import History, Reading
 from datapipe.monitor.metrics import Metrics, Samples
 from datapipe.monitor.peers import Others, Peers
 from datapipe.monitor.summary import summary
@@ -161,11 +161,11 @@ class Status:
 
     async def series(self) -> dict[str, Any]:
         """The key `history` of `/status.json`."""
-        points, others = self.history.points(), self._others.histories
-        shared = self.buffer.mirror.traits.shared
+        own = dict(await _in_steps(self.history.series()))
+        others, shared = self._others.histories, self.buffer.mirror.traits.shared
 
         def history() -> dict[str, Any]:
-            return together_series([series_of(points), *others], shared=shared)
+            return together_series([own, *others], shared=shared)
 
         return await asyncio.to_thread(history)  # it can be a million numbers
 
@@ -175,7 +175,7 @@ class Status:
         own["parts"] = [part for part in own["parts"] if part["part"] not in _NOT_TOLD]
         if not history:
             return own
-        return own | {"history": await asyncio.to_thread(series_of, self.history.points())}
+        return own | {"history": dict(await _in_steps(self.history.series()))}
 
     async def of_data_dir(self) -> tuple[dict[str, Any], list[Samples]]:
         """All numbers, and the histograms, of the processes that share our `data_dir`, now."""
