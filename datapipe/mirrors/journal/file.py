@@ -34,7 +34,6 @@ from datapipe.events.segment import (
     encode_head,
     restored,
 )
-from datapipe.mirrors.buffered import Removal, Run
 from datapipe.mirrors.journal.salvage import (
     crc_of,
     discard,
@@ -44,6 +43,7 @@ from datapipe.mirrors.journal.salvage import (
     rename,
     rescue,
 )
+from datapipe.mirrors.store import Removal, Run
 
 _FORMAT = 1
 _SCHEMA = """
