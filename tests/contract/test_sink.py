@@ -17,8 +17,9 @@ import psycopg2
 import pytest
 
 from datapipe.errors import LaneBlocked, SinkUnavailable
+from datapipe.events.rows import escape, neutral_time
 from datapipe.events.segment import Part, Segment
-from datapipe.events.types import Column, Event, EventType, escape, neutral_time
+from datapipe.events.types import Column, Event, EventType
 from datapipe.events.unknown import UNKNOWN, UnknownType
 from datapipe.settings import Settings
 from datapipe.sinks import Beat, Database, Heartbeat, Loaded, Selection, Shelf, Table, open_sink
