@@ -26,7 +26,8 @@ from datapipe.sinks import Beat, Database, Heartbeat, Loaded, Selection, Shelf, 
 from datapipe.sinks.letters import event_json
 from datapipe.sinks.memory import MemoryDatabase
 from datapipe.sinks.parts import KEY_REUSED
-from datapipe.sinks.sql import Result, SqlSink, Statement
+from datapipe.sinks.sql import SqlSink
+from datapipe.sinks.sql_tables import Result, Statement
 from tests.databases import execute
 from tests.mariadb import MariaDB
 from tests.postgres import Postgres
