@@ -1,7 +1,7 @@
-"""Many events a POST over 8 connections, from the first POST until the last row is committed.
+"""Many events per POST over 8 connections, from the first POST until the last row is committed.
 
-datapipe ends with `POST /load`, which answers when all is in its table. *copy_expert* is one COPY
-of the same rows, ready in memory, in one transaction: what PostgreSQL takes at most from one
+datapipe ends with `POST /load`, which answers when everything is in its table. *copy_expert* is one
+COPY of the same rows, ready in memory, in one transaction: the most that PostgreSQL takes from one
 connection. *Bare aiohttp* and *the generator's limit* read the same bodies and store nothing. The
 peers get the same batches and write one statement for each.
 """

@@ -1,17 +1,17 @@
 """The databases that datapipe can load into, beside each other and beside their own fastest load.
 
-*A load alone*: the sink's `load` of 180 segments of 1,000 rows each, with its ledger rows, in the
-benchmark's own process, without HTTP. Beside it the same rows, ready in memory, one transaction, a
-table that datapipe made: COPY from psycopg2, LOAD DATA LOCAL from PyMySQL, `executemany` of tuples.
-There are three times as many turns, each a third as long. A rate is that of the median of a run's
-loads; the CPU is that of the process that loads, in which SQLite does all of its work: the others
-have servers of their own. *Batches* are those of [Batches](#batches).
+*A load alone*: datapipe's load of 180,000 rows, stored as 180 times 1,000, with its ledger rows, in
+the benchmark's own process, without HTTP. Beside it the same rows, ready in memory, in one
+transaction, into a table that datapipe made: COPY from psycopg2, LOAD DATA LOCAL from PyMySQL,
+`executemany` of tuples. There are three times as many turns, each a third as long. A rate is the
+median of a run's loads. The CPU is that of the process that loads, in which SQLite does all of its
+work, while the others have servers of their own. *Batches* are those of [Batches](#batches).
 
-*The event loop's delay*: 2,000 POSTs a second over 64 connections, every twentieth with 1,000
+*The event loop's delay*: 2,000 POSTs per second over 64 connections, every twentieth with 1,000
 events, so that there is always something to load. While a load runs, a coroutine of the service
-sleeps for a millisecond over and over, and notes how much later it wakes; a timer is up to a
-millisecond late by itself. *Inside* is told of all POSTs: from when the bytes are there until the
-answer is written.
+sleeps for a millisecond over and over, and notes how much later it wakes; a timer alone is up to a
+millisecond late. *Inside* is of all POSTs: from when the bytes have arrived until the answer is
+written.
 """
 
 from __future__ import annotations

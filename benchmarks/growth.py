@@ -1,11 +1,11 @@
-"""What becomes of datapipe when much waits, and when it has many lanes or wide tables.
+"""How datapipe behaves when many events wait, and with many event types or wide tables.
 
-*Waiting*: the database can't be reached and the journal's limit is raised. For each level the
-journal is filled, the process is killed and started anew (the page cache still holds the journal),
-and the time is taken until `/readyz` is 200 and until the books show all that waits. Then batches
-of 1,000 come over 8 connections for a second or two: what an event costs on top of those that wait.
-*Lanes* and *columns*: batches of 1,000 until committed, the events spread over the lanes; of the
-columns every other one is `int`, the others `str`.
+*Waiting*: the database can't be reached, and the journal's limit is raised. For each level the
+journal is filled, the process is killed and started again (the journal is still in the page cache),
+and the time is taken until `/readyz` is 200 and until all that waits is counted. Then batches of
+1,000 come over 8 connections for a second or two: what an event costs on top of those that wait.
+*Event types* and *columns*: batches of 1,000 until committed, the events spread over the types;
+every other column is `int`, the others `str`.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def measure(bench: Bench) -> Iterator[Contest]:
         )
     finally:
         waiting.close()
-    lanes = {_count(n, "lane"): partial(_declared, bench, n, 3) for n in (1, 10, 100)}
-    yield in_turn("by lanes", lanes, bench, memory_goals("growth", *lanes), [_CPU])
+    types = {_count(n, "event type"): partial(_declared, bench, n, 3) for n in (1, 10, 100)}
+    yield in_turn("by event types", types, bench, memory_goals("growth", *types), [_CPU])
     columns = {_count(n, "column"): partial(_declared, bench, 1, n) for n in (3, 10, 50)}
     yield in_turn("by columns", columns, bench, memory_goals("growth", *columns), [_CPU])
 

@@ -1,11 +1,11 @@
-"""IronMQ as the mirror, a stand-in in a process of its own that answers each call in 50 ms.
+"""IronMQ as the durable queue: a stand-in in a process of its own that answers each call in 50 ms.
 
-Single events: while a call is under way events gather for the next, so the rate goes with the
-number of connections; *share* is the rate as a share of connections / latency, which one would get
-if each POST waited for exactly one call. Batches: 1,000 events of the README's size a POST over 64
-connections, until committed and deleted from the queue; requests are those of all kinds for a
-million events. The hour (an event a second, `mirror_linger_ms` at 5,000) and the idle day (of three
-lanes) are counted on a simulated clock.
+Single events: while a call is under way events gather for the next, so the rate grows with the
+number of connections. *Share* is the rate as a share of connections / latency, which is what one
+would get if each POST waited for exactly one call. Batches: 1,000 events of the README's size per
+POST over 64 connections, until committed and deleted from the queue; requests are of all kinds, per
+million events. The hour (an event per second, `mirror_linger_ms` at 5,000) and the idle day (of
+three event types) are counted on a simulated clock.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def measure(bench: Bench) -> Iterator[Contest]:
 
 
 def _simulated() -> Contest:
-    hour, day = "an event a second for an hour", "idle for a day, a lane"
+    hour, day = "an event a second for an hour", "idle for a day, per event type"
     requests = {
         hour: [{"requests": float(ironmq_simulated.hour().total())}],
         day: [{"requests": ironmq_simulated.day().total() / LANES}],

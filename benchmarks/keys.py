@@ -1,8 +1,8 @@
-"""Single events, each with an `Idempotency-Key` that was never seen before, and without.
+"""Single events, with a new `Idempotency-Key` each, and without.
 
-wrk puts each request together in both cases, so the generator costs the same. *Until committed* is
-the rate at which loads keep up: all events by the time from the first POST until all are in the
-table; with keys the ledger takes two rows an event beside it.
+wrk builds each request anew in both cases, so the generator costs the same. *Until committed* is
+the rate at which loads keep up: all events, by the time from the first POST until all are in the
+table. With keys the ledger gets two more rows per event.
 """
 
 from __future__ import annotations

@@ -33,7 +33,8 @@ _THRICE = (
 )
 _NODES = (
     "The three nodes run on the service's two cores, and two processes use those up (*machine's "
-    "busy cores*); each makes segments half as large, so an event costs the nodes twice as much."
+    "busy cores*); what each stores at a time is half as large, so an event costs the nodes twice "
+    "as much."
 )
 
 _WAITING = (
@@ -58,8 +59,8 @@ LIMITS: dict[str, str] = {
     ),
     "single, a fresh Idempotency-Key each / without": (
         "A key costs 10 us on the event loop and 3 beside it: it is cut out of the head (2.5), two "
-        "hashes (2), a part of the segment and its JSON, and a journal row that is more than "
-        "twice as long. An event without a key has become cheaper by more than one with."
+        "hashes (2), a part of its own in what is stored, as JSON, and a journal row that is more "
+        "than twice as long. An event without a key has become cheaper by more than one with."
     ),
     "keys, peak MB": (
         "The hashes of waiting keys are held in memory beside the rows, and `buffer_max_bytes` "

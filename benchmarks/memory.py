@@ -1,7 +1,7 @@
 """Resident memory of a service that has nothing to do, installed as `make run` installs it.
 
-Some seconds after its start, and some seconds after a million events, in batches of 1,000, were
-loaded. What each load above takes at most stands in its own table.
+Measured some seconds after its start, and some seconds after a million events, in batches of 1,000,
+were loaded. The peak of each test above is in its own table.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""NATS JetStream as the mirror: three nodes, each stream on all of them, and the journal beside it.
+"""NATS JetStream as the durable queue: three nodes, each stream on all of them; beside the journal.
 
 With the *default sync* its servers flush every two minutes: an answer then means that two of three
 have the event in memory. With *sync always* (`sync_interval: always`) two of three have it on disk.
-All three nodes, the service, PostgreSQL and the generator share the cores, so what an event costs
-in each is told: until all is committed, in CPU seconds a million events. Once all of the *machine's
-cores* are busy, a second process adds nothing but its own costs. MB are those of one node, and of
-the service, after the run; *stored* is what waits to be loaded at the end of the sending.
+All three nodes, the service, PostgreSQL and the generator share the cores, so the tables say what
+an event costs in each: CPU seconds per million events, until all are committed. Once all of the
+*machine's cores* are busy, a second process adds nothing but its own costs. MB are those of one
+node, and of the service, after the run; *stored* is what waits to be loaded when sending ends.
 """
 
 from __future__ import annotations

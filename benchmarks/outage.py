@@ -1,8 +1,8 @@
 """The database is stopped, 10 million events come in, the database is started again.
 
-The time is taken from when PostgreSQL answers until nothing waits: datapipe finds out by itself.
-*copy_expert* writes as many rows in one COPY, one transaction. The events came in batches of 1,000;
-the journal's limit is raised.
+Timed from when PostgreSQL answers until nothing waits: datapipe notices by itself. *copy_expert*
+writes as many rows in one COPY, one transaction. The events came in batches of 1,000; the journal's
+limit is raised.
 """
 
 from __future__ import annotations

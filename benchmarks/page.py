@@ -32,7 +32,7 @@ FIGURES = {  # the title of its column, and its format
     "lag_p99_s": ("lag p99 s", ".1f"),
     "lag_max_s": ("longest lag s", ".1f"),
     "ready_s": ("ready s", ".2f"),
-    "recovered_s": ("books complete s", ".2f"),
+    "recovered_s": ("all counted s", ".2f"),
     "first_s": ("first loaded s", ".1f"),
     "drain_s": ("all loaded s", ".1f"),
     "share": ("share", ".3f"),
@@ -57,14 +57,17 @@ FIGURES = {  # the title of its column, and its format
 _INTRO = """\
 # Benchmarks
 
-Measured and written by `make bench` (`python -m benchmarks --help` tells its parts): datapipe
-beside what one could take instead, on one machine, in one run. Rivals take turns (A B A B). A
-figure is the median of its runs, the small ones are the least and the most. A ratio is made of
-the runs that followed each other. CPU, cores and memory are those of the server with all its
-processes, not of PostgreSQL, unless said otherwise; MB are 10^6 bytes, *peak* is the highest mark
-of resident memory. The generator is not the bottleneck where its cores are below 1 (wrk has one
-thread) and its limit is well above the figure; on so few cores it takes its share of the machine
-from every rival alike.
+How fast datapipe is beside what you could use instead, measured on one machine in one run.
+`make bench` writes this page (`python -m benchmarks --help` lists its parts).
+
+- **Figures**: rivals take turns (A B A B). A figure is the median of its runs; the small ones are
+  the lowest and the highest. A ratio is of runs that followed each other.
+- **Batches** are POSTs with many events: *batches of 1,000* have 1,000 each.
+- **CPU, cores and memory** are those of the server with all its processes, without PostgreSQL
+  unless it says so. MB are 10^6 bytes; *peak* is the most resident memory.
+- **The generator** (wrk, one thread) is not the bottleneck where its cores are below 1 and its
+  limit is well above the figure. On so few cores it takes its share of the machine from every
+  rival alike.
 """
 _TABLE = "| part | goal | wanted | measured | |\n| --- | --- | --- | --- | --- |"
 

@@ -1,10 +1,10 @@
 """Several processes on one port (`reuse_port`), with one `data_dir` and one database.
 
-Single events, as above; the generator and PostgreSQL have the same cores, so what an event costs in
-each is told: until all is committed, in CPU seconds a million events. Once all of the *machine's
-cores* are busy a further process adds nothing but its own costs. An event costs more where each
-process has fewer connections, as fewer events share an append. CPU, memory and cores of the service
-are those of all its processes together.
+Single events, as above. The generator and PostgreSQL use the same cores, so the tables say what an
+event costs in each: CPU seconds per million events, until all are committed. Once all of the
+*machine's cores* are busy, a further process adds nothing but its own costs. An event costs more
+if each process has fewer connections, because fewer events share a write to the journal. CPU,
+memory and cores of the service are those of all its processes together.
 """
 
 from __future__ import annotations

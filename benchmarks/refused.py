@@ -1,4 +1,4 @@
-"""Loads of 100,000 rows of which the table refuses some, beside a load that it takes.
+"""Loads of 100,000 rows, some of which the table refuses, beside a load that it takes.
 
 With a line number (a CHECK) PostgreSQL says which row it was; without one (a foreign key) the rows
 are halved until it is found.

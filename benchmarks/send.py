@@ -1,9 +1,9 @@
-"""`datapipe send` of a million events from a gzip file of NDJSON, on the machine of the service.
+"""`datapipe send` of a million events from a gzipped NDJSON file, on the machine of the service.
 
-From the start of the command until the last row is committed, beside the same number of events in
-batches of 1,000 from wrk, without keys; the file is read, unpacked, cut and hashed on the cores
-that the service and PostgreSQL use. *Again* is the second time, to a service that has them all:
-each event is a duplicate, and no row comes to it.
+Timed from the start of the command until the last row is committed, beside the same number of
+events in batches of 1,000 from wrk, without keys. The file is read, unpacked, cut and hashed on the
+cores that the service and PostgreSQL use. *Again* is the second time, to a service that has them
+all: every event is a duplicate, and no row is added.
 """
 
 from __future__ import annotations

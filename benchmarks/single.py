@@ -1,9 +1,9 @@
-"""One event a POST over connections that are kept alive, durable before the answer.
+"""One event per POST over connections that are kept alive, durable before the answer.
 
 *Bare aiohttp* is an application with one handler that reads the body and answers a constant, on the
-same event loop. *The generator's limit* is a server that does not even read the request: what wrk
-can send at most. The others are what one would build or take instead, each
-[told of by itself](../benchmarks/peers/README.md).
+same event loop. *The generator's limit* is a server that does not even read the request: the most
+that wrk can send. The others are what you might build or use instead
+([each described](../benchmarks/peers/README.md)).
 """
 
 from __future__ import annotations

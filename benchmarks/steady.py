@@ -1,18 +1,17 @@
 """A fixed rate of single events over 64 connections, sent whether they are answered or not.
 
-*Inside* is told by the service itself: from when a POST's bytes are there until its answer is
-written, without what the generator and the kernel make of it (`datapipe_request_seconds`). For the
-generator waits, too, while PostgreSQL takes the cores for a load: so half of the top rate is
-measured for bare aiohttp as well while the rows of datapipe's loads are copied beside it, as many
-at the same moments.
+*Inside* is measured by the service itself: from a POST's arrival until its answer is written,
+without the generator's and the kernel's part (`datapipe_request_seconds`). The generator waits too
+while PostgreSQL uses the cores for a load. So for half of the top rate bare aiohttp is measured as
+well, while the rows of datapipe's loads are copied beside it, as many at the same moments.
 
-Latency counts from the moment when an event was due, so that waiting in the generator counts too:
-it sleeps in whole milliseconds, hence the half millisecond that bare aiohttp has at any rate. The
-lag is seen by PostgreSQL: the time of the commit less `received_at`, of all rows that are visible
-when the time is over. It is meant to be long at the default settings: datapipe loads a lane when
-16 MiB of rows wait, when half of the memory for waiting segments is in use (single events make
-many small segments), or after 300 s. `make run` sets `load_interval` to 5 and `load_min_interval`
-to 1. A peer that writes before it answers has no lag beyond its answer.
+Latency counts from the moment when an event was due, so waiting in the generator counts too: it
+sleeps in whole milliseconds, hence the half millisecond that even bare aiohttp has. The lag is seen
+by PostgreSQL: the time of the commit less `received_at`, of all rows that are visible at the end.
+At the default settings it is long on purpose: datapipe loads an event type when 16 MiB of rows
+wait, when half of the memory for waiting events is in use (which counts the overhead of single
+ones), or after 300 s. `make run` sets `load_interval` to 5 and `load_min_interval` to 1. A peer
+that writes before it answers has no lag beyond its answer.
 """
 
 from __future__ import annotations

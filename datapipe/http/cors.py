@@ -19,7 +19,8 @@ from datapipe.http.responses import Answer
 _PREFLIGHT = {
     "Access-Control-Allow-Methods": "POST",
     "Access-Control-Allow-Headers": (
-        "Content-Type, Content-Encoding, Idempotency-Key, Prefer, Authorization, X-Request-ID"
+        "Content-Type, Content-Encoding, Idempotency-Key, Prefer, Authorization, X-Request-ID, "
+        "traceparent, tracestate"
     ),
     "Access-Control-Max-Age": "600",
 }

@@ -39,9 +39,11 @@ _SINGLE = frozenset(
 # nothing but printable ASCII, and no line that continues the one before (obs-fold)
 _PLAIN = re.compile(rb"(?:[!-~][ -~]*\r\n)+\r\n")
 _NOT_PLAIN = frozenset(b"transfer-encoding expect upgrade proxy-connection".split())
-# headers whose values differ from request to request
+# headers whose values differ from request to request; looking ahead for their initials is faster
 _VARYING = re.compile(
-    rb"\r\n([Ii]dempotency-[Kk]ey|[Xx]-[Rr]equest-[Ii][Dd]): ?([!-~]{1,255})(?=\r\n)"
+    rb"\r\n(?=[IiTtXx])"
+    rb"([Ii]dempotency-[Kk]ey|[Xx]-[Rr]equest-[Ii][Dd]|[Tt]race(?:parent|state)): ?"
+    rb"([!-~]{1,255})(?=\r\n)"
 )
 _REMEMBERED, _REMEMBERED_BYTES = 1024, 262_144
 _SEEN_ONCE = 4096

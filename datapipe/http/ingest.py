@@ -21,6 +21,7 @@ from datapipe.http.ingest_keys import ANYBODY, IngestKeys
 from datapipe.http.parse import Parser
 from datapipe.http.prefer import wait_seconds
 from datapipe.http.responses import Answer
+from datapipe.http.traceparent import trace_ids
 from datapipe.pipeline.buffer import Buffer
 from datapipe.pipeline.records import KeyUse, Records, Refusal, shown
 from datapipe.pipeline.waiters import Wait
@@ -121,13 +122,13 @@ class Ingest:
                 await self._buffer.append(parsed.chunks, wait)
                 grant.use.accepted += taken
             if parsed.errors:
-                self._refused(parsed.errors, request_id, grant.use)
+                self._refused(parsed.errors, headers, request_id, grant.use)
             answer = responses.OK
             if parsed.batch:
                 answer = responses.batch(taken, parsed.errors, full)
         except Exception as exc:
             grant.bucket.give_back(taken)
-            answer = self._failed(exc, body, request_id, grant.use)
+            answer = self._failed(exc, body, headers, request_id, grant.use)
         return answer
 
     def take(
@@ -156,7 +157,7 @@ class Ingest:
                 grant.use.accepted += 1
             else:
                 grant.bucket.give_back(1)
-                answer = self._failed(error, body, request_id, grant.use)
+                answer = self._failed(error, body, headers, request_id, grant.use)
             send(self._cors.apply(answer, headers))
 
         try:
@@ -196,16 +197,24 @@ class Ingest:
         self._claims.check(claim)
         return claim
 
-    def _failed(self, error: Exception, body: bytes, request_id: str, use: KeyUse) -> Answer:
+    def _failed(
+        self, error: Exception, body: bytes, headers: Headers, request_id: str, use: KeyUse
+    ) -> Answer:
         """The answer to a POST of which nothing is promised."""
         if not isinstance(error, Refused):
-            return responses.internal_error(error, request_id, "/")
+            return responses.internal_error(error, headers, request_id, "/")
         if isinstance(error, EventRejected):
             error.body = error.body or body
-        self._refused([(0, error)], request_id, use)
+        self._refused([(0, error)], headers, request_id, use)
         return responses.refused(error, stopping=self._buffer.stopping)
 
-    def _refused(self, errors: Sequence[tuple[int, Refused]], request_id: str, use: KeyUse) -> None:
+    def _refused(
+        self,
+        errors: Sequence[tuple[int, Refused]],
+        headers: Headers,
+        request_id: str,
+        use: KeyUse,
+    ) -> None:
         """Count what was refused, and record the first of it for admins to see."""
         for _, error in errors:
             self._records.rejected[error.reason.label] += 1
@@ -216,8 +225,11 @@ class Ingest:
             use.rejected += len(errors)
         reason, body = first.reason, shown(first.body)
         self._records.refused(
-            Refusal(reason.label, reason.code, first.detail, request_id, len(errors), body)
-        )
+            Refusal(
+                reason.label, reason.code, first.detail, request_id, len(errors), body,
+                **trace_ids(headers),
+            )
+        )  # fmt: skip
 
 
 class _Clock:

@@ -163,7 +163,7 @@ async def errors_are_answers(
         return response
     except Exception as exc:
         id = responses.request_id(request.headers)
-        return responses.internal_error(exc, id, request.path).response()
+        return responses.internal_error(exc, request.headers, id, request.path).response()
 
 
 async def add_headers(request: web.BaseRequest, response: web.StreamResponse) -> None:

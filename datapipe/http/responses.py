@@ -17,11 +17,16 @@ import structlog
 from aiohttp import web
 
 from datapipe.errors import Busy, RateLimited, Reason, Refused
+from datapipe.http.body import Headers
+from datapipe.http.traceparent import trace_ids
 
 log = structlog.stdlib.get_logger("datapipe.http.responses")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 MAX_ERRORS = 100  # of a batch, reported one by one
+# In one line, as RFC 9110 (section 11.6.1) allows; Basic comes first, as Chromium takes a line for
+# one scheme, which it asks the user for if it is Basic. Bearer: RFC 6750, section 3
+_SCHEMES = 'Basic realm="datapipe", charset="UTF-8", Bearer realm="datapipe"'
 
 
 class Answer(NamedTuple):
@@ -89,9 +94,9 @@ def plain(content: Any) -> web.Response:
     )
 
 
-def internal_error(error: BaseException, request_id: str, path: str) -> Answer:
-    """The answer to an unexpected exception."""
-    log.error("fault", exc_info=error, request_id=request_id, path=path)
+def internal_error(error: BaseException, headers: Headers, request_id: str, path: str) -> Answer:
+    """The answer to an unexpected exception; `headers` are the request's."""
+    log.error("fault", exc_info=error, request_id=request_id, path=path, **trace_ids(headers))
     return answer(500, 100, f"internal server error; request id {request_id}")
 
 
@@ -102,7 +107,7 @@ def refused(exc: Refused, *, stopping: bool = False) -> Answer:
         headers, close = _retry_after(exc), stopping
         extra = {"busy": exc.lanes} if isinstance(exc, Busy) and exc.lanes else None
     elif exc.status == 401:
-        headers = {"WWW-Authenticate": 'Basic realm="datapipe", charset="UTF-8"'}
+        headers = {"WWW-Authenticate": _SCHEMES}
     return answer(exc.status, exc.reason.code, exc.detail, extra, headers=headers, close=close)
 
 

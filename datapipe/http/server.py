@@ -228,7 +228,7 @@ class Connection(asyncio.Protocol):
         try:
             answer = await answering
         except Exception as exc:
-            answer = responses.internal_error(exc, self._id, "/")
+            answer = responses.internal_error(exc, head.headers, self._id, "/")
         self._write(answer)
 
     def _take_body(self, data: bytes) -> bytes:

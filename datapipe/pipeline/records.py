@@ -47,6 +47,7 @@ class Refusal:
 
     Attributes:
         events: how many of its events were refused; `message` and `body` are of the first.
+        trace_id, span_id: that the request came with, if any.
     """
 
     reason: str
@@ -55,6 +56,8 @@ class Refusal:
     request_id: str
     events: int = 1
     body: str = ""
+    trace_id: str | None = None
+    span_id: str | None = None
     at: str = field(default_factory=now)
 
 

@@ -38,6 +38,11 @@ async def test_page_behind_an_admin_key(
     async with service.session.get(f"{service.url}/") as response:
         assert response.status == 401
         assert response.headers["WWW-Authenticate"].startswith("Basic ")
+    asked = {"username": "any", "password": "Schlüssel"}  # sent once the browser is asked for it
+    page = await (await browser.new_context(http_credentials=asked)).new_page()
+    response = await page.goto(service.url)
+    assert response is not None
+    assert response.status == 200
     key = {"http_credentials": {"username": "any", "password": "Schlüssel", "send": "always"}}
     tab = await open_page(service.url, **key)
     await service.post([CRASH] * 3)

@@ -43,11 +43,12 @@ class Block:
 
 @dataclass
 class Page:
-    """Attributes: words: what stands in `code`, with its line. links: targets. anchors: its own."""
+    """Attributes: words: what stands in `code`. prose: other text. links: targets. anchors: own."""
 
     path: Path
     blocks: list[Block] = field(default_factory=list)
     words: list[str] = field(default_factory=list)
+    prose: list[str] = field(default_factory=list)
     links: list[str] = field(default_factory=list)
     anchors: set[str] = field(default_factory=set)
     headings: list[str] = field(default_factory=list)
@@ -108,6 +109,8 @@ def _inline(page: Page, token: Token) -> None:
     for child in token.children or []:
         if child.type == "code_inline":
             page.words.append(child.content)
+        elif child.type == "text":
+            page.prose.append(child.content)
         elif child.type == "link_open":
             page.links.append(str(child.attrGet("href")))
         elif child.type == "image":

@@ -2,7 +2,7 @@
 
     sh      bash -e; a block that ends with `datapipe serve` or `make run` starts a service, which
             runs until the page's end or the next one
-    sql     psql, once nothing waits any more
+    sql     psql, once nothing waits any more; by the line that `make run` printed, if it did
     python, js    written to its file, or run where it has none
     html    written, and opened in a browser, from http://localhost:3000
     json    settings: read, event types and all
@@ -22,6 +22,7 @@ import doctest
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -216,7 +217,14 @@ class Stage:
 
     async def _sql(self, block: Block, text: str) -> None:
         await self.loaded()
-        await self._bash(text, 0, "psql", "-v", "ON_ERROR_STOP=1", self._database)
+        where = [self._database] if self._database else self._printed_psql()
+        await self._bash(text, 0, "psql", "-v", "ON_ERROR_STOP=1", *where)
+
+    def _printed_psql(self) -> list[str]:
+        """The words of the `psql` line of `make run` that say which database."""
+        (line,) = [line for line in self.said if line.startswith("  rows ")]
+        words = shlex.split(line)
+        return words[2 : words.index("-c")]
 
     async def _python(self, block: Block, text: str) -> None:
         compile(text, block.place, "exec")

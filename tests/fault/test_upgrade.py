@@ -128,13 +128,17 @@ async def make(
             mirror["event_modules"] = ["tests.fault.modules.quick_watch"]
 
         def made(version: str, **settings: Any) -> Service:
-            code = {"1.0": release, "new": ROOT}[version]
             return make_service(
-                env={"PYTHONPATH": str(code)}, database_url=database, events=EVENTS, **mirror,
+                env=running(version, release), database_url=database, events=EVENTS, **mirror,
                 **settings,
             )  # fmt: skip
 
         yield made
+
+
+def running(version: str, release: Path) -> dict[str, str]:
+    """The variables by which a service is of that version."""
+    return {"PYTHONPATH": str({"1.0": release, "new": ROOT}[version])}
 
 
 @pytest.mark.parametrize(("accepting", "loading"), [("new", "1.0"), ("1.0", "new")])
@@ -191,3 +195,65 @@ async def test_each_release_loads_what_the_other_left(
 async def replay(service: Service, selection: dict[str, Any], count: int) -> None:
     async with service.session.post(f"{service.url}/dead/replay", json=selection) as answer:
         assert await answer.json() == {"replayed": {"everything": count}, "dead": 0}
+
+
+async def test_processes_of_both_releases_share_a_data_dir(
+    make_service: Callable[..., Service], database: str, release: Path
+) -> None:
+    """A rolling upgrade and the way back, with a kill on each."""
+    late = {"load_interval": 3600, "load_min_interval": 0}
+
+    async def started(version: str, **settings: Any) -> Service:
+        env = running(version, release)
+        return await make_service(env=env, database_url=database, **settings).start()
+
+    gone, old = await started("1.0", **late), await started("1.0", **late)
+    await accepted(gone, 1, 200)
+    await gone.kill()
+    new = await started("new", **late)
+    await sees_rows(database, 200)  # what a killed one left is loaded at the next start
+
+    await accepted(old, 201, 300)
+    await accepted(new, 301, 400)
+    await accepted(new, 201, 300)  # sent again, to a process of the other release
+    await accepted(old, 301, 400)
+    for asked in (old, new):
+        status = await asked.status()
+        assert (status["processes"], status["books"]["waiting"]) == (2, 400)
+        assert status["books"]["balanced"]
+        assert "datapipe_events_accepted_total" in await text(asked, "/metrics")
+    assert await new.load() == {"loaded": {"install": 200}, "failed": {}}  # it asks the other, too
+    await sees_rows(database, 400)
+
+    await accepted(new, 401, 500)
+    assert await old.stop() == 0
+    await new.kill()
+    again = await started("1.0")
+    await sees_rows(database, 500)
+    await accepted(again, 401, 500)
+    await again.drained()
+    await sees_rows(database, 500)
+    ids = Postgres.execute(database, "SELECT user_id FROM install ORDER BY user_id")
+    assert [id for (id,) in ids] == [*range(1, 501)]
+
+
+async def accepted(service: Service, first: int, last: int) -> None:
+    """POST events with these ids, under a key that is theirs."""
+    body = [{"event_name": "install", "user_id": n, "timestamp": n} for n in range(first, last + 1)]
+    status, answer = await service.post(body, headers={"Idempotency-Key": f"{first}-{last}"})
+    assert (status, answer["accepted"]) == (200, len(body))
+
+
+async def sees_rows(database: str, count: int) -> None:
+    async def there() -> bool:
+        made = "SELECT to_regclass('install') IS NOT NULL"
+        (exists,) = Postgres.execute(database, made)[0]
+        return exists and Postgres.execute(database, "SELECT count(*) FROM install") == [(count,)]
+
+    await until(there, what=f"{count} rows")
+
+
+async def text(service: Service, path: str) -> str:
+    async with service.session.get(f"{service.url}{path}") as answer:
+        assert answer.status == 200
+        return await answer.text()

@@ -67,7 +67,7 @@ async def run_kills(make: Callable[..., Service], args: argparse.Namespace) -> l
         f"| of these sent twice under one key, counted once | {sums['duplicates_by_key']:,} |",
         f"| lost | {sums['lost']} |",
         f"| doubled | {sums['doubled']} |",
-        f"| books out of balance, looked at after each kill | {sums['unbalanced']} |",
+        f"| looks after a kill that found events unaccounted for | {sums['unbalanced']} |",
         f"| minutes, seed | {minutes:.0f}, {args.seed} |",
     ]
 
@@ -87,10 +87,10 @@ async def run_outage(make: Callable[..., Service], args: argparse.Namespace) -> 
     return [
         f"| outage | {result.seconds / 60:g} minutes at {result.rate:,.0f} events/s |",
         f"| process limit (RLIMIT_DATA) | {LIMIT_BYTES // 2**20} MiB |",
-        f"| events answered 200; refused | {result.posted:,}; {result.refused} |",
+        f"| events answered 200; rejected | {result.posted:,}; {result.refused} |",
         f"| resident memory early, at the end | "
         f"{result.rss_start_mb:.0f}, {result.rss_end_mb:.0f} MB |",
-        f"| highest mark, the loading included | {result.peak_mb:.0f} MB |",
+        f"| peak, loading included | {result.peak_mb:.0f} MB |",
         f"| waiting in the journal at the end | {result.journal_mb:.0f} MB |",
         f"| slowest answer | {result.slowest_answer_s:.2f} s |",
         f"| all loaded, once, after the database was back | {result.loaded_in_s:.1f} s |",
@@ -125,8 +125,8 @@ async def run_heads(make: Callable[..., Service], args: argparse.Namespace) -> l
     answered = ", ".join(f"{status}: {n:,}" for status, n in sorted(found.answers.items()))
     return [
         f"| pipelines, over both ways in | {found.pipelines:,} |",
-        f"| answers, the same by both | {answered} |",
-        f"| events answered 200 or 207, all in the books | {found.accepted:,} |",
+        f"| answers, the same from both | {answered} |",
+        f"| events answered 200 or 207, all accounted for | {found.accepted:,} |",
         "| answers of 5xx, errors logged | 0 |",
         f"| minutes, seed | {(time.monotonic() - started) / 60:.0f}, {args.seed} |",
     ]
@@ -180,7 +180,7 @@ async def run_nats(make: Callable[..., Service], args: argparse.Namespace) -> li
         f"| clusters given up, as the servers left a stream without a leader | {len(leaderless)} |",
         f"| of these sent twice under one key, counted once | {sums['again']:,} |",
         f"| answers | {', '.join(f'{code}: {n:,}' for code, n in sorted(statuses.items()))} |",
-        "| lost, doubled, damaged; books out of balance | 0 |",
+        "| lost, doubled, damaged, unaccounted for | 0 |",
         f"| minutes, seed | {(time.monotonic() - started) / 60:.0f}, {args.seed} |",
         "",
         "| seconds, median and worst | times | until a POST is answered 200 | between two loads |"
@@ -253,11 +253,11 @@ async def run_changes(make: Callable[..., Service], args: argparse.Namespace) ->
         f"| restarts with other settings, reloads with other ingest keys, kills | "
         f"{sums['changes']:,} |",
         f"| events sent; accepted at some try | {sums['sent']:,}; {sums['accepted']:,} |",
-        f"| keys used with another body; POSTs told to be loaded | "
+        f"| keys used with another body; POSTs answered as loaded | "
         f"{sums['reused']:,}; {sums['waited']:,} |",
         f"| rows; kept as unknown; dead letters | "
         f"{sums['rows']:,}; {sums['kept']:,}; {sums['dead']:,} |",
-        "| lost, doubled, stored though refused, not there though told | 0 |",
+        "| lost, doubled, stored though rejected, answered as loaded and not there | 0 |",
         f"| minutes, seed | {(time.monotonic() - started) / 60:.0f}, {args.seed} |",
     ]
 

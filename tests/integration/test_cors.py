@@ -17,7 +17,10 @@ shared = pytest.mark.asyncio(loop_scope="module")
 
 SHOP = "https://shop.example"
 BODY = json.dumps(crash()).encode()
-HEADERS = "Content-Type, Content-Encoding, Idempotency-Key, Prefer, Authorization, X-Request-ID"
+HEADERS = (
+    "Content-Type, Content-Encoding, Idempotency-Key, Prefer, Authorization, X-Request-ID, "
+    "traceparent, tracestate"
+)
 EXPOSED = "Preference-Applied, Retry-After, X-Request-ID"
 
 

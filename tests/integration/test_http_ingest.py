@@ -6,6 +6,7 @@ import asyncio
 import base64
 import gzip
 import json
+import re
 import zlib
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -691,6 +692,8 @@ async def test_no_or_a_wrong_ingest_key(locked: Service, name: str) -> None:
     before = await accepted(locked)
     answer = await ask(locked, authorized(name, NOT_ALLOWED))
     assert (answer.status, answer.code) == (401, 8)
+    challenge = answer.headers["www-authenticate"]
+    assert re.findall(r"(\w+) realm=", challenge) == ["Basic", "Bearer"]
     assert await accepted(locked) == before
     assert (await ask(locked, authorized(name, NOT_ALLOWED, b"nonsense"))).status == 401
 

@@ -353,7 +353,8 @@ async def test_with_an_admin_key(make_service: Callable[..., Service], database:
             answer = await ask(service, request(method, path, *headers), method=method)
             assert answer.status == 401, (path, wrong)
             assert answer.code != 0
-            assert "basic" in answer.headers["www-authenticate"].lower()
+            challenge = answer.headers["www-authenticate"]
+            assert re.findall(r"(\w+) realm=", challenge) == ["Basic", "Bearer"]
         query = await ask(service, request(method, f"{path}?key=admin", "Host: x"), method=method)
         assert query.status == 401
     for path in OPEN_PATHS:

@@ -40,6 +40,8 @@ J = json.dumps(crash()).encode()
 TWO = json.dumps([crash(), purchase()]).encode()
 LINES = b"\n".join([J, b"{", json.dumps(purchase()).encode(), b"{}"])
 CHUNKED = "Transfer-Encoding: chunked"
+TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+TRACED = f"00-{TRACE}-{SPAN}-01"
 LATE = 1.15  # seconds: past `request_timeout`, while the connection lingers
 
 
@@ -71,6 +73,10 @@ class Ways:
             return dict(zip(ways, await asyncio.gather(*talks), strict=True))
 
         return self._runner.run(talk())
+
+    def of(self, kind: str) -> dict[str, Way]:
+        """Those that have talked."""
+        return self._made[kind]
 
     def close(self) -> None:
         self._runner.run(self._stack.aclose())
@@ -464,6 +470,9 @@ MEANING: dict[str, tuple[list[Step], str]] = {
     "X-Request-ID twice": ([post(J, "X-Request-ID: a", "X-Request-ID: b")], "200"),
     "X-Request-ID folded": ([post(J, "X-Request-ID: a\r\n b")], "400 x"),
     "X-Request-ID of a refusal": ([post(b"{", "X-Request-ID: abc")] * 3, "400 400 400"),
+    "traceparent": ([post(J, f"traceparent: {TRACED}", "tracestate: a=b, c=d")] * 3, "200 200 200"),
+    "traceparent, odd": ([post(J, "Traceparent: x"), post(b"{", "Traceparent:")], "200 400"),
+    "traceparent twice": ([post(J, f"traceparent: {TRACED}", "traceparent: x")], "200"),
     "Prefer: wait": ([post(J, "Prefer: wait=9") + post(J)] * 2, "200 200 200 200"),
     "Prefer: wait, in two headers": ([post(J, "Prefer: respond-async", "PREFER: wait=9")], "200"),
     "Prefer: wait=0": ([post(J, "Prefer: wait=0"), post(LINES, "Prefer: wait=0")], "202 207"),
@@ -613,6 +622,21 @@ def test_both_ways_answer_alike(ways: Ways, kind: str, steps: list[Step], wanted
     assert plain.statuses == wanted
     assert b"text/plain" not in plain.answers
     assert bool(logged) == (kind == "broken")
+
+
+def test_both_ways_note_the_trace(ways: Ways) -> None:
+    traced = f"traceparent: {TRACED}"
+    with faults() as logged:
+        ways.talk("broken", post(J, traced))
+    assert [line.get("trace_id") for line in logged].count(TRACE) == 2  # once in each
+    assert [line.get("span_id") for line in logged].count(SPAN) == 2
+    steps = post(b"{", traced), post(LINES, traced), post(b"{", "traceparent: x"), post(J, traced)
+    ways.talk("open", *steps)
+    for way in ways.of("open").values():
+        refused = way.pipeline.status.records.refusals()[:3]
+        assert [(each["trace_id"], each["span_id"]) for each in refused] == [
+            (None, None), (TRACE, SPAN), (TRACE, SPAN),
+        ]  # fmt: skip
 
 
 def test_the_corpus_is_whole() -> None:

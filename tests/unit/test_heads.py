@@ -99,8 +99,10 @@ def test_what_differs_from_request_to_request_does_not_stand_in_the_way(
 ) -> None:
     known = Heads()
     for i in range(10):
-        found = known.read(head(f"Idempotency-Key: k{i}", f"x-request-id: r{i}", "X-A: b"))
+        traced = (f"Traceparent: 00-{i}", f"tracestate: t={i}")
+        found = known.read(head(f"Idempotency-Key: k{i}", f"x-request-id: r{i}", "X-A: b", *traced))
         assert found is not None
+        assert (found.headers["traceparent"], found.headers["tracestate"]) == (f"00-{i}", f"t={i}")
         assert (found.headers["idempotency-key"], found.headers["X-Request-ID"]) == (
             f"k{i}", f"r{i}",
         )  # fmt: skip
