@@ -223,7 +223,7 @@ class Orphans:
         try:
             envelope = envelope_of(message.body)
             if envelope.lane != lane:
-                raise Unreadable(f"it is of the lane {envelope.lane}")
+                raise Unreadable(f"it is of the event type {envelope.lane}")
             segment = await unpacked(envelope)
         except Unreadable as exc:
             await self._upkeep.quarantine(queue, message, str(exc))

@@ -278,7 +278,7 @@ class JournalFile:
     def _segment(self, lane: str, row: tuple[Any, ...]) -> Segment:
         position, id, events, created_at, crc, head_text, data = row
         if crc != crc_of(lane, id, events, head_text, data):
-            raise sqlite3.DatabaseError(f"segment {id} at position {position} is damaged")
+            raise sqlite3.DatabaseError(f"batch {id} at position {position} is damaged")
         segment = restored(
             decode_head(head_text), data, id=id, lane=lane, events=events, created_at=created_at
         )
