@@ -146,7 +146,7 @@ async def test_the_stream_follows_all(cluster: Cluster, machines: list[Machine])
     await anext(news)
     await two.post(5)
     async with asyncio.timeout(10):
-        async for status in news:
-            if status["books"]["accepted"] == 5:
+        async for each in news:
+            if each.status["books"]["accepted"] == 5:
                 break
     await news.aclose()
