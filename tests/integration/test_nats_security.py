@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from datapipe.mirrors.nats.client import Client
 from datapipe.mirrors.nats.streams import consumer_config, stream_config
 from datapipe.settings import Settings
 from tests import nats_logins as logins
+from tests.commands import command
 from tests.jetstream import NatsCluster, free_ports, request
 from tests.postgres import Postgres
 from tests.service import ROOT, Service, until
@@ -30,14 +29,7 @@ Make = Callable[..., Service]
 async def check(service: Service) -> tuple[int, str]:
     """`datapipe check` with the settings of a service: the exit code, and all that it prints."""
     service.file.write_text(json.dumps(service.settings))
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "datapipe", "check", cwd=service.file.parent,
-        env={**os.environ, "DATAPIPE_CNF": str(service.file), "PYTHONPATH": str(ROOT)},
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-    )  # fmt: skip
-    out, _ = await process.communicate()
-    assert process.returncode is not None
-    return process.returncode, out.decode()
+    return await command(service.file, "check")
 
 
 async def everything_shown(service: Service) -> str:
@@ -165,7 +157,7 @@ async def test_a_file_that_is_none_shows_nothing_of_it(
 async def test_what_is_no_certificate_is_one_clear_line(tmp_path: Path, key: str) -> None:
     (file := tmp_path / "file").write_text("s3cr3t")
     more = {key: str(file)} | ({"nats_key_file": str(file)} if key == "nats_cert_file" else {})
-    with pytest.raises(ConfigError, match=f"^{key}.* wanted, in PEM$"):
+    with pytest.raises(ConfigError, match=f"^{key}.* must hold .*, in PEM$"):
         async with open_mirror(
             Settings(nats_url="nats://a", database_url="postgresql://a/b", **more), "p"
         ):
@@ -192,7 +184,7 @@ async def test_no_login_goes_to_a_server_without_tls(tmp_path: Path) -> None:
         async with client.connecting():
 
             async def told(client: Client = client) -> bool:
-                return "TLS is wanted" in str(client.refused)
+                return "TLS is required" in str(client.refused)
 
             await until(told, 10)
         assert b"".join(heard) == b""
