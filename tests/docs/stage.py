@@ -8,7 +8,7 @@
     html    written, and opened in a browser, from http://localhost:3000
     json    settings: read, event types and all
     toml, ini, yaml   parsed; promql   looked through for metrics that there are not
-    text    what the block before it printed; `...` stands for anything
+    text    what the block before it printed; `...` stands for anything, a time of psql for any
 
 A page that starts no service is read with one running. The page's port 8080 is a free one here, and
 so is 3000. A block that names a file of the repository shows what stands in it; one that names
@@ -42,6 +42,7 @@ from tests.service import until
 
 TIMEOUT_S = 60.0
 _SERVES = re.compile(r"(\w+=\S+ )*((datapipe|python -m datapipe) serve( --\w+ \S+)*|make run)")
+_TIMES = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(\.\d+)?\+\d\d|-{5,}")  # and its rule
 _SYSTEMD = re.compile(r"sudo systemctl (start|stop|reload) datapipe")
 _FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
@@ -310,6 +311,8 @@ class Stage:
     async def _text(self, block: Block, text: str) -> None:
         # lines are told apart: an answer of one line has no end
         checker = doctest.OutputChecker()
-        wanted, got = text.rstrip("\n") + "\n", self.printed.rstrip("\n") + "\n"
+        wanted, got = (
+            _TIMES.sub("TIME", each.rstrip("\n")) + "\n" for each in (text, self.printed)
+        )
         if not checker.check_output(wanted, got, _FLAGS):
             raise AssertionError(f"the page says:\n{wanted}\nit was:\n{got}")
