@@ -14,6 +14,7 @@ import zlib
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,18 @@ def check_journals(settings: Settings) -> list[tuple[str, str]]:
     found += unregistered("journal", lanes, "events", settings)
     damaged = sorted(folder.glob("*.damaged-*[0-9x]"))  # each may have its log beside it
     found += [("warn", f"journal {path}: quarantined as damaged") for path in damaged]
+    return found
+
+
+def left_behind(settings: Settings) -> list[tuple[str, str]]:
+    """What waits in journals of this `data_dir` although `mirror` is another one by now."""
+    found = []
+    for path in sorted(journal_folder(settings).glob("*.sqlite")):
+        with suppress(sqlite3.Error):
+            if waiting := _check(path)[1].total():
+                text = f"{waiting} events wait here, and mirror is {settings.mirror_kind}"
+                how = "run datapipe load with mirror set to journal"
+                found.append(("warn", f"journal {path}: {text}: to load them, {how}"))
     return found
 
 
