@@ -200,19 +200,19 @@ async def test_status_in_the_terminal(database: str, make_service: MakeService) 
     assert code == 0
     lines = told.splitlines()
     assert lines[0].startswith("Healthy. 1,204 events waiting")
-    head, *lanes = lines[1:6]
-    assert head.split()[:4] == ["lane", "accepted", "recovered", "loaded"]
-    crash, *_, everything = lanes
+    head, *types = lines[1:6]
+    assert head.split()[:4] == ["type", "accepted", "recovered", "loaded"]
+    crash, *_, everything = types
     assert crash.split()[:4] == ["crash_report", "1,204", "0", "0"]
     assert crash.index("1,204") + len("1,204") == head.index("accepted") + len("accepted")
-    assert everything.startswith("all lanes ")
-    assert everything.endswith("  balanced")
+    assert everything.startswith("all types ")
+    assert everything.endswith("  accounted for")
     assert "\x1b" not in told
     reader, terminal = pty.openpty()
     code, _ = await status(service.url, terminal, DATAPIPE_ADMIN_KEY="a-key")
     coloured = os.read(reader, 65_536).decode()
     assert coloured.startswith("\x1b[32mHealthy. 1,204 events waiting")
-    assert "\r\n\x1b[1mlane  " in coloured
+    assert "\r\n\x1b[1mtype  " in coloured
     for end in (reader, terminal):
         os.close(end)
     code, told = await status(service.url)
