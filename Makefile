@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 # called as `python -m ...`: scripts hold the full path of this folder, which may be renamed or odd
 BIN := $(VENV)/bin
+LOCKED := --quiet --strip-extras --generate-hashes --no-emit-index-url --no-emit-trusted-host \
+    --no-emit-find-links --no-header --upgrade
 
 .DEFAULT_GOAL := help
 .PHONY: help run run-cluster test bench torture screenshots lint format lock clean
@@ -43,10 +45,11 @@ format: $(VENV)/.test ## let ruff format and fix what it can
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 
-lock: $(VENV)/.test ## write requirements.txt anew: every version and hash that a deployment gets
+lock: $(VENV)/.test ## write the locks anew: every version and hash that a deployment gets
 	$(BIN)/python -m pip install --quiet 'pip-tools >= 7.4'
-	$(BIN)/python -m piptools compile --quiet --strip-extras --generate-hashes --no-emit-index-url \
-	    --no-emit-trusted-host --no-emit-find-links --no-header --upgrade -o requirements.txt setup.cfg
+	$(BIN)/python -m piptools compile $(LOCKED) --extra mysql --extra nats -o requirements.txt setup.cfg
+	$(BIN)/python -m piptools compile $(LOCKED) --all-build-deps --only-build-deps --allow-unsafe \
+	    -o deploy/requirements-build.txt pyproject.toml
 
 clean: ## remove the virtual environment, caches and everything that was stored
 	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache build *.egg-info var

@@ -1,4 +1,4 @@
-"""The commands that are not the service: check, load, status, schema, dead."""
+"""The commands that are not the service: check, load, status, schema."""
 
 from __future__ import annotations
 
@@ -15,29 +15,30 @@ import aiohttp
 import msgspec
 
 from datapipe import logs
-from datapipe.cli import unknown
 from datapipe.cli.configuration import require
 from datapipe.cli.new_event import class_text
 from datapipe.cli.terminal import print_json, progress, show_status
 from datapipe.errors import (
     ConfigError,
     DatapipeError,
-    EventRejected,
     LaneBlocked,
     SinkUnavailable,
 )
-from datapipe.events.registry import load_registry
+from datapipe.events.registry import Registry, load_registry
 from datapipe.http.ingest_keys import check_lanes
 from datapipe.mirrors import check_mirror, open_mirror
 from datapipe.monitor.peers import services
 from datapipe.pipeline.buffer import Buffer
 from datapipe.pipeline.coordinator import Coordinator, new_process_id
-from datapipe.pipeline.dead_letters import DeadLetters, selection_of
 from datapipe.pipeline.loader import Loader
 from datapipe.pipeline.records import Records
 from datapipe.pipeline.tasks import ended_by_failure
+from datapipe.pipeline.unknown import ALL
 from datapipe.settings import Settings, plugin
-from datapipe.sinks import Database, Selection, Table, open_sink, table_of
+from datapipe.sinks import Database, Table, open_sink, table_of
+
+_NAMED = 10  # names of unknown events, by `check`
+_WELL = ("healthy", "starting", "recovering")  # for `status`: what passes by itself is no failure
 
 
 async def check(settings: Settings, args: argparse.Namespace) -> int:
@@ -71,7 +72,7 @@ async def check(settings: Settings, args: argparse.Namespace) -> int:
         else:
             tables = [table_of(kind) for kind in registry.lanes.values()]
             report(await sink.check(tables))
-            report(await unknown.findings(sink, registry))
+            report(await _unknown_findings(sink, registry))
         report(await check_mirror(settings, sink.find_mark))
     ok = all(each["level"] != "fail" for each in findings)
     if args.json:
@@ -84,6 +85,27 @@ def _who(running: Sequence[Mapping[str, Any]]) -> str:
     addresses = sorted({each["address"] for each in running if each["address"]})
     pids = ", ".join(str(each["pid"]) for each in running)
     return f"({', '.join([f'pid {pids}', *addresses])})"
+
+
+async def _unknown_findings(sink: Database, registry: Registry) -> list[tuple[str, str]]:
+    """Kept events of unknown types, for `check`; nothing if the database is down: it said so."""
+    try:
+        groups = (await sink.find(ALL, 0))["groups"] if sink.state().up is not False else []
+    except (SinkUnavailable, LaneBlocked):
+        return []
+    waiting = [group for group in groups if group["event_name"] not in registry.types]
+    said = []
+    if waiting:
+        count = sum(group["count"] for group in waiting)
+        names = ", ".join(f"{each['event_name']} ({each['count']:,})" for each in waiting[:_NAMED])
+        more = f" and {len(waiting) - _NAMED:,} other names" if len(waiting) > _NAMED else ""
+        text = f"{count:,} are kept: {names}{more}; see datapipe unknown list"
+        said.append(("ok", f"unknown events: {text}"))
+    for group in groups:
+        if (name := group["event_name"]) in registry.types:
+            text = "whose type is registered by now: datapipe unknown replay moves them"
+            said.append(("warn", f"unknown events: {group['count']:,} of {name}, {text}"))
+    return said
 
 
 async def load(settings: Settings, args: argparse.Namespace) -> int:
@@ -129,7 +151,7 @@ def _waiting(buffer: Buffer) -> int:
 
 
 async def status(settings: Settings, args: argparse.Namespace) -> int:
-    """Print what the page of a running service shows; 1 if it is not well.
+    """Print what the page of a running service shows; 1 if something is wrong.
 
     Without a URL it is the one that runs with the same `data_dir`, which needs no key.
 
@@ -146,9 +168,9 @@ async def status(settings: Settings, args: argparse.Namespace) -> int:
     try:
         shown.pop("history", None)  # the series of the charts
         print_json(shown) if args.json else show_status(shown)
-        return int(shown["summary"]["state"] != "healthy")
+        return int(shown["summary"]["state"] not in _WELL)
     except (KeyError, TypeError) as exc:
-        raise DatapipeError("this is no datapipe: its /status.json can't be read") from exc
+        raise DatapipeError("this is not datapipe: its /status.json can't be read") from exc
 
 
 async def _status_of(settings: Settings, named: str | None) -> dict[str, Any]:
@@ -163,16 +185,16 @@ async def _status_of(settings: Settings, named: str | None) -> dict[str, Any]:
             session.get(f"{url}/status.json") as response,
         ):
             if response.status == 401:
-                raise DatapipeError(f"{url} wants the admin key: set DATAPIPE_ADMIN_KEY")
+                raise DatapipeError(f"{url} needs the admin key: set DATAPIPE_ADMIN_KEY")
             if response.status != 200:
                 raise DatapipeError(f"{url} answers {response.status} {response.reason}")
             return msgspec.json.decode(await response.read(), type=dict[str, Any])
     except aiohttp.InvalidURL as exc:
-        raise DatapipeError(f"{url} is no URL: http://HOST:PORT wanted") from exc
+        raise DatapipeError(f"{url} is not a URL like http://HOST:PORT") from exc
     except (aiohttp.ClientError, TimeoutError) as exc:
         raise DatapipeError(f"{url} does not answer: {exc or 'not in time'}{here}") from exc
     except msgspec.MsgspecError as exc:
-        raise DatapipeError(f"{url} is no datapipe: its /status.json can't be read") from exc
+        raise DatapipeError(f"{url} is not datapipe: its /status.json can't be read") from exc
 
 
 async def schema(settings: Settings, args: argparse.Namespace) -> int:
@@ -222,45 +244,6 @@ async def _apply(sink: Database, tables: Sequence[Table]) -> int:
     if not (made or failed):
         print("nothing is missing")
     return int(failed)
-
-
-async def dead(settings: Settings, args: argparse.Namespace) -> int:
-    """Dead letters: list, replay, drop; 1 if some of those replayed are refused again."""
-    logs.configure("warning", settings.log_format)
-    async with open_sink(settings, new_process_id()) as sink:
-        letters = DeadLetters(sink, load_registry(settings))
-        if args.action == "list":
-            selection = Selection(lane=args.lane, sqlstate=args.sqlstate)
-            found = await letters.look(selection, args.limit)
-            (print_json if args.json else _print_letters)(found)
-            return 0
-        wanted = {
-            "ids": args.id, "all": args.all or None, "lane": args.lane, "sqlstate": args.sqlstate,
-        }  # fmt: skip
-        try:
-            selection = selection_of({k: v for k, v in wanted.items() if v is not None})
-        except EventRejected:
-            raise ConfigError("say which: --id N, --lane L, --sqlstate S, or --all") from None
-        if args.action == "drop":
-            print(f"dropped: {(await letters.drop(selection))['dropped']}")
-            return 0
-        result = await letters.replay(selection)
-    for lane, rows in sorted(result["replayed"].items()):
-        print(f"replayed {lane}: {rows} rows")
-    print(f"still dead: {result['dead']}")
-    return 1 if result["dead"] else 0
-
-
-def _print_letters(found: dict[str, Any]) -> None:
-    for group in found["groups"]:
-        state = group["sqlstate"] or "-"
-        print(f"{group['count']:>8}  {group['lane']}  {state}  {group['message']}")
-    for letter in found["letters"]:
-        event = bytes(letter["event"]).decode()
-        print(f"#{letter['id']}  {letter['created_at']:%Y-%m-%d %H:%M:%S}  {letter['lane']}")
-        print(f"    {letter['sqlstate'] or '-'}: {letter['message']}")
-        print(f"    {event}")
-    print(f"total: {found['total']}")
 
 
 async def new_event(settings: Settings, args: argparse.Namespace) -> int:

@@ -105,21 +105,23 @@ def _parser() -> argparse.ArgumentParser:
         "check", _command("commands:check"), "verify the settings, the database and the mirror"
     )
     checking.add_argument(
-        "--release", action="store_true", help="before a release: to be unreachable is no failure"
+        "--release",
+        action="store_true",
+        help="before a release: what can't be reached is a warning",
     )
     _add_json(checking)
-    loading = add(
-        "load", _command("commands:load"), "load once all that waits without a living owner"
-    )
+    loading = add("load", _command("commands:load"), "load what dead processes left, once")
     loading.set_defaults(needs="mirror")
     loading.add_argument(
-        "--accept-dead", action="store_true", help="let refused rows through to the dead letters"
+        "--accept-dead",
+        action="store_true",
+        help="let rows that the database refuses become dead letters",
     )
     looking = add(
         "status", _command("commands:status"), "the page at a glance", uses_database=False
     )
     looking.add_argument(
-        "url", nargs="?", metavar="URL", help="of the service, this machine's if not given"
+        "url", nargs="?", metavar="URL", help="of the service (default: this machine's)"
     )
     _add_json(looking)
     _add_send(
@@ -138,19 +140,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     defining.add_argument(
         "--adopt", metavar="NAME", action="append", default=[],
-        help="keep a table that was there before in order as one of ours (PostgreSQL)",
+        help="look after a table that was there before as after one of our own (PostgreSQL)",
     )  # fmt: skip
     _add_shelf(
-        sub, "dead", _command("commands:dead"), "dead letters: look, put back, remove",
+        sub, "dead", _command("shelves:dead"), "dead letters: look, put back, remove",
         {
             "list": "count them by reason and show the newest",
             "replay": "check them again and put them back into their tables",
             "drop": "remove them for good",
         },
-        {"--lane": "only of this lane", "--sqlstate": "only with this SQLSTATE"},
+        {"--lane --type": "only of this event type", "--sqlstate": "only with this SQLSTATE"},
     )  # fmt: skip
     _add_shelf(
-        sub, "unknown", _command("unknown:unknown"),
+        sub, "unknown", _command("shelves:unknown"),
         "kept events of unknown types: look, move, remove",
         {
             "list": "count them by name, with a type that fits them, and show the newest",
@@ -170,7 +172,7 @@ def _add_config(parser: argparse.ArgumentParser, default: Any = argparse.SUPPRES
     """Before or after the command: one that is not given there must not undo the other."""
     parser.add_argument(
         "--config", metavar="FILE", type=_file_name, default=default,
-        help="the settings file, JSON or TOML; before $DATAPIPE_CNF",
+        help="the settings file, JSON or TOML; instead of $DATAPIPE_CNF",
     )  # fmt: skip
 
 
@@ -187,7 +189,9 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 def _add_database(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(uses_database=True)
     parser.add_argument(
-        "--database-url", metavar="URL", help="instead of the setting; others see what it holds"
+        "--database-url",
+        metavar="URL",
+        help="instead of the setting; whoever lists processes sees it",
     )
 
 
@@ -196,22 +200,30 @@ def _add_send(parser: argparse.ArgumentParser) -> None:
         "files", nargs="+", metavar="FILE",
         help="NDJSON or a JSON array, plain, gzip or zstd; - for standard input",
     )  # fmt: skip
-    parser.add_argument("--url", help="of the service, this machine's if not given")
-    parser.add_argument("--id", help="what its keys are made of, else of its path and first 64 KiB")
+    parser.add_argument("--url", help="of the service (default: this machine's)")
+    parser.add_argument(
+        "--id", help="what its keys are made of (default: its path and first 64 KiB)"
+    )
     parser.add_argument(
         "--again", action="store_true",
         help="send anew what was sent; go on with what was broken off too long ago",
     )  # fmt: skip
-    parser.add_argument("--parallel", type=int, default=4, help="POSTs at a time")
+    parser.add_argument("--parallel", type=int, default=4, help="POSTs at a time (default: 4)")
     parser.add_argument(
         "--key-file", type=Path, metavar="PATH",
-        help="holds the ingest key, else the first of the setting ingest_keys",
+        help="holds the ingest key (default: the first of the setting ingest_keys)",
     )  # fmt: skip
     parser.add_argument(
-        "--state", type=Path, metavar="PATH", help="how far it is, else FILE.datapipe-sent"
+        "--state",
+        type=Path,
+        metavar="PATH",
+        help="remembers how far it is (default: FILE.datapipe-sent)",
     )
     parser.add_argument(
-        "--refused", type=Path, metavar="PATH", help="takes what is refused, else FILE.refused"
+        "--refused",
+        type=Path,
+        metavar="PATH",
+        help="takes what is rejected (default: FILE.refused)",
     )
 
 
@@ -233,9 +245,11 @@ def _add_shelf(
         _add_config(made)
         _add_database(made)
         for option, meaning in selectors.items():
-            made.add_argument(option, help=meaning)
+            made.add_argument(*option.split(), help=meaning)
         if name == "list":
-            made.add_argument("--limit", type=int, default=20, help="how many to show")
+            made.add_argument(
+                "--limit", type=int, default=20, help="how many to show (default: 20)"
+            )
             _add_json(made)
         else:
             made.add_argument("--id", type=int, action="append", help="this one; may be repeated")

@@ -29,7 +29,7 @@ def class_text(name: str, fields: Sequence[str]) -> str:
     for field in fields:
         key, colon, text = field.partition(":")
         if not colon or not key.isidentifier():
-            raise ConfigError(f"{field!r} is no field: write it as name:type, e.g. user_id:int")
+            raise ConfigError(f"{field!r} is not a field: write it as name:type, e.g. user_id:int")
         if keyword.iskeyword(key):
             raise ConfigError(f"{key}: this is a keyword of Python; use the setting events")
         if key in declared:

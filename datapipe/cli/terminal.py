@@ -22,20 +22,21 @@ def show_status(status: Mapping[str, Any]) -> None:
     """Print `/status.json` at a glance."""
     summary, books = status["summary"], status["books"]
     colour = _GREEN if summary["state"] == "healthy" else _RED
-    for text in (summary["text"], *summary["also"]):
+    said = [summary["text"], *summary["also"]]
+    for text in said:
         _print(text, colour)
-    balance = "balanced" if books["balanced"] else "NOT balanced"
+    balance = f"{'' if books['balanced'] else 'NOT '}accounted for"
     keys = [key for _, key in columns(status["mirror"].get("shared", False)) if key != "balanced"]
-    head = ("lane", *(key.replace("_", " ") for key in keys), "oldest", "next load", "state")
-    rows = [head, *(_lane(name, lane, keys) for name, lane in status["lanes"].items())]
-    rows.append(_lane("all lanes", books | {"state": balance}, keys))
+    head = ("type", *(key.replace("_", " ") for key in keys), "oldest", "next load", "state")
+    rows = [head, *(_lane(name, lane, keys, said) for name, lane in status["lanes"].items())]
+    rows.append(_lane("all types", books | {"state": balance}, keys, said))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         name, *numbers, state = row
         aligned = (text.rjust(width) for text, width in zip(numbers, widths[1:-1], strict=True))
         line = "  ".join((name.ljust(widths[0]), *aligned, state))
         _print(line, _BOLD if row is head else "")
-    for line in _facts(status):
+    for line in _facts(status, said):
         _print(line)
 
 
@@ -51,25 +52,25 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else " " for char in text)
 
 
-def _lane(name: str, lane: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, ...]:
-    blocked = lane.get("blocked") or lane.get("error")
-    state = f"{lane['state']}: {blocked}" if blocked else lane["state"]
+def _lane(
+    name: str, lane: Mapping[str, Any], keys: Sequence[str], said: Sequence[str]
+) -> tuple[str, ...]:
+    state = lane["state"] + _why(lane.get("blocked") or lane.get("error"), said)
     oldest = lane.get("oldest_seconds") if lane["waiting"] else None
     times = (formats.seconds(oldest), formats.seconds(lane.get("next_load_seconds")))
     return name, *(formats.count(lane[key]) for key in keys), *times, state
 
 
-def _facts(status: Mapping[str, Any]) -> list[str]:
+def _facts(status: Mapping[str, Any], said: Sequence[str]) -> list[str]:
     mirror, database = status["mirror"], status["database"]
     used = f"{formats.size(mirror['bytes'])} of {formats.size(mirror['max_bytes'])} used"
     product = database.get("product", "version")  # an older service names none
-    refused = ", ".join(f"{why} {count:,}" for why, count in sorted(status["rejected"].items()))
+    rejected = ", ".join(f"{why} {count:,}" for why, count in sorted(status["rejected"].items()))
     return [
-        f"mirror: {formats.kind(mirror['kind'])}, {formats.up(mirror['up'])}, {used}"
-        f"{_error(mirror)}",
+        f"{_name(mirror['kind'])}: {formats.up(mirror['up'])}, {used}{_why(mirror['error'], said)}",
         f"database: {product} {database['version'] or '(not reached yet)'}, "
-        f"{formats.up(database['up'])}{_error(database)}",
-        f"refused at ingest: {refused or 'nothing'}",
+        f"{formats.up(database['up'])}{_why(database['error'], said)}",
+        f"rejected: {rejected or 'nothing'}",
         f"datapipe {status['version']}, up {formats.seconds(status['uptime_seconds'])}"
         f"{_processes(status)}",
     ]
@@ -84,8 +85,14 @@ def _processes(status: Mapping[str, Any]) -> str:
     return text + (f", ended: {', '.join(ended)}" if ended else "")
 
 
-def _error(part: Mapping[str, Any]) -> str:
-    return f": {part['error']}" if part["error"] else ""
+def _name(mirror: str) -> str:
+    return "memory" if mirror == "none" else formats.kind(mirror)
+
+
+def _why(error: str | None, said: Sequence[str]) -> str:
+    """An error, unless a sentence at the top has named it."""
+    named = not error or any(error.rstrip(".") in text for text in said)
+    return "" if named else f": {error}"
 
 
 def print_json(value: Any) -> None:

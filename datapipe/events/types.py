@@ -100,7 +100,7 @@ def register(
 
 def _nameless(cls: type) -> ConfigError:
     return ConfigError(
-        f"class {_path(cls)}: @register wants the name of the event type: "
+        f"class {_path(cls)}: @register needs the name of the event type: "
         f'@register("{cls.__name__.lower()}")'
     )
 
@@ -232,7 +232,7 @@ class EventType:
         for field, value in zip(self.fields, values, strict=True):
             if value is msgspec.UNSET:
                 if field.default is msgspec.NODEFAULT:
-                    return EventRejected(Reason.KEY_MISSING, f"{field.name}: this key is missing")
+                    return EventRejected(Reason.KEY_MISSING, f"{field.name}: this field is missing")
                 continue
             try:
                 msgspec.json.decode(value, type=field.exact_wire, **TIMES)
@@ -248,7 +248,7 @@ def _kept(name: str, cls: type[Event]) -> tuple[str | None, int | None]:
     retention = own.get("__datapipe_retention__")
     if partition not in (None, *PARTITIONS):
         raise ConfigError(
-            f"event type {name!r}: partition: {partition!r} is none of {', '.join(PARTITIONS)}"
+            f"event type {name!r}: partition: {partition!r} is not one of {', '.join(PARTITIONS)}"
         )
     try:
         return partition, None if retention is None else seconds_of(retention)
@@ -296,10 +296,10 @@ def _not_null(place: str, hint: Any) -> tuple[Any, bool]:
     options = typing.get_args(hint) if is_union else (hint,)
     kinds = [option for option in options if option is not type(None)]
     if len(kinds) != 1:
-        raise ConfigError(f"{place}: of unions only X | None can be a column")
+        raise ConfigError(f"{place}: the only union that can be a column is X | None")
     if (typing.get_origin(kinds[0]) or kinds[0]) not in PG_TYPES:
         allowed = ", ".join(k.__name__ for k in PG_TYPES)
-        raise ConfigError(f"{place}: {hint!r} is none of {allowed}, or one of them | None")
+        raise ConfigError(f"{place}: {hint!r} is not one of {allowed}, or one of them | None")
     try:
         wire_type(kinds[0])
     except TypeError as exc:
@@ -379,7 +379,7 @@ class Field(NamedTuple):
         return text
 
     def wrong(self, why: str) -> EventRejected:
-        return EventRejected(Reason.BAD_VALUE, f"{self.name}: {self.wanted} wanted ({why})")
+        return EventRejected(Reason.BAD_VALUE, f"{self.name}: must be {self.wanted}: {why}")
 
     def misfit(self, sent: bytes, error: msgspec.ValidationError) -> EventRejected:
         """Why a value, which was sent as this JSON, does not decode: of the place within it."""
@@ -387,7 +387,7 @@ class Field(NamedTuple):
         if not place:
             return self.wrong(str(error))
         why = str(error).partition(" - at ")[0]
-        detail = f"{self.name}{place}: {_said(hint)} wanted ({why})"
+        detail = f"{self.name}{place}: must be {_said(hint)}: {why}"
         return EventRejected(Reason.BAD_VALUE, detail)
 
 
@@ -474,7 +474,7 @@ def neutral_time(text: str) -> str:
     try:
         return DEFAULTS.texts[datetime](msgspec.convert(text, datetime))
     except (msgspec.ValidationError, OverflowError) as exc:
-        raise EventRejected(Reason.BAD_VALUE, f"a time wanted ({exc})") from None
+        raise EventRejected(Reason.BAD_VALUE, f"must be a time: {exc}") from None
 
 
 def with_offset(text: str) -> str:

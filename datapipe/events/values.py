@@ -95,7 +95,7 @@ def wire_type(hint: Any) -> Any:
         return _WIRE[origin or hint]
     except (KeyError, TypeError):
         allowed = ", ".join(written(kind) for kind in _WIRE)
-        raise TypeError(f"{written(hint)} is none of {allowed}") from None
+        raise TypeError(f"{written(hint)} is not one of {allowed}") from None
 
 
 def written(hint: Any) -> str:

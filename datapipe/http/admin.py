@@ -54,9 +54,9 @@ class Admin:
         lane = request.query.get("lane")
         accept = request.query.get("accept")
         if accept not in (None, "dead"):
-            raise Refused(Reason.BAD_VALUE, "accept: only 'dead' can be accepted")
+            raise Refused(Reason.BAD_VALUE, "accept: must be 'dead'")
         if lane is not None and lane not in self._loader.lanes:
-            detail = f"lane: there is no lane {lane[:64]!r}"
+            detail = f"lane: there is no event type {lane[:64]!r}"
             raise Refused(Reason.UNSUPPORTED_EVENT, detail, 404)
         # all processes load at once; each answers for itself
         own, heard = await asyncio.gather(
@@ -86,7 +86,7 @@ class Admin:
         limit = _limit(request)
         lane, sqlstate = request.query.get("lane"), request.query.get("sqlstate")
         if not storable((lane or "") + (sqlstate or "")):
-            detail = "lane, sqlstate: text that a database can hold wanted"
+            detail = "lane, sqlstate: must be text that a database can hold"
             raise Refused(Reason.BAD_VALUE, detail)
         selection = Selection(lane=lane, sqlstate=sqlstate)
         return responses.plain(await self._dead.look(selection, limit))
@@ -96,7 +96,7 @@ class Admin:
         self._access.may_act(request)
         limit, name = _limit(request), request.query.get("event_name")
         if not storable(name or ""):
-            raise Refused(Reason.BAD_VALUE, "event_name: text that a database can hold wanted")
+            raise Refused(Reason.BAD_VALUE, "event_name: must be text that a database can hold")
         return responses.plain(await self._unknown.look(replace(ALL, lane=name), limit))
 
     async def _change(
@@ -129,5 +129,5 @@ def _limit(request: web.Request) -> int:
     except ValueError:
         limit = -1
     if not 0 <= limit <= _LETTERS_MOST:
-        raise Refused(Reason.BAD_VALUE, f"limit: a whole number up to {_LETTERS_MOST} wanted")
+        raise Refused(Reason.BAD_VALUE, f"limit: must be a whole number up to {_LETTERS_MOST}")
     return limit

@@ -45,7 +45,7 @@ class Access:
         if (denied := self.why_not(request)) is not None:
             raise denied
         if not _same_origin(request):
-            raise Refused(Reason.UNAUTHORIZED, "this request comes from another site's page", 403)
+            raise Refused(Reason.FORBIDDEN, "this request comes from another site's page")
 
     def why_not(self, request: web.BaseRequest) -> Refused | None:
         """Why this client may not act, from whatever page, and how it could; or None."""
@@ -53,19 +53,18 @@ class Access:
             given = given_key(Credentials(request.headers.get("Authorization")))
             if hmac.compare_digest(given, self._admin_key):
                 return None
-            return Refused(Reason.UNAUTHORIZED, "no or wrong admin key")
+            return Refused(Reason.UNAUTHORIZED, "the admin key is missing or wrong")
         if not self._loopback:
             return Refused(
-                Reason.UNAUTHORIZED,
-                "the service is not on loopback: set admin_key to do this; it is then asked for",
-                403,
+                Reason.FORBIDDEN,
+                "the service can be reached from other machines: set admin_key, which is then "
+                "asked for",
             )
         if not _is_loopback(_host_name(request.headers.get("Host", ""))):
             return Refused(
-                Reason.UNAUTHORIZED,
+                Reason.FORBIDDEN,
                 "the address does not name this machine: use http://127.0.0.1 (from elsewhere "
                 "through ssh -L), or set admin_key, which is then asked for",
-                403,
             )
         return None
 

@@ -65,5 +65,11 @@ class Cors:
                 raise web.HTTPForbidden(reason=reason, headers=headers)
             return web.Response(status=204, headers=_PREFLIGHT | headers)
 
+        async def name_methods(request: web.Request, response: web.StreamResponse) -> None:
+            if response.status == 405 and not self._origins:
+                named = response.headers.get("Allow", "").split(",")
+                response.headers["Allow"] = ",".join(m for m in named if m != "OPTIONS")
+
         for path in PATHS:
             app.router.add_route("OPTIONS", path, preflight)
+        app.on_response_prepare.append(name_methods)

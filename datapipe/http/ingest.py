@@ -254,7 +254,7 @@ def _idempotency_key(headers: Headers) -> str | None:
     if values is None:
         return None
     if len(values) != 1 or not _KEY_FORM.fullmatch(values[0]):
-        detail = "Idempotency-Key: 1 to 255 visible ASCII characters wanted, once"
+        detail = "Idempotency-Key: must be 1 to 255 visible ASCII characters, given once"
         raise EventRejected(Reason.BAD_JSON, detail)
     return values[0]
 

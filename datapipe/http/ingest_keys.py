@@ -118,7 +118,7 @@ class IngestKeys:
         # every key is compared, even after a match: the time must reveal nothing
         fitting = [grant for key, grant in self._grants if hmac.compare_digest(given, key)]
         if not fitting:
-            raise EventRejected(Reason.UNAUTHORIZED, "no or wrong ingest key")
+            raise EventRejected(Reason.UNAUTHORIZED, "the ingest key is missing or wrong")
         if sum(len(text or "") for text in credentials) <= _REMEMBERED_CHARS:
             if len(self._remembered) >= _REMEMBERED:
                 self._remembered.clear()

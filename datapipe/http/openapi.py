@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date, datetime
 from decimal import Decimal
 from typing import Any
@@ -15,7 +15,7 @@ import msgspec
 from datapipe.events.registry import Registry
 from datapipe.events.types import NAME, EventType
 from datapipe.events.unknown import UNKNOWN
-from datapipe.http.assets import FILES, templates_folder
+from datapipe.http.assets import templates_folder
 from datapipe.version import __version__
 
 Schema = dict[str, Any]
@@ -31,7 +31,7 @@ _TYPES: dict[type, tuple[Schema, Any]] = {
     Decimal: ({"type": ["number", "string"]}, "19.99"),
     UUID: ({"type": "string", "format": "uuid"}, "7f8e7a52-32f3-4f9f-9a53-1f1f1f1f1f1f"),
     dict: ({"type": "object"}, {"plan": "free"}),
-    list: ({"type": "array"}, [1, 2]),
+    list: ({"type": "array", "items": {}}, [1, 2]),
     type(None): ({"type": "null"}, None),
 }
 
@@ -58,7 +58,7 @@ def _value(hint: Any) -> tuple[Schema, Any]:
 
 
 def _event_schema(kind: EventType) -> Schema:
-    properties: Schema = {"event_name": {"const": kind.name}}
+    properties: Schema = {"event_name": {"type": "string", "const": kind.name}}
     for field in kind.fields:
         schema = dict(_value(field.hint)[0])
         if field.nullable:
@@ -82,21 +82,62 @@ def _unknown_schema(registered: Sequence[str]) -> Schema:
     return {"type": "object", "properties": properties, "required": ["event_name"]}
 
 
+def _union(names: Sequence[str], keeps_unknown: bool) -> Schema:
+    """Any event; which type it is of, its `event_name` says."""
+    refs = {name: f"#/components/schemas/{name}" for name in names}
+    known: Schema = {
+        "oneOf": [{"$ref": ref} for ref in refs.values()],
+        "discriminator": {"propertyName": "event_name", "mapping": refs},
+    }
+    if not keeps_unknown:
+        return {"Event": known}
+    # a discriminator has no place for names that it does not map
+    of = [{"$ref": f"#/components/schemas/{name}"} for name in ("RegisteredEvent", UNKNOWN)]
+    return {"RegisteredEvent": known, "Event": {"oneOf": of}}
+
+
+def _request_examples(examples: Sequence[Schema]) -> dict[str, Schema]:
+    """By content type."""
+    lines = "".join([msgspec.json.encode(each).decode() + "\n" for each in examples])
+    return {
+        "application/json": {
+            "one": {"summary": "one event", "value": examples[0]},
+            "several": {"summary": "several events", "value": list(examples)},
+        },
+        "application/x-ndjson": {"several": {"summary": "an event a line", "value": lines}},
+    }
+
+
+def _add_what_all_answer(operations: Sequence[Schema], shared: Mapping[str, Schema]) -> None:
+    """Faults, and the header of every answer."""
+    header = {"X-Request-ID": {"$ref": "#/components/headers/RequestId"}}
+    for operation in operations:
+        responses = operation["responses"]
+        for status, name in (("400", "Malformed"), ("500", "Fault")):
+            responses.setdefault(status, {"$ref": f"#/components/responses/{name}"})
+        operation["responses"] = dict(sorted(responses.items()))
+    own = [each for op in operations for each in op["responses"].values() if "$ref" not in each]
+    for response in (*own, *shared.values()):
+        response["headers"] = header | response.get("headers", {})
+
+
 def document(registry: Registry) -> Schema:
     """The whole description."""
     whole: Schema = msgspec.json.decode((templates_folder() / "openapi.json").read_bytes())
     whole["info"]["version"] = __version__
-    events = {name: _event_schema(kind) for name, kind in sorted(registry.types.items())}
+    paths, schemas = whole["paths"], whole["components"]["schemas"]
+    kinds = sorted(registry.types.items())
+    names = [name for name, _ in kinds]
+    schemas |= {name: _event_schema(kind) for name, kind in kinds}
     if registry.keeps_unknown:
-        events[UNKNOWN] = _unknown_schema(list(events))
-    whole["paths"]["/v1/events"] = {"post": whole["paths"]["/"]["post"]}
-    whole["components"]["schemas"] |= events | {
-        "Event": {"oneOf": [{"$ref": f"#/components/schemas/{name}"} for name in events]},
-        "Lane": {"type": "string", "examples": list(events)},
-    }
-    for name, kind in FILES.items():
-        text = {"description": "the file", "content": {kind: {"schema": {"type": "string"}}}}
-        answers = {"200": text, "400": {"$ref": "#/components/responses/Broken"}}
-        operation = {"summary": "A part of the page", "responses": answers}
-        whole["paths"][f"/{name}"] = {"get": operation}
+        schemas[UNKNOWN] = _unknown_schema(names)
+    schemas |= _union(names, registry.keeps_unknown)
+    schemas["Lane"] = {"type": "string", "examples": names}
+    post = paths["/"]["post"]
+    examples = _request_examples([example(kind) for _, kind in kinds[:2]])
+    for content, media in post["requestBody"]["content"].items():
+        media["examples"] = examples[content]
+    operations = [operation for path in paths.values() for operation in path.values()]
+    _add_what_all_answer(operations, whole["components"]["responses"])
+    paths["/v1/events"] = {"post": post | {"operationId": "postEventsV1"}}
     return whole

@@ -243,20 +243,20 @@ class Parser:
                 since_turn = 0
                 await asyncio.sleep(0)
         if not sizes:
-            raise EventRejected(Reason.NO_CONTENT, "the batch is empty")
+            raise EventRejected(Reason.NO_CONTENT, "there is no event in it")
         runs = _runs(names, kinds, sizes, claim)
         chunks = await self._chunks(runs, rows, lambda _, some: b"".join(some))
         return Parsed(batch, chunks or [], errors)
 
     def _too_many(self) -> EventRejected:
-        detail = f"more than {self._max_events} events in a batch, which batch_max_events sets"
+        detail = f"more than {self._max_events} events in one POST, which batch_max_events sets"
         return EventRejected(Reason.TOO_LONG, detail, 413)
 
     def _row(self, name: str, raw: bytes, received_at: str, lanes: Lanes) -> tuple[Kind, bytes]:
         """The type of one JSON object, and its row. Raises: EventRejected: why it is refused."""
         kind = self._kind(name)
         if lanes is not None and kind.name not in lanes:
-            detail = f"this ingest key may not post to {kind.name!r}"
+            detail = f"this ingest key may not post events of type {kind.name!r}"
             raise EventRejected(Reason.FORBIDDEN, detail)
         try:
             return kind, kind.look_closer(raw, received_at)
@@ -283,11 +283,11 @@ def _name(raw: bytes) -> str:
         except msgspec.ValidationError as exc:
             raise EventRejected(Reason.BAD_JSON, f"an event is a JSON object: {exc}") from None
         if name is msgspec.UNSET:
-            raise EventRejected(Reason.KEY_MISSING, "event_name: this key is missing")
+            raise EventRejected(Reason.KEY_MISSING, "event_name: this field is missing")
         try:
             return _TEXT.decode(name)
         except msgspec.ValidationError as exc:
-            raise EventRejected(Reason.BAD_VALUE, f"event_name: str wanted ({exc})") from None
+            raise EventRejected(Reason.BAD_VALUE, f"event_name: must be str: {exc}") from None
     except _BROKEN as exc:
         raise _not_json(_TWO_OBJECTS if _are_two(raw, exc) else exc) from None
 

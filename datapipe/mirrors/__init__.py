@@ -328,6 +328,12 @@ def open_mirror(settings: Settings, process: str) -> AbstractAsyncContextManager
     return found.open(settings, process)
 
 
+def name_of(kind: str) -> str:
+    """What people call a mirror, within a sentence."""
+    names = {"journal": "the journal", "ironmq": "IronMQ", "nats": "NATS", "none": "memory"}
+    return names.get(kind, kind)
+
+
 def unregistered(
     mirror: str, waiting: Mapping[str, int], unit: str, settings: Settings
 ) -> list[tuple[str, str]]:
@@ -339,8 +345,8 @@ def unregistered(
     return [
         (
             "warn",
-            f"{mirror}: {count} {unit} of {lane} wait, which is no event type here: they are kept, "
-            "and loaded once it is registered",
+            f"{mirror}: {count} {unit} of {lane} wait, which is not an event type here: they are "
+            "kept, and loaded once it is registered",
         )
         for lane, count in sorted(waiting.items())
         if count and lane not in known

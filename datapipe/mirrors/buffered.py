@@ -271,7 +271,7 @@ class BufferedMirror:
         waiting = sum([self._lanes[name].bytes for name in self._put_off])
         if waiting * 2 < self._store.state().max_bytes:
             return {}
-        return {name: f"the lane {name} is full" for name in off}
+        return {name: f"no room for {name}, which can't be loaded now" for name in off}
 
     def _lane(self, name: str) -> _Lane:
         if name not in self._lanes:

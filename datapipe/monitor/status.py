@@ -89,14 +89,14 @@ class Status:
         if self.buffer.stopping:
             return "shutting down"
         if (why := self._mirror_error()) is not None:
-            return f"the mirror does not work: {why}"
+            return why
         return self.buffer.mirror.state().full
 
     def _mirror_error(self) -> str | None:
         mirror = self.buffer.mirror.state()
         if mirror.up and self.buffer.health.up:
             return None
-        return mirror.error or "no answer"
+        return mirror.error or self.buffer.health.error or "no answer"
 
     def parts(self) -> Iterator[Health]:
         """The health of all that this process consists of."""
@@ -263,6 +263,7 @@ class Status:
         return {
             "up": bool(database.up),
             "error": database.error,
+            "refuses": database.refuses,
             "product": database.product,
             "version": database.version,
             "schema": database.schema,

@@ -6,19 +6,25 @@ trouble, whatever part it is; the table says in which words.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby
 from typing import Any, NamedTuple
 
+from datapipe.mirrors import name_of
 from datapipe.monitor import formats
 
 
 class Words(NamedTuple):
-    """`what` SINCE: why. `then`; both may name facts, such as {lane}."""
+    """`what` (since when): why. `then`; both may name facts, such as {lane}.
+
+    Attributes: more: of those beyond the first few of a state, how many they are.
+    """
 
     state: str
     what: str
     then: str
-    since: str = "since"
+    when: str = " (since {moment})"
+    more: str = ""
 
 
 # By part and what is wrong with it; the worst first.
@@ -26,64 +32,71 @@ WORDS = {
     ("ingest", "fails"): Words("refusing", "Events are refused", "{refusing}"),
     ("database", "fails"): Words(
         "database_down", "{product} does not answer",
-        "{kept} Start the database, or repair what the error names; loading then goes on by "
-        "itself.",
+        "{kept} Start it, or repair the way to it; loading then goes on by itself.",
+    ),
+    ("database", "refuses"): Words(
+        "database_down", "{product} refuses us",
+        "{kept} Repair what the error names; loading then goes on by itself.",
     ),
     ("books", "fails"): Words(
-        "unbalanced", "The books do not balance",
+        "unbalanced", "Not every event is accounted for",
         "This is a defect of datapipe: please report it with the log and /status.json.",
     ),
     ("load", "is blocked"): Words(
-        "lane_blocked", "Lane {lane} is blocked",
-        "Its events are kept, {waiting} Repair the cause, then press Load now.",
+        "lane_blocked", "Event type {lane} is blocked",
+        "Its events are kept, {waiting} They are loaded once that is repaired; Load now on the "
+        "page tries at once.",
+        more="{more} more event types are blocked",
     ),
     ("load", "fails"): Words(
-        "lane_failing", "Lane {lane} can't be loaded",
+        "lane_failing", "Event type {lane} can't be loaded",
         "It is tried again by itself. Its events are kept, {waiting}",
+        more="{more} more event types can't be loaded",
     ),
     ("load", "is slow"): Words(
-        "lane_slow", "A load of lane {lane} has been under way",
-        "{remedy}Its events are kept, {waiting}",
+        "lane_slow", "A load of {lane} has been under way",
+        "{remedy}Its events are kept, {waiting}", " since {moment}",
     ),
     ("room", "fails"): Words(
-        "nearly_full", "The mirror is nearly full",
-        "{kept} When it is full, events are refused: see to it that lanes are loaded, or give it "
-        "more room in the settings.",
+        "nearly_full", "{Mirror} is nearly full",
+        "{room} When it is full, events are refused: see to it that what waits is loaded, or make "
+        "more room{setting}.",
     ),
     ("dead_letters", "fails"): Words(
         "dead_letters", "{dead}",
-        "The database has refused them; they are kept. See why under Dead letters, or by datapipe "
+        "{product} refused them, and they are kept. See why under Dead letters, or by datapipe "
         "dead list; repair that and put them back, or drop them for good.",
+        ", since {moment}",
     ),
     ("database", "is new"): Words(
-        "starting", "The database has not been reached", "Events are kept meanwhile."
+        "starting", "{product} has not been reached", "Events are kept meanwhile.", " yet"
     ),
     ("leftovers", "fails"): Words(
-        "recovering", "A process that died has left events in the mirror",
+        "recovering", "A process that died has left events in {mirror}",
         "They will be taken over within about {left}; nothing need be done.",
     ),
-    ("ended", "fails"): Words("process_ended", "{ended} ended", "{takeover}", since="at"),
+    ("ended", "fails"): Words("process_ended", "{ended} ended", "{takeover}", " at {moment}"),
     ("peers", "fails"): Words(
         "process_silent", "No answer from {silent}",
-        "The numbers here lack theirs. Should one have died, others load what it had taken, from "
-        "half a minute later on.",
+        "The numbers here lack theirs. If one has died, others load what it had taken, half a "
+        "minute later.",
     ),
 }  # fmt: skip
 _RANK = {key: rank for rank, key in enumerate(WORDS)}
 # What other parts do is called, and what it means that it is not done; said before a full mirror.
 WORK = {
-    "append": ("An append to the mirror", "Its events are not accepted yet."),
+    "append": ("An append to {mirror}", "Its events are not accepted yet."),
     "recovery": (
         "The recovery of what dead processes left",
-        "It stays in the mirror, and is not counted below.",
+        "It stays in {mirror}, and is not counted below.",
     ),
     "heartbeat": (
         "The heartbeat",
         "Other processes may take this one for dead and load its events too; none is doubled.",
     ),
-    "removal": ("The removal of loaded events", "They take up room in the mirror meanwhile."),
+    "removal": ("The removal of loaded events", "They take up room in {mirror} meanwhile."),
     "upkeep": (
-        "The upkeep of the mirror",
+        "The upkeep of {mirror}",
         "Meanwhile it gives no space back, and messages of a remote one come closer to their end.",
     ),
     "count": ("The count of dead letters", "How many there are now is not known meanwhile."),
@@ -96,6 +109,11 @@ _WORK_RANK = _RANK["room", "fails"] - 0.5
 # until others begin to load what was accepted by a process that ended
 _TAKEOVER_S = {"journal": 35.0, "ironmq": 45.0}
 _LONGEST_TAKEOVER_S = 60.0
+_ROOM = {
+    "journal": "journal_max_bytes", "ironmq": "ironmq_max_bytes", "nats": "nats_lane_max_bytes",
+    "none": "buffer_max_bytes",
+}  # fmt: skip
+_HARDLY_S = 10
 _LANES_NAMED = 3
 _NONE: Mapping[str, Any] = {"lanes": {}}
 # A part is not named while one of these fails: then that is why, or says the same. Nor is one that
@@ -113,6 +131,7 @@ class _Trouble(NamedTuple):
     state: str
     since: str
     sentence: str
+    more: str
 
 
 def summary(status: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,17 +139,27 @@ def summary(status: Mapping[str, Any]) -> dict[str, Any]:
     found = sorted(_troubles(status), key=lambda trouble: trouble.rank)
     if not found:
         return {"state": "healthy", "text": _healthy(status), "since": None, "also": []}
-    texts = [trouble.sentence for trouble in found]
+    texts = list(_texts(found))
     return {"state": found[0].state, "text": texts[0], "since": found[0].since, "also": texts[1:]}
+
+
+def _texts(found: Iterable[_Trouble]) -> Iterator[str]:
+    """A sentence for each; of event types in the same state for the first few."""
+    for _, group in groupby(found, key=lambda trouble: (trouble.rank, trouble.state)):
+        troubles = list(group)
+        named = _LANES_NAMED if troubles[0].more else len(troubles)
+        yield from (trouble.sentence for trouble in troubles[:named])
+        if (more := len(troubles) - named) > 0:
+            yield f"{troubles[0].more.format(more=formats.count(more))}: see the table below."
 
 
 def _healthy(status: Mapping[str, Any]) -> str:
     waiting = status["books"]["waiting"]
     if not waiting:
-        return "Healthy. Nothing waits, and the books balance."
+        return "Healthy. Nothing waits, and every event is accounted for."
     due = [lane["next_load_seconds"] for lane in status["lanes"].values()]
     nearest = min((seconds for seconds in due if seconds is not None), default=None)
-    when = "" if nearest is None else f", the next in {formats.roughly(nearest)}"
+    when = "" if nearest is None else f", the next load in {formats.roughly(nearest)}"
     return f"Healthy. {formats.events(waiting)} waiting to be loaded{when}."
 
 
@@ -147,7 +176,8 @@ def _troubles(status: Mapping[str, Any]) -> Iterator[_Trouble]:
         elif part["part"] == "dead_letters" and not dead_letters(status):
             pass  # another process has counted since
         elif part["up"] is False and named and tried:
-            yield _trouble(status, part, "fails")
+            refuses = part["part"] == "database" and status["database"].get("refuses")
+            yield _trouble(status, part, "refuses" if refuses else "fails")
         elif part["up"] is None and part["part"] == "database":
             yield _trouble(status, part, "is new")
         if part["slow"] and named:
@@ -163,36 +193,45 @@ def _trouble(status: Mapping[str, Any], part: Mapping[str, Any], wrong: str) -> 
     key, slow, facts = (part["part"], wrong), wrong == "is slow", _facts(status, part)
     words = WORDS.get(key) or work_words(part["part"], slow)
     since = part["doing_since"] if slow else part["since"]
-    when = "yet" if wrong == "is new" else f"{words.since} {_moment(since, status['now'])}"
+    when = words.when.format(moment=_moment(since, status["now"]))
     why = _wait(status, part) if slow else part["error"]
+    if wrong == "is blocked":  # that may have failed once more, for another reason
+        why = status["lanes"][part["lane"]]["blocked"]
     because = f": {why.rstrip('.')}" if why else ""
     what, then = words.what.format(**facts), words.then.format(**facts)
-    sentence = f"{what} {when}{because}. {then}".rstrip()
-    return _Trouble(_RANK.get(key, _WORK_RANK), words.state, since, sentence)
+    sentence = f"{what}{when}{because}. {then.lstrip()}".rstrip()
+    return _Trouble(_RANK.get(key, _WORK_RANK), words.state, since, sentence, words.more)
 
 
 def work_words(part: str, slow: bool) -> Words:
     """Those of a part that has none of its own; also of one that only a newer peer has."""
     what, then = WORK.get(part, (f"The work of {part}", ""))
     if slow:
-        return Words(f"{part}_slow", f"{what} has been under way", then)
-    return Words(f"{part}_failing", f"{what} has failed", f"It is tried again by itself. {then}")
+        return Words(f"{part}_slow", f"{what} has been under way", then, " since {moment}")
+    return Words(f"{part}_failing", f"{what} fails", f"It is tried again by itself. {then}")
 
 
 def _facts(status: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, str]:
     """What the words may name."""
     lane = status["lanes"].get(part["lane"], {"waiting": 0, "full": False})
-    waiting = f"{formats.events(lane['waiting'])} waiting."
+    mirror = name_of(status["mirror"]["kind"])
+    waiting = f"{formats.count(lane['waiting'])} waiting."
     if lane["full"]:
-        waiting += " It has used up its share of the mirror: new ones are refused."
+        waiting += f" They have used up their share of {mirror}: new ones are refused."
+    setting = _ROOM.get(status["mirror"]["kind"])
     return {
         "lane": part["lane"],
+        "mirror": mirror,
+        "Mirror": _capital(mirror),
+        "setting": f" ({setting})" if setting else "",
         "silent": ", ".join(status["silent"]),
         "ended": formats.processes(len(status["ended"])),
         "takeover": _takeover(status["mirror"], len(status["ended"])),
         "dead": _dead(status),
         "waiting": waiting,
         "kept": _kept(status),
+        # said already, where the database is down
+        "room": "" if status["database"].get("up") is False else _kept(status),
         "refusing": _refusing(status, part["error"]),
         "left": formats.roughly(status["mirror"].get("left_seconds") or 0),
         "product": _product(status),
@@ -206,7 +245,7 @@ def _dead(status: Mapping[str, Any]) -> str:
     total = sum(count for _, count in lanes)
     named = [f"{name} {formats.count(count)}" for name, count in lanes[:_LANES_NAMED]]
     if more := len(lanes) - len(named):
-        named.append(f"and {formats.count(more)} more lanes")
+        named.append(f"and {formats.count(more)} more types")
     are = "is a dead letter" if total == 1 else "are dead letters"
     return f"{formats.events(total)} {are} ({', '.join(named)})"
 
@@ -222,7 +261,10 @@ def _takeover(mirror: Mapping[str, Any], ended: int) -> str:
 
 def _product(status: Mapping[str, Any]) -> str:
     """What the database is called, to begin a sentence with."""
-    name: str = status["database"]["product"]
+    return _capital(status["database"]["product"])
+
+
+def _capital(name: str) -> str:
     return name[:1].upper() + name[1:]
 
 
@@ -238,7 +280,7 @@ def _refusing(status: Mapping[str, Any], why: str | None) -> str:
     if not status["mirror"]["up"]:
         return f"Clients are asked to try again. {waiting} Repair what the error names."
     if "shutting down" not in (why or ""):
-        return f"{waiting} Room comes as lanes are loaded: see the lanes below."
+        return f"{waiting} There is room again once some are loaded: see the event types below."
     return f"Clients are asked to try again. {waiting}"
 
 
@@ -250,10 +292,14 @@ def _moment(at: str, now: str) -> str:
 
 def _kept(status: Mapping[str, Any]) -> str:
     """Events are kept, how many, and for how long there is room."""
-    mirror = status["mirror"]
-    text = f"Events are kept, {formats.count(status['books']['waiting'])} waiting"
+    mirror, waiting = status["mirror"], formats.count(status["books"]["waiting"])
+    if not status.get("ready", True):
+        return f"What was accepted is kept, {waiting} waiting."
+    text = f"Events are kept, {waiting} waiting"
     left = mirror["seconds_left"]
     if left is None:
         room = max(0, mirror["max_bytes"] - mirror["bytes"])
         return f"{text}, room for {formats.size(room)} more."
+    if left < _HARDLY_S:
+        return f"{text}, hardly any room for more."
     return f"{text}, room for about {formats.roughly(left)} at this rate."

@@ -56,6 +56,7 @@ class Buffer:
         self.removed_bytes = 0
         self.removed = Rate()
         self.stopping = self.closed = False
+        self._full_since: float | None = None  # `time.perf_counter`
         self._linger_s = settings.mirror_linger_ms / 1000
         self._timeout_s = settings.mirror_timeout + self._linger_s + 1.0
         self._trigger_bytes = settings.load_trigger_bytes
@@ -141,12 +142,15 @@ class Buffer:
         """
         seconds = time.perf_counter() - began
         if isinstance(appended.error, MirrorFull):
-            appended.error.retry_after_s = self._until_room_s()
+            if self._full_since is None:
+                self._full_since = began
+            appended.error.retry_after_s = self._until_room_s(seconds=began - self._full_since)
         elif appended.error is None:
             self._works()
         else:
             self._fails(began, appended.error.detail)
         if appended.stored:
+            self._full_since = None
             self._observe_append(seconds)
             self.append_seconds = seconds
         sizes: Counter[str] = Counter()
@@ -206,11 +210,16 @@ class Buffer:
         ages = [lane.waiting.oldest for lane in self.lanes.values()]
         return min((age for age in ages if age is not None), default=None)
 
-    def _until_room_s(self) -> float:
-        """How long until a twentieth of the mirror is free, at the rate of the last loads."""
+    def _until_room_s(self, seconds: float) -> float:
+        """How long until a twentieth of the mirror is free, at the rate of the last loads; while
+        there were none, as long again as it has been full.
+
+        Args: seconds: that it has been full.
+        """
         wanted = self.mirror.state().max_bytes / 20
-        rate = self.removed.per_second()
-        return min(max(wanted / rate, 1.0), 300.0) if rate > 0 else 30.0
+        if (rate := self.removed.per_second()) > 0:
+            return min(max(wanted / rate, 1.0), 300.0)
+        return min(max(seconds, 1.0), 30.0)
 
     async def settle(self, timeout_s: float) -> None:
         """Wait for appends and removals that are under way."""

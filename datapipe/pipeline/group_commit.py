@@ -18,7 +18,7 @@ import structlog
 from datapipe.errors import MirrorUnavailable
 from datapipe.events.segment import Chunk, seal
 from datapipe.health import Health
-from datapipe.mirrors import Appended, Mirror, Traits
+from datapipe.mirrors import Appended, Mirror, Traits, name_of
 from datapipe.pipeline.tasks import Failed, start
 
 # Many requests are spread over so many appends, of mirrors that linger and of others: one is under
@@ -33,7 +33,6 @@ _PATIENCE_S = 0.02  # an append that takes longer holds up no others, if there m
 # while the other half is appended, in twice as many appends: with 16 connections 16,600 events a
 # second instead of 20,800, with 64 33,700 instead of 35,500.
 _TURNS = 4
-_NO_ANSWER = "the mirror does not answer (mirror_timeout)"
 
 log = structlog.stdlib.get_logger("datapipe.pipeline.group_commit")
 
@@ -82,7 +81,7 @@ class GroupCommit:
     def add(self, chunks: Sequence[Chunk], done: Done) -> None:
         """Take rows in; `done` hears once they are durable, or of MirrorUnavailable."""
         if self._hangs:  # no more may pile up behind it
-            done(MirrorUnavailable(_NO_ANSWER))
+            done(self._no_answer())
             return
         self._waiting.append((chunks, done))
         for chunk in chunks:
@@ -167,10 +166,14 @@ class GroupCommit:
     def _give_up(self, requests: list[Request]) -> None:
         """An append hangs: refuse all until it ends. What it stores is booked then, and loaded."""
         self._hangs = True
-        refused = MirrorUnavailable(_NO_ANSWER)
+        refused = self._no_answer()
         self._book(Appended((), refused), time.perf_counter())
         self._release(requests, refused)
         self._release(self._take_waiting(), refused)
+
+    def _no_answer(self) -> MirrorUnavailable:
+        name = name_of(self._mirror.state().kind)
+        return MirrorUnavailable(f"{name} does not answer (mirror_timeout)")
 
     def _release(self, requests: list[Request], error: Exception | None) -> None:
         """Answer each request once: those that were given up on are no longer in the list."""

@@ -127,8 +127,8 @@ class Loader:
                     self.schedules[name] = Schedule(self._buffer.lane(name))
                 self.schedules[name].hurry()
                 continue
-            why = f"no event type {name!r} is registered here; its events are kept: add its class"
-            self._block(self._buffer.lane(name), f"{why} (event_modules) or its fields (events)")
+            why = f"no event type {name!r} is registered here: add its class (event_modules) or its"
+            self._block(self._buffer.lane(name), f"{why} fields (events), and restart")
         self._wake.set()
 
     async def load_now(

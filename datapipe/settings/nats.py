@@ -27,7 +27,7 @@ def nats_faults(settings: Settings) -> Iterator[tuple[str, str]]:
             more = login if "@" in settings.nats_url else ""
             yield (
                 "nats_url",
-                f"{why} (the URL at place {number}; several are parted by commas){more}",
+                f"{why} (URL number {number}; commas part them){more}",
             )
     if not settings.database_url or settings.database_url.startswith("sqlite:"):
         why = "mirror 'nats' needs a database that all processes share"
@@ -35,7 +35,7 @@ def nats_faults(settings: Settings) -> Iterator[tuple[str, str]]:
     keys = [key for key in ("nats_creds", "nats_nkey_file", "nats_user") if getattr(settings, key)]
     keys += ["a login in nats_url"] if "@" in settings.nats_url else []
     if len(keys) > 1:
-        yield keys[0], f"one way to log in is wanted, not {' and '.join(keys)}: leave one"
+        yield keys[0], f"only one way to log in may be set: leave one of {' and '.join(keys)}"
     for key, other in (
         ("nats_password", "nats_user"),
         ("nats_user", "nats_password"),  # a user alone may be meant for a token

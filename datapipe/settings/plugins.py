@@ -86,7 +86,7 @@ def plugin(settings: Settings, room: Room, sources: Mapping[str, str] | None = N
         why = f"{type(exc).__name__}: {' '.join(str(exc).split())}"
         raise wrong(key, f"{name!r}, {which}, can't be imported: {why}", source) from exc
     if not (isinstance(kind, type) and issubclass(kind, Plugin)):
-        raise wrong(key, f"{name!r}, {which}, is no Plugin", source)
+        raise wrong(key, f"{name!r}, {which}, is not a Plugin", source)
     within = f"{room}_options"
     return convert(getattr(settings, within), kind, origins.get(within), within=within)
 
@@ -105,7 +105,7 @@ def _others(room: str, key: str, name: str, source: str | None) -> EntryPoint:
     if not found:
         names = [*OURS[room], *(each.name for each in known)]
         shown = ", ".join(_scheme(each) if room == "sink" else each for each in names)
-        wanted = "must begin with one of" if room == "sink" else f"{name!r} is none of auto,"
+        wanted = "must begin with one of" if room == "sink" else f"{name!r} is not one of auto,"
         raise wrong(key, f"{wanted} {shown}", source)
     if len(found) > 1:
         which = " and ".join(f"{each.value}{_package(each)}" for each in found)

@@ -98,7 +98,7 @@ def seconds_of(text: str) -> int:
     match = _DURATION.fullmatch(text)
     if match is None or int(match[1]) == 0:
         raise ValueError(
-            f"{text!r} is no duration: write it as in '90 days', '12 hours', '2 weeks'"
+            f"{text!r} is not a duration: write it as in '90 days', '12 hours', '2 weeks'"
         )
     return int(match[1]) * _UNIT_S[match[2]]
 

@@ -55,7 +55,8 @@ class SinkState:
     """For the page; `up` is None until the first real work was tried.
 
     `answer_s` is what the last small piece of work took, such as the heartbeat; `product` is what
-    people call the database, such as MariaDB.
+    people call the database, such as MariaDB. `refuses`: it is down, and answers: `error` is what
+    it says.
     """
 
     up: bool | None
@@ -64,6 +65,12 @@ class SinkState:
     schema: str
     answer_s: float | None = None
     product: str = "the database"
+    refuses: bool = False
+
+    @property
+    def trouble(self) -> str:
+        """What is wrong with a database that is down, in a few words."""
+        return "refuses us" if self.refuses else "does not answer"
 
 
 @dataclass(slots=True, frozen=True)

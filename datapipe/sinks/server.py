@@ -107,6 +107,10 @@ class ServerSink(SqlSink, Generic[_C]):
         """What an error of the driver's means."""
 
     @abstractmethod
+    def has_answered(self, exc: Any) -> bool:
+        """Whether an error of the driver's is what the server said, and said as it goes on."""
+
+    @abstractmethod
     def described(self, exc: Any) -> tuple[str, str]:
         """What the server said, in one line and without secrets; its code, if it has one."""
 
@@ -168,10 +172,12 @@ class ServerSink(SqlSink, Generic[_C]):
         """Our error to raise for it; notes that the database is down, if that is what it means."""
         if isinstance(exc, self.driver_error):
             kind, (text, code) = self.verdict(exc), self.described(exc)
+            refuses = self.has_answered(exc)
         else:
             kind, text, code = Verdict.DOWN, str(exc) or "no answer in time", ""
+            refuses = False
         if kind is Verdict.DOWN:
-            self.down(text)
+            self.down(text, refuses=refuses)
         return error_of(kind, text, code, lane)
 
     async def query(self, sql: str, *values: Any, lane: str | None = None) -> list[tuple[Any, ...]]:
@@ -208,9 +214,9 @@ class ServerSink(SqlSink, Generic[_C]):
         finally:
             self._backends.pop(lane, None)
 
-    def down(self, error: str) -> None:
+    def down(self, error: str, *, refuses: bool = False) -> None:
         """See `TransactionalSink.down`."""
-        super().down(error)
+        super().down(error, refuses=refuses)
         self._loads.close_idle()
 
     def abort(self) -> None:

@@ -167,13 +167,15 @@ class SqlSink(TransactionalSink):
     async def _make(self, table: Table) -> list[str]:
         """Make or complete a table; the DDL that it took.
 
-        Without a right of ours on one of our own tables nothing works, so the database is down.
+        Raises: SinkUnavailable, LaneBlocked; without a right of ours on one of our own tables
+        nothing works, so that the database is down.
         """
         needed = self._changes(table, await self.columns(table.name))
         if denied := await self.denied(table, needed):
             why = f"table {table.name}: {denied}"
             if table in OWN_TABLES:
-                self.down(why)
+                self.down(why, refuses=True)
+                raise SinkUnavailable(why)
             raise LaneBlocked(why)
         ran: list[str] = []
 
@@ -195,9 +197,9 @@ class SqlSink(TransactionalSink):
         if not table.is_own and "received_at" not in there:
             received = [column for column in table.columns if column.name == "received_at"]
             raise LaneBlocked(
-                f"table {table.name}: has no column received_at, so it is taken to be somebody "
-                "else's, and nothing is added to it: rename the event type, or, if its events "
-                f"belong there: {'; '.join(self._dialect.add_columns(table, received))}"
+                f"table {table.name}: has no column received_at, so it is not datapipe's, and "
+                "nothing is added to it: rename the event type, or, if its events belong there: "
+                f"{'; '.join(self._dialect.add_columns(table, received))}"
             )
         missing = [column for column in table.columns if column.name not in there]
         return self._dialect.add_columns(table, missing)
@@ -217,19 +219,29 @@ class SqlSink(TransactionalSink):
             for table in wanted:
                 said += await self._check(table)
         except (SinkUnavailable, LaneBlocked) as exc:
-            return [("away" if self.is_away(exc.__cause__) else "fail", f"database: {exc}")]
+            level = "away" if self.is_away(exc.__cause__) else "fail"
+            state = self.state()
+            which = f"{self.product} {state.trouble}: " if state.up is False else ""
+            return [(level, f"database: {which}{exc}")]
         return said
 
     async def _check(self, table: Table) -> list[tuple[str, str]]:
         try:
-            changes = self._changes(table, await self.columns(table.name))
+            there = await self.columns(table.name)
+            changes = self._changes(table, there)
         except LaneBlocked as exc:
             return [("fail", str(exc))]
         if denied := await self.denied(table, changes):
             return [("fail", f"table {table.name}: {denied}")]
         if changes:
-            return [("ok", f"table {table.name}: will be made or completed when it is needed")]
+            return [("ok", f"table {table.name}: {self._planned(table, there)} when needed")]
         return []
+
+    def _planned(self, table: Table, there: set[str] | None) -> str:
+        if there is None:
+            return "will be created"
+        missing = [column.name for column in table.columns if column.name not in there]
+        return f"will add the column{'s' if missing[1:] else ''} {', '.join(missing)}"
 
     # --- ledger ---
 

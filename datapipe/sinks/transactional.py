@@ -57,6 +57,7 @@ class TransactionalSink(ABC):
         self.answer_s: float | None = None
         self._schema = schema
         self._health = Health()
+        self._refuses = False
         # by segment: loads that wrote it and whose COMMIT failed; one may have committed all the
         # same. Not in the segment, which may be parked and read anew before it is tried again
         self._tried: dict[str, set[str]] = {}
@@ -115,8 +116,9 @@ class TransactionalSink(ABC):
         if self._health.works(began):
             log.info("database up", product=self.product, version=self.version, schema=self._schema)
 
-    def down(self, error: str) -> None:
-        """Note that the database does not answer, or not as it should."""
+    def down(self, error: str, *, refuses: bool = False) -> None:
+        """Note that the database does not answer. Args: refuses: it does, and says no."""
+        self._refuses = refuses
         if self._health.fails(time.perf_counter(), error):
             log.error("database down", error=error)
 
@@ -124,8 +126,9 @@ class TransactionalSink(ABC):
         """See `Sink.state`."""
         health = self._health
         return SinkState(
-            health.up, health.error, self.version, self._schema, self.answer_s, self.product
-        )
+            health.up, health.error, self.version, self._schema, self.answer_s, self.product,
+            self._refuses and health.up is False,
+        )  # fmt: skip
 
     # --- load ---
 

@@ -98,7 +98,7 @@ def server_address(url: str, default_port: int) -> Address:
     except ValueError:
         raise ConfigError("can't be read as a URL") from None
     if unknown := options.keys() - set(_OPTIONS):
-        raise ConfigError(f"{min(unknown)!r} is none of {', '.join(_OPTIONS)}")
+        raise ConfigError(f"{min(unknown)!r} is not one of {', '.join(_OPTIONS)}")
     database = unquote(parts.path.lstrip("/"))
     if not parts.hostname or not database:
         raise ConfigError(
@@ -107,7 +107,7 @@ def server_address(url: str, default_port: int) -> Address:
     default = "VERIFY_CA" if "ssl-ca" in options else "PREFERRED"
     mode = options.get("ssl-mode", "REQUIRED" if os.environ.get("DYNO") else default).upper()
     if mode not in _MODES:
-        raise ConfigError(f"ssl-mode is none of {', '.join(_MODES)}")
+        raise ConfigError(f"ssl-mode is not one of {', '.join(_MODES)}")
     return Address(
         parts.hostname, port, unquote(parts.username or ""), unquote(parts.password or ""),
         database, None if mode == "DISABLED" else _tls(mode, options),

@@ -163,7 +163,7 @@ async def test_a_release_fails_where_a_person_must_act(
             fails("password authentication failed", 1, DATABASE_URL=wrong_password),
             fails("does not exist", 1, DATABASE_URL=given.rpartition("/")[0] + "/nowhere"),
             fails("no encryption", 1, DATABASE_URL=f"{given}?sslmode=disable"),
-            fails("does not accept the credentials", 1, IRON_MQ_TOKEN="x"),
+            fails("wrong credentials", 1, IRON_MQ_TOKEN="x"),
         )
         await asyncio.gather(
             fails("set IRON_MQ_PROJECT_ID and IRON_MQ_TOKEN", 2, IRON_MQ_TOKEN=""),

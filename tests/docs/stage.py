@@ -1,13 +1,14 @@
 """Where the blocks of one page are run, one after the other, as a reader would.
 
     sh      bash -e; a block that ends with `datapipe serve` or `make run` starts a service, which
-            runs until the page's end or the next one
+            runs until the page's end or the next one. `sudo systemctl start datapipe` does so, too;
+            `stop` and `reload` are the reader's systemd as well
     sql     psql, once nothing waits any more; by the line that `make run` printed, if it did
     python, js    written to its file, or run where it has none
     html    written, and opened in a browser, from http://localhost:3000
     json    settings: read, event types and all
     toml, ini, yaml   parsed; promql   looked through for metrics that there are not
-    text    what the block before it printed; `...` stands for anything
+    text    what the block before it printed; `...` stands for anything, a time of psql for any
 
 A page that starts no service is read with one running. The page's port 8080 is a free one here, and
 so is 3000. A block that names a file of the repository shows what stands in it; one that names
@@ -41,6 +42,8 @@ from tests.service import until
 
 TIMEOUT_S = 60.0
 _SERVES = re.compile(r"(\w+=\S+ )*((datapipe|python -m datapipe) serve( --\w+ \S+)*|make run)")
+_TIMES = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(\.\d+)?\+\d\d|-{5,}")  # and its rule
+_SYSTEMD = re.compile(r"sudo systemctl (start|stop|reload) datapipe")
 _FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
@@ -78,6 +81,8 @@ class Stage:
             "python3": sys.executable,
             "pytest": f"{sys.executable} -P -m pytest -p no:cacheprovider",
             "psql": f"{bin / 'psql'} -X -P pager=off",
+            "pg_dump": str(bin / "pg_dump"),
+            "pg_restore": str(bin / "pg_restore"),
             "make": f"{shutil.which('make')} -f {ROOT / 'Makefile'} -o .venv/.run -o .venv/.test "
             f"BIN={Path(sys.executable).parent}",
         }
@@ -142,7 +147,9 @@ class Stage:
     async def _sh(self, block: Block, text: str) -> None:
         """A file is a script; it is run, too."""
         lines = [line for line in text.splitlines() if line.strip()]
-        if lines and _SERVES.fullmatch(lines[-1].partition(" #")[0].strip()):
+        if asked := _SYSTEMD.fullmatch(text.strip()):
+            await self._systemctl(asked[1])
+        elif lines and _SERVES.fullmatch(lines[-1].partition(" #")[0].strip()):
             await self._serve(text)
         else:
             await self._bash(text, block.exit)
@@ -179,6 +186,26 @@ class Stage:
             return any('"listening"' in line for line in self.said)
 
         await until(listens, TIMEOUT_S, "a service that listens")
+
+    async def _systemctl(self, verb: str) -> None:
+        """Raises: AssertionError: there is nothing to be stopped, or to be reloaded."""
+        if verb == "start":
+            await self._serve("datapipe serve")
+            return
+        assert self._service is not None, "no service runs"
+        if verb == "stop":
+            await self.stop()
+        else:
+            await self._reload(self._service)
+
+    async def _reload(self, service: asyncio.subprocess.Process) -> None:
+        before = len(self.said)
+        os.killpg(service.pid, signal.SIGHUP)
+
+        async def reloaded() -> bool:
+            return any('"settings reloaded"' in line for line in self.said[before:])
+
+        await until(reloaded, TIMEOUT_S, "settings that are reloaded")
 
     async def _read(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdout is not None
@@ -284,6 +311,8 @@ class Stage:
     async def _text(self, block: Block, text: str) -> None:
         # lines are told apart: an answer of one line has no end
         checker = doctest.OutputChecker()
-        wanted, got = text.rstrip("\n") + "\n", self.printed.rstrip("\n") + "\n"
+        wanted, got = (
+            _TIMES.sub("TIME", each.rstrip("\n")) + "\n" for each in (text, self.printed)
+        )
         if not checker.check_output(wanted, got, _FLAGS):
             raise AssertionError(f"the page says:\n{wanted}\nit was:\n{got}")

@@ -144,7 +144,7 @@ async def test_it_waits_as_told_and_sends_the_same_again(
 async def test_what_is_refused_is_not_sent_again(outcomes: dict[str, Outcome], name: str) -> None:
     done = outcomes[name]
     assert len(done.refused) == 1, done.refused_said
-    assert "str wanted" in done.refused_said
+    assert "must be str" in done.refused_said
 
 
 @shared

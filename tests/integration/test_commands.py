@@ -306,12 +306,12 @@ async def test_check_asks_whether_what_is_missing_may_be_made(
 
     result = await check("a")
     assert result.code == 1
-    grant = f'is missing, and {role} may not make it: GRANT CREATE ON SCHEMA "a" TO "{role}"'
+    grant = f'is missing, and {role} may not create it: GRANT CREATE ON SCHEMA "a" TO "{role}"'
     assert f"fail  table crash_report: {grant}\n" in result.out
     assert f"fail  table datapipe_ledger: {grant}\n" in result.out
     result = await check("b")
     assert result.code == 1
-    assert f'may not make it: GRANT CREATE ON DATABASE "{name}" TO "{role}"\n' in result.out
+    assert f'may not create it: GRANT CREATE ON DATABASE "{name}" TO "{role}"\n' in result.out
     postgres.execute(database, "CREATE TABLE a.crash_report (received_at timestamptz)")
     postgres.execute(database, f'GRANT CREATE ON SCHEMA "a" TO "{role}"')
     result = await check("a")
@@ -336,7 +336,7 @@ async def test_check_verifies_the_journals(
         "check", database_url=database, builtin_events=False, events={"signup": {"plan": "str"}}
     )
     assert other.code == 0
-    assert "warn  journal: 100 events of crash_report wait, which is no event type" in other.out
+    assert "warn  journal: 100 events of crash_report wait, which is not an event type" in other.out
     await service.kill()
     journals = (tmp_path / "var" / "journal").glob("*.sqlite")
     journal = max(journals, key=lambda path: path.stat().st_size)

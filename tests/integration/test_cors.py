@@ -136,6 +136,9 @@ async def test_off_by_default_and_open_to_all_only_if_told(
     async with running(tmp_path, **settings) as service:
         answer = await ask(service, preflight(SHOP), method="OPTIONS")
         assert answer.status == (204 if named else 405)
+        put = await ask(service, b"PUT / HTTP/1.1\r\nHost: localhost\r\n\r\n", method="PUT")
+        assert ("OPTIONS" in put.headers["allow"]) == bool(origins)
+        assert {"GET", "POST"} <= set(put.headers["allow"].split(","))
         posted = await ask(service, post(BODY, f"Origin: {SHOP}"))
         for each in (answer, posted):
             assert each.headers.get("access-control-allow-origin") == named

@@ -77,7 +77,7 @@ async def test_they_are_a_state_of_their_own_as_long_as_they_lie_there(
     await service.drained()
     await becomes("dead_letters", 2)
     text = (await service.status())["summary"]["text"]
-    assert text.startswith("2 events are dead letters (install 2) since ")
+    assert text.startswith("2 events are dead letters (install 2), since ")
     _, said = await command(service.file, "status", service.url)
     assert text in said
     other = await make_service(database_url=database, data_dir="other").start()

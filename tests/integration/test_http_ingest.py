@@ -442,7 +442,7 @@ MENDS = {
         json.dumps(sized("x" * INPUT_MAX)).encode(), [], 400, "2048 bytes, which input_max_len sets"
     ),
     "a batch": (
-        b"\n".join([J1] * (BATCH_MAX + 1)), [], 413, "500 events in a batch, which batch_max_events"
+        b"\n".join([J1] * (BATCH_MAX + 1)), [], 413, "500 events in one POST, which batch_max_ev"
     ),
     "gzip": (gzip.compress(J1), [], 400, "Content-Encoding: gzip"),
     "lines without ends, as curl -d sends them": (J1 + J2, [], 400, "--data-binary"),

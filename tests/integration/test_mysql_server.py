@@ -318,8 +318,8 @@ async def test_a_server_without_tls_is_refused_where_it_is_required(mysql_databa
     [
         ("mysql://host", "must be like mysql://user"),
         ("mysql://host:port/db", "can't be read"),
-        ("mysql://host/db?sslmode=require", "'sslmode' is none of ssl-mode"),
-        ("mysql://host/db?ssl-mode=maybe", "ssl-mode is none of DISABLED"),
+        ("mysql://host/db?sslmode=require", "'sslmode' is not one of ssl-mode"),
+        ("mysql://host/db?ssl-mode=maybe", "ssl-mode is not one of DISABLED"),
         ("mysql://user:hush@host/db?ssl-ca=/nowhere", "No such file"),
     ],
 )

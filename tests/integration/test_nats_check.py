@@ -218,7 +218,7 @@ async def test_away_or_not_let_in(tmp_path: Path) -> None:
             assert "Authorization Violation" in text
     with NatsCluster.running(tmp_path / "plain", 1) as alone:
         ((level, text),) = await findings(alone, nats_url=alone.urls.replace("nats:", "tls:"))
-        assert (level, "TLS is wanted" in text) == ("fail", True)
+        assert (level, "TLS is required" in text) == ("fail", True)
 
 
 LITTLE = """

@@ -157,7 +157,7 @@ async def test_a_file_that_is_none_shows_nothing_of_it(
 async def test_what_is_no_certificate_is_one_clear_line(tmp_path: Path, key: str) -> None:
     (file := tmp_path / "file").write_text("s3cr3t")
     more = {key: str(file)} | ({"nats_key_file": str(file)} if key == "nats_cert_file" else {})
-    with pytest.raises(ConfigError, match=f"^{key}.* wanted, in PEM$"):
+    with pytest.raises(ConfigError, match=f"^{key}.* must hold .*, in PEM$"):
         async with open_mirror(
             Settings(nats_url="nats://a", database_url="postgresql://a/b", **more), "p"
         ):
@@ -184,7 +184,7 @@ async def test_no_login_goes_to_a_server_without_tls(tmp_path: Path) -> None:
         async with client.connecting():
 
             async def told(client: Client = client) -> bool:
-                return "TLS is wanted" in str(client.refused)
+                return "TLS is required" in str(client.refused)
 
             await until(told, 10)
         assert b"".join(heard) == b""

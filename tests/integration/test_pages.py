@@ -166,7 +166,9 @@ async def test_no_answer_is_outside_the_description(
         "--exclude-path", "/stream", "--checks", ",".join(checks), "--max-examples", "100",
         "--phases", "examples,coverage,fuzzing", "--continue-on-failure", "--no-color",
         "--max-time", "20", "--suppress-health-check", "all",
-        cwd=service.file.parent, env={"PATH": "", "PYTHONPATH": str(ROOT), "HOME": "/nonexistent"},
+        cwd=service.file.parent,
+        env={"PATH": "", "PYTHONPATH": str(ROOT), "HOME": "/nonexistent",
+             "SCHEMATHESIS_HOOKS": "tests.integration.schemathesis_hooks"},
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
     )  # fmt: skip
     told, _ = await process.communicate()

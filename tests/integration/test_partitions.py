@@ -177,6 +177,22 @@ async def test_whoever_dies_between_detach_and_drop(daily: World) -> None:
     assert daily.tables() == ["seen"]
 
 
+async def test_check_names_what_keeps_a_partition_from_being_dropped(daily: World) -> None:
+    """Before it is detached, and then, when none is dropped after it."""
+    await daily.load(-100, -99)
+    assert [text for level, text in await daily.said() if level == "warn"] == []
+    daily.execute(f"CREATE VIEW report AS SELECT n FROM {daily.name(-100)}")
+    stuck = f"table seen: partition {daily.name(-100)} can't be dropped, nor any after it: "
+    assert ("warn", f"{stuck}report depends on it") in await daily.said()
+    assert await daily.sink.remove_expired(daily.table)
+    with pytest.raises(LaneBlocked, match="other objects depend on it"):
+        await daily.sink.remove_expired(daily.table)
+    assert ("warn", f"{stuck}report depends on it") in await daily.said()
+    daily.execute("DROP VIEW report")
+    await daily.remove()
+    assert daily.tables() == ["seen"]
+
+
 async def test_what_a_person_has_detached_stays(daily: World) -> None:
     await daily.load(-100)
     daily.execute(f"ALTER TABLE seen DETACH PARTITION {daily.name(-100)}")

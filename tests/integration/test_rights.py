@@ -160,16 +160,18 @@ async def test_what_is_lacking_is_said_at_once_and_fills_no_log(
         ).start()
         await service.post(crash("x", 1))
 
-        async def blocked() -> bool:
-            return "GRANT" in ((await service.status())["lanes"]["crash_report"]["blocked"] or "")
+        async def refused() -> bool:
+            return bool((await service.status())["database"]["refuses"])
 
-        await until(blocked, what="a reason")
+        await until(refused, what="a reason")
         grants = 'GRANT CREATE ON SCHEMA "public" TO "loader"; GRANT USAGE ON SCHEMA'
         status = await service.status()
         assert not status["database"]["up"]
         assert grants in status["database"]["error"]
-        assert grants in status["lanes"]["crash_report"]["blocked"]
+        assert status["lanes"]["crash_report"]["blocked"] is None  # all are, and it is said once
+        assert status["summary"]["text"].startswith("PostgreSQL refuses us (since ")
         assert grants in status["summary"]["text"]
+        assert status["summary"]["also"] == []
         (line,) = service.logged("database down")
         assert grants in line["error"]
         await asyncio.sleep(2)  # some ten tries
@@ -177,6 +179,11 @@ async def test_what_is_lacking_is_said_at_once_and_fills_no_log(
 
         server.execute(url, "GRANT USAGE, CREATE ON SCHEMA public TO loader")
         assert (await service.drained())["loaded"] == 1
+        assert not (await service.status())["database"]["refuses"]
+
+        async def blocked() -> bool:
+            return "GRANT" in ((await service.status())["lanes"]["crash_report"]["blocked"] or "")
+
         server.execute(url, "ALTER TABLE crash_report OWNER TO postgres")
         await service.post(crash("x", 2))
         await until(blocked, what="a reason")

@@ -294,8 +294,11 @@ async def test_the_check_makes_no_file_and_changes_none(path: Path, database: Da
 async def test_the_check_says_that_it_is_no_database(path: Path, database: Database) -> None:
     path.write_bytes(b"hello, world! " * 100)
     ((level, text),) = await database.check([INSTALL])
-    assert (level, text.startswith(f"database: {path}: it is no SQLite database")) == ("fail", True)
-    with pytest.raises(SinkUnavailable, match="it is no SQLite database"):
+    assert (level, text.startswith(f"database: {path}: it is not an SQLite database")) == (
+        "fail",
+        True,
+    )
+    with pytest.raises(SinkUnavailable, match="it is not an SQLite database"):
         await database.load(INSTALL, [segment(1)])
     assert path.read_bytes() == b"hello, world! " * 100
 

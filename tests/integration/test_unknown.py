@@ -84,7 +84,7 @@ async def test_kept_as_sent_and_moved_once_its_type_is_registered(
     _, found = await second.get("/unknown?event_name=brand_new")
     (group,), (letter,) = found["groups"], found["letters"]
     assert (group["registered"], group["refused"], group["events"]) == (True, 1, None)
-    assert "user_id: int (64 bits) wanted" in letter["message"]
+    assert "user_id: must be int (64 bits): " in letter["message"]
     assert (await second.status())["lanes"]["brand_new"]["replayed"] == 2
     again = await admin(second, "/unknown/replay", {"event_name": "brand_new"})
     assert again == {"replayed": {}, "refused": 1, "unknown": 1}
@@ -232,7 +232,7 @@ def test_the_command(
     assert "2 of a, whose type is registered by now" in run("check")[1]
     moved = "replayed a: 1 rows\nrefused: 1\nstill unknown: 1\n"
     assert run("unknown", "replay", "--all") == (1, moved)
-    assert "1 refused: k: this key is missing" in run("unknown", "list", "--name", "a")[1]
+    assert "1 refused: k: this field is missing" in run("unknown", "list", "--name", "a")[1]
     assert run("unknown", "drop", "--id", "2") == (0, "dropped: 1\n")
     assert run("unknown", "drop")[0] == 2
     assert run("unknown", "drop", "--all") == (0, "dropped: 1\n")

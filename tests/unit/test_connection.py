@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import psycopg2
+import pymysql
 import pytest
 from psycopg2.extensions import parse_dsn
 
+from datapipe.sinks.mysql import errors as mysql_errors
 from datapipe.sinks.postgres.connections import connection_dsn
-from datapipe.sinks.postgres.errors import is_away
+from datapipe.sinks.postgres.errors import has_answered, is_away
 
 AT = 'connection to server at "h" (10.0.0.1), port 5432 failed: '
 
@@ -52,6 +54,33 @@ def test_a_dyno_speaks_tls_to_its_database(
 )
 def test_what_is_away_and_what_refuses_us(said: str, away: bool) -> None:
     assert is_away(psycopg2.OperationalError(said)) is away
+
+
+@pytest.mark.parametrize(
+    ("said", "answered"),
+    [
+        (AT + "Connection refused\n\tIs the server running on that host?", False),
+        (AT + "timeout expired", False),
+        (AT + "server closed the connection unexpectedly", False),
+        ('could not translate host name "x" to address: Name or service not known', False),
+        (AT + "FATAL:  the database system is starting up", True),
+        (AT + 'FATAL:  password authentication failed for user "u"', True),
+        (AT + "\u0424\u0410\u0422\u0410\u041b\u042c\u041d\u041e:  no", True),
+        (AT + "session is read-only", True),
+        (AT + "Connection refused\n" + AT + 'FATAL:  role "u" does not exist', False),
+    ],
+)
+def test_what_the_server_says_is_told_from_its_silence(said: str, answered: bool) -> None:
+    assert has_answered(psycopg2.OperationalError(said)) is answered
+
+
+@pytest.mark.parametrize(
+    ("code", "answered"),
+    [(2003, False), (2013, False), (0, False), (1053, False), (1045, True), (1040, True),
+     (1290, True), (4031, False)],
+)  # fmt: skip
+def test_the_same_of_mariadb(code: int, answered: bool) -> None:
+    assert mysql_errors.has_answered(pymysql.OperationalError(code, "x")) is answered
 
 
 def test_what_is_no_error_of_the_database_is_not_away() -> None:

@@ -392,7 +392,7 @@ async def test_what_may_be_loaded_already_is_sent_again_only_on_request(tmp_path
     with pytest.raises(DatapipeError, match="--id"):
         await stubbed(stub, file, "--id", "another", port=port)
     state.write_text("{}")
-    with pytest.raises(DatapipeError, match="no state file"):
+    with pytest.raises(DatapipeError, match="is not a state file"):
         await stubbed(stub, file, port=port)
     assert stub.taken == list(range(2500))
 
@@ -438,9 +438,21 @@ async def test_a_key_file_without_a_key_is_told(tmp_path: Path, held: bytes) -> 
 @pytest.mark.parametrize("url", ["host", "ftp://host", "http://", "http://host:99999", "http://["])
 async def test_what_is_no_url_leaves_nothing_behind(tmp_path: Path, url: str) -> None:
     (tmp_path / "f").write_bytes(events(1))
-    with pytest.raises(ConfigError, match="no URL"):
+    with pytest.raises(ConfigError, match="is not a URL"):
         await send(url, tmp_path / "f")
     assert [each.name for each in tmp_path.iterdir()] == ["f"]
+
+
+async def test_what_was_not_begun_has_no_figures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for named in ([tmp_path / "missing"], [tmp_path / "f", "--parallel", "0"]):
+        (tmp_path / "f").write_bytes(events(1))
+        with pytest.raises((DatapipeError, OSError)):
+            await stubbed(Stub(), *named)
+    assert capsys.readouterr().out == ""
+    await stubbed(Stub(), tmp_path / "f")
+    assert capsys.readouterr().out.startswith("sent 1: 1 accepted")
 
 
 async def test_a_folder_that_takes_no_state_is_told_before_anything_is_sent(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from datapipe.monitor.summary import WORK, summary
 GIB = 1024**3
 NOW, SINCE, LONG_SINCE = "2026-11-22T12:00:00Z", "2026-11-22T10:05:00.000Z", "2026-11-20T23:59:00Z"
 LANE = {"waiting": 7, "full": False, "blocked": None, "next_load_seconds": 1.9}
+LANES = {"install": LANE}
 
 
 def part(name: str, lane: str | None = None, **changes: Any) -> dict[str, Any]:
@@ -59,23 +61,78 @@ def status(*parts: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 def test_healthy() -> None:
-    text = "Healthy. 1,204 events waiting to be loaded, the next in 2 s."
+    text = "Healthy. 1,204 events waiting to be loaded, the next load in 2 s."
     assert summary(status()) == {"state": "healthy", "text": text, "since": None, "also": []}
-    assert "balance" in summary(status(books__waiting=0))["text"]
+    nothing = "Healthy. Nothing waits, and every event is accounted for."
+    assert summary(status(books__waiting=0))["text"] == nothing
 
 
 def test_database_down_says_since_when_why_and_for_how_long_there_is_room() -> None:
     shown = summary(status(fails("database", "connection refused."), mirror__seconds_left=10_900))
     assert (shown["state"], shown["since"], shown["also"]) == ("database_down", SINCE, [])
     assert shown["text"].startswith(
-        "PostgreSQL does not answer since 10:05 UTC: connection refused. Events are kept, "
-        "1,204 waiting, room for about 3 h at this rate. Start"
+        "PostgreSQL does not answer (since 10:05 UTC): connection refused. Events are kept, "
+        "1,204 waiting, room for about 3 h at this rate. Start it, or"
+    )
+
+
+def test_a_database_that_answers_and_says_no_refuses_us() -> None:
+    shown = summary(status(fails("database", "no such role"), database__refuses=True))
+    assert (shown["state"], shown["also"]) == ("database_down", [])
+    assert shown["text"].startswith("PostgreSQL refuses us (since 10:05 UTC): no such role. ")
+    assert "Start" not in shown["text"]
+
+
+def test_while_nothing_is_accepted_no_room_is_told() -> None:
+    full = fails("ingest", "the journal is full (journal_max_bytes)"), fails("database", "x")
+    shown = summary(status(*full, ready=False))
+    assert shown["text"].startswith(
+        "Events are refused (since 10:05 UTC): the journal is full (journal_max_bytes). 1,204"
+    )
+    assert "What was accepted is kept, 1,204 waiting. Start it" in shown["also"][0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("journal", "The journal is nearly full (since 10:05 UTC): 85% used. Events"),
+        ("ironmq", "or make more room (ironmq_max_bytes)."),
+        ("nats", "NATS is nearly full (since"),
+        ("none", "Memory is nearly full (since"),
+        ("of_a_plugin", "is loaded, or make more room."),
+    ],
+)
+def test_the_mirror_is_called_by_its_name(kind: str, words: str) -> None:
+    assert words in summary(status(fails("room", "85% used"), mirror__kind=kind))["text"]
+
+
+def test_of_many_blocked_types_a_few_are_named() -> None:
+    names = [f"type_{n:02}" for n in range(40)]
+    lanes = {name: LANE | {"blocked": f"table {name}: no"} for name in names}
+    wrong = [fails("load", f"table {name}: no", name) for name in names]
+    shown = summary(status(*wrong, fails("load", "a lock", "install"), lanes=lanes | LANES))
+    texts = [shown["text"], *shown["also"]]
+    assert [text.split(" (since")[0] for text in texts[:3]] == [
+        f"Event type {name} is blocked" for name in names[:3]
+    ]
+    assert texts[3] == "37 more event types are blocked: see the table below."
+    assert texts[4].startswith("Event type install can't be loaded (since 10:05 UTC): a lock. ")
+    assert len(texts) == 5
+
+
+def test_a_blocked_type_says_what_to_do_once() -> None:
+    why = 'table install: app has no right to INSERT: GRANT INSERT ON "install" TO "app"'
+    wrong = fails("load", why, "install")
+    shown = summary(status(wrong, lanes__install=LANE | {"blocked": why}))
+    assert shown["text"] == (
+        f"Event type install is blocked (since 10:05 UTC): {why}. Its events are kept, 7 waiting. "
+        "They are loaded once that is repaired; Load now on the page tries at once."
     )
 
 
 def test_since_another_day() -> None:
     down = fails("database", "x") | {"since": LONG_SINCE}
-    assert "since 2026-11-20 23:59 UTC: x." in summary(status(down))["text"]
+    assert "(since 2026-11-20 23:59 UTC): x." in summary(status(down))["text"]
 
 
 @pytest.mark.parametrize(
@@ -113,10 +170,10 @@ def test_states(wrong: dict[str, Any], changes: dict[str, Any], state: str) -> N
 )
 def test_the_words_name_the_database_in_use(product: str, name: str) -> None:
     down = summary(status(fails("database", "x"), database__product=product))
-    assert down["text"].startswith(f"{name} does not answer since 10:05 UTC: x.")
+    assert down["text"].startswith(f"{name} does not answer (since 10:05 UTC): x.")
     slow = summary(status(hangs("load", "install", "a lock"), database__product=product))
     assert slow["text"].endswith(
-        f"under way since 10:05 UTC: {name} waits (a lock). Its events are kept, 7 events waiting."
+        f"under way since 10:05 UTC: {name} waits (a lock). Its events are kept, 7 waiting."
     )
 
 
@@ -124,7 +181,7 @@ def test_what_a_wait_means_is_said_and_what_to_do() -> None:
     wait = "IPC: SyncRep", "COMMIT waits for the standby", "Bring the standby back."
     assert summary(status(hangs("load", "install", *wait)))["text"].endswith(
         "10:05 UTC: COMMIT waits for the standby (IPC: SyncRep). Bring the standby back. Its "
-        "events are kept, 7 events waiting."
+        "events are kept, 7 waiting."
     )
     older = hangs("load", "install", *wait)
     del older["meaning"], older["remedy"]
@@ -138,10 +195,10 @@ def test_the_worst_comes_first_and_the_rest_is_named_too() -> None:
     ]  # fmt: skip
     shown = summary(status(*wrong))
     assert shown["state"] == "unbalanced"
-    assert [text.split(" since")[0] for text in shown["also"]] == [
-        "Lane install can't be loaded",
+    assert [re.split(r" \(?since", text)[0] for text in shown["also"]] == [
+        "Event type install can't be loaded",
         "The heartbeat has been under way",
-        "A process that died has left events in the mirror",
+        "A process that died has left events in the journal",
         "No answer from web2:4711, web3:12",
     ]
 
@@ -149,9 +206,9 @@ def test_the_worst_comes_first_and_the_rest_is_named_too() -> None:
 @pytest.mark.parametrize(
     ("lanes", "words"),
     [
-        ({"install": 1, "purchase": 0}, "1 event is a dead letter (install 1) since 10:05 UTC. "),
-        ({"a": 2, "b": 1200}, "1,202 events are dead letters (b 1,200, a 2) since"),
-        (dict.fromkeys("abcde", 1), "5 events are dead letters (a 1, b 1, c 1, and 2 more lanes)"),
+        ({"install": 1, "purchase": 0}, "1 event is a dead letter (install 1), since 10:05 UTC. "),
+        ({"a": 2, "b": 1200}, "1,202 events are dead letters (b 1,200, a 2), since"),
+        (dict.fromkeys("abcde", 1), "5 events are dead letters (a 1, b 1, c 1, and 2 more types)"),
     ],
 )
 def test_dead_letters_are_counted_by_lane(lanes: dict[str, int], words: str) -> None:
@@ -191,7 +248,7 @@ def test_what_follows_from_something_worse_is_not_named() -> None:
     ]  # fmt: skip
     shown = summary(status(*wrong))
     assert shown["state"] == "refusing"
-    assert [text.split(" since")[0] for text in shown["also"]] == ["PostgreSQL does not answer"]
+    assert [text.split(" (since")[0] for text in shown["also"]] == ["PostgreSQL does not answer"]
 
 
 def test_what_failed_before_its_cause_was_over_is_not_named() -> None:

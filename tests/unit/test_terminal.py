@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from datapipe import testing
@@ -22,6 +24,7 @@ async def test_a_shared_mirror_has_its_own_equation(capsys: pytest.CaptureFixtur
         del older["database"]["product"]
         show_status(older)
     said = capsys.readouterr().out
+    assert "\nNATS: up, " in said
     assert "\ndatabase: the database " in said
     assert "\ndatabase: version " in said
     table = [line.split() for line in said.splitlines() if "  " in line]
@@ -37,7 +40,7 @@ async def test_a_shared_mirror_has_its_own_equation(capsys: pytest.CaptureFixtur
         "accepted",
         "waiting",
     ]
-    assert table[0][: len(books) + 1] == ["lane", *books]
+    assert table[0][: len(books) + 1] == ["type", *books]
     assert install[:9] == ["install", "15", "0", "0", "0", "6", "9", "9", "1,003"]
 
 
@@ -58,3 +61,24 @@ async def test_processes_are_counted_and_the_silent_named(
         [], ["1 process, silent: web2:4711"], ["2 processes"],
         ["2 processes, silent: web2:4711, web3:12"],
     ]  # fmt: skip
+
+
+async def test_why_a_type_is_blocked_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    why = "table install: has no column received_at."
+    async with testing.service(load_interval=300) as service:
+        lane = service.pipeline.buffer.lane("install")
+        lane.blocked = why
+        lane.health.fails(time.perf_counter(), "what came after it")
+        shown = service.pipeline.status.snapshot()
+        capsys.readouterr()
+        show_status(shown)
+        told, *rest = capsys.readouterr().out.splitlines()
+        assert told.startswith(f"Event type install is blocked (since {shown['now'][11:16]} UTC): ")
+        assert f"{why} Its events are kept, 0 waiting." in told
+        assert [line for line in rest if "received_at" in line] == []
+        (row,) = (line.split() for line in rest if line.startswith("install "))
+        assert row[-1] == "blocked"
+        shown["summary"] = {"state": "lane_blocked", "text": "Three others.", "also": []}
+        show_status(shown)
+        (row,) = (line for line in capsys.readouterr().out.splitlines() if "install " in line)
+        assert row.endswith(f"blocked: {why}")

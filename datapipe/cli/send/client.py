@@ -164,9 +164,9 @@ def judge(piece: Piece, answer: Answer, url: str) -> Outcome:
         told = [_refusal(piece, e["index"], e["status_code"], e["status_message"]) for e in errors]
         if more := refused - len(told):
             after = range(errors[-1]["index"] + 1, events)
-            why = "refused, as others of its batch"
+            why = "rejected, as others of its POST"
             if more < len(after):
-                why = f"{more} of {len(after)} events are refused, and this may be one of them"
+                why = f"{more} of {len(after)} events are rejected, and this may be one of them"
             told += [_refusal(piece, index, None, why) for index in after]
         return Outcome(accepted, refused, told)
     said = f": {answer.message}" if answer.message else ""
@@ -174,7 +174,7 @@ def judge(piece: Piece, answer: Answer, url: str) -> Outcome:
         401: "; set DATAPIPE_INGEST_KEYS, or name a file with the key by --key-file",
         403: f"; the events are of type {piece.lane!r}",
     }.get(status, "")
-    raise DatapipeError(f"{url} answers {status}{said or ', as no datapipe does'}{remedy}")
+    raise DatapipeError(f"{url} answers {status}{said or ', which datapipe never does'}{remedy}")
 
 
 def _refusal(piece: Piece, index: int, code: int | None, message: str) -> Refusal:

@@ -55,7 +55,7 @@ async def _send_all(settings: Settings, args: argparse.Namespace) -> int:
     url = _checked_url(args.url or f"http://127.0.0.1:{settings.port}")
     key = _key_of(args.key_file) if args.key_file else _first_key(settings)
     changed, totals, started = asyncio.Event(), Totals(), time.monotonic()
-    unsent = 0
+    unsent, ended = 0, False
     try:
         async with Client(url, key, args.parallel, changed.set) as client:
             for name in args.files:
@@ -64,8 +64,10 @@ async def _send_all(settings: Settings, args: argparse.Namespace) -> int:
                     unsent += await _send_one(source, client, settings, args, totals, changed)
                 finally:
                     source.close()
+        ended = True
     finally:
-        _print_summary(totals, time.monotonic() - started)
+        if ended or totals.any():  # an option that is wrong is said alone
+            _print_summary(totals, time.monotonic() - started)
     return 1 if unsent or totals.refused else 0
 
 
@@ -81,11 +83,11 @@ def _checked_url(text: str) -> str:
         url = URL()
     if url.raw_user or url.raw_password or url.raw_query_string or url.raw_fragment:
         raise ConfigError(
-            "--url: http://HOST:PORT wanted, without a login and without what follows a ? or a #; "
+            "--url: must be http://HOST:PORT, without a login and without what follows a ? or a #; "
             "a key comes from --key-file or the setting ingest_keys"
         )
     if url.scheme not in ("http", "https") or not url.host:
-        raise ConfigError(f"--url: {text} is no URL: http://HOST:PORT wanted")
+        raise ConfigError(f"--url: {text} is not a URL like http://HOST:PORT")
     return str(url)
 
 
@@ -99,7 +101,7 @@ async def _send_one(
 ) -> int:
     """Send one input; how many of its lines are left for the next time."""
     if not source.again and not args.id:
-        raise ConfigError(f"{source.name} can be read just once: name it by --id")
+        raise ConfigError(f"{source.name} can be read only once: name it by --id")
     file = StateFile(_state_path(source, args.state))
     state = _state(source, file, client.url, settings, args)
     anew = state.reached == Mark()
@@ -115,7 +117,7 @@ async def _send_one(
         if (count := totals.refused.total() - before) > 0:
             print(f"{source.name}: {count:,} refused, see {path}", file=sys.stderr)
     if sending.rest:
-        why = "its last line is not whole: left for when it is"
+        why = "its last line is incomplete: left for the next time"
         print(f"{source.name}: {why}", file=sys.stderr)
     return bool(sending.rest)
 

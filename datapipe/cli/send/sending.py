@@ -35,6 +35,10 @@ class Totals:
     accepted: int = 0
     refused: Counter[str] = field(default_factory=Counter)
 
+    def any(self) -> bool:
+        """Whether anything was answered."""
+        return bool(self.accepted or self.refused)
+
     def add(self, outcome: Outcome) -> None:
         self.accepted += outcome.accepted
         told = Counter(_LABELS.get(each.code or 0, "other") for each in outcome.refusals)

@@ -65,7 +65,7 @@ class Source:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DatapipeError(f"{self.name}: another `datapipe send` is at it") from None
+            raise DatapipeError(f"{self.name}: another `datapipe send` is sending it") from None
         except OSError:  # a file system without locks
             pass
 

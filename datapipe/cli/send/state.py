@@ -79,7 +79,7 @@ class StateFile:
                 f"the state file {self.path} can't be read: {exc.strerror}"
             ) from exc
         except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
-            raise DatapipeError(f"{self.path} is no state file of datapipe: {exc}") from exc
+            raise DatapipeError(f"{self.path} is not a state file of datapipe: {exc}") from exc
 
     def write(self, state: State) -> None:
         """Returns once it is flushed; whoever reads finds the old one or the new one, whole.

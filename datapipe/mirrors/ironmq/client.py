@@ -267,12 +267,12 @@ class Client:
     def _refusal(self, status: int, text: bytes) -> str:
         """What IronMQ says, in a line; never what was sent, which holds the token."""
         if status == 401:
-            return "IronMQ does not accept the credentials (ironmq_token, ironmq_project_id)"
+            return "IronMQ refuses us: wrong credentials (ironmq_token, ironmq_project_id)"
         try:
             said = str(json.loads(text)["msg"])
         except (ValueError, KeyError, TypeError):
             said = "no reason"
-        return f"IronMQ refuses: {status} {said.replace(self._token, '***')[:200]}"
+        return f"IronMQ refuses us: {status} {said.replace(self._token, '***')[:200]}"
 
 
 def encode_post(body: str) -> bytes:

@@ -236,11 +236,15 @@ class Journal:
         try:
             result = await asyncio.get_running_loop().run_in_executor(thread, call)
         except (sqlite3.Error, OSError) as exc:
-            self._error = str(exc)
-            how = "was damaged" if isinstance(exc, sqlite3.Error) and is_damage(exc) else "fails"
-            raise MirrorUnavailable(f"the journal {how}: {exc}") from exc
+            raise MirrorUnavailable(self._failed(exc)) from exc
         self._error = None
         return result
+
+    def _failed(self, exc: sqlite3.Error | OSError) -> str:
+        """Note, and return, what is wrong."""
+        how = "was damaged" if isinstance(exc, sqlite3.Error) and is_damage(exc) else "fails"
+        self._error = f"the journal {how}: {exc}"
+        return self._error
 
     def _bytes(self) -> int:
         """All journals in the folder: ours as used, those of other processes as files."""
@@ -262,7 +266,7 @@ class Journal:
             self._repair_places()
             self._look()
         except (sqlite3.Error, OSError) as exc:
-            self._error = str(exc)
+            self._failed(exc)
 
     def close(self) -> None:
         self._writer.shutdown()

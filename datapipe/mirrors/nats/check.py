@@ -73,7 +73,7 @@ async def check_nats(
         except MirrorUnavailable as exc:
             if client.refused is None:
                 return [("away", f"nats: {_why(exc)}")]
-            return [_fail(f": not let in: {client.refused}: see nats_url, the login, the files")]
+            return [_fail(f": refuses us: {client.refused}: see nats_url, the login, the files")]
         varz = await _monitored(client.hosts, monitoring_port)
         nodes = max((_cluster_size(each) for each in varz.values()), default=None)
         look = _Look(client, settings, settings.nats_replicas or min(3, nodes or 3))

@@ -145,7 +145,11 @@ class Client:
             self.denied.add(denied[1])
         log.debug("nats", error=self._error)
         if not self._connected.is_set():
-            self.health.fails(time.perf_counter(), f"NATS: {self._error}")
+            self.health.fails(time.perf_counter(), self._trouble)
+
+    @property
+    def _trouble(self) -> str:
+        return f"NATS{' refuses us' if self.refused else ''}: {self._error}"
 
     async def _on_connected(self) -> None:
         self.refused = None
@@ -156,7 +160,7 @@ class Client:
 
     async def _on_disconnected(self) -> None:
         self._connected.clear()
-        self.health.fails(time.perf_counter(), f"NATS: {self._error}")
+        self.health.fails(time.perf_counter(), self._trouble)
 
     async def wait_connected(self, timeout_s: float) -> None:
         """Raises: MirrorUnavailable: why not."""
@@ -164,7 +168,7 @@ class Client:
             async with asyncio.timeout(timeout_s):
                 await self._connected.wait()
         except TimeoutError:
-            raise MirrorUnavailable(f"NATS: {self._error}") from None
+            raise MirrorUnavailable(self._trouble) from None
 
     @property
     def hosts(self) -> set[str]:
@@ -208,7 +212,7 @@ class Client:
     async def subscribed(self, subject: str, on_message: OnMessage) -> AsyncIterator[None]:
         """The same for the block. Raises: MirrorUnavailable: not connected."""
         if not self._connected.is_set():
-            raise MirrorUnavailable(f"NATS: {self._error}")
+            raise MirrorUnavailable(self._trouble)
         try:
             subscription = await self._subscribe(subject, on_message)
         except nats.errors.Error as exc:
@@ -259,7 +263,7 @@ class Client:
 
     def _check_right(self, subject: str) -> None:
         if subject.lower() in self.denied:  # so does nats-py write them
-            raise Denied(f"NATS: not permitted to publish to {subject}: see `datapipe check`")
+            raise Denied(f"NATS refuses us: may not publish to {subject}: see `datapipe check`")
 
     def _heard(self, call: str, *, useful: bool) -> None:
         """How a request has ended. After `_SILENT_S` without use another node is tried.
@@ -278,7 +282,7 @@ class Client:
             self._ended.set()
 
     def _unavailable(self, exc: Exception, timeout_s: float, began: float) -> MirrorUnavailable:
-        why = f"NATS: {self._error}"
+        why = self._trouble
         if self._connected.is_set():
             late = isinstance(exc, TimeoutError)
             why = f"NATS does not answer within {timeout_s:g} s" if late else f"NATS: {text(exc)}"
@@ -299,7 +303,7 @@ class Client:
         """Send; nobody says whether it arrived. Raises: MirrorUnavailable: not connected."""
         self.calls[call] += 1
         if not self._connected.is_set():
-            raise MirrorUnavailable(f"NATS: {self._error}")
+            raise MirrorUnavailable(self._trouble)
         try:
             await self._connection.publish(subject, payload, reply=reply)
         except (nats.errors.Error, OSError) as exc:

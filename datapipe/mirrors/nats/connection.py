@@ -80,7 +80,7 @@ class Connection(NatsClient):
         no TLS, even if the URL is tls://.
         """
         if self.options.get("tls") and not self._server_info.get("tls_required"):
-            raise _WithoutTls("nats: TLS is wanted here, and the server does not ask for it")
+            raise _WithoutTls("nats: TLS is required here, and the server does not offer it")
         return super()._connect_command()
 
 
@@ -154,7 +154,7 @@ def _tls(settings: Settings) -> ssl.SSLContext:
         kinds = (
             "certificates" if key == "nats_ca_file" else "a certificate and its key, unencrypted"
         )
-        raise ConfigError(f"{key}: {kinds} wanted, in PEM") from exc
+        raise ConfigError(f"{key}: must hold {kinds}, in PEM") from exc
     return context
 
 

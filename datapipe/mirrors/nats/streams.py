@@ -117,7 +117,7 @@ class Stream:
         # 0: not looked at yet; -1: somebody made it without a limit
         short = self.max_bytes > 0 and self.max_bytes - self.bytes < few
         if self.there and (self._refuses or short):
-            return f"the lane {self.lane} is full: its stream {self.name} (nats_lane_max_bytes)"
+            return f"no room for {self.lane}: its stream {self.name} is full (nats_lane_max_bytes)"
         return None
 
     def entered(self, events: int, size: int) -> None:

@@ -40,6 +40,8 @@ _BY_CODE = {code: verdict for verdict, codes in _CODES.items() for code in codes
 
 _AWAY = (2002, 2003, 2006, 2013, 1040, 1053, 1203, 1226)
 
+_ENDED = (1053, 1077, 1079, 1080, 1927, 4031)  # the connection is closed with it
+
 _ENTRY = re.compile("entry '.*' for key")
 
 _REMEDIES = {
@@ -74,6 +76,12 @@ def may_be_of_a_row(exc: pymysql.MySQLError) -> bool:
 def is_away(exc: BaseException | None) -> bool:
     """Whether the server does not answer now, or has no room: not a matter of settings."""
     return isinstance(exc, pymysql.MySQLError) and code_of(exc) in _AWAY
+
+
+def has_answered(exc: BaseException) -> bool:
+    """Whether it is what the server said, and not the end of the connection, or its silence."""
+    code = code_of(exc)
+    return code != 0 and not 2000 <= code < 3000 and code not in _ENDED
 
 
 def without_value(text: str) -> str:

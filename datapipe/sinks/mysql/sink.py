@@ -31,7 +31,7 @@ from datapipe.sinks.mysql import connections
 from datapipe.sinks.mysql.connections import PACKET_BYTES, LoadConnection, LoadSessions, SmallPool
 from datapipe.sinks.mysql.copy import Copier
 from datapipe.sinks.mysql.dialect import dialect
-from datapipe.sinks.mysql.errors import code_of, described, is_away, verdict
+from datapipe.sinks.mysql.errors import code_of, described, has_answered, is_away, verdict
 from datapipe.sinks.server import ServerSink, fetch
 from datapipe.sinks.sql import Statement
 from datapipe.sinks.sql_transaction import SqlTransaction, sliced
@@ -78,6 +78,7 @@ class MySqlSink(ServerSink[LoadConnection]):
     driver_error = pymysql.MySQLError
     verdict = staticmethod(verdict)
     described = staticmethod(described)
+    has_answered = staticmethod(has_answered)
     is_away = staticmethod(is_away)
 
     def __init__(self, settings: Settings, process: str) -> None:
@@ -114,7 +115,7 @@ class MySqlSink(ServerSink[LoadConnection]):
     def _must_fit(self, settings: Iterable[Any]) -> None:
         """Raises: SinkUnavailable: with these settings the server breaks what we promise."""
         if wrong := _unfit(dict(settings)):
-            self.down(wrong[0])
+            self.down(wrong[0], refuses=True)
             raise SinkUnavailable(wrong[0])
 
     async def waits(self) -> dict[str, Wait]:
@@ -266,7 +267,7 @@ class MySqlTransaction(SqlTransaction):
     ) -> list[RefusedRow]:
         """See `Transaction.copy`. Raises: LaneBlocked: the table has another engine."""
         if engine := self.query(_ENGINE, table.name):
-            raise LaneBlocked(_other_engine(engine[0][0]))
+            raise _other_engine(table.name, engine[0][0])
         return Copier(self._connection, self._dialect, table.name, columns).copy(rows)
 
 
@@ -284,13 +285,14 @@ def _unfit(settings: Mapping[str, str]) -> list[str]:
     ]
 
 
-def _other_engine(engine: str) -> str:
-    return f"its engine is {engine}, which rolls nothing back: ALTER TABLE ... ENGINE = InnoDB"
+def _other_engine(table: str, engine: str) -> LaneBlocked:
+    why = f"its engine is {engine}, which rolls nothing back"
+    return LaneBlocked(f"table {table}: {why}: ALTER TABLE {table} ENGINE = InnoDB")
 
 
 async def _columns(cursor: Any, table: str) -> set[str] | None:
     if engine := await fetch(cursor, _ENGINE, (table,)):
-        raise LaneBlocked(_other_engine(engine[0][0]))
+        raise _other_engine(table, engine[0][0])
     sql = "SELECT column_name FROM information_schema.columns"
     there = f"{sql} WHERE table_schema = DATABASE() AND table_name = %s"
     return {name for (name,) in await fetch(cursor, there, (table,))} or None

@@ -23,7 +23,7 @@ from datapipe.sinks.postgres.connections import (
     connection_dsn,
 )
 from datapipe.sinks.postgres.dialect import dialect
-from datapipe.sinks.postgres.errors import is_away, reason, verdict
+from datapipe.sinks.postgres.errors import has_answered, is_away, reason, verdict
 from datapipe.sinks.postgres.partitions import Partitions
 from datapipe.sinks.postgres.retention import Retention
 from datapipe.sinks.server import ServerSink, fetch
@@ -123,6 +123,10 @@ class Database(ServerSink[psycopg2.extensions.connection]):
     def verdict(self, exc: psycopg2.Error) -> Verdict:
         """See `ServerSink.verdict`."""
         return verdict(exc)
+
+    def has_answered(self, exc: psycopg2.Error) -> bool:
+        """See `ServerSink.has_answered`."""
+        return has_answered(exc)
 
     def described(self, exc: psycopg2.Error) -> tuple[str, str]:
         """See `ServerSink.described`."""
@@ -232,12 +236,12 @@ class Database(ServerSink[psycopg2.extensions.connection]):
             why.append(f"lacks columns, and only its owner may add them, not {role}")
             grants += changes
         elif changes and not may_make:
-            why.append(f"is missing, and {role} may not make it")
+            why.append(f"is missing, and {role} may not create it")
             grants.append(
                 f"GRANT CREATE ON {within if schema else f'DATABASE {quote(database)}'} {to}"
             )
         if not may_look:
-            why.append(f"{role} may not look into its schema")
+            why.append(f"{role} may not use its schema")
             grants.append(f"GRANT USAGE ON {within} {to}")
         if lacking:
             why.append(f"{role} has no right to {', '.join(lacking)}")

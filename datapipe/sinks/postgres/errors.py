@@ -79,6 +79,12 @@ _AWAY_WORDS = re.compile(
     "|no more connections allowed|login has been failing|query_wait_timeout"  # PgBouncer's
 )
 
+# Of a connection that libpq could not make: what the server said comes behind its severity and two
+# blanks, whatever its language. Source: PostgreSQL, `pqBuildErrorMessage3` in fe-protocol3.c; of
+# several hosts, `target_session_attrs` in fe-connect.c.
+_SAID = re.compile(r"failed: (?:\S+:  |session is |server is )")
+_ENDED = ("57P01", "57P02", "57P05")  # the connection is closed with it
+
 # What a pooler says in its own words, and what a person can do.
 _REMEDIES = {
     "unsupported startup parameter": "a pooler refuses it: take it out of database_url (and"
@@ -94,6 +100,13 @@ def is_away(exc: BaseException | None) -> bool:
         return exc.pgcode[:2] in _AWAY_CLASSES
     tried = str(exc).split("connection to server")  # once for each address of the host
     return all(_AWAY_WORDS.search(each) for each in tried if each.strip())
+
+
+def has_answered(exc: psycopg2.Error) -> bool:
+    """Whether it is what the server said, and not the end of the connection, or its silence."""
+    if exc.pgcode:
+        return exc.pgcode[:2] != "08" and exc.pgcode not in _ENDED
+    return bool(_SAID.search(str(exc).strip().split("\n")[0]))
 
 
 def reason(exc: psycopg2.Error) -> str:

@@ -37,6 +37,16 @@ _DETACHED = """
         AND NOT relispartition AND relkind IN ('r', 'p')
 """
 
+# What keeps a relation from being dropped: views, by their rules, and keys of other tables.
+_DEPENDENT = """
+    SELECT DISTINCT coalesce(rule.ev_class, key.conrelid)::regclass::text FROM pg_depend
+        LEFT JOIN pg_rewrite rule ON classid = 'pg_rewrite'::regclass AND rule.oid = objid
+        LEFT JOIN pg_constraint key ON classid = 'pg_constraint'::regclass AND key.oid = objid
+            AND key.confrelid = refobjid
+    WHERE refclassid = 'pg_class'::regclass AND refobjid = to_regclass(%s) AND deptype = 'n'
+        AND coalesce(rule.ev_class, key.conrelid) IS NOT NULL ORDER BY 1
+"""
+
 log = structlog.stdlib.get_logger("datapipe.sinks")
 
 
@@ -176,7 +186,24 @@ class Retention:
         if state.has_default:
             text = "rows in its DEFAULT partition never go, and keep others from being made"
             said.append(("warn", f"{name} {text}"))
-        return [*said, *(("ok", f"{name} {text}") for text in await self._plans(table, state))]
+        said += [("ok", f"{name} {text}") for text in await self._plans(table, state)]
+        if why := await self._held(table, state):
+            said.append(("warn", f"{name} {why}"))
+        return said
+
+    async def _held(self, table: Table, state: State) -> str | None:
+        """What keeps a partition from being dropped that is detached, or would be next."""
+        detached = await self._run(
+            partial(fetch, sql=_DETACHED, values=(self._comment(table),)), table.name
+        )
+        overdue = table.retention_s and state.now - table.retention_s
+        due = [(e.schema, e.name) for e in state.partitions[:1] if overdue and e.end <= overdue]
+        for schema, name in [*detached, *due][:1]:
+            of_it = partial(fetch, sql=_DEPENDENT, values=(self._quoted(schema, name),))
+            if views := [view for (view,) in await self._run(of_it, table.name)]:
+                depend = f"{', '.join(views)} depend{'' if views[1:] else 's'} on it"
+                return f"partition {name} can't be dropped, nor any after it: {depend}"
+        return None
 
     async def _plans(self, table: Table, state: State) -> list[str]:
         """What is there, and what will be removed next, and when."""

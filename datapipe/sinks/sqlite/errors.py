@@ -35,7 +35,7 @@ _SAID = {
     sqlite3.SQLITE_BUSY: "another program has locked it",
     sqlite3.SQLITE_CANTOPEN: "it can't be opened, or its folder is missing or can't be written",
     sqlite3.SQLITE_FULL: "its disk is full",
-    sqlite3.SQLITE_NOTADB: "it is no SQLite database",
+    sqlite3.SQLITE_NOTADB: "it is not an SQLite database",
     sqlite3.SQLITE_READONLY: "it, or its folder, can't be written",
 }
 

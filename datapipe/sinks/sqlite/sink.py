@@ -71,7 +71,7 @@ class SqliteSink(SqlSink):
         except sqlite3.Error as exc:
             error = error_of(exc, self._file.path, lane)
             if verdict(exc) is Verdict.DOWN:
-                self.down(str(error))
+                self.down(str(error), refuses=True)
             raise error from exc
         if lane is None:
             self.answer_s = time.perf_counter() - began
@@ -84,9 +84,9 @@ class SqliteSink(SqlSink):
         held = Wait("lock", "another program writes to the file", "Let it commit, or end it.")
         return dict.fromkeys(self._file.waiting, held)
 
-    def down(self, error: str) -> None:
+    def down(self, error: str, *, refuses: bool = False) -> None:
         """See `TransactionalSink.down`."""
-        super().down(error)
+        super().down(error, refuses=refuses)
         self._file.close_idle()
 
     def abort(self) -> None:
@@ -153,7 +153,7 @@ class SqliteSink(SqlSink):
             soon = "" if mode == "wal" else ", WAL from the first load on, if its file system can"
             found = [("ok", f"{where}: journal mode {mode}{soon}")]
         else:
-            found = [("ok", f"{where}: will be made when it is needed")]
+            found = [("ok", f"{where}: will be created when needed")]
         if not may:
             found = [("fail", f"{where}: its folder can't be written")]
         if kind := _network(self._file.path):
