@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable, Iterator
+import sys
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from pathlib import Path
 from uuid import uuid4
 
@@ -16,6 +17,16 @@ from tests.service import Service, made
 
 # folders with the files that take long, which start first: one that starts last runs alone
 LONG_FIRST = ("deploy", "fault", "browser", "integration", "docs", "contract", "unit")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What pytest compiles is kept for the next run, though the processes of tests keep nothing."""
+    told, sys.dont_write_bytecode = sys.dont_write_bytecode, False
+    try:
+        return (yield)
+    finally:
+        sys.dont_write_bytecode = told
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
