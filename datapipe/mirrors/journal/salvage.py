@@ -221,5 +221,5 @@ def _check(path: Path) -> tuple[str, Counter[str]]:
                 damaged += 1
             else:
                 lanes[row[1]] += row[3]
-        return f"{damaged} segments are damaged" if damaged else verdict, lanes
+        return f"{damaged} batches are damaged" if damaged else verdict, lanes
     raise AssertionError  # `_opened` gives one
