@@ -1,4 +1,4 @@
-"""Starts services quickly: each is forked from a process that has imported datapipe already.
+"""Runs datapipe quickly: each process is forked from one that has imported it already.
 
 A start takes a tenth of the CPU time that a new interpreter takes, and the suite starts hundreds.
 What is run is the command's own `main`, in a session, a folder and an environment of its own, with
@@ -18,26 +18,34 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
 _REQUEST_BYTES = 1 << 17
-_AT_EXEC = ("PYTHON", "LD_", "MALLOC_")  # variables that only a new interpreter reads
+# variables that only a new interpreter reads
+_AT_EXEC = ("PYTHON", "LD_", "MALLOC_", "LANG", "LC_")
 
 
 def can_fork(env: dict[str, str]) -> bool:
-    """Whether a service with these variables, over the usual ones, may be forked."""
+    """Whether a process with these variables, over the usual ones, may be forked."""
     return not any(name.startswith(_AT_EXEC) for name in env)
 
 
 class Forked:
-    """A forked service; what tests use of `asyncio.subprocess.Process`. Made by a running loop."""
+    """A forked process; what tests use of `asyncio.subprocess.Process`. Made by a running loop.
 
-    def __init__(self, pid: int, status: int, stdout: asyncio.StreamReader) -> None:
+    Attributes: stderr: at its end if it has none of its own, and writes to `stdout`.
+    """
+
+    def __init__(
+        self, pid: int, status: int, stdout: asyncio.StreamReader, stderr: asyncio.StreamReader
+    ) -> None:
         self.pid = pid
         self.stdout = stdout
+        self.stderr = stderr
         self._status = status
         self._returncode: int | None = None
         self._ended = asyncio.Event()
@@ -79,26 +87,46 @@ class Zygote:
                 pass_fds=[theirs.fileno()], cwd=ROOT, start_new_session=True,
             )  # fmt: skip
 
-    async def start(self, words: list[str], env: dict[str, str], cwd: Path, limit: int) -> Forked:
-        """Run `datapipe` with these words; its output is bounded by `limit` bytes a line."""
-        output, theirs = os.pipe()
+    async def start(
+        self,
+        words: Sequence[str],
+        env: dict[str, str],
+        cwd: Path,
+        limit: int,
+        *,
+        apart: bool = False,
+    ) -> Forked:
+        """Run `datapipe` with these words; its output is bounded by `limit` bytes a line.
+
+        Args: apart: stderr has a stream of its own.
+        """
         status, told = os.pipe()
+        streams = [os.pipe() for _ in range(1 + apart)]
+        theirs = [told, *(write for _, write in streams)]
         request = json.dumps({"words": words, "env": env, "cwd": str(cwd)}).encode()
         try:
-            socket.send_fds(self._socket, [request], [theirs, told])
+            socket.send_fds(self._socket, [request], theirs)
         finally:
-            os.close(theirs)
-            os.close(told)
+            for each in theirs:
+                os.close(each)
         pid = int(self._socket.recv(16))
-        reader = asyncio.StreamReader(limit)
-        await asyncio.get_running_loop().connect_read_pipe(
-            lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(output, "rb")
-        )
-        return Forked(pid, status, reader)
+        readers = [await _reader(read, limit) for read, _ in streams]
+        if not apart:
+            readers.append(nothing := asyncio.StreamReader())
+            nothing.feed_eof()
+        return Forked(pid, status, *readers)
 
     def end(self) -> None:
         self._socket.close()
         self._process.wait(timeout=10)
+
+
+async def _reader(descriptor: int, limit: int) -> asyncio.StreamReader:
+    reader = asyncio.StreamReader(limit)
+    await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(descriptor, "rb")
+    )
+    return reader
 
 
 def _serve(orders: socket.socket) -> None:
@@ -114,15 +142,16 @@ def _serve(orders: socket.socket) -> None:
             os.read(woken, 4096)
             _reap(told)
         if orders.fileno() in ready:
-            request, fds, _, _ = socket.recv_fds(orders, _REQUEST_BYTES, 2)
+            request, fds, _, _ = socket.recv_fds(orders, _REQUEST_BYTES, 3)
             if not request:
                 return
-            output, status = fds
+            status, *outputs = fds
             pid = os.fork()
             if pid == 0:
-                _become(json.loads(request), output)
+                _become(json.loads(request), outputs)
             told[pid] = status
-            os.close(output)
+            for output in outputs:
+                os.close(output)
             orders.send(str(pid).encode())
 
 
@@ -134,7 +163,7 @@ def _reap(told: dict[int, int]) -> None:
             os.close(told.pop(pid))
 
 
-def _become(request: dict[str, Any], output: int) -> None:
+def _become(request: dict[str, Any], outputs: list[int]) -> None:
     """Be a process that was started as `python -m datapipe` with these words; never returns."""
     code = 1
     try:
@@ -142,8 +171,8 @@ def _become(request: dict[str, Any], output: int) -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.setsid()
         os.chdir(request["cwd"])
-        os.dup2(output, 1)
-        os.dup2(output, 2)
+        os.dup2(outputs[0], 1)
+        os.dup2(outputs[-1], 2)
         os.closerange(3, os.sysconf("SC_OPEN_MAX"))
         os.environ.clear()
         os.environ.update(request["env"])

@@ -34,7 +34,7 @@ async def test_outage_is_told_and_its_end(
 
     own_postgres.stop()
     await service.post([CRASH] * 40)
-    await tab.shows("#sentence", "PostgreSQL does not answer since")
+    await tab.shows("#sentence", "PostgreSQL does not answer (since")
     sentence = await tab.text("#sentence")
     assert "UTC: " in sentence
     assert "Events are kept, 40 waiting, room for" in sentence

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.deploy.environment import locked_environment
+from tests.deploy.environment import locked_environment, slug
+from tests.deploy.heroku import Build
 from tests.deploy.tls import TlsPostgres
 from tests.fault.conftest import seed
 
@@ -18,6 +19,14 @@ __all__ = ["seed"]
 def locked() -> Path:
     """The environment that requirements.txt makes."""
     return locked_environment()
+
+
+@pytest.fixture(scope="module")
+def build(locked: Path, tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """What one push makes of this tree, for all dynos."""
+    files = tmp_path_factory.mktemp("slug")
+    slug(files)
+    return Build(locked, files)
 
 
 @pytest.fixture

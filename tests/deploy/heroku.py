@@ -1,6 +1,6 @@
 """The platform, as its pages tell: runs the Procfile's lines, one dyno each.
 
-A dyno has a disk of its own, a copy of the tracked files, that is thrown away with it; the
+A dyno has a disk of its own, a copy of the slug, that is thrown away with it; the
 platform's variables and no others; 512 MB. It is sent SIGTERM, and SIGKILL 30 s later. Its lines
 are run by honcho, in an environment made from requirements.txt alone.
 """
@@ -17,15 +17,23 @@ import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.deploy.environment import tracked_files
 from tests.deploy.processes import rss_bytes, send, tree
 
 MEMORY_BYTES = 512 * 2**20
 BOOT_S, STOP_S = 60.0, 30.0
 _HONCHO = [sys.executable, "-m", "honcho", "--no-colour", "start"]
+
+
+@dataclass(frozen=True)
+class Build:
+    """An environment, and a folder with the files of a push."""
+
+    venv: Path
+    slug: Path
 
 
 class Dyno:
@@ -36,13 +44,13 @@ class Dyno:
         peak_bytes: of its memory, honcho's included.
     """
 
-    def __init__(self, kind: str, venv: Path, config: Mapping[str, str], port: int) -> None:
+    def __init__(self, kind: str, build: Build, config: Mapping[str, str], port: int) -> None:
         self.kind = kind
         self.disk = Path(tempfile.mkdtemp(prefix="datapipe-dyno-", dir="/var/tmp"))
-        tracked_files(self.disk)
+        shutil.copytree(build.slug, self.disk, dirs_exist_ok=True)
         self.env = {
             **config, "DYNO": f"{kind}.1", "PORT": str(port), "HOME": str(self.disk),
-            "PATH": f"{venv / 'bin'}:/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8",
+            "PATH": f"{build.venv / 'bin'}:/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8",
             "PYTHONUNBUFFERED": "true",
         }  # fmt: skip
         self.lines: list[dict[str, Any]] = []
@@ -133,11 +141,11 @@ class Dyno:
 class App:
     """An app of one web dyno. `config` are its variables: those of its add-ons, and the owner's."""
 
-    def __init__(self, venv: Path, config: Mapping[str, str], port: int) -> None:
+    def __init__(self, build: Build, config: Mapping[str, str], port: int) -> None:
         self.config = dict(config)
         self.port = port
         self.dynos: list[Dyno] = []
-        self._venv = venv
+        self._build = build
 
     @property
     def web(self) -> Dyno:
@@ -145,7 +153,7 @@ class App:
 
     async def release(self, **changed: str) -> tuple[int | None, str]:
         """Run the release line: its exit code and what it said."""
-        dyno = Dyno("release", self._venv, self.config | changed, self.port)
+        dyno = Dyno("release", self._build, self.config | changed, self.port)
         await dyno.start()
         try:
             code = await dyno.ended(60)
@@ -156,7 +164,7 @@ class App:
 
     async def start(self) -> float:
         """Start the web dyno on a new disk; seconds until its port is open."""
-        dyno = Dyno("web", self._venv, self.config, self.port)
+        dyno = Dyno("web", self._build, self.config, self.port)
         await dyno.start()
         self.dynos.append(dyno)
         return await dyno.listens(self.port)

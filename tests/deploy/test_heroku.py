@@ -6,19 +6,18 @@ import asyncio
 import signal
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
-from pathlib import Path
+from contextlib import asynccontextmanager, closing, suppress
 
 import psycopg2
 import pytest
 
-from tests.deploy.heroku import MEMORY_BYTES, STOP_S, App
+from tests.deploy.heroku import MEMORY_BYTES, STOP_S, App, Build
 from tests.deploy.processes import send, tree
 from tests.deploy.router import Router
 from tests.deploy.tls import CONNECTIONS, TlsPostgres
 from tests.fault.driver import Driver
 from tests.fault.ironmq_process import Queue, running_queue
-from tests.postgres import Postgres, free_port
+from tests.postgres import free_port
 
 OURS = 6  # connections at the most: 3 that load, 2 for the rest, 1 that looks for the address
 
@@ -55,21 +54,35 @@ class Connections:
             " AND usename <> 'postgres'"
         )
         while True:
-            with suppress(psycopg2.OperationalError):  # it is away, on purpose
-                ((now, plain),) = await asyncio.to_thread(Postgres.execute, self._database, sql)
-                self.most = max(self.most, now)
-                self.plain += plain
+            with suppress(psycopg2.Error):  # it is away, on purpose
+                await self._count_by(await asyncio.to_thread(psycopg2.connect, self._database), sql)
             await asyncio.sleep(0.2)
 
+    async def _count_by(self, connection: psycopg2.extensions.connection, sql: str) -> None:
+        with closing(connection):
+            connection.autocommit = True
+            while True:
+                now, plain = await asyncio.to_thread(_row, connection, sql)
+                self.most = max(self.most, now)
+                self.plain += plain
+                await asyncio.sleep(0.2)
 
-async def test_ten_restarts_under_load(locked: Path, tls_postgres: TlsPostgres, seed: int) -> None:
+
+def _row(connection: psycopg2.extensions.connection, sql: str) -> tuple[int, int]:
+    with connection.cursor() as cursor:
+        cursor.execute(sql)
+        now, plain = cursor.fetchone() or (0, 0)
+        return now, plain
+
+
+async def test_ten_restarts_under_load(build: Build, tls_postgres: TlsPostgres, seed: int) -> None:
     given, ours = tls_postgres.create_app_database()
     with pytest.raises(psycopg2.OperationalError, match="no encryption"):
         psycopg2.connect(given, sslmode="disable")
     async with running_queue() as queue, Router(port := free_port()).running() as router:
-        app = App(locked, config(given, queue), port)
+        app = App(build, config(given, queue), port)
         assert (await app.release())[0] == 0
-        driver = Driver(lambda: router.url, seed, connections=16, pause_s=0.02)
+        driver = Driver(lambda: router.url, seed, connections=16)
         connections = Connections(ours)
         try:
             boots = [await app.start()]
@@ -132,12 +145,12 @@ async def ten_restarts(
 
 
 async def test_a_release_fails_where_a_person_must_act(
-    locked: Path, tls_postgres: TlsPostgres
+    build: Build, tls_postgres: TlsPostgres
 ) -> None:
     given, _ = tls_postgres.create_app_database()
     wrong_password = given.replace(given.split(":")[2].split("@")[0], "SECRET")
     async with running_queue() as queue:
-        app = App(locked, config(given, queue), free_port())
+        app = App(build, config(given, queue), free_port())
 
         async def fails(words: str, code: int, **changed: str) -> None:
             found, said = await app.release(**changed)

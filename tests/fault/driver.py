@@ -28,6 +28,7 @@ from tests.service import Service, until
 LANES = ("crash_report", "purchase", "install")
 # what COPY must escape, and what JSON must
 TEXT = "{}\t\\ é\r\n\\N \\."
+_REFUSED_S = 0.1
 _TEXT_COLUMN = {"crash_report": "message", "purchase": "sku"}
 
 
@@ -96,7 +97,7 @@ class Driver:
         lanes: tuple[str, ...] = LANES,
         connections: int = 16,
         batch: int = 60,
-        pause_s: float = 0.01,
+        pause_s: float = 0.02,
         tls: ssl.SSLContext | bool = True,
         certain: bool = True,
         refuses: Callable[[str, int], bool] = lambda lane, id: False,
@@ -168,9 +169,14 @@ class Driver:
 
     async def _work(self, session: aiohttp.ClientSession) -> None:
         while not self._stopping:
+            pause_s = self._pause_s
             if self._url():
-                await self._send(session, self._next())
-            await asyncio.sleep(self._random.uniform(0, 2 * self._pause_s))
+                post = self._next()
+                answered = post.answered
+                await self._send(session, post)
+                if post.answered == answered:  # a client that is refused is patient
+                    pause_s = max(pause_s, _REFUSED_S)
+            await asyncio.sleep(self._random.uniform(0, 2 * pause_s))
 
     def _next(self) -> Post:
         if self._again:

@@ -6,33 +6,22 @@ import asyncio
 import os
 import random
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.commands import command
 from tests.fault.driver import Driver, fill
 from tests.fault.moments import Moment
 from tests.fault.proxy import Proxy
 from tests.postgres import Postgres, free_port
-from tests.service import ROOT, Service, until
+from tests.service import Service, until
 from tests.wire import crash
 
 MakeService = Callable[..., Service]
 OFTEN = {"load_interval": 0.1, "load_min_interval": 0, "load_trigger_bytes": 20_000}
 ADOPTS = {"event_modules": ["tests.fault.modules.quick_recovery"]}
-
-
-async def command(service: Service, *args: str) -> tuple[int, str]:
-    """Run a datapipe command with a service's settings: exit code and output."""
-    env = {**os.environ, "DATAPIPE_CNF": str(service.file), "PYTHONPATH": str(ROOT)}
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "datapipe", *args, env=env, cwd=service.file.parent,
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-    )  # fmt: skip
-    output, _ = await asyncio.wait_for(process.communicate(), 60)
-    return process.returncode or 0, output.decode()
 
 
 def ends_with_nothing(told: tuple[int, str]) -> bool:
@@ -108,11 +97,11 @@ async def test_the_load_command_loads_an_orphaned_journal(
     waiting = (await service.status())["books"]["waiting"]
     assert waiting > 0
     await service.kill()
-    code, output = await command(service, "load")
+    code, output = await command(service.file, "load")
     assert code == 0, output
     assert "waiting: 0" in output
     await driver.check(database)
-    assert ends_with_nothing(await command(service, "load"))
+    assert ends_with_nothing(await command(service.file, "load"))
 
 
 async def test_the_load_command_leaves_alone_what_a_living_process_owns(
@@ -120,7 +109,7 @@ async def test_the_load_command_leaves_alone_what_a_living_process_owns(
 ) -> None:
     service = make_service(database_url=database, load_interval=300)
     driver = await fill(service, seed, 20)
-    code, output = await command(service, "load")
+    code, output = await command(service.file, "load")
     assert ends_with_nothing((code, output))
     assert f"a service is running here (pid {service.pid}, {service.url})" in output
     books = (await service.status())["books"]
@@ -138,7 +127,7 @@ async def test_the_load_command_fails_while_the_database_is_away(
     await fill(service, seed, 20)
     waiting = (await service.status())["books"]["waiting"]
     await service.kill()
-    code, output = await command(service, "load")
+    code, output = await command(service.file, "load")
     assert code == 1
     assert output.rstrip().endswith(f"waiting: {waiting}")
     assert "Traceback" not in output
@@ -155,7 +144,7 @@ async def test_what_another_user_left_in_the_folder_is_passed_over(
     less = ("setpriv", "--bounding-set", "-dac_override,-dac_read_search")
     one, two = (make_service(inside=less, database_url=database, **ADOPTS) for _ in range(2))
     driver = await fill(one, seed)
-    assert ends_with_nothing(await command(one, "load"))
+    assert ends_with_nothing(await command(one.file, "load"))
     folder = journals(one)[0].parent
     for left in (folder / "1.lock", folder / "2.sqlite", folder / "2.lock", folder / "3.sqlite"):
         left.touch()

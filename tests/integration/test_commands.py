@@ -12,29 +12,16 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psycopg2
 import pytest
 
+from tests import commands
+from tests.commands import Result
 from tests.postgres import Postgres, free_port
 from tests.service import ROOT, Service, until
 from tests.wire import crash, purchase, running
-
-
-class Result(NamedTuple):
-    """What a command left behind."""
-
-    code: int
-    out: str
-    err: str
-
-    def one_line(self) -> str:
-        """The one clear line of a command that failed."""
-        assert "Traceback" not in self.out + self.err, self
-        (line,) = self.err.splitlines()
-        return line
-
 
 Run = Callable[..., Any]
 
@@ -46,28 +33,13 @@ def datapipe(tmp_path: Path) -> Run:
     async def run(
         *args: str, env: dict[str, str] | None = None, timeout_s: float = 20.0, **settings: Any
     ) -> Result:
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("DATAPIPE_", "IRON_"))}
-        for name in ("PORT", "DATABASE_URL", "DYNO"):
-            clean.pop(name, None)
-        clean["PYTHONPATH"] = str(ROOT)
+        told = dict(env or {})
         if settings:
             settings = {"data_dir": str(tmp_path / "var"), **settings}
             file = tmp_path / f"settings-{len(list(tmp_path.iterdir()))}.json"
             file.write_text(json.dumps(settings))
-            clean["DATAPIPE_CNF"] = str(file)
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "datapipe", *args, env=clean | (env or {}), cwd=tmp_path,
-            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
-        try:
-            async with asyncio.timeout(timeout_s):
-                out, err = await process.communicate()
-        except TimeoutError:  # it serves, though it was not to
-            process.kill()
-            await process.wait()
-            return Result(-9, "", f"it did not end in {timeout_s} s")
-        assert process.returncode is not None
-        return Result(process.returncode, out.decode(), err.decode())
+            told = {"DATAPIPE_CNF": str(file), **told}
+        return await commands.run(*args, cwd=tmp_path, env=told, timeout_s=timeout_s)
 
     return run
 
@@ -366,6 +338,9 @@ async def test_check_verifies_the_journals(
     assert other.code == 0
     assert "warn  journal: 100 events of crash_report wait, which is not an event type" in other.out
     await service.kill()
+    left = await datapipe("check", database_url=database, mirror="none")
+    assert left.code == 0
+    assert ": 100 events wait here, and mirror is none: to load them, run datapipe load" in left.out
     journals = (tmp_path / "var" / "journal").glob("*.sqlite")
     journal = max(journals, key=lambda path: path.stat().st_size)
     for side in journal.parent.glob("*.sqlite-*"):

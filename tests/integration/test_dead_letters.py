@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
 import re
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from tests.commands import command
 from tests.postgres import Postgres
-from tests.service import ROOT, Service, until
+from tests.service import Service, until
 
 Make = Callable[..., Service]
 
@@ -32,16 +30,6 @@ async def service(make_service: Make, database: str, postgres: Postgres) -> Serv
         "ALTER TABLE install ADD CONSTRAINT even CHECK (user_id % 2 = 0 OR user_id >= 1000)",
     )
     return made
-
-
-async def command(service: Service, *words: str) -> tuple[int, str]:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "datapipe", *words, stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-        env={**os.environ, "DATAPIPE_CNF": str(service.file), "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    output, _ = await process.communicate()
-    return process.returncode or 0, output.decode()
 
 
 async def test_a_refused_row_costs_itself_only(
@@ -90,7 +78,7 @@ async def test_they_are_a_state_of_their_own_as_long_as_they_lie_there(
     await becomes("dead_letters", 2)
     text = (await service.status())["summary"]["text"]
     assert text.startswith("2 events are dead letters (install 2), since ")
-    _, said = await command(service, "status", service.url)
+    _, said = await command(service.file, "status", service.url)
     assert text in said
     other = await make_service(database_url=database, data_dir="other").start()
     await becomes("dead_letters", 2, other)  # though it has refused none
@@ -151,16 +139,16 @@ async def test_nothing_is_meant_by_accident(service: Service, body: str) -> None
 async def test_the_command(service: Service, postgres: Postgres, database: str) -> None:
     await service.post([install(3), install(5)])
     await service.drained()
-    code, text = await command(service, "dead", "list", "--lane", "install")
+    code, text = await command(service.file, "dead", "list", "--lane", "install")
     assert code == 0
     assert "total: 2" in text
     assert '"user_id": 5' in text
-    assert (await command(service, "dead", "drop"))[0] == 2
-    assert (await command(service, "dead", "replay", "--all"))[0] == 1
+    assert (await command(service.file, "dead", "drop"))[0] == 2
+    assert (await command(service.file, "dead", "replay", "--all"))[0] == 1
     postgres.execute(database, "ALTER TABLE install DROP CONSTRAINT even")
-    code, text = await command(service, "dead", "replay", "--sqlstate", "23514")
+    code, text = await command(service.file, "dead", "replay", "--sqlstate", "23514")
     assert (code, "replayed install: 2 rows" in text) == (0, True)
-    code, text = await command(service, "dead", "drop", "--all")
+    code, text = await command(service.file, "dead", "drop", "--all")
     assert (code, text) == (0, "dropped: 0\n")
 
 

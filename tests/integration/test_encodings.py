@@ -5,17 +5,15 @@ Such a dead letter is kept all the same, and shown and put back as it was sent.
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from tests.commands import command
 from tests.postgres import Postgres
-from tests.service import ROOT, Service
+from tests.service import Service
 
 Make = Callable[..., Service]
 
@@ -49,16 +47,6 @@ async def act(service: Service, what: str, **selection: Any) -> dict[str, Any]:
         return dict(await answer.json())
 
 
-async def command(service: Service, *words: str) -> tuple[int, str]:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "datapipe", *words, stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-        env={**os.environ, "DATAPIPE_CNF": str(service.file), "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    output, _ = await process.communicate()
-    return process.returncode or 0, output.decode()
-
-
 LETTERS = "datapipe_dead_letters"
 
 
@@ -88,7 +76,7 @@ async def test_one_emoji_costs_one_event(
     assert sent(letter["event"]) == sent(odd)
     groups = (await letters(service))["groups"]
     assert [(g["lane"], g["sqlstate"], g["count"]) for g in groups] == [("note", "22P05", 1)]
-    code, text = await command(service, "dead", "list")
+    code, text = await command(service.file, "dead", "list")
     assert code == 0, text
     (shown,) = [line for line in text.splitlines() if line.startswith("    {")]
     assert json.loads(shown) == letter["event"]
@@ -199,7 +187,7 @@ async def test_check_tells_of_the_encoding(
 ) -> None:
     service = make_service(database_url=postgres.create_database(encoding))
     service.file.write_text(json.dumps(service.settings))
-    code, text = await command(service, "check")
+    code, text = await command(service.file, "check")
     assert code == 0, text
     assert ("encoding is LATIN1" in text) == (encoding == "LATIN1")
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, suppress
@@ -29,10 +27,11 @@ from datapipe.pipeline import coordinator as housekeeping
 from datapipe.pipeline.watch import Watch
 from datapipe.settings import Settings, load
 from datapipe.sinks import Beat
+from tests import commands
 from tests.doubles.faults import What
 from tests.doubles.ironmq import IronMQ
 from tests.doubles.memory_database import MemoryDatabase
-from tests.service import ROOT, until
+from tests.service import until
 
 TOKEN = "t0ken/with+odd=characters"
 
@@ -463,13 +462,7 @@ async def command(town: Town, folder: Path, *words: str, **settings: Any) -> tup
     credentials = {"ironmq_token": TOKEN, "ironmq_project_id": town.mq.project_id}
     settings = {"ironmq_host": town.mq.host, "mirror_timeout": 1, **credentials, **settings}
     file.write_text(json.dumps(settings))
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "datapipe", *words,
-        env={**os.environ, "DATAPIPE_CNF": str(file), "PYTHONPATH": str(ROOT)},
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-    )  # fmt: skip
-    output, _ = await asyncio.wait_for(process.communicate(), 60)
-    return process.returncode or 0, output.decode()
+    return await commands.command(file, *words)
 
 
 def test_auto_takes_ironmq_when_its_credentials_are_set() -> None:

@@ -115,9 +115,9 @@ async def test_who_is_silent_is_named(cluster: Cluster, machines: list[Machine])
     assert (status["processes"], status["silent"]) == (2, ["web2:4711"])
     assert status["books"]["accepted"] == 4
     assert status["summary"]["state"] == "process_silent"
-    assert status["summary"]["text"].startswith("No answer from web2:4711 since ")
+    assert status["summary"]["text"].startswith("No answer from web2:4711 (since ")
     page = await one.get("")
-    assert "No answer from web2:4711 since" in page
+    assert "No answer from web2:4711 (since" in page
     assert "2 processes, 1 silent" in page
     answer = {"loaded": {"install": 4}, "failed": {}, "silent": ["web2:4711"]}
     assert await three.load() == answer

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from datapipe.mirrors.nats.client import Client
 from datapipe.mirrors.nats.streams import consumer_config, stream_config
 from datapipe.settings import Settings
 from tests import nats_logins as logins
+from tests.commands import command
 from tests.jetstream import NatsCluster, free_ports, request
 from tests.postgres import Postgres
 from tests.service import ROOT, Service, until
@@ -30,14 +29,7 @@ Make = Callable[..., Service]
 async def check(service: Service) -> tuple[int, str]:
     """`datapipe check` with the settings of a service: the exit code, and all that it prints."""
     service.file.write_text(json.dumps(service.settings))
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "datapipe", "check", cwd=service.file.parent,
-        env={**os.environ, "DATAPIPE_CNF": str(service.file), "PYTHONPATH": str(ROOT)},
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-    )  # fmt: skip
-    out, _ = await process.communicate()
-    assert process.returncode is not None
-    return process.returncode, out.decode()
+    return await command(service.file, "check")
 
 
 async def everything_shown(service: Service) -> str:
