@@ -121,7 +121,7 @@ class Templates:
 
 
 class Sections:
-    """The sections of the page that live: rendered once for all readers of one status."""
+    """The sections of the page that live: rendered once for all who read one status in one view."""
 
     def __init__(self, templates: Templates) -> None:
         self._templates = templates

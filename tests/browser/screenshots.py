@@ -144,7 +144,7 @@ async def take(seconds: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     text = "of traffic before the first picture; the charts show 15 minutes"
-    parser.add_argument("--seconds", type=float, default=300.0, help=text)
+    parser.add_argument("--seconds", type=float, default=420.0, help=text)
     asyncio.run(take(parser.parse_args().seconds))
 
 
