@@ -66,6 +66,10 @@ async def test_what_schema_prints_is_no_log_line(datapipe: Run) -> None:
     )
     assert (result.code, result.out) == (1, "")
     assert "Connection refused" in result.one_line()
+    for shelf in ("dead", "unknown"):
+        away = await datapipe(shelf, "list", database_url="postgresql://127.0.0.1:1/x")
+        assert (away.code, away.out) == (1, "")
+        assert "Connection refused" in away.one_line()
 
 
 async def test_wrong_usage(datapipe: Run) -> None:
