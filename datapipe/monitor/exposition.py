@@ -44,6 +44,11 @@ def _one(part: str, key: str) -> Callable[[Status], Mapping[str, float]]:
     return lambda status: {"": status[part][key]}
 
 
+def _used(mirror: Mapping[str, Any]) -> float:
+    used: float = mirror["used"] if mirror["fullest"] is None else mirror["fullest"]
+    return used
+
+
 _FAMILIES = (
     Family(_C, "events_accepted", "Events answered with 200, or stored without an answer.", "lane",
            _lanes("accepted")),
@@ -76,6 +81,8 @@ _FAMILIES = (
     Family(_G, "waiting_bytes", "Bytes of waiting rows.", "", _one("totals", "waiting_bytes")),
     Family(_G, "mirror_bytes", "Size of the durable queue.", "", _one("mirror", "bytes")),
     Family(_G, "mirror_max_bytes", "What it may hold.", "", _one("mirror", "max_bytes")),
+    Family(_G, "mirror_used_ratio", "Share in use; of the fullest queue where each is limited.", "",
+           lambda status: {"": _used(status["mirror"])}),
     Family(_G, "database_up", "1 if the last work with the database succeeded.", "",
            _one("database", "up")),
     Family(_G, "mirror_up", "1 if the last work with the durable queue succeeded.", "",
