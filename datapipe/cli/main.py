@@ -102,7 +102,9 @@ def _parser() -> argparse.ArgumentParser:
     serving.add_argument("--port", type=int, help="port to listen on")
     serving.add_argument("--try-out", action="store_true", help=argparse.SUPPRESS)
     checking = add(
-        "check", _command("commands:check"), "verify the settings, the database and the mirror"
+        "check",
+        _command("commands:check"),
+        "verify the settings, the database and the durable queue",
     )
     checking.add_argument(
         "--release",

@@ -7,7 +7,8 @@
     python, js    written to its file, or run where it has none
     html    written, and opened in a browser, from http://localhost:3000
     json    settings: read, event types and all
-    toml, ini, yaml   parsed; promql   looked through for metrics that there are not
+    toml, ini, yaml   parsed; dockerfile   linted
+    promql   looked through for metrics that there are not
     text    what the block before it printed; `...` stands for anything, a time of psql for any
 
 A page that starts no service is read with one running. The page's port 8080 is a free one here, and
@@ -120,7 +121,7 @@ class Stage:
             "sh": self._sh, "bash": self._sh, "sql": self._sql, "python": self._python,
             "js": self._js, "html": self._html, "json": self._json, "toml": self._toml,
             "ini": self._ini, "yaml": self._yaml, "promql": self._promql, "text": self._text,
-            "diagram": self._diagram,
+            "diagram": self._diagram, "dockerfile": self._dockerfile,
         }  # fmt: skip
         how = known.get(block.kind)
         assert how is not None, f"{block.place}: nobody knows how to run a block of {block.kind!r}"
@@ -304,6 +305,10 @@ class Stage:
 
     async def _yaml(self, block: Block, text: str) -> None:
         assert yaml.safe_load(text)
+
+    async def _dockerfile(self, block: Block, text: str) -> None:
+        tool = f"{Path(sys.executable).parent}/hadolint"
+        await self._bash(text, 0, tool, "--ignore=DL3006", "-")  # an image of the reader's own
 
     async def _diagram(self, block: Block, text: str) -> None:
         assert "->" in text

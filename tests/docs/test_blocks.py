@@ -22,6 +22,7 @@ NOT_RUN = {
     "needs the network": r"git clone .*|cd \S+",
     "is run by tests/deploy": r".* -m gunicorn .*",
     "is run by tests/integration": r"make run-cluster",
+    "needs a container engine": r"(docker|kubectl) .*|\./deploy/make-secrets",
     "needs root": r"sudo .*|apt(-get)? .*",
     "takes long": r"make (test|bench|torture|screenshots|lock)|python -m (benchmarks|tests\.\S+).*",
 }
@@ -96,6 +97,7 @@ def test_the_pages_are_found() -> None:
         ("```ini\na\n```", "section"),
         ("```promql\nrate(datapipe_nope[5m])\n```", "datapipe_nope"),
         ("```toml\na\n```", "="),
+        ("```dockerfile\nFROM a\nCPY b /\n```", "unexpected 'C'"),
     ],
 )
 async def test_a_block_that_does_not_hold_is_told(

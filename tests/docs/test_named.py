@@ -64,6 +64,7 @@ def test_commands_that_are_named_exist() -> None:
         blocks = [block.text for block in page.blocks if block.kind == "sh"]
         lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
         for text in [*page.words, *lines]:
+            text = text.replace("compose exec datapipe ", "")  # there it is a service's name
             for found in re.findall(r"(?:^|\s)datapipe ([a-z-][^|>#;&]*)", text):
                 words = found.split()
                 command = max((c for c in known if found.startswith(c)), key=len)

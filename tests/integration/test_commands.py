@@ -338,6 +338,9 @@ async def test_check_verifies_the_journals(
     assert other.code == 0
     assert "warn  journal: 100 events of crash_report wait, which is not an event type" in other.out
     await service.kill()
+    left = await datapipe("check", database_url=database, mirror="none")
+    assert left.code == 0
+    assert ": 100 events wait here, and mirror is none: to load them, run datapipe load" in left.out
     journals = (tmp_path / "var" / "journal").glob("*.sqlite")
     journal = max(journals, key=lambda path: path.stat().st_size)
     for side in journal.parent.glob("*.sqlite-*"):

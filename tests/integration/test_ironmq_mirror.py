@@ -21,11 +21,11 @@ from datapipe.errors import MirrorFull, MirrorUnavailable, SinkUnavailable
 from datapipe.events.segment import Part, Segment
 from datapipe.events.types import Column
 from datapipe.mirrors import check_mirror
-from datapipe.mirrors.buffered import Found, Removal, Run
 from datapipe.mirrors.ironmq import mirror as ironmq
 from datapipe.mirrors.ironmq.books import ANEW_S, HELD_BYTES, LEASE_S, Books, Held
 from datapipe.mirrors.ironmq.mirror import open_store
 from datapipe.mirrors.ironmq.wire import pack
+from datapipe.mirrors.store import Found, Removal, Run
 from datapipe.settings import Settings
 from tests.doubles.faults import What
 from tests.doubles.ironmq import Clock, IronMQ

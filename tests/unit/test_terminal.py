@@ -82,3 +82,24 @@ async def test_why_a_type_is_blocked_is_said_once(capsys: pytest.CaptureFixture[
         show_status(shown)
         (row,) = (line for line in capsys.readouterr().out.splitlines() if "install " in line)
         assert row.endswith(f"blocked: {why}")
+
+
+async def test_of_many_types_those_without_events_are_only_counted(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    events = {f"type_{number:02}": {"user_id": "int"} for number in range(18)}
+    async with testing.service(load_interval=300, events=events) as service:
+        await service.post({"event_name": "type_07", "user_id": 1})
+        service.pipeline.buffer.lane("type_08").blocked = "why"
+        shown = service.pipeline.status.snapshot()
+        capsys.readouterr()
+        show_status(shown)
+        said = capsys.readouterr().out.splitlines()
+        assert [line.split()[0] for line in said if line.startswith("type_")] == [
+            "type_07", "type_08",
+        ]  # fmt: skip
+        assert "19 more types had no events since the start" in said
+        del shown["lanes"]["install"]  # 20 are few enough to be shown
+        show_status(shown)
+        said = capsys.readouterr().out.splitlines()
+        assert len([line for line in said if line.startswith("type_")]) == 18
