@@ -1,32 +1,41 @@
 // Keeps the page alive: the service sends each section that has changed, as HTML, once a second.
 
 const $ = (id) => document.getElementById(id);
+const TYPES_NAMED = 5;
+const TYPING_MS = 120;
 const SILENT_MS = 5000; // nothing for so long: the connection is dead, whatever the browser thinks
 
 let stream = null;
 let heardAt = Date.now();
 let lost = false;
+let asked = null; // what the reader wants to see: a row's id, or "" for what was searched for
 let loading = null; // how much was waiting and loaded when Load now was pressed
 
 // --- what came in ---
 
 function show(sections) {
   const before = $("summary").dataset.is;
+  const focused = document.activeElement;
   for (const [id, html] of Object.entries(sections)) {
     const fresh = document.createElement("template");
     fresh.innerHTML = html;
     if ($(id)) morph($(id), fresh.content.firstElementChild);
   }
   if ($("uptime").dataset.version !== version) return location.reload();
+  // a row that was moved has lost it
+  if (focused?.isConnected && focused !== document.activeElement) focused.focus({ preventScroll: true });
   $("link").textContent = "live";
   document.body.classList.remove("stale");
   announce(before, $("summary").dataset.is);
   if (loading) showProgress();
-  if (sections.chart_grid) drawCharts();
+  if (sections.pictures) drawnAt = Date.now();
+  drawCharts();
+  if (asked !== null) answer();
 }
 
 // Make an element like another one and touch only what differs: so focus, selection and scrolling
-// stay. Attributes that only the page has are its script's own.
+// stay. Children that have an id are the same as long as that is. Attributes that only the page has
+// are its script's own.
 function morph(old, fresh) {
   if (old.nodeName !== fresh.nodeName) return old.replaceWith(fresh);
   if (old.nodeType === Node.TEXT_NODE) {
@@ -36,9 +45,16 @@ function morph(old, fresh) {
   for (const { name, value } of fresh.attributes) {
     if (old.getAttribute(name) !== value) old.setAttribute(name, value);
   }
-  const [is, wanted] = [[...old.childNodes], [...fresh.childNodes]];
-  wanted.forEach((child, i) => (i < is.length ? morph(is[i], child) : old.append(child)));
-  for (const child of is.slice(wanted.length)) child.remove();
+  const known = new Map([...old.children].filter((child) => child.id).map((child) => [child.id, child]));
+  const wanted = [...fresh.childNodes];
+  wanted.forEach((child, i) => {
+    const there = old.childNodes[i];
+    const same = child.id ? known.get(child.id) : there?.id ? null : there;
+    if (!same) return old.insertBefore(child, there ?? null);
+    if (same !== there) old.insertBefore(same, there ?? null);
+    morph(same, child);
+  });
+  while (old.childNodes.length > wanted.length) old.lastChild.remove();
 }
 
 // For ears: a word when the state changes, not one a second.
@@ -53,7 +69,6 @@ function announce(before, state) {
 let drawnAt = Date.now();
 
 function drawCharts() {
-  drawnAt = Date.now();
   for (const plot of document.querySelectorAll(".plot")) {
     if (!plot.hasAttribute("role")) handle(plot);
     point(plot, plot.back ?? null);
@@ -70,7 +85,7 @@ function point(plot, back) {
   plot.back = back;
   chart.classList.toggle("pointed", back !== null);
   svg.querySelector(".cursor").setAttribute("d", back === null ? "" : `M${at} 0V${height}`);
-  const seconds = $("chart_grid").dataset.step * (back ?? 0);
+  const seconds = plot.dataset.step * (back ?? 0);
   const when = new Date(drawnAt - seconds * 1000).toISOString().slice(11, 19);
   const values = [...svg.querySelectorAll("g path")].reverse().map((path) => {
     const value = path.getAttribute("d").match(`[L ]${at} ([\\d.e+]+)`)?.[1];
@@ -131,15 +146,59 @@ async function askToLoad() {
     const answer = await fetch("load", { method: "POST", headers: { Accept: "application/json" } });
     const { status_message, loaded, failed, silent } = await answer.json();
     if (!answer.ok) return `Not done: ${status_message}`;
-    const rows = Object.entries(loaded).map(([lane, count]) => `${lane} ${count.toLocaleString("en-US")}`);
-    const whys = Object.entries(failed).map(([lane, why]) => `${lane}: ${why}`);
-    const parts = rows.length ? [`Loaded rows: ${rows.join(", ")}.`] : [];
-    if (whys.length) parts.push(`Not loaded: ${whys.join("; ")}`);
+    const rows = few(loaded, ([lane, count]) => `${lane} ${count.toLocaleString("en-US")}`, ", ");
+    const whys = few(failed, ([lane, why]) => `${lane}: ${why}`, "; ");
+    const parts = rows ? [`Loaded rows: ${rows}.`] : [];
+    if (whys) parts.push(`Not loaded: ${whys}`);
     if (silent) parts.push(`No answer from ${silent.join(", ")}.`);
     return parts.join(" ") || "Nothing was waiting.";
   } catch {
-    return "The connection was lost meanwhile: see the books once the service is back.";
+    return "The connection was lost meanwhile: see the numbers once the service is back.";
   }
+}
+
+// The first of many, and how many there are more.
+function few(all, say, between) {
+  const said = Object.entries(all).map(say);
+  const more = said.length - TYPES_NAMED;
+  if (more > 0) said.splice(TYPES_NAMED, more, `and ${more.toLocaleString("en-US")} more types`);
+  return said.join(between);
+}
+
+// --- what the reader wants to see ---
+
+// A link opens or closes a row without loading the page anew; its address is the same.
+function open(event) {
+  const link = event.target.closest("#types th a, #idle a");
+  if (!link || lost || event.ctrlKey || event.metaKey || event.shiftKey || event.altKey) return;
+  event.preventDefault();
+  history.pushState(null, "", link.href);
+  asked = new URL(link.href).hash.slice(1);
+  listen();
+}
+
+let typed = 0;
+
+function search(event) {
+  if (lost && event.type === "submit") return;
+  event.preventDefault();
+  clearTimeout(typed);
+  typed = setTimeout(() => {
+    const query = new URLSearchParams(new FormData($("search")));
+    for (const [key, value] of [...query]) if (!value) query.delete(key);
+    history.replaceState(null, "", `${query}` ? `?${query}` : location.pathname);
+    asked = "";
+    listen();
+  }, TYPING_MS);
+}
+
+function answer() {
+  const row = asked && $(asked);
+  if (row) {
+    row.scrollIntoView({ block: "nearest" });
+    row.querySelector("a").focus({ preventScroll: true });
+  } else $("announcer").textContent = $("types-said").textContent;
+  asked = null;
 }
 
 // --- the connection ---
@@ -147,7 +206,7 @@ async function askToLoad() {
 function listen() {
   stream?.close();
   heardAt = Date.now();
-  stream = new EventSource("stream?sections");
+  stream = new EventSource(`stream?sections&${location.search.slice(1)}`);
   stream.onmessage = (event) => {
     heardAt = Date.now();
     show(JSON.parse(event.data));
@@ -182,4 +241,9 @@ document.addEventListener("visibilitychange", () => {
 });
 const { version } = $("uptime").dataset;
 $("load")?.addEventListener("submit", loadNow);
+$("search")?.addEventListener("input", search);
+$("search")?.addEventListener("submit", search);
+document.addEventListener("click", open);
+addEventListener("popstate", listen);
+document.body.classList.add("script");
 listen();

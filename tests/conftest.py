@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack
+import sys
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -14,10 +13,20 @@ import pytest
 from tests.jetstream import NatsCluster
 from tests.mariadb import MariaDB
 from tests.postgres import Postgres
-from tests.service import Service
+from tests.service import Service, made
 
 # folders with the files that take long, which start first: one that starts last runs alone
 LONG_FIRST = ("deploy", "fault", "browser", "integration", "docs", "contract", "unit")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What pytest compiles is kept for the next run, though the processes of tests keep nothing."""
+    told, sys.dont_write_bytecode = sys.dont_write_bytecode, False
+    try:
+        return (yield)
+    finally:
+        sys.dont_write_bytecode = told
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -126,17 +135,6 @@ async def nats_prefix(request: pytest.FixtureRequest) -> AsyncIterator[str]:
 
 @pytest.fixture
 async def make_service(tmp_path: Path) -> AsyncIterator[Callable[..., Service]]:
-    """Makes services, not yet started; whatever still runs in the end is killed."""
-    made: list[Service] = []
-
-    def make(**settings: Any) -> Service:
-        service = Service(tmp_path, **settings)
-        made.append(service)
-        return service
-
-    async with AsyncExitStack() as stack:
+    """See `tests.service.made`."""
+    async with made(tmp_path) as make:
         yield make
-        for service in made:
-            stack.push_async_callback(service.close)
-            if service._process is not None and service._process.returncode is None:
-                stack.push_async_callback(service.kill)

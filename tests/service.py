@@ -8,7 +8,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,24 @@ async def until(
                 await asyncio.sleep(0.05)
         except asyncio.CancelledError:
             raise AssertionError(f"{what} did not come true in {timeout_s} s") from None
+
+
+@asynccontextmanager
+async def made(folder: Path) -> AsyncIterator[Callable[..., Service]]:
+    """Makes services, not yet started; whatever still runs in the end is killed."""
+    services: list[Service] = []
+
+    def make(**settings: Any) -> Service:
+        service = Service(folder, **settings)
+        services.append(service)
+        return service
+
+    async with AsyncExitStack() as stack:
+        yield make
+        for service in services:
+            stack.push_async_callback(service.close)
+            if service._process is not None and service._process.returncode is None:
+                stack.push_async_callback(service.kill)
 
 
 class Service:

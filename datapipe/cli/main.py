@@ -47,7 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (DatapipeError, OSError) as exc:
-        print(f"datapipe: {' '.join(str(exc).split())}", file=sys.stderr)
+        text = str(exc)
+        if isinstance(exc, OSError) and exc.filename:
+            text = f"{exc.filename}: {exc.strerror}"
+        print(f"datapipe: {' '.join(text.split())}", file=sys.stderr)
         return 2 if isinstance(exc, ConfigError) else 1
     except KeyboardInterrupt:
         return 130
@@ -102,7 +105,9 @@ def _parser() -> argparse.ArgumentParser:
     serving.add_argument("--port", type=int, help="port to listen on")
     serving.add_argument("--try-out", action="store_true", help=argparse.SUPPRESS)
     checking = add(
-        "check", _command("commands:check"), "verify the settings, the database and the mirror"
+        "check",
+        _command("commands:check"),
+        "verify the settings, the database and the durable queue",
     )
     checking.add_argument(
         "--release",
@@ -140,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     defining.add_argument(
         "--adopt", metavar="NAME", action="append", default=[],
-        help="look after a table that was there before as after one of our own (PostgreSQL)",
+        help="partition and expire a table that was there before, like our own (PostgreSQL)",
     )  # fmt: skip
     _add_shelf(
         sub, "dead", _command("shelves:dead"), "dead letters: look, put back, remove",

@@ -15,6 +15,7 @@ from datapipe.monitor import formats
 from datapipe.monitor.aggregate import columns
 from datapipe.pipeline.tasks import background
 
+_MANY = 20  # event types: of more, those that had no events are only counted
 _BOLD, _RED, _GREEN = "1", "1;31", "32"  # Source: ECMA-48, "Select Graphic Rendition"
 
 
@@ -28,7 +29,12 @@ def show_status(status: Mapping[str, Any]) -> None:
     balance = f"{'' if books['balanced'] else 'NOT '}accounted for"
     keys = [key for _, key in columns(status["mirror"].get("shared", False)) if key != "balanced"]
     head = ("type", *(key.replace("_", " ") for key in keys), "oldest", "next load", "state")
-    rows = [head, *(_lane(name, lane, keys, said) for name, lane in status["lanes"].items())]
+    lanes = status["lanes"]
+    idle = (
+        {name for name, lane in lanes.items() if _idle(lane, keys)} if len(lanes) > _MANY else set()
+    )
+    shown = (name for name in lanes if name not in idle)
+    rows = [head, *(_lane(name, lanes[name], keys, said) for name in shown)]
     rows.append(_lane("all types", books | {"state": balance}, keys, said))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -36,6 +42,8 @@ def show_status(status: Mapping[str, Any]) -> None:
         aligned = (text.rjust(width) for text, width in zip(numbers, widths[1:-1], strict=True))
         line = "  ".join((name.ljust(widths[0]), *aligned, state))
         _print(line, _BOLD if row is head else "")
+    if idle:
+        _print(f"{len(idle):,} more types had no events since the start")
     for line in _facts(status, said):
         _print(line)
 
@@ -50,6 +58,10 @@ def _print(text: str, style: str = "") -> None:
 def printable(text: str) -> str:
     """Without the control characters that would steer a terminal."""
     return "".join(char if char.isprintable() else " " for char in text)
+
+
+def _idle(lane: Mapping[str, Any], keys: Sequence[str]) -> bool:
+    return lane["state"] == "empty" and not any(lane[key] for key in keys)
 
 
 def _lane(

@@ -16,7 +16,8 @@ from uuid import UUID
 import msgspec
 
 from datapipe.events.limits import Limits
-from datapipe.events.types import DEFAULTS, RESERVED
+from datapipe.events.rows import DEFAULTS
+from datapipe.events.types import RESERVED
 from datapipe.events.values import TIMES, wire_type
 
 _MOST_KEYS = 200  # of a declaration; a table of more columns helps nobody

@@ -187,8 +187,8 @@ def declared_class(name: str, fields: dict[str, str]) -> type[Event]:
         except (ValueError, TypeError) as exc:
             allowed = ", ".join(kind.__name__ for kind in PG_TYPES)
             raise ConfigError(
-                f"{place}: {text!r} is no type: one of {allowed}, list[...], dict[str, ...], then "
-                f"'?' if it may be null, then '= default' as JSON ({exc})"
+                f"{place}: {text!r} is not a type: one of {allowed}, list[...], dict[str, ...], "
+                f"then '?' if it may be null, then '= default' as JSON ({exc})"
             ) from None
         hint: Any = kind | None if match and match[2] else kind
         body["__annotations__"][field] = hint

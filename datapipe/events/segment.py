@@ -206,7 +206,7 @@ def decode_head(text: bytes) -> Head:
     """Raises: ValueError: damaged, or of a version that this release does not know."""
     head = _HEAD.decode(text)
     if head.version != 1:
-        raise ValueError(f"segment head of version {head.version}, this release reads 1")
+        raise ValueError(f"batch of version {head.version}, this release reads 1")
     return head
 
 

@@ -6,16 +6,8 @@ import msgspec
 
 from datapipe.errors import EventRejected, Reason
 from datapipe.events.limits import Limits
-from datapipe.events.types import (
-    DEFAULTS,
-    NO_NUL,
-    NUL_IN_JSON,
-    Column,
-    EventType,
-    escape,
-    is_event_name,
-    too_long,
-)
+from datapipe.events.rows import DEFAULTS, NO_NUL, NUL_IN_JSON, escape, too_long
+from datapipe.events.types import Column, EventType, is_event_name
 
 UNKNOWN = "datapipe_unknown"
 

@@ -119,7 +119,7 @@ def parse_type(text: str) -> Any:
     try:
         return _annotation(ast.parse(text, mode="eval").body)
     except (SyntaxError, KeyError, TypeError, RecursionError, MemoryError) as exc:
-        raise ValueError(f"{text!r} is no type") from exc
+        raise ValueError(f"{text!r} is not a type") from exc
 
 
 def _annotation(node: ast.expr) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
+
+from datapipe.monitor.feed import News
+from datapipe.monitor.overview import SORTS, UNFOLDED, View, overview
 
 if TYPE_CHECKING:
     import jinja2
@@ -20,13 +24,16 @@ FILES = {
     "icon.svg": "image/svg+xml",
 }
 SECTIONS = (
-    "uptime", "summary", "tiles", "books_table", "lanes_table", "chart_grid", "mirror_facts",
-    "database_facts", "loads_table", "keys_table", "reasons", "refusals",
+    "uptime", "summary", "tiles", "dead_count", "dead_news", "pictures", "accounts",
+    "mirror_facts", "database_facts", "loads_table", "keys_table", "reasons", "refusals",
 )  # fmt: skip
+OF_VIEW = ("types", "idle")
+_LONG_NAME = re.compile(r"\w{25,}")
 
+Html = Mapping[str, str]
 
-# None is rendered for so many times as long as the last took: thousands of lanes take a second, and
-# ingest must not suffer by those who look on.
+# News is rendered for at most a tenth of the time, so that ingest does not suffer by those who look
+# on, however many different views they have.
 _REST = 9
 
 
@@ -62,17 +69,24 @@ def at(value: Any, path: str) -> Any:
 
 
 class Templates:
-    """The page as HTML. Used in threads: thousands of lanes take long, as does the first use."""
+    """The page as HTML. Used in threads: some milliseconds, and the first use takes longer."""
 
     @cached_property
     def _environment(self) -> jinja2.Environment:
         # with the templates 4 MB, and most services are looked at by programs alone
         import aiohttp_jinja2
         import jinja2
+        import markupsafe
 
         from datapipe.monitor import charts
         from datapipe.monitor.aggregate import columns
         from datapipe.monitor.formats import FORMATS
+
+        def breakable(text: object) -> markupsafe.Markup:
+            """Long names are broken at their underscores, where there is no room for them."""
+            escaped = str(markupsafe.escape(text))
+            broken = _LONG_NAME.sub(lambda name: name[0].replace("_", "_<wbr>"), escaped)
+            return markupsafe.Markup(broken)  # nosec  # it is escaped
 
         environment = aiohttp_jinja2.setup(
             web.Application(),  # of its own: the one that runs takes no more settings
@@ -82,18 +96,28 @@ class Templates:
             lstrip_blocks=True,
         )
         environment.filters["at"] = at
+        environment.filters["breakable"] = breakable
         environment.filters["show"] = lambda value, name: FORMATS[name](value)
         environment.globals |= {"charts": charts, "books_columns": columns}
+        environment.globals |= {"SORTS": SORTS, "UNFOLDED": UNFOLDED}
         return environment
 
     def page(self, context: Mapping[str, Any]) -> str:
-        return self._environment.get_template("status.html").render(context)
+        shown = overview(context["status"]["lanes"], context["view"])
+        return self._environment.get_template("status.html").render(context, overview=shown)
 
     def sections(self, status: Mapping[str, Any]) -> dict[str, str]:
-        """The HTML of each; without new readings the charts stay as they are."""
-        macros = self._environment.get_template("sections.html").module
-        shown = [name for name in SECTIONS if name != "chart_grid" or status["history"]]
-        return {name: str.__str__(getattr(macros, name)(status)) for name in shown}
+        """The HTML of those that all readers see alike."""
+        return {name: self._section(name, status) for name in SECTIONS}
+
+    def of_view(self, status: Mapping[str, Any], view: View) -> dict[str, str]:
+        """The HTML of those that show the event types that one has asked for."""
+        shown = overview(status["lanes"], view)
+        return {name: self._section(name, status, shown) for name in OF_VIEW}
+
+    def _section(self, name: str, *arguments: Any) -> str:
+        macro = getattr(self._environment.get_template("sections.html").module, name)
+        return str.__str__(macro(*arguments))
 
 
 class Sections:
@@ -103,30 +127,29 @@ class Sections:
         self._templates = templates
         self._rendering = asyncio.Lock()
         self._rest_until = 0.0
-        self._status: Mapping[str, Any] = {}  # the last that was rendered
-        self._history: Mapping[str, Any] | None = None  # one that was not rendered yet
-        self._number = 0  # of renderings
-        self._html: dict[str, tuple[int, str]] = {}  # by section; the number since which it is so
+        self._told: Mapping[str, Any] | None = None  # the status of which those below are
+        self._status: Mapping[str, Any] = {}  # the same, with all else that is shown
+        self._html: dict[View | None, dict[str, str]] = {}  # None: those that all see alike
 
-    async def changed(
-        self, status: Mapping[str, Any], refused: Sequence[Mapping[str, Any]], since: int
-    ) -> tuple[int, dict[str, str]]:
-        """The number of the last rendering, and the HTML of what has changed after that one.
-
-        Args: refused: the last refusals. since: 0 gives all sections.
-        """
+    async def of(self, news: News, refused: Sequence[Mapping[str, Any]], view: View) -> Html:
+        """The HTML of each section, by its name. Args: refused: the last refusals."""
         async with self._rendering:
-            began = time.monotonic()
-            if status is not self._status:
-                self._history = status.get("history", self._history)
-            if status is not self._status and began >= self._rest_until:
-                shown = {**status, "refused": refused, "history": self._history}
-                html = await asyncio.to_thread(self._templates.sections, shown)
-                self._rest_until = time.monotonic() + (time.monotonic() - began) * _REST
-                self._status, self._history = status, None
-                self._number += 1
-                for name, text in html.items():
-                    if self._html.get(name, (0, ""))[1] != text:
-                        self._html[name] = self._number, text
-        changed = {name: text for name, (at, text) in self._html.items() if at > since}
-        return self._number, changed
+            if news.status is not self._told and time.monotonic() >= self._rest_until:
+                self._told = news.status
+                self._status = {**news.status, "refused": refused, "history": news.history}
+                self._html = {}
+            parts = (None, view)
+            for part in parts:
+                if part not in self._html:
+                    self._html[part] = await self._rendered(part)
+            return {id: html for part in parts for id, html in self._html[part].items()}
+
+    async def _rendered(self, view: View | None) -> dict[str, str]:
+        began = time.monotonic()
+        if view is None:
+            html = await asyncio.to_thread(self._templates.sections, self._status)
+        else:
+            html = await asyncio.to_thread(self._templates.of_view, self._status, view)
+        ended = time.monotonic()
+        self._rest_until = max(ended, self._rest_until) + (ended - began) * _REST
+        return html

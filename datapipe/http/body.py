@@ -69,7 +69,7 @@ def _encoding_of(headers: Headers) -> str:
     if encoding in ("", "identity"):
         return "identity"
     if encoding not in _WBITS:
-        detail = f"Content-Encoding: {encoding[:64]!r} is none of gzip, deflate, identity"
+        detail = f"Content-Encoding: {encoding[:64]!r} is not one of gzip, deflate, identity"
         raise EventRejected(Reason.UNSUPPORTED_ENCODING, detail)
     return encoding
 

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 from aiohttp import web
@@ -16,8 +15,9 @@ from datapipe.errors import Busy, LaneBlocked, Refused, SinkUnavailable
 from datapipe.events.registry import Registry
 from datapipe.http import assets, openapi, responses
 from datapipe.http.auth import Access
-from datapipe.monitor.feed import Feed
+from datapipe.monitor.feed import Feed, News
 from datapipe.monitor.metrics import Metrics
+from datapipe.monitor.overview import View
 from datapipe.monitor.status import Status
 from datapipe.pipeline.dead_letters import DeadLetters
 from datapipe.pipeline.unknown import Unknown
@@ -51,7 +51,7 @@ class Pages:
         assets.serve_files(app)
         self._templates = assets.Templates()
         self._sections = assets.Sections(self._templates)
-        self._encoded: tuple[Mapping[str, Any], str] = ({}, "")
+        self._encoded: tuple[News | None, str] = (None, "")
         app.router.add_get("/", self.page)
         app.router.add_get("/stream", self.stream, allow_head=False)
         app.router.add_get("/status.json", self.status_json)
@@ -70,6 +70,7 @@ class Pages:
             dead, unknown = await asyncio.gather(self.dead.shown(), self.unknown.shown())
         context = {
             "status": await self.status.whole() | {"refused": self.status.records.refusals()},
+            "view": View.of(request.query),
             "denied": denied.detail if denied else None,
             "dead": dead,
             "unknown": unknown,
@@ -82,37 +83,44 @@ class Pages:
     async def stream(self, request: web.Request) -> web.StreamResponse:
         """What `/status.json` shows, as server-sent events, one a second, until the service stops.
 
-        With `?sections`, for the page's own script: the HTML of each section that has changed.
+        With `?sections`, for the page's own script: the HTML of each section that has changed, as
+        the page's own query has it.
         """
         self.access.may_look(request)
         if self.feed.ended:
             raise Busy("shutting down")
         async with sse_response(request, send_timeout=_SEND_TIMEOUT_S) as response:
-            seen = 0
+            seen: Mapping[str, str] = {}
+            view = View.of(request.query)
             # the client has left, or a reload has changed the key: nothing to do
             with suppress(ConnectionResetError, TimeoutError, Refused):
                 async with aclosing(self.feed.listen()) as news:
-                    async for status in news:
+                    async for each in news:
                         self.access.may_look(request)
                         if "sections" in request.query:
-                            admin = self.access.why_not(request) is None
-                            seen, text = await self._changed(status, seen, admin)
+                            now = await self._shown(each, view, request)
+                            changed = {id: now[id] for id in now if seen.get(id) != now[id]}
+                            text = msgspec.json.encode(changed).decode()
+                            seen = now
                         else:
-                            text = self._json(status)
+                            text = self._json(each)
                         await response.send(text, retry=_RETRY_MS)
         return response
 
-    async def _changed(self, status: Mapping[str, Any], seen: int, admin: bool) -> tuple[int, str]:
-        seen, changed = await self._sections.changed(status, self.status.records.refusals(), seen)
-        if not admin:
-            changed.pop("refusals", None)
-        return seen, msgspec.json.encode(changed).decode()
+    async def _shown(self, news: News, view: View, request: web.Request) -> Mapping[str, str]:
+        html = await self._sections.of(news, self.status.records.refusals(), view)
+        if self.access.why_not(request) is None:
+            return html
+        return {id: text for id, text in html.items() if id != "refusals"}
 
-    def _json(self, status: Mapping[str, Any]) -> str:
+    def _json(self, news: News) -> str:
         """Encoded once for all readers."""
-        if self._encoded[0] is not status:
-            self._encoded = status, msgspec.json.encode(status).decode()
-        return self._encoded[1]
+        known, text = self._encoded
+        if known is None or known.status is not news.status or known.fresh != news.fresh:
+            told = {**news.status, "history": news.history} if news.fresh else news.status
+            text = msgspec.json.encode(told).decode()
+            self._encoded = news, text
+        return text
 
     async def status_json(self, request: web.Request) -> web.StreamResponse:
         self.access.may_look(request)

@@ -345,8 +345,8 @@ def unregistered(
     return [
         (
             "warn",
-            f"{mirror}: {count} {unit} of {lane} wait, which is not an event type here: they are "
-            "kept, and loaded once it is registered",
+            f"{mirror}: event type {lane} is not registered here; what waits of it is kept until "
+            f"it is: {count} {unit}",
         )
         for lane, count in sorted(waiting.items())
         if count and lane not in known
@@ -356,6 +356,11 @@ def unregistered(
 async def check_mirror(
     settings: Settings, find_mark: FindMark | None = None
 ) -> list[tuple[str, str]]:
-    """See `MirrorPlugin.check_paired`."""
+    """See `MirrorPlugin.check_paired`; and what an earlier mirror, the journal, still holds."""
     found: MirrorPlugin = plugin(settings, "mirror")
-    return await found.check_paired(settings, find_mark)
+    said = list(await found.check_paired(settings, find_mark))
+    if settings.mirror_kind == "journal":
+        return said
+    from datapipe.mirrors.journal.salvage import left_behind  # which imports this module
+
+    return said + await asyncio.to_thread(left_behind, settings)

@@ -9,7 +9,8 @@ from uuid import uuid4
 
 from datapipe.events.segment import SEGMENT_OVERHEAD_BYTES, Segment
 from datapipe.mirrors import Appended, Membership, Mirror, MirrorPlugin, MirrorState, Traits
-from datapipe.mirrors.buffered import BufferedMirror, Found, Removal, Run
+from datapipe.mirrors.buffered import BufferedMirror
+from datapipe.mirrors.store import Found, Removal, Run
 from datapipe.settings import Settings
 
 

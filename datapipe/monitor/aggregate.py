@@ -89,7 +89,7 @@ _TOTALS: dict[str, Rule] = {
 _LANE: dict[str, Rule] = {
     **_BOOKS, **_TOTALS, "replayed": sum, "full": any, "state": _worst, "blocked": _first,
     "error": _first, "last_load": _most("at"), "slow_load": _most("seconds"),
-    "next_load_seconds": _least,
+    "next_load_seconds": _least, "idle": all,
 }  # fmt: skip
 # of a mirror that they share each process counts all that waits there, not a part of it
 _SHARED_LANE = _LANE | dict.fromkeys(("waiting", "waiting_bytes", "oldest_seconds", "full"), _first)
@@ -116,8 +116,9 @@ def together(own: Snapshot, others: Iterable[Snapshot]) -> dict[str, Any]:
     names = sorted({name for each in everybody for name in each["lanes"]})
     lanes = {
         name: _merged(rules, [each["lanes"][name] for each in everybody if name in each["lanes"]])
+        if len(everybody) > 1 else dict(own["lanes"][name])  # thousands take their time
         for name in names
-    }
+    }  # fmt: skip
     if shared:
         for lane in lanes.values():
             lane["parked"] = max(0, lane["waiting"] - lane["in_memory"])
@@ -185,6 +186,8 @@ def add_series(
     series: Sequence[Mapping[str, list[float]]], *, shared: bool = False
 ) -> dict[str, list[float]]:
     """Point by point, aligned at the newest."""
+    if len(series) == 1:
+        return dict(series[0])
     added = {}
     for key in series[0]:
         columns = [each[key] for each in series]

@@ -44,11 +44,17 @@ def _one(part: str, key: str) -> Callable[[Status], Mapping[str, float]]:
     return lambda status: {"": status[part][key]}
 
 
+def _used(mirror: Mapping[str, Any]) -> float:
+    used: float = mirror["used"] if mirror["fullest"] is None else mirror["fullest"]
+    return used
+
+
 _FAMILIES = (
     Family(_C, "events_accepted", "Events answered with 200, or stored without an answer.", "lane",
            _lanes("accepted")),
-    Family(_C, "events_recovered", "Events found in the mirror, or adopted from a dead process.",
-           "lane", _lanes("recovered")),
+    Family(_C, "events_recovered",
+           "Events found in the durable queue, or adopted from a dead process.", "lane",
+           _lanes("recovered")),
     Family(_C, "events_loaded", "Events that are rows of their table.", "lane", _lanes("loaded")),
     Family(_C, "events_duplicate", "Events skipped at loading: the ledger knew them.", "lane",
            _lanes("duplicate")),
@@ -61,22 +67,25 @@ _FAMILIES = (
            lambda status: dict.fromkeys(REASONS, 0) | status["rejected"]),
     Family(_C, "key_events", "What was posted with named ingest keys.", "key,outcome",
            lambda status: {(k, o): v[o] for k, v in status["keys"].items() for o in OUTCOMES}),
-    Family(_C, "mirror_requests", "Requests to the mirror.", "call",
+    Family(_C, "mirror_requests", "Requests to the durable queue.", "call",
            lambda status: status["mirror"]["calls"]),
     Family(_G, "waiting_events", "Events that are not loaded yet.", "lane", _lanes("waiting")),
-    Family(_G, "parked_events", "Events that wait in the mirror alone.", "lane", _lanes("parked")),
+    Family(_G, "parked_events", "Events that wait on disk only, or in IronMQ or NATS only.",
+           "lane", _lanes("parked")),
     Family(_G, "oldest_waiting_seconds", "Age of the oldest event that waits.", "lane",
            _lanes("oldest_seconds")),
-    Family(_G, "lane_blocked", "1 while a person must act for this lane.", "lane",
+    Family(_G, "lane_blocked", "1 while a person must act for this event type.", "lane",
            lambda status: {k: v["blocked"] is not None for k, v in status["lanes"].items()}),
     Family(_G, "books_balanced", "0 if an event is missing, or there is one too many.", "lane",
            _lanes("balanced")),
     Family(_G, "waiting_bytes", "Bytes of waiting rows.", "", _one("totals", "waiting_bytes")),
-    Family(_G, "mirror_bytes", "Size of the mirror.", "", _one("mirror", "bytes")),
+    Family(_G, "mirror_bytes", "Size of the durable queue.", "", _one("mirror", "bytes")),
     Family(_G, "mirror_max_bytes", "What it may hold.", "", _one("mirror", "max_bytes")),
+    Family(_G, "mirror_used_ratio", "Share in use; of the fullest queue where each is limited.", "",
+           lambda status: {"": _used(status["mirror"])}),
     Family(_G, "database_up", "1 if the last work with the database succeeded.", "",
            _one("database", "up")),
-    Family(_G, "mirror_up", "1 if the last work with the mirror succeeded.", "",
+    Family(_G, "mirror_up", "1 if the last work with the durable queue succeeded.", "",
            _one("mirror", "up")),
     Family(_G, "build_info", "1, of this release.", "version",
            lambda status: {status["version"]: 1}),

@@ -6,12 +6,23 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from datapipe.monitor.status import Status
 from datapipe.pipeline.tasks import background
 
 EVERY_S = 1.0
+
+
+class News(NamedTuple):
+    """How things are, as `/status.json` shows it.
+
+    Attributes: history: its key of that name; fresh: it has points that the reader does not know.
+    """
+
+    status: Mapping[str, Any]
+    history: Mapping[str, Any]
+    fresh: bool
 
 
 class Feed:
@@ -23,7 +34,7 @@ class Feed:
         self._listeners = 0
         self._newcomer = False  # since the last second
         self._news = asyncio.Event()  # a new one for each second
-        self._latest: Mapping[str, Any] = {}
+        self._latest: News | None = None  # kept while somebody listens
 
     async def run(self) -> None:
         """For ever: once a second."""
@@ -38,21 +49,27 @@ class Feed:
                 await self._status.refresh(history=whole)
                 whole |= self._newcomer  # who came meanwhile is content with the last known charts
                 self._newcomer = False
-                status = self._status
-                self._publish(await status.whole() if whole else status.snapshot())
+                status = await self._status.current()
+                old = self._latest.history if self._latest else {}
+                history = await self._status.series() if whole else old
+                self._publish(News(status, history, whole))
+            else:
+                self._latest = None
 
-    async def listen(self) -> AsyncGenerator[Mapping[str, Any]]:
-        """What `/status.json` shows, the same object for all, each second until the service stops.
+    async def listen(self) -> AsyncGenerator[News]:
+        """The same for all, each second until the service stops; at once, if there is one already.
 
-        The series of the charts are in the first one and then whenever they got a new point.
         A listener that is slow misses some seconds; nothing gathers for it.
         """
         self._listeners += 1
-        self._newcomer = True
         try:
+            if self._latest is not None:  # at most a second old, or there were no listeners
+                yield self._latest._replace(fresh=True)
+            else:
+                self._newcomer = True
             while not self.ended:
                 await self._news.wait()
-                if not self.ended:
+                if self._latest is not None:
                     yield self._latest
         finally:
             self._listeners -= 1
@@ -60,10 +77,10 @@ class Feed:
     def end(self) -> None:
         """All listeners end, at once."""
         self.ended = True
-        self._publish({})
+        self._publish(None)
 
-    def _publish(self, status: Mapping[str, Any]) -> None:
-        self._latest = status
+    def _publish(self, latest: News | None) -> None:
+        self._latest = latest
         news, self._news = self._news, asyncio.Event()
         news.set()
 

@@ -106,6 +106,16 @@ def kind(value: str) -> str:
     return {"ironmq": "IronMQ", "nats": "NATS"}.get(value, value)
 
 
+def durable(value: str) -> str:
+    """A mirror, as the heading of what is said of it."""
+    return {"none": "Memory only"}.get(value, kind(value)[:1].upper() + kind(value)[1:])
+
+
+def alone(value: str) -> str:
+    """Where events are that no process holds in memory, by the kind of mirror."""
+    return "on disk only" if value == "journal" else f"in {kind(value)} only"
+
+
 def percent(value: float | None) -> str:
     return NOTHING if value is None else f"{_rounded(value * 100, 1):.1f} %"
 
@@ -113,6 +123,6 @@ def percent(value: float | None) -> str:
 FORMATS: dict[str, Callable[[Any], str]] = {
     "count": count, "size": size, "rate": rate, "seconds": seconds, "clock": clock, "text": text,
     "percent": percent, "check": check, "outcome": outcome, "up": up,
-    "kind": kind,
+    "kind": kind, "durable": durable, "alone": alone,
     "zero": lambda value: count(value or 0),
 }  # fmt: skip

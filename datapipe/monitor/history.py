@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from datapipe.pipeline.records import Rate
@@ -13,7 +14,7 @@ POINTS = 180  # of STEP_S each: 15 minutes
 RATE_S = 10.0  # "per second" is over the last so many seconds
 
 SERIES = ("accepted", "loaded", "waiting")
-Point = tuple[float, float, int]
+Series = dict[str, list[float]]  # by the names above, oldest first
 
 
 class Reading(NamedTuple):
@@ -29,15 +30,18 @@ class _Lane:
     at any reading: the depth just before each load, however the loads fall."""
 
     def __init__(self, began: float) -> None:
-        self.points: deque[Point] = deque(maxlen=POINTS)
+        self.series: dict[str, deque[float]] = {key: deque(maxlen=POINTS) for key in SERIES}
         self.accepted, self.loaded = Rate(RATE_S), Rate(RATE_S)
         self.opened = self.last = Reading(0, 0, 0)  # a lane comes into being with its first event
         self.peak = 0
+        self.busy_at = -math.inf  # when last anything was accepted, loaded or waiting
         self.take(began, self.last)
 
     def take(self, now: float, reading: Reading) -> None:
         self.accepted.take(reading.accepted, now)
         self.loaded.take(reading.loaded, now)
+        if reading.waiting or reading != self.last:
+            self.busy_at = now
         self.last, self.peak = reading, max(self.peak, reading.waiting)
 
     def close(self, seconds: float) -> None:
@@ -46,7 +50,8 @@ class _Lane:
         accepted = round((last.accepted - opened.accepted) / seconds, 1)
         loaded = round((last.loaded - opened.loaded) / seconds, 1)
         times = min(POINTS, max(1, round(seconds / STEP_S)))
-        self.points.extend([(accepted, loaded, self.peak)] * times)
+        for key, value in zip(SERIES, (accepted, loaded, self.peak), strict=True):
+            self.series[key].extend([value] * times)
         self.opened, self.peak = last, last.waiting
 
 
@@ -84,15 +89,12 @@ class History:
             return 0.0, 0.0
         return round(lane.accepted.per_second(), 1), round(lane.loaded.per_second(), 1)
 
-    def points(self) -> dict[str, list[Point]]:
-        """All points by lane, oldest first, as they are now; a younger lane has fewer."""
-        return {name: list(lane.points) for name, lane in sorted(self._lanes.items())}
+    def idle(self, name: str) -> bool:
+        """Nothing was accepted, loaded or waiting within the time that the charts show."""
+        lane = self._lanes.get(name)
+        return lane is None or self._taken_at - lane.busy_at >= POINTS * STEP_S
 
-
-def series_of(points: Mapping[str, Sequence[Point]]) -> dict[str, dict[str, list[float]]]:
-    """The same, each number in a list of its own."""
-    lanes = {}
-    for name, of_lane in points.items():
-        columns = zip(*of_lane, strict=True) if of_lane else ((), (), ())
-        lanes[name] = {key: list(column) for key, column in zip(SERIES, columns, strict=True)}
-    return lanes
+    def series(self) -> Iterator[tuple[str, Series]]:
+        """All points, by lane; a younger one has fewer."""
+        for name, lane in sorted(self._lanes.items()):
+            yield name, {key: list(values) for key, values in lane.series.items()}

@@ -61,7 +61,7 @@ class Metrics:
             "datapipe_load_seconds", "Time of one load, one transaction.", _LOAD_BOUNDS
         )
         self.append_seconds = Histogram(
-            "datapipe_mirror_append_seconds", "Time until the mirror had stored an append.",
+            "datapipe_mirror_append_seconds", "Time until the durable queue had stored an append.",
             _APPEND_BOUNDS,
         )  # fmt: skip
         self._all = (self.request_seconds, self.load_seconds, self.append_seconds)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from datapipe.health import Health
 from datapipe.mirrors import MirrorState
 from datapipe.monitor import formats
 from datapipe.monitor.aggregate import BOOKS, IN_HAND, together, together_series
-from datapipe.monitor.history import History, Reading, series_of
+from datapipe.monitor.history import History, Reading
 from datapipe.monitor.metrics import Metrics, Samples
 from datapipe.monitor.peers import Others, Peers
 from datapipe.monitor.summary import summary
@@ -30,6 +30,8 @@ _JUDGED = (
 )  # fmt: skip
 _NOT_TOLD = {"ended", "peers"}  # to others: it may have asked long ago
 NEARLY_FULL = 0.8  # of the mirror
+_STEP = 50  # lanes: some milliseconds
+T = TypeVar("T")
 
 
 @dataclass
@@ -138,41 +140,58 @@ class Status:
 
     def snapshot(self) -> dict[str, Any]:
         """All numbers at one moment, of all processes, without the series of the charts."""
+        return self._of_all(self._own(dict(self._lanes()), list(map(_part, self.parts()))))
+
+    async def current(self) -> dict[str, Any]:
+        """The same, but each lane's numbers are of a moment of their own.
+
+        Thousands of lanes would hold up the event loop.
+        """
+        return await asyncio.to_thread(self._of_all, await self._own_in_steps())
+
+    def _of_all(self, own: dict[str, Any]) -> dict[str, Any]:
         others = self._others
-        status = together(self._own(), others.answers)
+        status = together(own, others.answers)
         status |= {"silent": others.silent, "ended": others.ended if others.ended_lately else []}
         return status | {"summary": summary(status)}
 
     async def whole(self) -> dict[str, Any]:
         """All that the page shows, but the last refusals."""
-        points, others = self.history.points(), self._others.histories
-        shared = self.buffer.mirror.traits.shared
+        return await self.current() | {"history": await self.series()}
+
+    async def series(self) -> dict[str, Any]:
+        """The key `history` of `/status.json`."""
+        own = dict(await _in_steps(self.history.series()))
+        others, shared = self._others.histories, self.buffer.mirror.traits.shared
 
         def history() -> dict[str, Any]:
-            return together_series([series_of(points), *others], shared=shared)
+            return together_series([own, *others], shared=shared)
 
-        # in a thread: it can be a million numbers
-        return self.snapshot() | {"history": await asyncio.to_thread(history)}
+        return await asyncio.to_thread(history)  # it can be a million numbers
 
     async def for_peers(self, history: bool = True) -> dict[str, Any]:
         """What this process answers the others. Args: history: also the series of the charts."""
-        own = self._own() | {"histograms": self.metrics.histograms()}
+        own = await self._own_in_steps() | {"histograms": self.metrics.histograms()}
         own["parts"] = [part for part in own["parts"] if part["part"] not in _NOT_TOLD]
         if not history:
             return own
-        return own | {"history": await asyncio.to_thread(series_of, self.history.points())}
+        return own | {"history": dict(await _in_steps(self.history.series()))}
 
     async def of_data_dir(self) -> tuple[dict[str, Any], list[Samples]]:
         """All numbers, and the histograms, of the processes that share our `data_dir`, now."""
         await self._local.refresh(history=False)
         others = self._local.answers
         histograms = [self.metrics.histograms(), *(each["histograms"] for each in others)]
-        return together(self._own(), others), histograms
+        own = await self._own_in_steps()
+        return await asyncio.to_thread(together, own, others), histograms
 
     # --- this process ---
 
-    def _own(self) -> dict[str, Any]:
-        full = self.buffer.mirror.full(self.buffer.lanes)
+    async def _own_in_steps(self) -> dict[str, Any]:
+        lanes = dict(await _in_steps(self._lanes()))
+        return self._own(lanes, await _in_steps(map(_part, self.parts())))
+
+    def _own(self, lanes: dict[str, Any], parts: list[dict[str, Any]]) -> dict[str, Any]:
         return {
             "version": __version__,
             "process": self.process,
@@ -181,16 +200,13 @@ class Status:
             "started_at": self._started_at,
             "uptime_seconds": round(time.monotonic() - self._started, 3),
             "ready": self.not_ready() is None,
-            "lanes": {
-                name: self._lane(lane) | {"full": name in full}
-                for name, lane in sorted(self.buffer.lanes.items())
-            },
+            "lanes": lanes,
             "rejected": dict(self.records.rejected),
             "dead_letters": self._dead_letters(),
             "keys": {name: use.shown() for name, use in sorted(self.records.keys.items())},
             "mirror": self._mirror(),
             "database": self._database(),
-            "parts": [_part(health) for health in self.parts()],
+            "parts": parts,
             "recent_loads": self.records.loads(),
         }
 
@@ -199,6 +215,11 @@ class Status:
             return None
         lanes = dict.fromkeys(self.buffer.lanes, 0) | dict(self.dead.present)
         return {"at": iso(at), "lanes": dict(sorted(lanes.items()))}
+
+    def _lanes(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        full = self.buffer.mirror.full(self.buffer.lanes)
+        for name, lane in sorted(self.buffer.lanes.items()):
+            yield name, self._lane(lane) | {"full": name in full}
 
     def _lane(self, lane: Lane) -> dict[str, Any]:
         schedule = self.loader.schedules.get(lane.name)
@@ -223,6 +244,7 @@ class Status:
             "last_load": last and {"at": last.at, "rows": last.rows, "seconds": last.seconds},
             "slow_load": _slow_load(lane.health),
             "next_load_seconds": _rounded(self.loader.next_load_seconds(lane.name), 3),
+            "idle": self.history.idle(lane.name),
         }
 
     def _state(self, lane: Lane) -> str:
@@ -269,6 +291,16 @@ class Status:
             "schema": database.schema,
             "answer_seconds": _rounded(database.answer_s, 5),
         }
+
+
+async def _in_steps(items: Iterable[T]) -> list[T]:
+    """All of them; others have their turn after each few."""
+    made = []
+    for item in items:
+        made.append(item)
+        if len(made) % _STEP == 0:
+            await asyncio.sleep(0)
+    return made
 
 
 def _used(mirror: MirrorState) -> float:

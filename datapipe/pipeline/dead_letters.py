@@ -12,7 +12,7 @@ from typing import Any
 from datapipe import sinks
 from datapipe.errors import EventRejected, LaneBlocked, Reason, SinkUnavailable
 from datapipe.events.registry import Registry
-from datapipe.events.types import neutral_time
+from datapipe.events.rows import neutral_time
 from datapipe.events.unknown import UnknownType
 from datapipe.health import Health
 from datapipe.pipeline.records import BODY_SHOWN

@@ -286,7 +286,7 @@ class Loader:
         lane.dead += result.dead
         self._buffer.removed_bytes += sum(len(segment.data) for segment in segments)
         removal = self._mirror.remove(segments)
-        self._buffer.removal.follow(f"the removal of {len(segments)} segments", removal)
+        self._buffer.removal.follow(f"the removal of {len(segments)} batches", removal)
 
     def _loaded(self, schedule: Schedule, result: Loaded, seconds: float, segments: int) -> None:
         """A load has committed: record and log it; its lane is healthy."""

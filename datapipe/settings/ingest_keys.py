@@ -43,5 +43,5 @@ def key_fault(entries: Sequence[str | IngestKey]) -> str | None:
         if isinstance(entry, str):
             continue
         if by_name.setdefault(entry.name, entry).allows() != entry.allows():
-            return f"entries of the name {entry.name!r} must have the same lanes and the same rate"
+            return f"entries of the name {entry.name!r} must have the same `lanes` and `rate`"
     return None

@@ -50,7 +50,7 @@ def nats_faults(settings: Settings) -> Iterator[tuple[str, str]]:
             if path := getattr(settings, key):
                 Path(path).open("rb").close()
         except (OSError, ValueError) as exc:
-            why = exc.strerror if isinstance(exc, OSError) else "this is no path"
+            why = exc.strerror if isinstance(exc, OSError) else "this is not a path"
             yield key, f"{path!r} can't be read: {why}"
 
 

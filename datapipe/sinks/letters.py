@@ -8,7 +8,8 @@ from typing import Any
 
 import msgspec
 
-from datapipe.events.types import Column, with_offset
+from datapipe.events.rows import with_offset
+from datapipe.events.types import Column
 from datapipe.sinks.transaction import Letter, RefusedRow
 
 _ESCAPED = re.compile(rb"\\([\\tnr])")

@@ -15,7 +15,8 @@ from uuid import uuid4
 
 import msgspec
 
-from datapipe.events.types import Column, with_offset
+from datapipe.events.rows import with_offset
+from datapipe.events.types import Column
 from datapipe.events.unknown import UNKNOWN, UnknownRow, UnknownType
 from datapipe.settings import Settings
 from datapipe.sinks import UNKNOWN_GROUPS, Beat, Heartbeat, Mark, Selection, Shelf, Table

@@ -17,7 +17,8 @@ from typing import Any, Generic, TypeVar
 from datapipe.errors import LaneBlocked, SinkUnavailable
 from datapipe.settings import Settings
 from datapipe.sinks.dialect import OWN_TABLES, Dialect
-from datapipe.sinks.sql import Result, SqlSink, Statement
+from datapipe.sinks.sql import SqlSink
+from datapipe.sinks.sql_tables import Result, Statement
 from datapipe.sinks.threads import Sessions
 from datapipe.sinks.transaction import Transaction
 from datapipe.sinks.verdict import Verdict, error_of

@@ -239,7 +239,7 @@ class TransactionalSink(ABC):
         if len(known) < len(segments):  # or somebody else removes rows of the ledger
             text = "rows of the ledger have just been removed"
             if not_after < math.inf:
-                text = "the segments were held for too long: others may have loaded them since"
+                text = "the batches were held for too long: others may have loaded them since"
             raise SinkUnavailable(text, everywhere=False)
         result.dead_of = {id: each.dead for id, each in known.items() if each.dead}
         for segment in segments:

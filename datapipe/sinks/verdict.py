@@ -12,9 +12,9 @@ class Verdict(enum.Enum):
     """What an error of the database means for the load in hand."""
 
     DOWN = "the whole database: again later"
-    LATER = "this lane: again later"
+    LATER = "this event type: again later"
     MISSING = "a table, column or right is missing: one look at the table, then again"
-    BLOCKED = "this lane is blocked until a person acts"
+    BLOCKED = "this event type is blocked until a person acts"
     ROW = "one row is refused"
 
 

@@ -34,7 +34,7 @@ async def test_outage_is_told_and_its_end(
 
     own_postgres.stop()
     await service.post([CRASH] * 40)
-    await tab.shows("#sentence", "PostgreSQL does not answer since")
+    await tab.shows("#sentence", "PostgreSQL does not answer (since")
     sentence = await tab.text("#sentence")
     assert "UTC: " in sentence
     assert "Events are kept, 40 waiting, room for" in sentence
@@ -84,7 +84,8 @@ async def test_page_lives_through_a_restart(
     await tab.live()
     await tab.shows("#sentence", "Healthy")
     await service.post(INSTALL)
-    await expect(tab.page.locator('[data-v="accepted"]').nth(1)).to_have_text("1", timeout=20_000)
+    accepted = tab.page.locator('#accounts [data-v="accepted"]')
+    await expect(accepted).to_have_text("1", timeout=20_000)
     refused = [text for text in tab.complaints if "ERR_CONNECTION_REFUSED" not in text]
     tab.complaints = [text for text in refused if "ERR_INCOMPLETE_CHUNKED" not in text]
 
@@ -98,23 +99,23 @@ async def test_what_the_reader_does_stays_while_numbers_change(
         await service.post([CRASH] * 3)
         await service.drained()
     tab = await open_page(service.url, viewport={"width": 390, "height": 844})
-    await tab.page.click("details summary")
+    await tab.page.click("#accounts + details summary")
     await tab.page.evaluate(
         """() => {
           const table = document.getElementById("loads_table");
           table.focus();
           table.scrollTop = 100;
-          getSelection().selectAllChildren(document.querySelector("#books_table tbody th"));
+          getSelection().selectAllChildren(document.querySelector("#types tbody th"));
         }"""
     )
     before = await tab.text("#uptime")
     await service.post([CRASH] * 7)
-    await tab.shows('#books_table tfoot [data-v="loaded"]', "43")
+    await tab.shows('#accounts [data-v="loaded"]', "43")
     await expect(tab.page.locator("#uptime")).not_to_have_text(before)
     assert await tab.page.evaluate(
         """() => [
           document.activeElement.id, document.getElementById("loads_table").scrollTop,
-          document.querySelector("details").open, getSelection().toString().trim(),
+          document.querySelector("#accounts + details").open, getSelection().toString().trim(),
         ]"""
     ) == ["loads_table", 100, True, "crash_report"]
 
@@ -129,7 +130,8 @@ async def test_without_scripts(
     assert await tab.value("books.waiting") == "7"
     assert "7 events waiting" in await tab.text("#sentence")
     assert "nonesuch" in await tab.text("#refusals")
-    assert await tab.page.locator("svg").count() == 2 * 4  # all lanes, and three lanes
+    assert await tab.page.locator(".plot svg").count() == 2  # of all types
+    assert await tab.page.locator("svg.small").count() == 2 * 3
     await tab.page.get_by_role("button", name="Load now").click()
     await tab.page.wait_for_url(f"{service.url}/")
     assert await tab.value("books.waiting") == "0"

@@ -17,15 +17,17 @@ import psycopg2
 import pytest
 
 from datapipe.errors import LaneBlocked, SinkUnavailable
+from datapipe.events.rows import escape, neutral_time
 from datapipe.events.segment import Part, Segment
-from datapipe.events.types import Column, Event, EventType, escape, neutral_time
+from datapipe.events.types import Column, Event, EventType
 from datapipe.events.unknown import UNKNOWN, UnknownType
 from datapipe.settings import Settings
 from datapipe.sinks import Beat, Database, Heartbeat, Loaded, Selection, Shelf, Table, open_sink
 from datapipe.sinks.letters import event_json
 from datapipe.sinks.memory import MemoryDatabase
 from datapipe.sinks.parts import KEY_REUSED
-from datapipe.sinks.sql import Result, SqlSink, Statement
+from datapipe.sinks.sql import SqlSink
+from datapipe.sinks.sql_tables import Result, Statement
 from tests.databases import execute
 from tests.mariadb import MariaDB
 from tests.postgres import Postgres

@@ -27,7 +27,8 @@ def exposed() -> dict[str, set[str]]:
         "totals": {"waiting_bytes": 0},
         "rejected": {"busy": 1},
         "keys": {"ios": {"accepted": 1, "rejected": 1, "limited": 1}},
-        "mirror": {"calls": {"post": 1}, "up": True, "bytes": 1, "max_bytes": 2},
+        "mirror": {"calls": {"post": 1}, "up": True, "bytes": 1, "max_bytes": 2}
+        | {"used": 0.5, "fullest": None},
         "database": {"up": True},
     }
     return labels(metrics.text(status, [metrics.histograms()]).decode())

@@ -30,6 +30,8 @@ def dashboard() -> Iterator[str]:
 def alerts() -> Iterator[str]:
     for group in yaml.safe_load((DOCS / "alerts.yml").read_text())["groups"]:
         for rule in group["rules"]:
+            assert rule.keys() == {"alert", "expr", "for", "labels", "annotations"}
+            assert rule["labels"]["severity"] in ("page", "ticket")
             assert rule["annotations"].keys() == {"summary", "action"}, rule["alert"]
             yield rule["expr"]
 

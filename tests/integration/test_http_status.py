@@ -145,6 +145,7 @@ METRICS = {
     "datapipe_mirror_requests": ("counter", "call"), "datapipe_database_up": ("gauge", ""),
     "datapipe_mirror_up": ("gauge", ""), "datapipe_books_balanced": ("gauge", "lane"),
     "datapipe_mirror_bytes": ("gauge", ""), "datapipe_mirror_max_bytes": ("gauge", ""),
+    "datapipe_mirror_used_ratio": ("gauge", ""),
     "datapipe_dead_letters": ("gauge", "lane"), "datapipe_build_info": ("gauge", "version"),
     "process_resident_memory_bytes": ("gauge", ""), "process_cpu_seconds": ("counter", ""),
     "process_open_fds": ("gauge", ""), "process_start_time_seconds": ("gauge", ""),

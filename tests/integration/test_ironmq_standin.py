@@ -700,10 +700,10 @@ async def test_cut_slow_and_late_answers_have_taken_effect(api: Api) -> None:
 
 
 async def test_latency(api: Api) -> None:
-    api.mq.latency = 0.05
+    api.mq.latency = 0.2
     before = time.monotonic()
     await asyncio.gather(*(api.post("a") for _ in range(10)))
-    assert 0.05 <= time.monotonic() - before < 0.4
+    assert 0.2 <= time.monotonic() - before < 8 * 0.2
     assert api.mq.peak_connections == 10
 
 

@@ -115,9 +115,9 @@ async def test_who_is_silent_is_named(cluster: Cluster, machines: list[Machine])
     assert (status["processes"], status["silent"]) == (2, ["web2:4711"])
     assert status["books"]["accepted"] == 4
     assert status["summary"]["state"] == "process_silent"
-    assert status["summary"]["text"].startswith("No answer from web2:4711 since ")
+    assert status["summary"]["text"].startswith("No answer from web2:4711 (since ")
     page = await one.get("")
-    assert "No answer from web2:4711 since" in page
+    assert "No answer from web2:4711 (since" in page
     assert "2 processes, 1 silent" in page
     answer = {"loaded": {"install": 4}, "failed": {}, "silent": ["web2:4711"]}
     assert await three.load() == answer
@@ -146,7 +146,7 @@ async def test_the_stream_follows_all(cluster: Cluster, machines: list[Machine])
     await anext(news)
     await two.post(5)
     async with asyncio.timeout(10):
-        async for status in news:
-            if status["books"]["accepted"] == 5:
+        async for each in news:
+            if each.status["books"]["accepted"] == 5:
                 break
     await news.aclose()

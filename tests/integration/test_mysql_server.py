@@ -411,7 +411,7 @@ async def test_an_abort_ends_a_load_at_once(sink: MySqlSink, mysql_database: str
         sink.abort()
         with pytest.raises(SinkUnavailable):
             await loading
-        assert time.perf_counter() - began < 1
+        assert time.perf_counter() - began < 5  # it would have waited for 10 s
 
 
 async def test_the_fence_is_judged_when_the_ledger_is_written(

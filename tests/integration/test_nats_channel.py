@@ -79,7 +79,7 @@ async def test_all_others_answer(world: World) -> None:
     answers = await one.ask(b"who?", {"two", "three"})
     assert answers.by_process == {"two": b"heard: who?", "three": b"heard: who?"}
     assert answers.silent == set()
-    assert time.monotonic() - began < 1  # nobody is waited for who has answered
+    assert time.monotonic() - began < SILENT_S  # nobody is waited for who has answered
 
 
 async def test_who_is_not_expected_is_heard_too(world: World) -> None:
@@ -100,7 +100,7 @@ async def test_one_that_is_silent_is_named(world: World) -> None:
     answers = await one.ask(b"who?", {"two", "dead"})
     assert answers.by_process == {"two": b"heard: who?"}
     assert answers.silent == {"dead"}
-    assert SILENT_S - 0.1 < time.monotonic() - began < SILENT_S + 1
+    assert SILENT_S - 0.1 < time.monotonic() - began < 2 * SILENT_S
 
 
 async def test_one_that_is_slow_is_waited_for(world: World) -> None:

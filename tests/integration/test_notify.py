@@ -58,13 +58,13 @@ def systemd(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Systemd]
 
 async def test_a_service_tells_of_its_life(systemd: Systemd, tmp_path: Path) -> None:
     """Ready with an open port, reloading and ready again, stopping; and that its loop turns."""
-    env = {"NOTIFY_SOCKET": systemd.address, "WATCHDOG_USEC": "100000"}
+    env = {"NOTIFY_SOCKET": systemd.address, "WATCHDOG_USEC": "300000"}
     async with running(tmp_path, env, **IDLE) as service:
         assert await systemd.told() == {"READY": "1", "STATUS": f"listening on {service.url}"}
         started = time.monotonic()
         for _ in range(5):
             await systemd.told(pings=True)
-        assert time.monotonic() - started < 5 * 0.1
+        assert time.monotonic() - started < 5 * 0.3
         before = time.monotonic_ns() // 1000
         os.kill(service.pid, signal.SIGHUP)
         reloading = await systemd.told()
@@ -142,4 +142,4 @@ async def test_a_systemd_that_does_not_read_holds_up_no_event(
     began = time.monotonic()
     async with notify.watchdog():
         await asyncio.sleep(0.05)
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < 5  # nobody will ever read

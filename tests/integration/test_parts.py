@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from datapipe.errors import LaneBlocked, MirrorUnavailable, SinkUnavailable
 from datapipe.events.segment import Chunk
 from datapipe.health import Health
 from datapipe.mirrors import Appended
+from datapipe.monitor.metrics import Metrics
 from datapipe.pipeline import coordinator
 from datapipe.settings import Settings
 from tests.doubles.memory_database import MemoryDatabase
@@ -259,5 +261,15 @@ def test_one_queue_that_is_nearly_full_is_named(
             snapshot = service.pipeline.status.snapshot()
             assert (snapshot["summary"]["state"], snapshot["mirror"]["used"]) == (state, 0.9)
             assert snapshot["mirror"]["fullest"] == fullest
+            assert ratio(snapshot) == fullest
+        service.mirror_state(fullest=None)
+        assert ratio(service.pipeline.status.snapshot()) == 0.9
+
+    def ratio(snapshot: dict[str, Any]) -> float:
+        metrics = Metrics()
+        shown = metrics.text(snapshot, [metrics.histograms()]).decode()
+        found = re.search(r"^datapipe_mirror_used_ratio (\S+)$", shown, re.MULTILINE)
+        assert found
+        return float(found[1])
 
     simulated(tmp_path, monkeypatch, check)

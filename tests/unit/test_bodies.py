@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from datapipe.errors import EventRejected
 from datapipe.events.registry import Registry, load_registry
 from datapipe.events.segment import Chunk
-from datapipe.http.parse import PART_BYTES, Parsed, Parser, _elements
+from datapipe.http.elements import elements as cut_elements
+from datapipe.http.parse import Parsed, Parser
+from datapipe.http.parts import PART_BYTES
 from datapipe.settings import Settings
 
 AT = "2026-11-22 12:00:00.123456"
@@ -118,7 +120,7 @@ def test_an_array_is_taken_apart_at_the_right_places(
     for ascii in (True, False):
         text = json.dumps(elements, ensure_ascii=ascii, indent=indent, separators=separators)
         body = text.encode()
-        raws = [raw for raw in _elements(body + b" \n") if raw is not None]
+        raws = [raw for raw in cut_elements(body + b" \n") if raw is not None]
         assert raws == [bytes(raw) for raw in msgspec.json.decode(body, type=list[msgspec.Raw])]
         assert [json.loads(raw) for raw in raws] == json.loads(body)
 

@@ -15,7 +15,8 @@ from datapipe.errors import MirrorUnavailable
 from datapipe.events.segment import Segment
 from datapipe.events.types import Column
 from datapipe.mirrors import Appended, Membership, MirrorState, Traits
-from datapipe.mirrors.buffered import BufferedMirror, Found, Removal, Run
+from datapipe.mirrors.buffered import BufferedMirror
+from datapipe.mirrors.store import Found, Removal, Run
 
 COLUMNS = (Column("a", "text"),)
 MEMORY_BYTES = 4000  # three segments, with their overhead

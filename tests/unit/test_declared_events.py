@@ -71,7 +71,7 @@ def test_keys_that_no_class_could_have() -> None:
         ("signup", "n", "dict[int, str]", ["events.signup.n", "keys of a dict are str"]),
         ("signup", "n", "list[UUID | str]", ["events.signup.n", "UUID | str: in a union"]),
         ("signup", "n", "dict[str]", ["events.signup.n", "'dict[str]'"]),
-        ("signup", "n", "list[__import__('os')]", ["events.signup.n", "is no type"]),
+        ("signup", "n", "list[__import__('os')]", ["events.signup.n", "is not a type"]),
         ("signup", "n", "int | str", ["events.signup", "'n'", "X | None"]),
         ("signup", "n", 'list[int] = ["x"]', ["events.signup.n", "list[int] as JSON", "$[0]"]),
         ("signup", "n", "int = x", ["events.signup.n", "'x'", "int as JSON"]),

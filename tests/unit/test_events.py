@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from datapipe.errors import ConfigError, EventRejected
 from datapipe.events.limits import Limits
 from datapipe.events.registry import Registry, load_registry
-from datapipe.events.types import Column, Event, EventType, neutral_time, with_offset
+from datapipe.events.rows import neutral_time, with_offset
+from datapipe.events.types import Column, Event, EventType
 from datapipe.settings import Settings
 from datapipe.sinks import Table, table_of
 from datapipe.sinks.postgres.dialect import dialect

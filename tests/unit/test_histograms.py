@@ -16,7 +16,8 @@ BOUNDS = (0.0005, 0.001, 0.0125, 1, 30)
 STATUS: dict[str, Any] = {
     "version": "1.0", "lanes": {}, "dead_letters": None, "totals": {"waiting_bytes": 0},
     "rejected": {}, "keys": {},
-    "mirror": {"calls": {}, "up": True, "bytes": 0, "max_bytes": 1}, "database": {"up": True},
+    "mirror": {"calls": {}, "up": True, "bytes": 0, "max_bytes": 1, "used": 0.0, "fullest": None},
+    "database": {"up": True},
 }  # fmt: skip
 
 

@@ -12,9 +12,9 @@ import pytest
 from datapipe.errors import MirrorUnavailable
 from datapipe.events.segment import Segment
 from datapipe.mirrors import open_mirror
-from datapipe.mirrors.buffered import Removal
 from datapipe.mirrors.journal.file import JournalFile
 from datapipe.mirrors.journal.mirror import open_store
+from datapipe.mirrors.store import Removal
 from datapipe.settings import Settings
 from tests.contract.test_mirror import Alone, segment
 

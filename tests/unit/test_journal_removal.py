@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from datapipe.mirrors.buffered import Removal
 from datapipe.mirrors.journal.mirror import open_store
+from datapipe.mirrors.store import Removal
 from datapipe.settings import Settings
 from tests.contract.test_mirror import segment
 

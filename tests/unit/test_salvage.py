@@ -14,9 +14,9 @@ from datapipe.errors import MirrorUnavailable
 from datapipe.events.segment import Segment
 from datapipe.events.types import Column
 from datapipe.mirrors import Mirror
-from datapipe.mirrors.buffered import Removal
 from datapipe.mirrors.journal.mirror import open_store
 from datapipe.mirrors.journal.salvage import check_journals
+from datapipe.mirrors.store import Removal
 from datapipe.settings import Settings
 from tests.contract.test_mirror import Alone
 

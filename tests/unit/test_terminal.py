@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 
 import pytest
 
 from datapipe import testing
+from datapipe.cli import commands
 from datapipe.cli.terminal import show_status
+from datapipe.settings import Settings
 from tests.doubles.shared_books import share
 
 
@@ -82,3 +85,43 @@ async def test_why_a_type_is_blocked_is_said_once(capsys: pytest.CaptureFixture[
         show_status(shown)
         (row,) = (line for line in capsys.readouterr().out.splitlines() if "install " in line)
         assert row.endswith(f"blocked: {why}")
+
+
+async def test_of_many_types_those_without_events_are_only_counted(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    events = {f"type_{number:02}": {"user_id": "int"} for number in range(18)}
+    async with testing.service(load_interval=300, events=events) as service:
+        await service.post({"event_name": "type_07", "user_id": 1})
+        service.pipeline.buffer.lane("type_08").blocked = "why"
+        shown = service.pipeline.status.snapshot()
+        capsys.readouterr()
+        show_status(shown)
+        said = capsys.readouterr().out.splitlines()
+        assert [line.split()[0] for line in said if line.startswith("type_")] == [
+            "type_07", "type_08",
+        ]  # fmt: skip
+        assert "19 more types had no events since the start" in said
+        del shown["lanes"]["install"]  # 20 are few enough to be shown
+        show_status(shown)
+        said = capsys.readouterr().out.splitlines()
+        assert len([line for line in said if line.startswith("type_")]) == 18
+
+
+@pytest.mark.parametrize(
+    ("state", "code"),
+    [("healthy", 0), ("starting", 0), ("recovering", 0), ("database_down", 1), ("dead_letters", 1)],
+)
+async def test_what_passes_by_itself_is_no_failure(
+    state: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with testing.service() as service:
+        shown = service.pipeline.status.snapshot()
+        shown["summary"]["state"] = state
+
+        async def found(*_: object, **__: object) -> list[dict[str, object]]:
+            return [{"pid": 1, "address": "", "status": shown}]
+
+        monkeypatch.setattr(commands, "services", found)
+        args = argparse.Namespace(url=None, json=False)
+        assert await commands.status(Settings(), args) == code

@@ -25,7 +25,7 @@ from datapipe.mirrors import (
     Traits,
     unregistered,
 )
-from datapipe.mirrors.buffered import BufferedMirror, Found, Removal, Run
+from datapipe.mirrors.buffered import BufferedMirror
 from datapipe.mirrors.ironmq.books import HELD_BYTES, SOURCE, Books, Held
 from datapipe.mirrors.ironmq.client import (
     CONNECTIONS,
@@ -40,6 +40,7 @@ from datapipe.mirrors.ironmq.client import (
 from datapipe.mirrors.ironmq.orphans import LANE, Orphans
 from datapipe.mirrors.ironmq.upkeep import Upkeep
 from datapipe.mirrors.ironmq.wire import INLINE_BYTES, Unreadable, envelope_of, pack, unpacked
+from datapipe.mirrors.store import Found, Removal, Run
 from datapipe.settings import Settings
 
 RECOVER_INTERVAL_S = 1800.0

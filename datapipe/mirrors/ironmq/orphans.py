@@ -19,12 +19,12 @@ from datapipe.errors import MirrorUnavailable
 from datapipe.events.segment import SEGMENT_OVERHEAD_BYTES
 from datapipe.events.unknown import UNKNOWN
 from datapipe.mirrors import Membership
-from datapipe.mirrors.buffered import Found
 from datapipe.mirrors.ironmq.books import ANEW_S, LEASE_MAX_S, LEASE_S, Books, Held
 from datapipe.mirrors.ironmq.client import MESSAGES_AT_ONCE, CallRefused, Client, Message
 from datapipe.mirrors.ironmq.upkeep import Upkeep
 from datapipe.mirrors.ironmq.wire import Unreadable, envelope_of, rows_bytes, unpacked
 from datapipe.mirrors.recovery import STAYS, Fate, Label, fate_of, known_to_ledger
+from datapipe.mirrors.store import Found
 from datapipe.settings import Settings
 
 # of a queue that may be one of ours; it is without its prefix
@@ -223,7 +223,7 @@ class Orphans:
         try:
             envelope = envelope_of(message.body)
             if envelope.lane != lane:
-                raise Unreadable(f"it is of the lane {envelope.lane}")
+                raise Unreadable(f"it is of the event type {envelope.lane}")
             segment = await unpacked(envelope)
         except Unreadable as exc:
             await self._upkeep.quarantine(queue, message, str(exc))

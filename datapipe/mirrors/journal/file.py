@@ -34,7 +34,6 @@ from datapipe.events.segment import (
     encode_head,
     restored,
 )
-from datapipe.mirrors.buffered import Removal, Run
 from datapipe.mirrors.journal.salvage import (
     crc_of,
     discard,
@@ -44,6 +43,7 @@ from datapipe.mirrors.journal.salvage import (
     rename,
     rescue,
 )
+from datapipe.mirrors.store import Removal, Run
 
 _FORMAT = 1
 _SCHEMA = """
@@ -278,7 +278,7 @@ class JournalFile:
     def _segment(self, lane: str, row: tuple[Any, ...]) -> Segment:
         position, id, events, created_at, crc, head_text, data = row
         if crc != crc_of(lane, id, events, head_text, data):
-            raise sqlite3.DatabaseError(f"segment {id} at position {position} is damaged")
+            raise sqlite3.DatabaseError(f"batch {id} at position {position} is damaged")
         segment = restored(
             decode_head(head_text), data, id=id, lane=lane, events=events, created_at=created_at
         )

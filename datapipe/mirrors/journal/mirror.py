@@ -21,9 +21,10 @@ import structlog
 from datapipe.errors import ConfigError, LaneBlocked, MirrorFull, MirrorUnavailable, SinkUnavailable
 from datapipe.events.segment import Segment
 from datapipe.mirrors import Appended, Membership, Mirror, MirrorPlugin, MirrorState, Traits
-from datapipe.mirrors.buffered import BufferedMirror, Found, Removal, Run
+from datapipe.mirrors.buffered import BufferedMirror
 from datapipe.mirrors.journal.file import ROW_BYTES, JournalFile, open_file, own_file, size_of
 from datapipe.mirrors.journal.salvage import check_journals, is_damage, journal_folder
+from datapipe.mirrors.store import Found, Removal, Run
 from datapipe.settings import Settings
 
 MIN_FREE_BYTES = 64 * 1024 * 1024  # on a full disk even DELETE fails, so appends stop before

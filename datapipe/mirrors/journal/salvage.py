@@ -14,6 +14,7 @@ import zlib
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,18 @@ def check_journals(settings: Settings) -> list[tuple[str, str]]:
     return found
 
 
+def left_behind(settings: Settings) -> list[tuple[str, str]]:
+    """What waits in journals of this `data_dir` although `mirror` is another one by now."""
+    found = []
+    for path in sorted(journal_folder(settings).glob("*.sqlite")):
+        with suppress(sqlite3.Error):
+            if waiting := _check(path)[1].total():
+                text = f"{waiting} events wait here, and mirror is {settings.mirror_kind}"
+                how = "run datapipe load with mirror set to journal"
+                found.append(("warn", f"journal {path}: {text}: to load them, {how}"))
+    return found
+
+
 def _check(path: Path) -> tuple[str, Counter[str]]:
     """Read-only: `check` may run beside the service that owns the file."""
     for connection in _opened(path):
@@ -208,5 +221,5 @@ def _check(path: Path) -> tuple[str, Counter[str]]:
                 damaged += 1
             else:
                 lanes[row[1]] += row[3]
-        return f"{damaged} segments are damaged" if damaged else verdict, lanes
+        return f"{damaged} batches are damaged" if damaged else verdict, lanes
     raise AssertionError  # `_opened` gives one

@@ -62,8 +62,7 @@ def mismatch(prefix: str, mark: Mark | None, marker: str | None) -> str | None:
         return (
             "nats_url, database_url: this database belongs to another cluster, or the cluster was "
             "made anew: connect both to what belongs together, or set another nats_prefix, or, if "
-            "that is meant, delete from datapipe_ledger the row whose segment is "
-            f"'cluster:{prefix}'"
+            f"that is meant, run DELETE FROM datapipe_ledger WHERE segment = 'cluster:{prefix}'"
         )
     if mark is not None and marker == mark.id:
         return None

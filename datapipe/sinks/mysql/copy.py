@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import pymysql
 
 from datapipe.errors import EventRejected, LaneBlocked
-from datapipe.events.types import Column, neutral_time
+from datapipe.events.rows import neutral_time
+from datapipe.events.types import Column
 from datapipe.sinks.dialect import Dialect
 from datapipe.sinks.mysql.connections import LoadConnection
 from datapipe.sinks.mysql.errors import described, may_be_of_a_row, without_value

@@ -33,7 +33,7 @@ from datapipe.sinks.mysql.copy import Copier
 from datapipe.sinks.mysql.dialect import dialect
 from datapipe.sinks.mysql.errors import code_of, described, has_answered, is_away, verdict
 from datapipe.sinks.server import ServerSink, fetch
-from datapipe.sinks.sql import Statement
+from datapipe.sinks.sql_tables import Statement
 from datapipe.sinks.sql_transaction import SqlTransaction, sliced
 from datapipe.sinks.transaction import Entry, RefusedRow, Rows, Transaction
 from datapipe.sinks.urls import login_fault, server_address

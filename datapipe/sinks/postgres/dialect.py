@@ -7,7 +7,8 @@ from typing import Any
 
 import msgspec
 
-from datapipe.events.types import PG_TYPES, Column, with_offset
+from datapipe.events.rows import with_offset
+from datapipe.events.types import PG_TYPES, Column
 from datapipe.sinks import Table
 from datapipe.sinks.dialect import Dialect
 

@@ -16,7 +16,8 @@ from functools import partial
 from operator import length_hint
 
 from datapipe.errors import LaneBlocked
-from datapipe.events.types import NULL, Column, neutral_time
+from datapipe.events.rows import NULL, neutral_time
+from datapipe.events.types import Column
 from datapipe.sinks.sqlite.connections import Connection
 from datapipe.sinks.sqlite.dialect import DIALECT
 from datapipe.sinks.sqlite.errors import may_be_of_a_row, one_line, state_of

@@ -20,7 +20,8 @@ from datapipe.events.types import Column
 from datapipe.health import Wait
 from datapipe.settings import Settings
 from datapipe.sinks import Database, SinkPlugin, Table
-from datapipe.sinks.sql import Result, SqlSink, Statement
+from datapipe.sinks.sql import SqlSink
+from datapipe.sinks.sql_tables import Result, Statement
 from datapipe.sinks.sql_transaction import SqlTransaction
 from datapipe.sinks.sqlite.connections import Connection, File
 from datapipe.sinks.sqlite.copy import copy_rows

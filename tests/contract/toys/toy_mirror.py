@@ -20,7 +20,8 @@ from typing import TypeVar
 from datapipe.errors import MirrorFull, MirrorUnavailable
 from datapipe.events.segment import Segment, decode_head, encode_head, restored
 from datapipe.mirrors import Appended, Membership, MirrorPlugin, MirrorState, Traits
-from datapipe.mirrors.buffered import BufferedMirror, Found, Removal, Run
+from datapipe.mirrors.buffered import BufferedMirror
+from datapipe.mirrors.store import Found, Removal, Run
 from datapipe.settings import Settings
 
 _T = TypeVar("_T")

@@ -17,7 +17,8 @@ from uuid import uuid4
 import msgspec
 
 from datapipe.errors import LaneBlocked, SinkUnavailable
-from datapipe.events.types import Column, with_offset
+from datapipe.events.rows import with_offset
+from datapipe.events.types import Column
 from datapipe.settings import Settings
 from datapipe.sinks import (
     UNKNOWN_GROUPS,
