@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 
 import pytest
 
 from datapipe import testing
+from datapipe.cli import commands
 from datapipe.cli.terminal import show_status
+from datapipe.settings import Settings
 from tests.doubles.shared_books import share
 
 
@@ -103,3 +106,22 @@ async def test_of_many_types_those_without_events_are_only_counted(
         show_status(shown)
         said = capsys.readouterr().out.splitlines()
         assert len([line for line in said if line.startswith("type_")]) == 18
+
+
+@pytest.mark.parametrize(
+    ("state", "code"),
+    [("healthy", 0), ("starting", 0), ("recovering", 0), ("database_down", 1), ("dead_letters", 1)],
+)
+async def test_what_passes_by_itself_is_no_failure(
+    state: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with testing.service() as service:
+        shown = service.pipeline.status.snapshot()
+        shown["summary"]["state"] = state
+
+        async def found(*_: object, **__: object) -> list[dict[str, object]]:
+            return [{"pid": 1, "address": "", "status": shown}]
+
+        monkeypatch.setattr(commands, "services", found)
+        args = argparse.Namespace(url=None, json=False)
+        assert await commands.status(Settings(), args) == code
