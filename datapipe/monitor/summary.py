@@ -57,6 +57,10 @@ WORDS = {
         "lane_slow", "A load of {lane} has been under way",
         "{remedy}Its events are kept, {waiting}", " since {moment}",
     ),
+    ("shares", "fails"): Words(
+        "lane_full", "Some events are refused",
+        "They are taken again once some of their type are loaded; those of other types are taken.",
+    ),
     ("room", "fails"): Words(
         "nearly_full", "{Mirror} is nearly full",
         "{room} When it is full, events are refused: see to it that what waits is loaded, or make "
@@ -120,6 +124,7 @@ _NONE: Mapping[str, Any] = {"lanes": {}}
 # failed before they worked again and has not been tried since.
 _BECAUSE = {
     "mirror": ("ingest",), "append": ("ingest",), "room": ("ingest",), "load": ("database",),
+    "shares": ("ingest",),
     "heartbeat": ("database",), "recovery": ("mirror", "database"), "peers": ("mirror",),
     "upkeep": ("mirror", "database"), "removal": ("mirror",), "count": ("database",),
     "tables": ("database",),
@@ -213,11 +218,8 @@ def work_words(part: str, slow: bool) -> Words:
 
 def _facts(status: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, str]:
     """What the words may name."""
-    lane = status["lanes"].get(part["lane"], {"waiting": 0, "full": False})
+    lane = status["lanes"].get(part["lane"], {"waiting": 0})
     mirror = name_of(status["mirror"]["kind"])
-    waiting = f"{formats.count(lane['waiting'])} waiting."
-    if lane["full"]:
-        waiting += f" They have used up their share of {mirror}: new ones are refused."
     setting = _ROOM.get(status["mirror"]["kind"])
     return {
         "lane": part["lane"],
@@ -228,7 +230,7 @@ def _facts(status: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, str]
         "ended": formats.processes(len(status["ended"])),
         "takeover": _takeover(status["mirror"], len(status["ended"])),
         "dead": _dead(status),
-        "waiting": waiting,
+        "waiting": f"{formats.count(lane['waiting'])} waiting.",
         "kept": _kept(status),
         # said already, where the database is down
         "room": "" if status["database"].get("up") is False else _kept(status),

@@ -141,6 +141,7 @@ def test_since_another_day() -> None:
         (fails("ingest", "the mirror is full"), {}, "refusing"),
         (fails("books"), {}, "unbalanced"),
         (fails("room", "85% used"), {}, "nearly_full"),
+        (fails("shares", "no room for install"), {}, "lane_full"),
         (part("database", up=None), {}, "starting"),
         (fails("leftovers", "20 messages"), {"mirror__left_seconds": 60}, "recovering"),
         (fails("load", "no column x", "install"),
