@@ -116,7 +116,7 @@ class Status:
         balanced = all(lane.balanced for lane in self.buffer.lanes.values())
         full = sorted(self.buffer.mirror.full(self.buffer.lanes).values())
         used = _used(mirror) if mirror.fullest is None else mirror.fullest
-        whose = "" if mirror.fullest is None else "of the fullest event type's stream "
+        whose = "" if mirror.fullest is None else "of the fullest event type's stream is "
         errors = {
             "ingest": self.not_ready(),
             "database": database_error,

@@ -232,8 +232,7 @@ def _facts(status: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, str]
         "dead": _dead(status),
         "waiting": f"{formats.count(lane['waiting'])} waiting.",
         "kept": _kept(status),
-        # said already, where the database is down
-        "room": "" if status["database"].get("up") is False else _kept(status),
+        "room": _room(status),
         "refusing": _refusing(status, part["error"]),
         "left": formats.roughly(status["mirror"].get("left_seconds") or 0),
         "product": _product(status),
@@ -292,12 +291,20 @@ def _moment(at: str, now: str) -> str:
     return f"{day}{at[11:16]} UTC"
 
 
+def _room(status: Mapping[str, Any]) -> str:
+    """How much there is, where nothing else says so."""
+    said = status["database"].get("up") is False or status["mirror"].get("fullest") is not None
+    return "" if said else _kept(status)
+
+
 def _kept(status: Mapping[str, Any]) -> str:
     """Events are kept, how many, and for how long there is room."""
     mirror, waiting = status["mirror"], formats.count(status["books"]["waiting"])
     if not status.get("ready", True):
         return f"What was accepted is kept, {waiting} waiting."
     text = f"Events are kept, {waiting} waiting"
+    if (fullest := mirror.get("fullest")) is not None:  # the sum says too little
+        return f"{text}; {fullest:.0%} of the fullest event type's stream is used."
     left = mirror["seconds_left"]
     if left is None:
         room = max(0, mirror["max_bytes"] - mirror["bytes"])
