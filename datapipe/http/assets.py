@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -27,6 +28,7 @@ SECTIONS = (
     "mirror_facts", "database_facts", "loads_table", "keys_table", "reasons", "refusals",
 )  # fmt: skip
 OF_VIEW = ("types", "idle")
+_LONG_NAME = re.compile(r"\w{25,}")
 
 Html = Mapping[str, str]
 
@@ -82,7 +84,9 @@ class Templates:
 
         def breakable(text: object) -> markupsafe.Markup:
             """Long names are broken at their underscores, where there is no room for them."""
-            return markupsafe.escape(text).replace("_", markupsafe.Markup("_<wbr>"))
+            escaped = str(markupsafe.escape(text))
+            broken = _LONG_NAME.sub(lambda name: name[0].replace("_", "_<wbr>"), escaped)
+            return markupsafe.Markup(broken)  # nosec  # it is escaped
 
         environment = aiohttp_jinja2.setup(
             web.Application(),  # of its own: the one that runs takes no more settings
@@ -117,7 +121,7 @@ class Templates:
 
 
 class Sections:
-    """The sections of the page that live: rendered once for all readers of one status."""
+    """The sections of the page that live: rendered once for all who read one status in one view."""
 
     def __init__(self, templates: Templates) -> None:
         self._templates = templates
