@@ -76,6 +76,13 @@ def test_database_down_says_since_when_why_and_for_how_long_there_is_room() -> N
     )
 
 
+def test_where_each_type_has_a_limit_of_its_own_the_fullest_says_how_much_room_there_is() -> None:
+    nats = {"mirror__kind": "nats", "mirror__fullest": 0.94, "mirror__seconds_left": 32_400}
+    used = "Events are kept, 1,204 waiting; 94% of the fullest event type's stream is used. Start"
+    assert used in summary(status(fails("database", "x"), **nats))["text"]
+    assert "9 h" not in summary(status(fails("room", "94% used"), **nats))["text"]
+
+
 def test_a_database_that_answers_and_says_no_refuses_us() -> None:
     shown = summary(status(fails("database", "no such role"), database__refuses=True))
     assert (shown["state"], shown["also"]) == ("database_down", [])
@@ -144,6 +151,7 @@ def test_since_another_day() -> None:
         (fails("ingest", "the mirror is full"), {}, "refusing"),
         (fails("books"), {}, "unbalanced"),
         (fails("room", "85% used"), {}, "nearly_full"),
+        (fails("shares", "no room for install"), {}, "lane_full"),
         (part("database", up=None), {}, "starting"),
         (fails("leftovers", "20 messages"), {"mirror__left_seconds": 60}, "recovering"),
         (fails("load", "no column x", "install"),
