@@ -17,7 +17,7 @@ import msgspec
 from datapipe import logs
 from datapipe.cli.configuration import require
 from datapipe.cli.new_event import class_text
-from datapipe.cli.terminal import print_json, progress, show_status
+from datapipe.cli.terminal import print_json, progress, show_status, unanswered
 from datapipe.errors import (
     ConfigError,
     DatapipeError,
@@ -192,7 +192,7 @@ async def _status_of(settings: Settings, named: str | None) -> dict[str, Any]:
     except aiohttp.InvalidURL as exc:
         raise DatapipeError(f"{url} is not a URL like http://HOST:PORT") from exc
     except (aiohttp.ClientError, TimeoutError) as exc:
-        raise DatapipeError(f"{url} does not answer: {exc or 'not in time'}{here}") from exc
+        raise DatapipeError(f"{url} does not answer: {unanswered(exc)}{here}") from exc
     except msgspec.MsgspecError as exc:
         raise DatapipeError(f"{url} is not datapipe: its /status.json can't be read") from exc
 

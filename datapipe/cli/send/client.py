@@ -12,6 +12,7 @@ import msgspec
 
 from datapipe.cli.send.cut import Piece, Refusal
 from datapipe.cli.send.state import fingerprint
+from datapipe.cli.terminal import unanswered
 from datapipe.errors import DatapipeError
 from datapipe.retry import backoff
 
@@ -131,7 +132,7 @@ class Client:
             ) as response:
                 text = await response.read()
         except (aiohttp.ClientError, TimeoutError, OSError) as exc:
-            self.trouble = f"{self.url} does not answer: {exc or 'not in time'}"
+            self.trouble = f"{self.url} does not answer: {unanswered(exc)}"
             return None
         try:
             content = msgspec.json.decode(text, type=dict[str, Any])
