@@ -21,7 +21,7 @@ run-cluster: $(VENV)/.cluster ## start three NATS servers, one PostgreSQL and tw
 test: $(VENV)/.test ## install what the tests need, and run all of them
 	@./tools/test-needs
 	@$(BIN)/python -m compileall -q datapipe  # or each process does, where none may write
-	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 5 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.test ## ruff, mypy and bandit
 	$(BIN)/python -m ruff check .

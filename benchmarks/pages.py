@@ -39,7 +39,7 @@ async def pages(url: str, number: int) -> AsyncIterator[list[int]]:
     read = [0] * number
 
     async def look(session: aiohttp.ClientSession, i: int) -> None:
-        async with session.get(f"{url}/stream") as response:
+        async with session.get(f"{url}/stream?sections") as response:
             async for chunk in response.content.iter_any():
                 read[i] += len(chunk)
 

@@ -62,7 +62,8 @@ async def check(settings: Settings, args: argparse.Namespace) -> int:
             if not args.json:
                 print("{level:<5} {text}".format(**findings[-1]))
 
-    report([("ok", f"settings: {len(registry.types)} event types: {names}")])
+    types = "event type" if len(registry.types) == 1 else f"{len(registry.types)} event types"
+    report([("ok", f"settings: {types}: {names}")])
     if running := await services(Path(settings.data_dir)):
         report([("ok", f"service: running here {_who(running)}")])
     embedded = plugin(settings, "sink").kept_in(settings)

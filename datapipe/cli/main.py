@@ -47,7 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (DatapipeError, OSError) as exc:
-        print(f"datapipe: {' '.join(str(exc).split())}", file=sys.stderr)
+        text = str(exc)
+        if isinstance(exc, OSError) and exc.filename:
+            text = f"{exc.filename}: {exc.strerror}"
+        print(f"datapipe: {' '.join(text.split())}", file=sys.stderr)
         return 2 if isinstance(exc, ConfigError) else 1
     except KeyboardInterrupt:
         return 130
@@ -142,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     defining.add_argument(
         "--adopt", metavar="NAME", action="append", default=[],
-        help="look after a table that was there before as after one of our own (PostgreSQL)",
+        help="partition and expire a table that was there before, like our own (PostgreSQL)",
     )  # fmt: skip
     _add_shelf(
         sub, "dead", _command("shelves:dead"), "dead letters: look, put back, remove",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -27,6 +28,7 @@ SECTIONS = (
     "mirror_facts", "database_facts", "loads_table", "keys_table", "reasons", "refusals",
 )  # fmt: skip
 OF_VIEW = ("types", "idle")
+_LONG_NAME = re.compile(r"\w{25,}")
 
 Html = Mapping[str, str]
 
@@ -78,11 +80,13 @@ class Templates:
 
         from datapipe.monitor import charts
         from datapipe.monitor.aggregate import columns
-        from datapipe.monitor.formats import FORMATS
+        from datapipe.monitor.formats import FORMATS, REASONS
 
         def breakable(text: object) -> markupsafe.Markup:
             """Long names are broken at their underscores, where there is no room for them."""
-            return markupsafe.escape(text).replace("_", markupsafe.Markup("_<wbr>"))
+            escaped = str(markupsafe.escape(text))
+            broken = _LONG_NAME.sub(lambda name: name[0].replace("_", "_<wbr>"), escaped)
+            return markupsafe.Markup(broken)  # nosec  # it is escaped
 
         environment = aiohttp_jinja2.setup(
             web.Application(),  # of its own: the one that runs takes no more settings
@@ -95,7 +99,7 @@ class Templates:
         environment.filters["breakable"] = breakable
         environment.filters["show"] = lambda value, name: FORMATS[name](value)
         environment.globals |= {"charts": charts, "books_columns": columns}
-        environment.globals |= {"SORTS": SORTS, "UNFOLDED": UNFOLDED}
+        environment.globals |= {"SORTS": SORTS, "UNFOLDED": UNFOLDED, "REASONS": REASONS}
         return environment
 
     def page(self, context: Mapping[str, Any]) -> str:
@@ -117,7 +121,7 @@ class Templates:
 
 
 class Sections:
-    """The sections of the page that live: rendered once for all readers of one status."""
+    """The sections of the page that live: rendered once for all who read one status in one view."""
 
     def __init__(self, templates: Templates) -> None:
         self._templates = templates

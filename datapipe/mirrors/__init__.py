@@ -345,8 +345,8 @@ def unregistered(
     return [
         (
             "warn",
-            f"{mirror}: {count} {unit} of {lane} wait, which is not an event type here: they are "
-            "kept, and loaded once it is registered",
+            f"{mirror}: event type {lane} is not registered here; what waits of it is kept until "
+            f"it is: {count} {unit}",
         )
         for lane, count in sorted(waiting.items())
         if count and lane not in known

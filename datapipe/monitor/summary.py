@@ -44,8 +44,7 @@ WORDS = {
     ),
     ("load", "is blocked"): Words(
         "lane_blocked", "Event type {lane} is blocked",
-        "Its events are kept, {waiting} They are loaded once that is repaired; Load now on the "
-        "page tries at once.",
+        "Its events are kept, {waiting} {again}",
         more="{more} more event types are blocked",
     ),
     ("load", "fails"): Words(
@@ -119,6 +118,7 @@ _ROOM = {
 }  # fmt: skip
 _HARDLY_S = 10
 _LONG_S = 30 * 86_400  # beyond, the rate of a minute says nothing
+_AGAIN = "They are tried again by themselves, or at once by Load now on the page."
 _LANES_NAMED = 3
 _NONE: Mapping[str, Any] = {"lanes": {}}
 # A part is not named while one of these fails: then that is why, or says the same. Nor is one that
@@ -205,7 +205,7 @@ def _trouble(status: Mapping[str, Any], part: Mapping[str, Any], wrong: str) -> 
         why = status["lanes"][part["lane"]]["blocked"]
     because = f": {why.rstrip('.')}" if why else ""
     what, then = words.what.format(**facts), words.then.format(**facts)
-    sentence = f"{what}{when}{because}. {then.lstrip()}".rstrip()
+    sentence = " ".join(f"{what}{when}{because}. {then}".split())
     return _Trouble(_RANK.get(key, _WORK_RANK), words.state, since, sentence, words.more)
 
 
@@ -225,6 +225,7 @@ def _facts(status: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, str]
     one_dead = sum(dead_letters(status).values()) == 1
     return {
         "lane": part["lane"],
+        "again": "" if lane.get("next_load_seconds") is None else _AGAIN,
         "mirror": mirror,
         "Mirror": _capital(mirror),
         "setting": f" ({setting})" if setting else "",
@@ -281,7 +282,8 @@ def _wait(status: Mapping[str, Any], part: Mapping[str, Any]) -> str | None:
 
 
 def _refusing(status: Mapping[str, Any], why: str | None) -> str:
-    waiting = f"{formats.events(status['books']['waiting'])} waiting."
+    count = status["books"]["waiting"]
+    waiting = f"{formats.events(count)} waiting." if count else ""
     if not status["mirror"]["up"]:
         return f"Clients are asked to try again. {waiting} Repair what the error names."
     if "shutting down" not in (why or ""):

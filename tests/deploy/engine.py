@@ -1,18 +1,15 @@
 """podman, as Debian has it: builds the image from the files that are shipped, and runs it.
 
 No registry is asked. What stands in for the base is Debian's own build of the same Python on the
-same Debian (`tools/base-image`), and what pip installs was downloaded before, by its locks. Nothing
-else differs: the Dockerfile is read by the engine, and each of its steps is carried out.
+same Debian, unpacked, and what pip installs was downloaded before, by its locks: see
+`tools/image-needs`. Nothing else differs: the engine reads the Dockerfile and carries it out.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
-import shutil
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +21,6 @@ from tests.service import ROOT
 
 CACHE = ROOT / ".cache" / "image"
 BUILD, IMAGE = "localhost/datapipe-build", "localhost/datapipe"
-LOCKS = ("requirements.txt", "deploy/requirements-build.txt")
 # an unprivileged container, as compose.yaml and kubernetes.yaml have it, but for the network
 SHUT = [
     "--network=host", "--read-only", "--read-only-tmpfs=false", "--cap-drop=all",
@@ -58,7 +54,7 @@ class Engine:
         CACHE.mkdir(parents=True, exist_ok=True)
         with (CACHE / "engine.lock").open("w") as held:
             fcntl.flock(held, fcntl.LOCK_EX)
-            _run(str(ROOT / "tools/base-image"))
+            _run(str(ROOT / "tools/image-needs"), timeout_s=600)  # it may have just begun
             engine = cls(folder)
             holder = subprocess.Popen(
                 ["unshare", "--mount", "sh", "-c",
@@ -97,7 +93,7 @@ class Engine:
         pip.write_text("[global]\nno-index = true\nfind-links = /wheels\n")
         words = [
             "build", "--quiet", "--isolation=chroot", "--network=host", "--pull=never",
-            "--format=docker", f"--volume={_wheels()}:/wheels:ro",
+            "--format=docker", f"--volume={CACHE}/wheels:/wheels:ro",
             f"--volume={pip}:/etc/pip.conf:ro",
         ]  # fmt: skip
         self(*words, "--target=build", f"--tag={BUILD}", str(context), timeout_s=400)
@@ -134,23 +130,3 @@ class Engine:
             [*self._words, "logs", container], capture_output=True, text=True, timeout=60
         )
         return done.stdout + done.stderr
-
-
-def _wheels() -> Path:
-    """A folder with what the locks name, for the Python of the image."""
-    locks = [ROOT / name for name in LOCKS]
-    key = hashlib.sha256(b"".join(lock.read_bytes() for lock in locks)).hexdigest()[:16]
-    wheels = CACHE / f"wheels-{key}"
-    if not wheels.exists():
-        for old in CACHE.glob("wheels-*"):
-            shutil.rmtree(old)
-        draft = CACHE / "wheels-draft"
-        python = (ROOT / ".python-version").read_text().strip()
-        _run(
-            sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet",
-            "--no-deps", "--require-hashes", "--only-binary=:all:", "--no-binary=nkeys",
-            f"--python-version={python}", f"--dest={draft}",
-            *(word for lock in locks for word in ("-r", str(lock))),
-        )  # fmt: skip
-        draft.rename(wheels)
-    return wheels

@@ -36,19 +36,24 @@ def locked_environment() -> Path:
     return venv
 
 
-def slug(into: Path) -> None:
-    """Copy what git has of this tree, as it is now, and compile it: what a push would deploy.
-
-    Without what nothing in a dyno reads, as each dyno has a copy of its own.
-    """
+def tracked_files(into: Path, without: tuple[str, ...] = ()) -> None:
+    """Copy what git has of this tree, as it is now. Args: without: folders that are left out."""
     listed = subprocess.run(
         ["git", "-c", "safe.directory=*", "ls-files", "-z", "--cached"],
         cwd=ROOT, check=True, capture_output=True, text=True,
     )  # fmt: skip
     for name in listed.stdout.split("\0"):
-        if name and not name.startswith(_UNREAD) and (ROOT / name).exists():
+        if name and not name.startswith(without) and (ROOT / name).exists():
             (into / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, into / name)
+
+
+def slug(into: Path) -> None:
+    """Copy what a push would deploy, and compile it.
+
+    Without what nothing in a dyno reads, as each dyno has a copy of its own.
+    """
+    tracked_files(into, _UNREAD)
     _run(sys.executable, "-m", "compileall", "-q", str(into / "datapipe"))
 
 

@@ -160,7 +160,8 @@ def test_what_is_in_it(engine: Engine) -> None:
     *found, package, sources, compiled = printed.splitlines()
     assert code == 0, printed
     assert package == "/opt/datapipe/lib/python3.11/site-packages/datapipe/__init__.py"
-    assert {*found} == {"/var/lib/datapipe", "/tmp", "/var/tmp", "/run/lock"}, printed
+    # where Debian lets anybody write
+    assert {*found} - {"/tmp", "/var/tmp", "/run/lock", "/var/lock"} == {"/var/lib/datapipe"}
     assert int(sources) == int(compiled) > 300
 
 

@@ -139,7 +139,7 @@ async def test_nothing_is_meant_by_accident(service: Service, body: str) -> None
 async def test_the_command(service: Service, postgres: Postgres, database: str) -> None:
     await service.post([install(3), install(5)])
     await service.drained()
-    code, text = await command(service.file, "dead", "list", "--lane", "install")
+    code, text = await command(service.file, "dead", "list", "--type", "install")
     assert code == 0
     assert "total: 2" in text
     assert '"user_id": 5' in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +45,15 @@ def taken_is_accounted_for(status: dict[str, Any]) -> None:
 async def test_books_over_machines(machine: Callable[[str], Service]) -> None:
     one, two = await machine("one").start(), await machine("two").start()
 
-    async def both_seen() -> bool:
+    async def both_show(waiting: int) -> bool:
         shown = [await each.status() for each in (one, two)]
-        return all((s["processes"], s["books"]["waiting"]) == (2, 7) for s in shown)
+        return all((s["processes"], s["books"]["waiting"]) == (2, waiting) for s in shown)
 
+    # by then each has looked at what waits, which is loaded at once if a start finds it
+    await until(partial(both_show, 0), what="both are seen")
     await one.post([INSTALL] * 3)
     await two.post([INSTALL] * 4)
-    await until(both_seen, what="both are seen, and what waits is not added")
+    await until(partial(both_show, 7), what="what waits is not added")
     for service in (one, two):
         status = await service.status()
         assert (status["books"]["accepted"], status["lanes"]["install"]["waiting"]) == (7, 7)
@@ -83,9 +86,10 @@ async def test_a_process_that_is_killed_is_silent_until_it_is_dead(
         status = await one.status()
         return bool(status["silent"]) and status["summary"]["state"] == "process_silent"
 
+    for each in (one, two):  # and have looked at what waits, before there is something
+        await until(partial(processes, each, 2), what="both are seen")
     await two.post([INSTALL] * 4)
     number = two.pid
-    await until(lambda: processes(one, 2), what="both are seen")
     await two.kill()
     await until(told, what="one is silent")
     status = await one.status()

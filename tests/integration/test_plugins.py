@@ -176,7 +176,7 @@ async def test_a_service_on_somebody_elses_mirror_and_sink(packages: Path, tmp_p
             ],
         ),
         ({"mirror": "missing"}, ["somebody_elses:Missing", "AttributeError", "Missing"]),
-        ({"mirror": "no-plugin"}, ["somebody_elses:Lock", "is no Plugin"]),
+        ({"mirror": "no-plugin"}, ["somebody_elses:Lock", "is not a Plugin"]),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_one_clear_line(

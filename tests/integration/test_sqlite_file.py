@@ -282,11 +282,13 @@ async def test_the_check_makes_no_file_and_changes_none(path: Path, database: Da
     first, *_ = said = await database.check([INSTALL])
     assert first == ("ok", f"database: SQLite {sqlite3.sqlite_version}")
     assert ("ok", f"database: {path}: will be created when needed") in said
+    assert ("ok", "table install: will be created when needed") in said
     assert await database.find_mark("datapipe") is None
     assert not path.exists()
-    execute(path, "CREATE TABLE other (n)")
+    execute(path, "CREATE TABLE install (timestamp, received_at)")
     before = path.read_bytes()
     said = await database.check([INSTALL])
+    assert ("ok", "table install: will add the column user_id when needed") in said
     assert any("journal mode delete, WAL from the first load on" in text for _, text in said)
     assert path.read_bytes() == before
     await database.prepare(INSTALL)

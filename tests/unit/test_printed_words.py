@@ -14,7 +14,7 @@ import datapipe
 ROOT = Path(datapipe.__file__).parent
 # "mirror" is also a setting, which may be named
 CODE_WORD = re.compile(
-    r"(?<![-{\"`])\b(lanes?|parked|segments?|(?<!set )mirrors?(?! '| to ))\b(?![:,.])"
+    r"(?<![-{\"`])\b(lanes?|parked|segments?|(?<!set )mirrors?(?! '| to | is | set ))\b(?![:,.])"
 )
 # SQL; names of modules; a phrase of the log
 NOT_TOLD = re.compile(r"\b[A-Z]{4,} |=|^[\w.:]+$|^position, |^mirror not kept$")

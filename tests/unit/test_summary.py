@@ -139,8 +139,11 @@ def test_a_blocked_type_says_what_to_do_once() -> None:
     shown = summary(status(wrong, lanes__install=LANE | {"blocked": why}))
     assert shown["text"] == (
         f"Event type install is blocked (since 10:05 UTC): {why}. Its events are kept, 7 waiting. "
-        "They are loaded once that is repaired; Load now on the page tries at once."
+        "They are tried again by themselves, or at once by Load now on the page."
     )
+    known = LANE | {"blocked": why, "next_load_seconds": None}  # by no process of this release
+    shown = summary(status(wrong, lanes__install=known))
+    assert shown["text"].endswith(f"{why}. Its events are kept, 7 waiting.")
 
 
 def test_since_another_day() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import socket
 import ssl
 import time
@@ -12,7 +13,11 @@ import aiohttp
 import pytest
 
 from datapipe import testing
+from datapipe.cli import commands
 from datapipe.cli.terminal import show_status, unanswered
+from datapipe.errors import Reason
+from datapipe.monitor import formats
+from datapipe.settings import Settings
 from tests.doubles.shared_books import share
 
 
@@ -126,3 +131,26 @@ def test_why_nobody_answers_is_said_in_the_words_of_the_system(cause: OSError, w
     assert said.startswith(words)
     assert "call failed" not in said
     assert unanswered(TimeoutError()) == "not in time"
+
+
+@pytest.mark.parametrize(
+    ("state", "code"),
+    [("healthy", 0), ("starting", 0), ("recovering", 0), ("database_down", 1), ("dead_letters", 1)],
+)
+async def test_what_passes_by_itself_is_no_failure(
+    state: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with testing.service() as service:
+        shown = service.pipeline.status.snapshot()
+        shown["summary"]["state"] = state
+
+        async def found(*_: object, **__: object) -> list[dict[str, object]]:
+            return [{"pid": 1, "address": "", "status": shown}]
+
+        monkeypatch.setattr(commands, "services", found)
+        args = argparse.Namespace(url=None, json=False)
+        assert await commands.status(Settings(), args) == code
+
+
+def test_every_reason_has_its_words() -> None:
+    assert set(formats.REASONS) == {reason.label for reason in Reason}
