@@ -15,7 +15,7 @@ import aiohttp
 import msgspec
 
 from datapipe import logs
-from datapipe.cli.answers import no_answer
+from datapipe.cli.answers import unanswered
 from datapipe.cli.configuration import require
 from datapipe.cli.new_event import class_text
 from datapipe.cli.terminal import print_json, progress, show_status
@@ -194,7 +194,7 @@ async def _status_of(settings: Settings, named: str | None) -> dict[str, Any]:
     except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError) as exc:
         raise DatapipeError(f"{url} is not a URL like http://HOST:PORT") from exc
     except (aiohttp.ClientError, TimeoutError) as exc:
-        raise DatapipeError(f"{url} does not answer: {no_answer(exc)}{here}") from exc
+        raise DatapipeError(f"{url} does not answer: {unanswered(exc)}{here}") from exc
     except msgspec.MsgspecError as exc:
         raise DatapipeError(f"{url} is not datapipe: its /status.json can't be read") from exc
 

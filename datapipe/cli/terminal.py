@@ -77,7 +77,9 @@ def _facts(status: Mapping[str, Any], said: Sequence[str]) -> list[str]:
     mirror, database = status["mirror"], status["database"]
     used = f"{formats.size(mirror['bytes'])} of {formats.size(mirror['max_bytes'])} used"
     product = database.get("product", "version")  # an older service names none
-    rejected = ", ".join(f"{why} {count:,}" for why, count in sorted(status["rejected"].items()))
+    rejected = ", ".join(
+        f"{formats.reason(why)} {count:,}" for why, count in sorted(status["rejected"].items())
+    )
     return [
         f"{_name(mirror['kind'])}: {formats.up(mirror['up'])}, {used}{_why(mirror['error'], said)}",
         f"database: {product} {database['version'] or '(not reached yet)'}, "

@@ -80,7 +80,7 @@ class Templates:
 
         from datapipe.monitor import charts
         from datapipe.monitor.aggregate import columns
-        from datapipe.monitor.formats import FORMATS
+        from datapipe.monitor.formats import FORMATS, REASONS
 
         def breakable(text: object) -> markupsafe.Markup:
             """Long names are broken at their underscores, where there is no room for them."""
@@ -99,7 +99,7 @@ class Templates:
         environment.filters["breakable"] = breakable
         environment.filters["show"] = lambda value, name: FORMATS[name](value)
         environment.globals |= {"charts": charts, "books_columns": columns}
-        environment.globals |= {"SORTS": SORTS, "UNFOLDED": UNFOLDED}
+        environment.globals |= {"SORTS": SORTS, "UNFOLDED": UNFOLDED, "REASONS": REASONS}
         return environment
 
     def page(self, context: Mapping[str, Any]) -> str:

@@ -8,6 +8,21 @@ from datetime import UTC, datetime
 from typing import Any
 
 NOTHING = "\N{EN DASH}"
+REASONS = {  # why events are rejected, for people, in the order in which the page shows them
+    "no_content": "empty body",
+    "bad_json": "not JSON",
+    "key_missing": "a field is missing",
+    "bad_value": "wrong value",
+    "too_long": "too long",
+    "unsupported_event": "unknown event type",
+    "unauthorized": "no or wrong ingest key",
+    "forbidden": "not with this ingest key",
+    "unsupported_encoding": "unknown encoding",
+    "key_reused": "idempotency key reused",
+    "rate_limited": "over the ingest key's rate",
+    "busy": "no room, or stopping",
+    "timeout": "not complete in time",
+}
 _UNITS = ("KiB", "MiB", "GiB", "TiB")
 
 
@@ -120,9 +135,14 @@ def percent(value: float | None) -> str:
     return NOTHING if value is None else f"{_rounded(value * 100, 1):.1f} %"
 
 
+def reason(value: str) -> str:
+    """Why events were rejected."""
+    return REASONS.get(value, value)
+
+
 FORMATS: dict[str, Callable[[Any], str]] = {
     "count": count, "size": size, "rate": rate, "seconds": seconds, "clock": clock, "text": text,
     "percent": percent, "check": check, "outcome": outcome, "up": up,
-    "kind": kind, "durable": durable, "alone": alone,
+    "kind": kind, "durable": durable, "alone": alone, "reason": reason,
     "zero": lambda value: count(value or 0),
 }  # fmt: skip

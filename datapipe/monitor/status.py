@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeVar
@@ -26,10 +26,12 @@ from datapipe.pipeline.records import Rate, Records, iso, now
 from datapipe.version import __version__
 
 _JUDGED = (
-    "ingest", "database", "mirror", "books", "room", "dead_letters", "leftovers", "ended", "peers",
+    "ingest", "database", "mirror", "books", "shares", "room", "dead_letters", "leftovers", "ended",
+    "peers",
 )  # fmt: skip
 _NOT_TOLD = {"ended", "peers"}  # to others: it may have asked long ago
 NEARLY_FULL = 0.8  # of the mirror
+_NAMED = 3  # lanes without room
 _STEP = 50  # lanes: some milliseconds
 T = TypeVar("T")
 
@@ -112,13 +114,16 @@ class Status:
         mirror, database = self.buffer.mirror.state(), self.loader.sink.state()
         database_error = (database.error or "no answer") if database.up is False else None
         balanced = all(lane.balanced for lane in self.buffer.lanes.values())
+        full = sorted(self.buffer.mirror.full(self.buffer.lanes).values())
         used = _used(mirror) if mirror.fullest is None else mirror.fullest
+        whose = "" if mirror.fullest is None else "of the fullest event type's stream is "
         errors = {
             "ingest": self.not_ready(),
             "database": database_error,
             "mirror": self._mirror_error(),
             "books": None if balanced else "",
-            "room": f"{used:.0%} used" if used >= NEARLY_FULL else None,
+            "shares": _some(full) if full else None,
+            "room": f"{used:.0%} {whose}used" if used >= NEARLY_FULL else None,
             "leftovers": f"{formats.count(mirror.left)} messages, not counted below"
             if mirror.left else None,
             "dead_letters": "" if any(self.dead.present.values()) else None,
@@ -301,6 +306,12 @@ async def _in_steps(items: Iterable[T]) -> list[T]:
         if len(made) % _STEP == 0:
             await asyncio.sleep(0)
     return made
+
+
+def _some(texts: Sequence[str]) -> str:
+    """The first few, and how many more."""
+    more = len(texts) - _NAMED
+    return "; ".join(texts[:_NAMED]) + (f"; and {formats.count(more)} more" if more > 0 else "")
 
 
 def _used(mirror: MirrorState) -> float:

@@ -56,6 +56,10 @@ WORDS = {
         "lane_slow", "A load of {lane} has been under way",
         "{remedy}Its events are kept, {waiting}", " since {moment}",
     ),
+    ("shares", "fails"): Words(
+        "lane_full", "Some events are refused",
+        "They are taken again once some of their type are loaded; those of other types are taken.",
+    ),
     ("room", "fails"): Words(
         "nearly_full", "{Mirror} is nearly full",
         "{room} When it is full, events are refused: see to it that what waits is loaded, or make "
@@ -63,8 +67,8 @@ WORDS = {
     ),
     ("dead_letters", "fails"): Words(
         "dead_letters", "{dead}",
-        "{product} refused them, and they are kept. See why under Dead letters, or by datapipe "
-        "dead list; repair that and put them back, or drop them for good.",
+        "{product} refused {them}, and {they} kept. See why under Dead letters, or by datapipe "
+        "dead list; repair that and put {them} back, or drop {them} for good.",
         ", since {moment}",
     ),
     ("database", "is new"): Words(
@@ -113,6 +117,7 @@ _ROOM = {
     "none": "buffer_max_bytes",
 }  # fmt: skip
 _HARDLY_S = 10
+_LONG_S = 30 * 86_400  # beyond, the rate of a minute says nothing
 _AGAIN = "They are tried again by themselves, or at once by Load now on the page."
 _LANES_NAMED = 3
 _NONE: Mapping[str, Any] = {"lanes": {}}
@@ -120,6 +125,7 @@ _NONE: Mapping[str, Any] = {"lanes": {}}
 # failed before they worked again and has not been tried since.
 _BECAUSE = {
     "mirror": ("ingest",), "append": ("ingest",), "room": ("ingest",), "load": ("database",),
+    "shares": ("ingest",),
     "heartbeat": ("database",), "recovery": ("mirror", "database"), "peers": ("mirror",),
     "upkeep": ("mirror", "database"), "removal": ("mirror",), "count": ("database",),
     "tables": ("database",),
@@ -213,12 +219,10 @@ def work_words(part: str, slow: bool) -> Words:
 
 def _facts(status: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, str]:
     """What the words may name."""
-    lane = status["lanes"].get(part["lane"], {"waiting": 0, "full": False})
+    lane = status["lanes"].get(part["lane"], {"waiting": 0})
     mirror = name_of(status["mirror"]["kind"])
-    waiting = f"{formats.count(lane['waiting'])} waiting."
-    if lane["full"]:
-        waiting += f" They have used up their share of {mirror}: new ones are refused."
     setting = _ROOM.get(status["mirror"]["kind"])
+    one_dead = sum(dead_letters(status).values()) == 1
     return {
         "lane": part["lane"],
         "again": "" if lane.get("next_load_seconds") is None else _AGAIN,
@@ -229,10 +233,11 @@ def _facts(status: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, str]
         "ended": formats.processes(len(status["ended"])),
         "takeover": _takeover(status["mirror"], len(status["ended"])),
         "dead": _dead(status),
-        "waiting": waiting,
+        "them": "it" if one_dead else "them",
+        "they": "it is" if one_dead else "they are",
+        "waiting": f"{formats.count(lane['waiting'])} waiting.",
         "kept": _kept(status),
-        # said already, where the database is down
-        "room": "" if status["database"].get("up") is False else _kept(status),
+        "room": _room(status),
         "refusing": _refusing(status, part["error"]),
         "left": formats.roughly(status["mirror"].get("left_seconds") or 0),
         "product": _product(status),
@@ -292,14 +297,22 @@ def _moment(at: str, now: str) -> str:
     return f"{day}{at[11:16]} UTC"
 
 
+def _room(status: Mapping[str, Any]) -> str:
+    """How much there is, where nothing else says so."""
+    said = status["database"].get("up") is False or status["mirror"].get("fullest") is not None
+    return "" if said else _kept(status)
+
+
 def _kept(status: Mapping[str, Any]) -> str:
     """Events are kept, how many, and for how long there is room."""
     mirror, waiting = status["mirror"], formats.count(status["books"]["waiting"])
     if not status.get("ready", True):
         return f"What was accepted is kept, {waiting} waiting."
     text = f"Events are kept, {waiting} waiting"
+    if (fullest := mirror.get("fullest")) is not None:  # the sum says too little
+        return f"{text}; {fullest:.0%} of the fullest event type's stream is used."
     left = mirror["seconds_left"]
-    if left is None:
+    if left is None or left > _LONG_S:
         room = max(0, mirror["max_bytes"] - mirror["bytes"])
         return f"{text}, room for {formats.size(room)} more."
     if left < _HARDLY_S:

@@ -36,7 +36,7 @@ async def test_outage_is_told_and_its_end(
     await service.post([CRASH] * 40)
     await tab.shows("#sentence", "PostgreSQL does not answer (since")
     sentence = await tab.text("#sentence")
-    assert "UTC: " in sentence
+    assert "UTC): " in sentence
     assert "Events are kept, 40 waiting, room for" in sentence
     assert await tab.page.get_attribute(".summary", "data-is") == "database_down"
     await tab.shows(DEPTH, "40 waiting")

@@ -54,7 +54,7 @@ class Engine:
         CACHE.mkdir(parents=True, exist_ok=True)
         with (CACHE / "engine.lock").open("w") as held:
             fcntl.flock(held, fcntl.LOCK_EX)
-            _run(str(ROOT / "tools/image-needs"))
+            _run(str(ROOT / "tools/image-needs"), timeout_s=600)  # it may have just begun
             engine = cls(folder)
             holder = subprocess.Popen(
                 ["unshare", "--mount", "sh", "-c",

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import command
 from tests.fault.driver import Driver
-from tests.fault.test_processes import command
 from tests.postgres import Postgres, free_port
 from tests.service import Service, until
 from tests.wire import ask, crash, post
@@ -181,11 +181,11 @@ async def test_a_read_only_disk_at_the_start_is_one_clear_line(
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     service = make_service(database_url=NOWHERE, data_dir=str(disk))
     service.file.write_text(json.dumps(service.settings))
-    code, output = await command(service, "serve")
+    code, output = await command(service.file, "serve")
     assert code == 2
     assert "data_dir" in output
     assert "Traceback" not in output
-    assert (await command(service, "check"))[0] == 1
+    assert (await command(service.file, "check"))[0] == 1
 
 
 async def test_a_damaged_journal_is_told_and_what_can_be_read_is_loaded(
@@ -203,7 +203,7 @@ async def test_a_damaged_journal_is_told_and_what_can_be_read_is_loaded(
         file.write(os.urandom(40_000))  # the middle
     os.truncate(path, path.stat().st_size - 20_000)  # and the tail
     service.settings["database_url"] = database
-    code, output = await command(service, "check")
+    code, output = await command(service.file, "check")
     assert (code, "Traceback" in output) == (1, False)
     assert f"fail  journal {path.absolute()}" in output
     await service.start()
@@ -220,7 +220,7 @@ async def test_a_damaged_journal_is_told_and_what_can_be_read_is_loaded(
     assert Path(told["kept"]).exists()
     assert await service.stop() == 0
     assert Path(told["kept"]).exists()
-    code, output = await command(service, "check")
+    code, output = await command(service.file, "check")
     assert (code, told["kept"] in output) == (0, True)
 
 

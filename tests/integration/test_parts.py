@@ -150,6 +150,10 @@ async def two_dead() -> dict[str, int]:
     return {"install": 2}
 
 
+def no_room(_lanes: Any) -> dict[str, str]:
+    return {f"lane_{number}": f"no room for lane_{number}" for number in range(5)}
+
+
 HANGS = {
     "append": breaks("mirror", "append", hang),
     "load": breaks("sink", "load", hang),
@@ -166,6 +170,7 @@ FAILS = {
     "mirror": (lambda service: service.mirror_state(up=False, error="x"), "refusing"),
     "books": (loses_an_event, "unbalanced"),
     "room": (lambda service: service.mirror_state(bytes=9, max_bytes=10), "nearly_full"),
+    "shares": (breaks("mirror", "full", no_room), "lane_full"),
     "leftovers": (lambda service: service.mirror_state(left=20, left_s=60.0), "recovering"),
     "peers": (hears_nothing, "process_silent"),
     "append": (breaks("mirror", "append", refused), "refusing"),
@@ -246,6 +251,24 @@ def test_silence_is_forgotten_where_nobody_asks(
         hears_nothing(service)
         assert service.state() == "process_silent"
         assert service.pipeline.status._judged["peers"].since > began
+
+    simulated(tmp_path, monkeypatch, check)
+
+
+def test_types_without_room_are_named(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their new events are refused, whatever else is wrong; the first few, and how many more."""
+
+    async def check(service: Running) -> None:
+        service.mirror.full = no_room
+        service.database.up = False
+        await asyncio.sleep(25)
+        shown = service.pipeline.status.snapshot()["summary"]
+        assert shown["state"] == "database_down"
+        assert shown["also"] == [
+            f"Some events are refused (since {shown['since'][11:16]} UTC): no room for lane_0; "
+            "no room for lane_1; no room for lane_2; and 2 more. They are taken again once some of "
+            "their type are loaded; those of other types are taken."
+        ]
 
     simulated(tmp_path, monkeypatch, check)
 

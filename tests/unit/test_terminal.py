@@ -10,6 +10,8 @@ import pytest
 from datapipe import testing
 from datapipe.cli import commands
 from datapipe.cli.terminal import show_status
+from datapipe.errors import Reason
+from datapipe.monitor import formats
 from datapipe.settings import Settings
 from tests.doubles.shared_books import share
 
@@ -125,3 +127,7 @@ async def test_what_passes_by_itself_is_no_failure(
         monkeypatch.setattr(commands, "services", found)
         args = argparse.Namespace(url=None, json=False)
         assert await commands.status(Settings(), args) == code
+
+
+def test_every_reason_has_its_words() -> None:
+    assert set(formats.REASONS) == {reason.label for reason in Reason}

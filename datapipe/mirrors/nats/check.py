@@ -156,10 +156,11 @@ def _synced(
             remedy = "set jetstream { sync_interval: always }"
             yield _warn(f" node {name}: sync_interval is {seconds:g} s: {why}: {remedy}; {room}")
     if len(varz) < (nodes or 1):
-        seen = f"{len(varz)} of {nodes or 'all'} nodes"
-        silent = f"nothing more answers on port {port} of {', '.join(sorted(hosts))}"
+        seen = f"{len(varz)} of {nodes or 'the'} nodes" if varz else "none of the nodes"
+        more, where = "more " if varz else "", ", ".join(sorted(hosts))
+        silent = f"nothing {more}answers on port {port} of {where}"
         remedy = f"on each, `curl http://127.0.0.1:{port}/varz` has to show sync_always as true"
-        yield _warn(f": sync_interval is known of {seen}, {silent}: {remedy}")
+        yield _warn(f": sync_interval is known of {seen}: {silent}; {remedy}")
 
 
 # --- JetStream ---
