@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import socket
 import ssl
 import time
@@ -13,9 +15,9 @@ import aiohttp
 import pytest
 
 from datapipe import testing
-from datapipe.cli import commands
+from datapipe.cli import commands, serve
 from datapipe.cli.terminal import show_status, unanswered
-from datapipe.errors import Reason
+from datapipe.errors import DatapipeError, Reason
 from datapipe.monitor import formats
 from datapipe.settings import Settings
 from tests.doubles.shared_books import share
@@ -154,3 +156,18 @@ async def test_what_passes_by_itself_is_no_failure(
 
 def test_every_reason_has_its_words() -> None:
     assert set(formats.REASONS) == {reason.label for reason in Reason}
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(errno.EADDRINUSE, "is taken"), (errno.EACCES, "needs CAP_NET_BIND_SERVICE"),
+     (errno.EADDRNOTAVAIL, "can't listen on")],
+)  # fmt: skip
+async def test_a_port_that_is_not_to_be_had(number: int, words: str) -> None:
+    def listening(_: Settings) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    port: Any = SimpleNamespace(listening=listening)
+    with pytest.raises(DatapipeError, match=words):
+        async with serve._listening(port, Settings(port=80)):
+            pass
