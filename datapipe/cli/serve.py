@@ -84,6 +84,8 @@ async def _listening(port: Port, settings: Settings) -> AsyncIterator[None]:
             why = f"host: can't listen on {where}: {exc.strerror}"
             if exc.errno == errno.EADDRINUSE:
                 why = f"port: {where} is taken; stop what listens there, or set another port (PORT)"
+            if exc.errno == errno.EACCES:
+                why = f"port: {where} needs CAP_NET_BIND_SERVICE; or set another port (PORT)"
             raise DatapipeError(why) from exc
         yield
 
