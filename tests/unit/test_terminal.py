@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import argparse
-<<<<<<< HEAD
-=======
 import errno
 import os
-import socket
-import ssl
->>>>>>> r-tour2
 import time
 
 import pytest
 
 from datapipe import testing
-<<<<<<< HEAD
-from datapipe.cli import commands
-from datapipe.cli.terminal import show_status
-from datapipe.errors import Reason
-=======
 from datapipe.cli import commands, serve
-from datapipe.cli.terminal import show_status, unanswered
+from datapipe.cli.terminal import show_status
 from datapipe.errors import DatapipeError, Reason
->>>>>>> r-tour2
 from datapipe.monitor import formats
 from datapipe.settings import Settings
 from tests.doubles.shared_books import share
