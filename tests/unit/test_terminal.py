@@ -6,6 +6,8 @@ import argparse
 import errno
 import os
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
