@@ -15,9 +15,10 @@ import aiohttp
 import msgspec
 
 from datapipe import logs
+from datapipe.cli.answers import unanswered
 from datapipe.cli.configuration import require
 from datapipe.cli.new_event import class_text
-from datapipe.cli.terminal import print_json, progress, show_status, unanswered
+from datapipe.cli.terminal import print_json, progress, show_status
 from datapipe.errors import (
     ConfigError,
     DatapipeError,
@@ -190,7 +191,7 @@ async def _status_of(settings: Settings, named: str | None) -> dict[str, Any]:
             if response.status != 200:
                 raise DatapipeError(f"{url} answers {response.status} {response.reason}")
             return msgspec.json.decode(await response.read(), type=dict[str, Any])
-    except aiohttp.InvalidURL as exc:
+    except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError) as exc:
         raise DatapipeError(f"{url} is not a URL like http://HOST:PORT") from exc
     except (aiohttp.ClientError, TimeoutError) as exc:
         raise DatapipeError(f"{url} does not answer: {unanswered(exc)}{here}") from exc

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-import ssl
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-import aiohttp
 import msgspec
 
 from datapipe.monitor import formats
@@ -55,16 +53,6 @@ def _print(text: str, style: str = "") -> None:
     line = printable(text)
     coloured = style and sys.stdout.isatty() and "NO_COLOR" not in os.environ
     print(f"\x1b[{style}m{line}\x1b[m" if coloured else line)
-
-
-def unanswered(exc: BaseException) -> str:
-    """Why a service does not answer: what the system says of the connection, in its words."""
-    if isinstance(exc, aiohttp.ClientConnectorError):
-        cause = exc.os_error
-        if not isinstance(cause, ssl.SSLError) and (cause.errno or 0) > 0:
-            return os.strerror(cause.errno or 0)
-        return cause.strerror or str(cause)
-    return str(exc) or "not in time"
 
 
 def printable(text: str) -> str:

@@ -58,7 +58,7 @@ class Access:
             return Refused(
                 Reason.FORBIDDEN,
                 "the service can be reached from other machines: set admin_key, which is then "
-                "asked for",
+                "asked for, or host to 127.0.0.1",
             )
         if not _is_loopback(_host_name(request.headers.get("Host", ""))):
             return Refused(

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import aiohttp
 import msgspec
 
+from datapipe.cli.answers import unanswered
 from datapipe.cli.send.cut import Piece, Refusal
 from datapipe.cli.send.state import fingerprint
-from datapipe.cli.terminal import unanswered
 from datapipe.errors import DatapipeError
 from datapipe.retry import backoff
 
