@@ -5,18 +5,15 @@ from __future__ import annotations
 import argparse
 import errno
 import os
-import socket
-import ssl
 import time
 from types import SimpleNamespace
 from typing import Any
 
-import aiohttp
 import pytest
 
 from datapipe import testing
 from datapipe.cli import commands, serve
-from datapipe.cli.terminal import show_status, unanswered
+from datapipe.cli.terminal import show_status
 from datapipe.errors import DatapipeError, Reason
 from datapipe.monitor import formats
 from datapipe.settings import Settings
@@ -115,24 +112,6 @@ async def test_of_many_types_those_without_events_are_only_counted(
         show_status(shown)
         said = capsys.readouterr().out.splitlines()
         assert len([line for line in said if line.startswith("type_")]) == 18
-
-
-@pytest.mark.parametrize(
-    ("cause", "words"),
-    [
-        (ConnectionRefusedError(111, "Connect call failed ('127.0.0.1', 8080)"),
-         "Connection refused"),
-        (socket.gaierror(-2, "Name or service not known"), "Name or service not known"),
-        (OSError("Multiple exceptions: [Errno 111], [Errno 101]"), "Multiple exceptions"),
-        (ssl.SSLCertVerificationError(1, "certificate verify failed"), "certificate verify failed"),
-    ],
-)  # fmt: skip
-def test_why_nobody_answers_is_said_in_the_words_of_the_system(cause: OSError, words: str) -> None:
-    target: Any = SimpleNamespace(host="web1", port=8080, ssl=True)
-    said = unanswered(aiohttp.ClientConnectorError(target, cause))
-    assert said.startswith(words)
-    assert "call failed" not in said
-    assert unanswered(TimeoutError()) == "not in time"
 
 
 @pytest.mark.parametrize(
