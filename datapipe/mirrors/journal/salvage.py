@@ -185,7 +185,10 @@ def check_journals(settings: Settings) -> list[tuple[str, str]]:
     if not os.path.isdir(folder):  # what may not be looked at is no folder to us
         return found or [("ok", f"journal: none yet in {folder}")]
     lanes: Counter[str] = Counter()
-    for path in sorted(folder.glob("*.sqlite")):
+    paths = sorted(folder.glob("*.sqlite"))
+    if not paths and not found:
+        found.append(("ok", f"journal: none yet in {folder}"))
+    for path in paths:
         try:
             verdict, waiting = _check(path)
         except sqlite3.Error as exc:
