@@ -55,16 +55,13 @@ clean: ## remove the virtual environment, caches and everything that was stored
 	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache build *.egg-info var
 
 $(VENV)/.run: setup.cfg
-	@PYTHON=$(PYTHON) ./tools/make-venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[embedded]'
+	@PYTHON=$(PYTHON) ./tools/make-venv $(VENV) embedded
 	@touch $@
 
 $(VENV)/.cluster: setup.cfg
-	@PYTHON=$(PYTHON) ./tools/make-venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[cluster]'
+	@PYTHON=$(PYTHON) ./tools/make-venv $(VENV) cluster
 	@touch $@ $(VENV)/.run
 
 $(VENV)/.test: setup.cfg
-	@PYTHON=$(PYTHON) ./tools/make-venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,lint]'
+	@PYTHON=$(PYTHON) ./tools/make-venv $(VENV) test,lint
 	@touch $@ $(VENV)/.run $(VENV)/.cluster

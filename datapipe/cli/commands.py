@@ -15,6 +15,7 @@ import aiohttp
 import msgspec
 
 from datapipe import logs
+from datapipe.cli.answers import unanswered
 from datapipe.cli.configuration import require
 from datapipe.cli.new_event import class_text
 from datapipe.cli.terminal import print_json, progress, show_status
@@ -190,10 +191,10 @@ async def _status_of(settings: Settings, named: str | None) -> dict[str, Any]:
             if response.status != 200:
                 raise DatapipeError(f"{url} answers {response.status} {response.reason}")
             return msgspec.json.decode(await response.read(), type=dict[str, Any])
-    except aiohttp.InvalidURL as exc:
+    except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError) as exc:
         raise DatapipeError(f"{url} is not a URL like http://HOST:PORT") from exc
     except (aiohttp.ClientError, TimeoutError) as exc:
-        raise DatapipeError(f"{url} does not answer: {exc or 'not in time'}{here}") from exc
+        raise DatapipeError(f"{url} does not answer: {unanswered(exc)}{here}") from exc
     except msgspec.MsgspecError as exc:
         raise DatapipeError(f"{url} is not datapipe: its /status.json can't be read") from exc
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -32,7 +33,7 @@ async def dead(settings: Settings, args: argparse.Namespace) -> int:
             (print_json if args.json else _print_letters)(found)
             return 0
         selection = _selected(
-            dead_letters.selection_of, args, "--lane L, --sqlstate S",
+            dead_letters.selection_of, args, "--type T, --sqlstate S",
             lane=args.lane, sqlstate=args.sqlstate,
         )  # fmt: skip
         if args.action == "drop":
@@ -40,6 +41,8 @@ async def dead(settings: Settings, args: argparse.Namespace) -> int:
             return 0
         result = await letters.replay(selection)
     _print_replayed(result)
+    if not result["replayed"] and not result["dead"]:
+        _note("no dead letter is among these; `datapipe dead list` shows which there are")
     print(f"still dead: {result['dead']}")
     return 1 if result["dead"] else 0
 
@@ -65,7 +68,9 @@ async def unknown(settings: Settings, args: argparse.Namespace) -> int:
         result = await events.replay(selection)
     _print_replayed(result)
     print(f"refused: {result['refused']}")
-    print(f"still unknown: {result['unknown'] - result['refused']}")
+    if still := result["unknown"] - result["refused"]:
+        _note("these settings (--config) do not have the types; `datapipe unknown list` names them")
+    print(f"still unknown: {still}")
     return int(result["refused"] or (result["unknown"] and not args.all))
 
 
@@ -78,6 +83,11 @@ def _selected(
         return select({key: value for key, value in wanted.items() if value is not None})
     except EventRejected:
         raise ConfigError(f"say which: --id N, {options}, or --all") from None
+
+
+def _note(text: str) -> None:
+    """On stderr, beside what a program reads."""
+    print(f"datapipe: {text}", file=sys.stderr, flush=True)
 
 
 def _print_replayed(result: Mapping[str, Any]) -> None:

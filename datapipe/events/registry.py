@@ -186,9 +186,10 @@ def declared_class(name: str, fields: dict[str, str]) -> type[Event]:
             wire = wire_type(kind)
         except (ValueError, TypeError) as exc:
             allowed = ", ".join(kind.__name__ for kind in PG_TYPES)
+            why = f" ({exc})" if isinstance(exc, TypeError) else ""
             raise ConfigError(
                 f"{place}: {text!r} is not a type: one of {allowed}, list[...], dict[str, ...], "
-                f"then '?' if it may be null, then '= default' as JSON ({exc})"
+                f"then '?' if it may be null, then '= default' as JSON{why}"
             ) from None
         hint: Any = kind | None if match and match[2] else kind
         body["__annotations__"][field] = hint

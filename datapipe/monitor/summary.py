@@ -67,8 +67,8 @@ WORDS = {
     ),
     ("dead_letters", "fails"): Words(
         "dead_letters", "{dead}",
-        "{product} refused them, and they are kept. See why under Dead letters, or by datapipe "
-        "dead list; repair that and put them back, or drop them for good.",
+        "{product} refused {them}, and {they} kept. See why under Dead letters, or by datapipe "
+        "dead list; repair that and put {them} back, or drop {them} for good.",
         ", since {moment}",
     ),
     ("database", "is new"): Words(
@@ -117,6 +117,7 @@ _ROOM = {
     "none": "buffer_max_bytes",
 }  # fmt: skip
 _HARDLY_S = 10
+_LONG_S = 30 * 86_400  # beyond, the rate of a minute says nothing
 _AGAIN = "They are tried again by themselves, or at once by Load now on the page."
 _LANES_NAMED = 3
 _NONE: Mapping[str, Any] = {"lanes": {}}
@@ -221,6 +222,7 @@ def _facts(status: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, str]
     lane = status["lanes"].get(part["lane"], {"waiting": 0})
     mirror = name_of(status["mirror"]["kind"])
     setting = _ROOM.get(status["mirror"]["kind"])
+    one_dead = sum(dead_letters(status).values()) == 1
     return {
         "lane": part["lane"],
         "again": "" if lane.get("next_load_seconds") is None else _AGAIN,
@@ -231,6 +233,8 @@ def _facts(status: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, str]
         "ended": formats.processes(len(status["ended"])),
         "takeover": _takeover(status["mirror"], len(status["ended"])),
         "dead": _dead(status),
+        "them": "it" if one_dead else "them",
+        "they": "it is" if one_dead else "they are",
         "waiting": f"{formats.count(lane['waiting'])} waiting.",
         "kept": _kept(status),
         "room": _room(status),
@@ -308,7 +312,7 @@ def _kept(status: Mapping[str, Any]) -> str:
     if (fullest := mirror.get("fullest")) is not None:  # the sum says too little
         return f"{text}; {fullest:.0%} of the fullest event type's stream is used."
     left = mirror["seconds_left"]
-    if left is None:
+    if left is None or left > _LONG_S:
         room = max(0, mirror["max_bytes"] - mirror["bytes"])
         return f"{text}, room for {formats.size(room)} more."
     if left < _HARDLY_S:

@@ -203,12 +203,15 @@ def test_the_command(
 ) -> None:
     monkeypatch.setenv("DATAPIPE_CNF", str(tmp_path / "settings.json"))
     settings = {"database_url": f"sqlite:///{tmp_path}/e.db", "data_dir": str(tmp_path)}
+    errors: list[str] = []
 
     def run(*words: str) -> tuple[int, str]:
         (tmp_path / "settings.json").write_text(json.dumps(settings))
         capsys.readouterr()
         code = main([*words])
-        return code, capsys.readouterr().out
+        printed = capsys.readouterr()
+        errors[:] = printed.err.splitlines()
+        return code, printed.out
 
     async def keep(*events: str) -> None:
         unknown = UnknownType()
@@ -228,6 +231,7 @@ def test_the_command(
     assert "unknown events: 3 are kept: a (2), b (1); see datapipe unknown list" in run("check")[1]
     assert json.loads(run("unknown", "list", "--json", "--name", "b")[1])["total"] == 1
     assert run("unknown", "replay", "--name", "a") == (1, "refused: 0\nstill unknown: 2\n")
+    assert "these settings (--config) do not have the types" in errors[-1]
     settings["events"] = {"a": {"k": "int"}}
     assert "2 of a, whose type is registered by now" in run("check")[1]
     moved = "replayed a: 1 rows\nrefused: 1\nstill unknown: 1\n"
@@ -236,3 +240,5 @@ def test_the_command(
     assert run("unknown", "drop", "--id", "2") == (0, "dropped: 1\n")
     assert run("unknown", "drop")[0] == 2
     assert run("unknown", "drop", "--all") == (0, "dropped: 1\n")
+    assert run("dead", "replay", "--type", "instal") == (0, "still dead: 0\n")
+    assert "no dead letter is among these" in errors[-1]

@@ -76,6 +76,12 @@ def test_database_down_says_since_when_why_and_for_how_long_there_is_room() -> N
     )
 
 
+def test_room_for_years_is_told_as_a_size() -> None:
+    for seconds_left in (None, 90 * 86_400):
+        shown = summary(status(fails("database", "x"), mirror__seconds_left=seconds_left))
+        assert "1,204 waiting, room for 1.0 GiB more." in shown["text"]
+
+
 def test_where_each_type_has_a_limit_of_its_own_the_fullest_says_how_much_room_there_is() -> None:
     nats = {"mirror__kind": "nats", "mirror__fullest": 0.94, "mirror__seconds_left": 32_400}
     used = "Events are kept, 1,204 waiting; 94% of the fullest event type's stream is used. Start"
@@ -217,11 +223,12 @@ def test_the_worst_comes_first_and_the_rest_is_named_too() -> None:
 @pytest.mark.parametrize(
     ("lanes", "words"),
     [
-        ({"install": 1, "purchase": 0}, "1 event is a dead letter (install 1), since 10:05 UTC. "),
+        ({"install": 1, "purchase": 0}, "1 event is a dead letter (install 1), since 10:05 UTC. "
+         "PostgreSQL refused it, and it is kept. See why"),
         ({"a": 2, "b": 1200}, "1,202 events are dead letters (b 1,200, a 2), since"),
         (dict.fromkeys("abcde", 1), "5 events are dead letters (a 1, b 1, c 1, and 2 more types)"),
     ],
-)
+)  # fmt: skip
 def test_dead_letters_are_counted_by_lane(lanes: dict[str, int], words: str) -> None:
     shown = summary(status(fails("dead_letters"), dead_letters={"lanes": lanes}))
     assert shown["text"].startswith(words)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import aiohttp
 import msgspec
 
+from datapipe.cli.answers import unanswered
 from datapipe.cli.send.cut import Piece, Refusal
 from datapipe.cli.send.state import fingerprint
 from datapipe.errors import DatapipeError
@@ -131,7 +132,7 @@ class Client:
             ) as response:
                 text = await response.read()
         except (aiohttp.ClientError, TimeoutError, OSError) as exc:
-            self.trouble = f"{self.url} does not answer: {exc or 'not in time'}"
+            self.trouble = f"{self.url} does not answer: {unanswered(exc)}"
             return None
         try:
             content = msgspec.json.decode(text, type=dict[str, Any])

@@ -190,7 +190,8 @@ def check_journals(settings: Settings) -> list[tuple[str, str]]:
         except sqlite3.Error as exc:
             verdict, waiting = str(exc), Counter()
         level = "ok" if verdict == "ok" else "fail"
-        found.append((level, f"journal {path}: {verdict}, {waiting.total()} events waiting"))
+        events = f"{(many := waiting.total())} event{'' if many == 1 else 's'} waiting"
+        found.append((level, f"journal {path}: {verdict}, {events}"))
         lanes += waiting
     found += unregistered("journal", lanes, "events", settings)
     damaged = sorted(folder.glob("*.damaged-*[0-9x]"))  # each may have its log beside it
