@@ -67,6 +67,9 @@ class Appends:
         self.hangs = asyncio.Event()
         self.hangs.set()
 
+    def state(self) -> Any:
+        return SimpleNamespace(kind="journal")
+
     async def append(self, segments: Sequence[Segment]) -> Appended:
         if self.fails is not None:
             raise self.fails
