@@ -116,4 +116,5 @@ def _decoded(kind: inspect.Type | None, key: str, text: str, source: str) -> Any
     try:
         return msgspec.json.decode(text)
     except (msgspec.DecodeError, UnicodeError, RecursionError):
-        raise wrong(key, "must be JSON", source) from None
+        form = '["a", "b"]' if isinstance(kind, inspect.ListType) else '{"a": ...}'
+        raise wrong(key, f"must be JSON, like {form}", source) from None
