@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,8 +33,10 @@ _LONG_NAME = re.compile(r"\w{25,}")
 Html = Mapping[str, str]
 
 # News is rendered for at most a tenth of the time, so that ingest does not suffer by those who look
-# on, however many different views they have.
+# on. With very many different views it takes more: the page must not lag behind for longer.
 _REST = 9
+_REST_MOST_S = 30.0
+_VIEWS = 64  # whose HTML is kept for others who look at the same
 
 
 def templates_folder() -> Path:
@@ -126,30 +128,45 @@ class Sections:
     def __init__(self, templates: Templates) -> None:
         self._templates = templates
         self._rendering = asyncio.Lock()
-        self._rest_until = 0.0
+        self._rest_until = self._rest_at_most_until = 0.0
         self._told: Mapping[str, Any] | None = None  # the status of which those below are
         self._status: Mapping[str, Any] = {}  # the same, with all else that is shown
-        self._html: dict[View | None, dict[str, str]] = {}  # None: those that all see alike
+        self._number = 0  # of that status
+        self._shared: Html = {}
+        self._of_views: dict[View, Html] = {}
 
-    async def of(self, news: News, refused: Sequence[Mapping[str, Any]], view: View) -> Html:
-        """The HTML of each section, by its name. Args: refused: the last refusals."""
+    async def since(
+        self, number: int, news: News, refused: Sequence[Mapping[str, Any]], view: View
+    ) -> tuple[int, Html]:
+        """The number of what is shown now, and the HTML of each section, by its name.
+
+        Nothing is rendered for a reader who has it already.
+
+        Args: number: what the reader has, 0: nothing. refused: the last refusals.
+        """
         async with self._rendering:
             if news.status is not self._told and time.monotonic() >= self._rest_until:
                 self._told = news.status
                 self._status = {**news.status, "refused": refused, "history": news.history}
-                self._html = {}
-            parts = (None, view)
-            for part in parts:
-                if part not in self._html:
-                    self._html[part] = await self._rendered(part)
-            return {id: html for part in parts for id, html in self._html[part].items()}
+                self._number += 1
+                self._rest_at_most_until = time.monotonic() + _REST_MOST_S
+                self._shared = {}
+                self._of_views.clear()
+            if number == self._number:
+                return number, {}
+            if not self._shared:
+                self._shared = await self._rendered(self._templates.sections, self._status)
+            if view not in self._of_views:
+                if len(self._of_views) >= _VIEWS:
+                    del self._of_views[next(iter(self._of_views))]
+                of_view = self._templates.of_view
+                self._of_views[view] = await self._rendered(of_view, self._status, view)
+            return self._number, {**self._shared, **self._of_views[view]}
 
-    async def _rendered(self, view: View | None) -> dict[str, str]:
+    async def _rendered(self, render: Callable[..., Html], *arguments: Any) -> Html:
         began = time.monotonic()
-        if view is None:
-            html = await asyncio.to_thread(self._templates.sections, self._status)
-        else:
-            html = await asyncio.to_thread(self._templates.of_view, self._status, view)
+        html = await asyncio.to_thread(render, *arguments)
         ended = time.monotonic()
-        self._rest_until = max(ended, self._rest_until) + (ended - began) * _REST
+        rest_until = max(ended, self._rest_until) + (ended - began) * _REST
+        self._rest_until = min(rest_until, self._rest_at_most_until)
         return html

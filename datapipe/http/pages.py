@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 from aiohttp import web
@@ -32,6 +32,18 @@ _HEADERS = {
 }
 _RETRY_MS = 1000  # until a page that lost its stream reconnects
 _SEND_TIMEOUT_S = 30.0  # until a page that reads nothing is disconnected
+
+
+@dataclass(slots=True)
+class Reader:
+    """Who follows the sections of the page.
+
+    Attributes: number: see `Sections.since`. seen: hashes, for thousands may look at once.
+    """
+
+    view: View
+    number: int = 0
+    seen: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -90,28 +102,28 @@ class Pages:
         if self.feed.ended:
             raise Busy("shutting down")
         async with sse_response(request, send_timeout=_SEND_TIMEOUT_S) as response:
-            seen: Mapping[str, str] = {}
-            view = View.of(request.query)
+            reader = Reader(View.of(request.query))
             # the client has left, or a reload has changed the key: nothing to do
             with suppress(ConnectionResetError, TimeoutError, Refused):
                 async with aclosing(self.feed.listen()) as news:
                     async for each in news:
                         self.access.may_look(request)
                         if "sections" in request.query:
-                            now = await self._shown(each, view, request)
-                            changed = {id: now[id] for id in now if seen.get(id) != now[id]}
+                            changed = await self._changed(each, reader, request)
                             text = msgspec.json.encode(changed).decode()
-                            seen = now
                         else:
                             text = self._json(each)
                         await response.send(text, retry=_RETRY_MS)
         return response
 
-    async def _shown(self, news: News, view: View, request: web.Request) -> Mapping[str, str]:
-        html = await self._sections.of(news, self.status.records.refusals(), view)
-        if self.access.why_not(request) is None:
-            return html
-        return {id: text for id, text in html.items() if id != "refusals"}
+    async def _changed(self, news: News, reader: Reader, request: web.Request) -> dict[str, str]:
+        refused = self.status.records.refusals()
+        reader.number, html = await self._sections.since(reader.number, news, refused, reader.view)
+        may_act = self.access.why_not(request) is None
+        shown = {id: text for id, text in html.items() if may_act or id != "refusals"}
+        changed = {id: text for id, text in shown.items() if reader.seen.get(id) != hash(text)}
+        reader.seen |= {id: hash(text) for id, text in changed.items()}
+        return changed
 
     def _json(self, news: News) -> str:
         """Encoded once for all readers."""

@@ -85,7 +85,9 @@ def overview(lanes: Mapping[str, Lane], view: View) -> Overview:
     """What this view shows of these lanes."""
     wanted = view.q.lower().replace(" ", "_")
     found = {
-        name: lane for name, lane in lanes.items() if wanted in name or wanted == lane["state"]
+        name: lane
+        for name, lane in lanes.items()
+        if wanted in name or wanted == lane["state"] or (wanted == "full" and lane["full"])
     }
     folds = not view.q and len(lanes) > UNFOLDED
     idle = {name for name, lane in found.items() if folds and name != view.type and _idle(lane)}
@@ -105,7 +107,13 @@ def _order(lanes: Mapping[str, Lane], sort: str) -> Callable[[str], tuple[float,
         return lambda name: (0, name)
     if sort in _MOST:
         return lambda name: (-_MOST[sort](lanes[name]), name)
-    return lambda name: (not unwell(lanes[name]) and 1 + lanes[name]["idle"], name)
+    return lambda name: (_rank(lanes[name]), name)
+
+
+def _rank(lane: Lane) -> int:
+    if lane["state"] == "blocked" or lane["full"]:  # the others may pass by themselves
+        return 0
+    return 1 if unwell(lane) else 2 + lane["idle"]
 
 
 def unwell(lane: Lane) -> bool:

@@ -128,11 +128,22 @@ def test_secrets_are_made_once(checkout: Path, tmp_path: Path) -> None:
     (tmp_path / "secrets").mkdir()
     (tmp_path / "deploy").mkdir()
     shutil.copy2(checkout / "deploy/make-secrets", tmp_path / "deploy")
-    (tmp_path / "secrets/postgres_password").write_text("my own\n")
+    (tmp_path / "secrets/postgres_password").write_text("my-own\n")
     for _ in range(2):
         subprocess.run([tmp_path / "deploy/make-secrets"], check=True)
-    assert (tmp_path / "secrets/postgres_password").read_text() == "my own\n"
-    assert "datapipe:my own@" in (tmp_path / "secrets/database_url").read_text()
+    assert (tmp_path / "secrets/postgres_password").read_text() == "my-own\n"
+    assert "datapipe:my-own@" in (tmp_path / "secrets/database_url").read_text()
+    # what would mean something else in a URL is not written into one
+    (tmp_path / "secrets/postgres_password").write_text("p@ss\n")
+    subprocess.run([tmp_path / "deploy/make-secrets"], check=True)
+    (tmp_path / "secrets/database_url").unlink()
+    refused = subprocess.run([tmp_path / "deploy/make-secrets"], capture_output=True, text=True)
+    assert (refused.returncode, refused.stderr) == (
+        1,
+        "secrets/postgres_password holds more than letters, digits and . _ ~ -: "
+        "write secrets/database_url yourself\n",
+    )
+    assert not (tmp_path / "secrets/database_url").exists()
     after = {file.name: file.read_text() for file in secrets.iterdir()}
     subprocess.run([checkout / "deploy/make-secrets"], check=True)
     assert after == before

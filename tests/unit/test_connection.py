@@ -9,7 +9,7 @@ from psycopg2.extensions import parse_dsn
 
 from datapipe.sinks.mysql import errors as mysql_errors
 from datapipe.sinks.postgres.connections import connection_dsn
-from datapipe.sinks.postgres.errors import has_answered, is_away
+from datapipe.sinks.postgres.errors import has_answered, is_away, one_line
 
 AT = 'connection to server at "h" (10.0.0.1), port 5432 failed: '
 
@@ -67,11 +67,23 @@ def test_what_is_away_and_what_refuses_us(said: str, away: bool) -> None:
         (AT + 'FATAL:  password authentication failed for user "u"', True),
         (AT + "\u0424\u0410\u0422\u0410\u041b\u042c\u041d\u041e:  no", True),
         (AT + "session is read-only", True),
-        (AT + "Connection refused\n" + AT + 'FATAL:  role "u" does not exist', False),
+        (AT + "Connection refused\n" + AT + 'FATAL:  role "u" does not exist', True),
+        (AT + "Connection refused\n" + AT + "timeout expired", False),
     ],
 )
 def test_what_the_server_says_is_told_from_its_silence(said: str, answered: bool) -> None:
     assert has_answered(psycopg2.OperationalError(said)) is answered
+
+
+def test_of_two_addresses_of_a_host_the_one_that_answers_is_heard() -> None:
+    fatal = AT + 'FATAL:  role "u" does not exist'
+    refused = AT + "Connection refused\n\tIs the server running on that host?"
+    for said, told in (
+        (f"{refused}\n{fatal}\n", " ".join(fatal.split())),
+        (f"{refused}\n{AT}timeout expired\n", AT + "Connection refused"),
+        ("", "OperationalError"),
+    ):
+        assert one_line(psycopg2.OperationalError(said)) == told
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,11 @@ def test_unwell_comes_first_then_busy_and_idle_is_folded(trouble: dict[str, Any]
     assert counts(found) == (3, 40, 0, 43)
 
 
+def test_what_a_person_must_see_to_comes_before_what_is_tried_again() -> None:
+    lanes = many(100, lane(state="retrying")) | {"x": BUSY, "y": lane(full=True), "z": BLOCKED}
+    assert list(shown(lanes).rows)[:3] == ["y", "z", "a_00000"]
+
+
 def test_few_types_are_not_folded() -> None:
     few = many(UNFOLDED - 1, lane()) | {"z": BUSY}
     assert list(shown(few).rows) == ["z", *sorted(many(UNFOLDED - 1, lane()))]
@@ -70,6 +75,7 @@ def test_search_is_by_a_part_of_the_name_or_the_state_and_folds_nothing() -> Non
     lanes = many(100, lane(), "page_view") | {"blocked_users": lane(), "a": BLOCKED, "b": BUSY}
     assert list(shown(lanes, q="Page View_00007").rows) == ["page_view_00007"]
     assert list(shown(lanes, q="blocked").rows) == ["a", "blocked_users"]
+    assert list(shown(lanes | {"f": lane(full=True)}, q="full").rows) == ["f"]
     assert counts(shown(lanes, q="view")) == (ROWS, 0, 50, 100)
     assert counts(shown(lanes, q="nonesuch")) == (0, 0, 0, 0)
 

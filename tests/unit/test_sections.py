@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from datapipe.http import assets
@@ -34,24 +35,57 @@ def news(n: str) -> News:
     return News({"n": n}, {}, fresh=False)
 
 
+async def shown(sections: Sections, news: News, view: View) -> Mapping[str, str]:
+    """To somebody who has just come."""
+    return (await sections.since(0, news, [], view))[1]
+
+
 async def test_all_who_see_the_same_share_what_was_rendered(monkeypatch: Any) -> None:
     monkeypatch.setattr(assets, "_REST", 0)
     templates = Counted()
     sections, first = Sections(templates), news("1")
     for _ in range(3):
-        assert await sections.of(first, [], A) == {"tiles": "1", "types": "1 a"}
-        assert await sections.of(first, [], B) == {"tiles": "1", "types": "1 b"}
+        assert await shown(sections, first, A) == {"tiles": "1", "types": "1 a"}
+        assert await shown(sections, first, B) == {"tiles": "1", "types": "1 b"}
     assert templates.made == {None: 1, A: 1, B: 1}
-    assert await sections.of(news("2"), [], A) == {"tiles": "2", "types": "2 a"}
+    assert await shown(sections, news("2"), A) == {"tiles": "2", "types": "2 a"}
     assert templates.made == {None: 2, A: 2, B: 1}
 
 
 async def test_a_new_view_is_shown_at_once_and_news_after_a_rest(monkeypatch: Any) -> None:
     monkeypatch.setattr(assets, "_REST", 1e9)
     sections = Sections(Counted())
-    assert (await sections.of(news("1"), [], A))["tiles"] == "1"
-    assert await sections.of(news("2"), [], A) == {"tiles": "1", "types": "1 a"}
-    assert await sections.of(news("2"), [], B) == {"tiles": "1", "types": "1 b"}
+    assert (await shown(sections, news("1"), A))["tiles"] == "1"
+    assert await shown(sections, news("2"), A) == {"tiles": "1", "types": "1 a"}
+    assert await shown(sections, news("2"), B) == {"tiles": "1", "types": "1 b"}
+
+
+async def test_thousands_of_views_take_no_memory_nor_hold_up_news_for_long(
+    monkeypatch: Any,
+) -> None:
+    monkeypatch.setattr(assets, "_REST", 1e9)
+    now = 0.0
+
+    def monotonic() -> float:
+        nonlocal now
+        now += 1e-6
+        return now
+
+    monkeypatch.setattr(assets, "time", SimpleNamespace(monotonic=monotonic))
+    templates = Counted()
+    sections, first = Sections(templates), news("1")
+    views = [View(q=str(n)) for n in range(3000)]
+    numbers = []
+    for view in views:
+        numbers.append((await sections.since(0, first, [], view))[0])
+    assert len(sections._of_views) == 64
+    for number, view in zip(numbers, views, strict=True):
+        assert await sections.since(number, first, [], view) == (number, {})
+    assert set(templates.made.values()) == {1}, "what a reader has is not made again for it"
+    now = 29.0
+    assert (await shown(sections, news("2"), A))["tiles"] == "1"
+    now = 30.1
+    assert (await shown(sections, news("2"), A))["tiles"] == "2"
 
 
 def test_a_small_chart_is_as_high_as_its_highest_point_and_ends_at_the_newest() -> None:

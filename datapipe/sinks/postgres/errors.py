@@ -106,7 +106,13 @@ def has_answered(exc: psycopg2.Error) -> bool:
     """Whether it is what the server said, and not the end of the connection, or its silence."""
     if exc.pgcode:
         return exc.pgcode[:2] != "08" and exc.pgcode not in _ENDED
-    return bool(_SAID.search(str(exc).strip().split("\n")[0]))
+    return bool(_SAID.search(_of_tries(exc)))
+
+
+def _of_tries(exc: BaseException) -> str:
+    """What the first address of the host has answered; if none has, how the first try ended."""
+    lines = str(exc).strip().split("\n")
+    return next((line for line in lines if _SAID.search(line)), lines[0])
 
 
 def reason(exc: psycopg2.Error) -> str:
@@ -118,5 +124,5 @@ def reason(exc: psycopg2.Error) -> str:
 def one_line(exc: BaseException) -> str:
     """The first line of what the database said."""
     diag = getattr(exc, "diag", None)
-    text = (diag.message_primary if diag else None) or str(exc).strip() or type(exc).__name__
+    text = (diag.message_primary if diag else None) or _of_tries(exc) or type(exc).__name__
     return " ".join(text.split("\n")[0].split())
