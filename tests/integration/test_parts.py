@@ -20,8 +20,10 @@ from datapipe.app import PIPELINE, Pipeline, create_app, create_runner
 from datapipe.errors import LaneBlocked, MirrorUnavailable, SinkUnavailable
 from datapipe.events.segment import Chunk
 from datapipe.health import Health
+from datapipe.http.assets import Templates
 from datapipe.mirrors import Appended
 from datapipe.monitor.metrics import Metrics
+from datapipe.monitor.overview import View
 from datapipe.pipeline import coordinator
 from datapipe.settings import Settings
 from tests.doubles.memory_database import MemoryDatabase
@@ -269,6 +271,11 @@ def test_types_without_room_are_named(tmp_path: Any, monkeypatch: pytest.MonkeyP
             "no room for lane_1; no room for lane_2; and 2 more. They are taken again once some of "
             "their type are loaded; those of other types are taken."
         ]
+        service.mirror.full = lambda _: {"install": "no room for install"}
+        status = service.pipeline.status
+        snapshot = status.snapshot() | {"history": await status.series()}
+        rows = Templates().of_view(snapshot, View())["types"]
+        assert rows.count("There is no room for it: new events of this type are refused.") == 1
 
     simulated(tmp_path, monkeypatch, check)
 

@@ -14,6 +14,7 @@ import pytest
 from datapipe.errors import MirrorUnavailable
 from datapipe.mirrors.nats import client as client_module
 from datapipe.mirrors.nats.client import Client
+from datapipe.mirrors.nats.connection import text
 from datapipe.settings import Settings
 
 SILENT_S = 0.1
@@ -93,3 +94,18 @@ async def test_what_was_sent_once_connected_shows_that_it_works() -> None:
     client._connected.set()
     await asking
     assert client.health.up
+
+
+@pytest.mark.parametrize(
+    ("exc", "timeout_s", "words"),
+    [
+        (TimeoutError(), 2.0, "NATS does not answer within 2 s"),
+        (TimeoutError(), 0.544, "NATS does not answer in time"),
+        (ConnectionRefusedError(111, "Connection refused"), 2.0, "NATS: Connection refused"),
+    ],
+)
+async def test_why_it_is_away(exc: Exception, timeout_s: float, words: str) -> None:
+    client = Client(Settings(nats_url="nats://127.0.0.1"))
+    client._connected.set()
+    assert client._unavailable(exc, timeout_s, 0.0).detail == words
+    assert text(TimeoutError()) == "no answer in time"

@@ -72,7 +72,7 @@ async def check_nats(
             await client.wait_connected(_CONNECT_S)
         except MirrorUnavailable as exc:
             if client.refused is None:
-                return [("away", f"nats: {_why(exc)}")]
+                return [("away", f"nats: no server of nats_url can be used: {_why(exc)}")]
             return [_fail(f": refuses us: {client.refused}: see nats_url, the login, the files")]
         varz = await _monitored(client.hosts, monitoring_port)
         nodes = max((_cluster_size(each) for each in varz.values()), default=None)

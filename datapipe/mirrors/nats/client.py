@@ -284,8 +284,10 @@ class Client:
     def _unavailable(self, exc: Exception, timeout_s: float, began: float) -> MirrorUnavailable:
         why = self._trouble
         if self._connected.is_set():
-            late = isinstance(exc, TimeoutError)
-            why = f"NATS does not answer within {timeout_s:g} s" if late else f"NATS: {text(exc)}"
+            why = f"NATS: {text(exc)}"
+            if isinstance(exc, TimeoutError):  # often what was left of a longer time
+                limit = f"within {timeout_s:.0f} s" if timeout_s >= 1 else "in time"
+                why = f"NATS does not answer {limit}"
         self.health.fails(began, why)
         return MirrorUnavailable(why)
 

@@ -110,8 +110,10 @@ def text(exc: Exception) -> str:
         return exc.strerror
     if isinstance(exc, nats.errors.Error):
         return str(exc).removeprefix("nats: ").strip("'") or type(exc).__name__
-    if isinstance(exc, ssl.SSLError | TimeoutError):
-        return f"{type(exc).__name__}"
+    if isinstance(exc, TimeoutError):
+        return "no answer in time"
+    if isinstance(exc, ssl.SSLError):
+        return type(exc).__name__
     return f"can't log in or connect ({type(exc).__name__})"
 
 
