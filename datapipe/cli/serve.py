@@ -9,6 +9,7 @@ import errno
 import gc
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -20,6 +21,7 @@ from datapipe import logs
 from datapipe.app import PIPELINE, Pipeline, create_app, create_runner, end_process
 from datapipe.cli import notify
 from datapipe.errors import DatapipeError
+from datapipe.events.types import EventType
 from datapipe.http.openapi import example
 from datapipe.http.port import Port, raise_limit
 from datapipe.pipeline.allocator import share_one_arena
@@ -82,6 +84,8 @@ async def _listening(port: Port, settings: Settings) -> AsyncIterator[None]:
             why = f"host: can't listen on {where}: {exc.strerror}"
             if exc.errno == errno.EADDRINUSE:
                 why = f"port: {where} is taken; stop what listens there, or set another port (PORT)"
+            if exc.errno == errno.EACCES:
+                why = f"port: {where} needs CAP_NET_BIND_SERVICE; or set another port (PORT)"
             raise DatapipeError(why) from exc
         yield
 
@@ -164,7 +168,8 @@ async def _signals() -> AsyncIterator[asyncio.Queue[signal.Signals]]:
 
 
 async def _print_hints(pipeline: Pipeline, address: str, ended: asyncio.Future[Any]) -> None:
-    """Print what `make run` shows, three lines that work as printed, unless a signal comes first.
+    """Print what `make run` shows, unless a signal comes first: lines that work as printed, but for
+    a key.
 
     Raises: SinkUnavailable, ConfigError: there is no database, and none can be made.
     """
@@ -176,8 +181,14 @@ async def _print_hints(pipeline: Pipeline, address: str, ended: asyncio.Future[A
     if not hint.done():
         hint.cancel()
         return
-    event = json.dumps(example(types[lane]))
+    post = curl_line(types[lane], address, key=bool(pipeline.settings.ingest_keys))
     print(
-        f"\n  page   {address}/\n  post   curl -d '{event}' {address}/\n  rows   {hint.result()}\n",
+        f"\n  page   {address}/\n  post   {post}\n  rows   {hint.result()}\n",
         file=sys.stderr, flush=True,
     )  # fmt: skip
+
+
+def curl_line(kind: EventType, address: str, *, key: bool) -> str:
+    """What posts an example. Args: key: one is needed, which is not shown: KEY stands for it."""
+    header = "-H 'Authorization: Bearer KEY' " if key else ""
+    return f"curl {header}-d {shlex.quote(json.dumps(example(kind)))} {address}/"

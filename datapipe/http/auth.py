@@ -57,8 +57,8 @@ class Access:
         if not self._loopback:
             return Refused(
                 Reason.FORBIDDEN,
-                "the service can be reached from other machines: set admin_key, which is then "
-                "asked for",
+                "the service may be reached from other machines: set admin_key, which is then "
+                "asked for, or, but for gunicorn, host to 127.0.0.1",
             )
         if not _is_loopback(_host_name(request.headers.get("Host", ""))):
             return Refused(

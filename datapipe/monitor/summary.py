@@ -286,6 +286,8 @@ def _refusing(status: Mapping[str, Any], why: str | None) -> str:
     waiting = f"{formats.events(count)} waiting." if count else ""
     if not status["mirror"]["up"]:
         return f"Clients are asked to try again. {waiting} Repair what the error names."
+    if "of disk" in (why or ""):
+        return f"Free some; no restart is needed. {waiting}"
     if "shutting down" not in (why or ""):
         return f"{waiting} There is room again once some are loaded: see the event types below."
     return f"Clients are asked to try again. {waiting}"

@@ -65,5 +65,5 @@ def test_the_wheel_holds_every_module_and_template(wheel: zipfile.ZipFile) -> No
     assert packed == wanted
     told = wheel.read(f"{info}/METADATA").decode()
     assert f"Version: {__version__}\n" in told
-    assert "datapipe = datapipe.cli.main:main" in wheel.read(f"{info}/entry_points.txt").decode()
+    assert "datapipe = datapipe.__main__:main" in wheel.read(f"{info}/entry_points.txt").decode()
     assert any(name.endswith("/LICENSE") for name in wheel.namelist())

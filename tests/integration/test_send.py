@@ -85,9 +85,11 @@ async def test_each_line_is_a_row_once(
     file = tmp_path / "events"  # its name says nothing
     file.write_bytes(FORMS[form](mixed(form, 2500)))
     assert await send(file, "--url", service.url) == 0
-    assert "sent 2,500: 2,500 accepted, 0 refused; " in capsys.readouterr().out
+    assert "sent 2,500: 2,500 accepted, 0 rejected; " in capsys.readouterr().out
     assert await send(file, "--url", service.url) == 0
-    assert "sent 0: " in capsys.readouterr().out  # it knows
+    said = capsys.readouterr()
+    assert "sent 0: " in said.out  # it knows
+    assert "nothing new since it was sent" in said.err
     assert await send(file, "--again", "--url", service.url) == 0
     assert "sent 2,500: " in capsys.readouterr().out
     (tmp_path / "events.datapipe-sent").unlink()
@@ -130,9 +132,9 @@ async def test_what_is_refused_stands_in_a_file(
     file.write_bytes(lines(*events))
     assert await send(file, "--url", service.url) == 1
     said = capsys.readouterr()
-    assert "1,994 accepted, 6 refused (bad_json 3, bad_value 2, unsupported_event 1)" in said.out
+    assert "1,994 accepted, 6 rejected (bad_json 3, bad_value 2, unsupported_event 1)" in said.out
     refused = tmp_path / "events.ndjson.refused"
-    assert f"6 refused, see {refused}" in said.err
+    assert f"6 rejected, see {refused}" in said.err
     told = sorted(
         (json.loads(line) for line in refused.read_text().splitlines()),
         key=lambda each: each["line"],

@@ -14,6 +14,7 @@ from datapipe.events.segment import Segment
 from datapipe.mirrors import open_mirror
 from datapipe.mirrors.journal.file import JournalFile
 from datapipe.mirrors.journal.mirror import open_store
+from datapipe.mirrors.journal.salvage import check_journals
 from datapipe.mirrors.store import Removal
 from datapipe.settings import Settings
 from tests.contract.test_mirror import Alone, segment
@@ -73,3 +74,13 @@ async def test_a_journal_that_is_made_anew_while_it_expires_stays_ours(tmp_path:
         await store.append([segment(3)])
         async with open_store(settings) as other:
             assert other._own.path != store._own.path, "two processes own one file"
+
+
+async def test_a_journal_that_was_never_used_leaves_nothing_behind(tmp_path: Path) -> None:
+    """As by `datapipe load` beside a service, or as another user."""
+    settings = Settings(data_dir=str(tmp_path))
+    async with open_store(settings):
+        pass
+    assert [path.name for path in (tmp_path / "journal").iterdir()] == ["0.lock"]
+    ((level, text),) = check_journals(settings)
+    assert (level, text.startswith("journal: none yet in")) == ("ok", True)

@@ -14,6 +14,7 @@ from datapipe.errors import MirrorUnavailable
 from datapipe.events.segment import Segment
 from datapipe.events.types import Column
 from datapipe.mirrors import Mirror
+from datapipe.mirrors.journal import salvage
 from datapipe.mirrors.journal.mirror import open_store
 from datapipe.mirrors.journal.salvage import check_journals
 from datapipe.mirrors.store import Removal
@@ -138,3 +139,15 @@ async def test_the_log_of_a_killed_process_is_read_with_its_file(tmp_path: Path)
     overwrite(path, 0, b"\0" * 100)
     async with open_store(settings) as journal:
         assert sorted(await read_all(journal)) == list(range(100))
+
+
+def test_a_place_where_nothing_can_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The service would refuse to start there, or refuse events."""
+    (tmp_path / "file").touch()
+    ((level, text),) = check_journals(Settings(data_dir=str(tmp_path / "file" / "inner")))
+    assert (level, f"as {tmp_path / 'file'} can't be written" in text) == ("fail", True)
+    settings = Settings(data_dir=str(tmp_path / "new" / "data"))
+    assert [level for level, _ in check_journals(settings)] == ["ok"]
+    full = shutil.disk_usage(tmp_path)._replace(free=63 * 1024 * 1024)
+    monkeypatch.setattr(salvage.shutil, "disk_usage", lambda _: full)
+    assert [level for level, _ in check_journals(settings)] == ["fail"]

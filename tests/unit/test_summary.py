@@ -76,6 +76,12 @@ def test_database_down_says_since_when_why_and_for_how_long_there_is_room() -> N
     )
 
 
+def test_a_full_disk_is_not_emptied_by_loads() -> None:
+    full = fails("ingest", "less than 64 MiB of disk is free for the journal")
+    text = summary(status(full, ready=False, books__waiting=0))["text"]
+    assert text.endswith("is free for the journal. Free some; no restart is needed.")
+
+
 def test_room_for_years_is_told_as_a_size() -> None:
     for seconds_left in (None, 90 * 86_400):
         shown = summary(status(fails("database", "x"), mirror__seconds_left=seconds_left))

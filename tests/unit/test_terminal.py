@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from datapipe import testing
-from datapipe.cli import commands
+from datapipe.cli import commands, serve
 from datapipe.cli.terminal import show_status
-from datapipe.errors import Reason
+from datapipe.errors import DatapipeError, Reason
 from datapipe.monitor import formats
 from datapipe.settings import Settings
 from tests.doubles.shared_books import share
@@ -131,3 +135,18 @@ async def test_what_passes_by_itself_is_no_failure(
 
 def test_every_reason_has_its_words() -> None:
     assert set(formats.REASONS) == {reason.label for reason in Reason}
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(errno.EADDRINUSE, "is taken"), (errno.EACCES, "needs CAP_NET_BIND_SERVICE"),
+     (errno.EADDRNOTAVAIL, "can't listen on")],
+)  # fmt: skip
+async def test_a_port_that_is_not_to_be_had(number: int, words: str) -> None:
+    def listening(_: Settings) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    port: Any = SimpleNamespace(listening=listening)
+    with pytest.raises(DatapipeError, match=words):
+        async with serve._listening(port, Settings(port=80)):
+            pass

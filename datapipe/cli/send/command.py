@@ -107,7 +107,7 @@ async def _send_one(
     anew = state.reached == Mark()
     path = args.refused or Path(f"{source.name if source.again else _as_name(args.id)}.refused")
     refused = RefusedFile(path, anew=anew, since=state.done.item + 1)
-    before = totals.refused.total()
+    accepted, before = totals.accepted, totals.refused.total()
     sending = Sending(source, client, state, file, refused, totals, args.parallel, changed)
     try:
         async with _shown(source, client, totals):
@@ -115,9 +115,12 @@ async def _send_one(
     finally:
         refused.close()
         if (count := totals.refused.total() - before) > 0:
-            print(f"{source.name}: {count:,} refused, see {path}", file=sys.stderr)
+            print(f"{source.name}: {count:,} rejected, see {path}", file=sys.stderr)
     if sending.rest:
         why = "its last line is incomplete: left for the next time"
+        print(f"{source.name}: {why}", file=sys.stderr)
+    elif not anew and not count and totals.accepted == accepted:
+        why = "nothing new since it was sent; --again sends it again"
         print(f"{source.name}: {why}", file=sys.stderr)
     return bool(sending.rest)
 
@@ -191,7 +194,7 @@ def _print_summary(totals: Totals, seconds: float) -> None:
     sent = totals.accepted + refused
     why = ", ".join(f"{reason} {count:,}" for reason, count in sorted((+totals.refused).items()))
     print(
-        f"sent {sent:,}: {totals.accepted:,} accepted, {refused:,} refused"
+        f"sent {sent:,}: {totals.accepted:,} accepted, {refused:,} rejected"
         f"{f' ({why})' if why else ''}; {seconds:.1f} s, {sent / seconds:,.0f} events/s"
     )
 

@@ -19,6 +19,7 @@ import itertools
 import os
 import sqlite3
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -286,13 +287,13 @@ class JournalFile:
         return segment
 
     def close(self) -> None:
-        try:
+        never_used = False
+        with suppress(sqlite3.Error):  # damaged: the next owner repairs it
             ((last,),) = self._write.execute("SELECT max(seq) FROM sqlite_sequence")
-            if last is None and self.in_place():  # never used: a command that only looked
-                self.path.unlink()  # leaves nothing behind
-        except sqlite3.Error:
-            pass  # damaged: the next owner repairs it
-        self.disconnect()
+            never_used = last is None and self.in_place()
+        self.disconnect()  # SQLite leaves a log beside a file that is gone before
+        if never_used:  # a command that only looked leaves nothing behind
+            self.path.unlink(missing_ok=True)
         os.close(self.lock)
 
 

@@ -23,11 +23,15 @@ from datapipe.events.segment import Segment
 from datapipe.mirrors import Appended, Membership, Mirror, MirrorPlugin, MirrorState, Traits
 from datapipe.mirrors.buffered import BufferedMirror
 from datapipe.mirrors.journal.file import ROW_BYTES, JournalFile, open_file, own_file, size_of
-from datapipe.mirrors.journal.salvage import check_journals, is_damage, journal_folder
+from datapipe.mirrors.journal.salvage import (
+    MIN_FREE_BYTES,
+    check_journals,
+    is_damage,
+    journal_folder,
+)
 from datapipe.mirrors.store import Found, Removal, Run
 from datapipe.settings import Settings
 
-MIN_FREE_BYTES = 64 * 1024 * 1024  # on a full disk even DELETE fails, so appends stop before
 SEGMENT_MAX_BYTES = 1_048_576
 
 _REMOVED_AT_ONCE = 256  # 1 ms or so: appends wait for the same thread, and clients for them

@@ -21,6 +21,7 @@ from typing import Any
 from datapipe.mirrors import unregistered
 from datapipe.settings import Settings
 
+MIN_FREE_BYTES = 64 * 1024 * 1024  # on a full disk even DELETE fails, so appends stop before
 _COLUMNS = "position, lane, id, events, bytes, created_at, crc, head, data"
 _BEHIND = "FROM segments NOT INDEXED WHERE position > ? ORDER BY position LIMIT 1"
 _LAST = 2**40  # further on no gap is looked past
@@ -180,11 +181,14 @@ def journal_folder(settings: Settings) -> Path:
 def check_journals(settings: Settings) -> list[tuple[str, str]]:
     """Verify every journal in `data_dir`, also those of living processes; a line for each."""
     folder = journal_folder(settings)
-    if not folder.is_dir():
-        return [("ok", f"journal: none yet in {folder}")]
-    found = [] if os.access(folder, os.W_OK) else [("fail", f"journal {folder}: can't be written")]
+    found = _place(folder)
+    if not os.path.isdir(folder):  # what may not be looked at is no folder to us
+        return found or [("ok", f"journal: none yet in {folder}")]
     lanes: Counter[str] = Counter()
-    for path in sorted(folder.glob("*.sqlite")):
+    paths = sorted(folder.glob("*.sqlite"))
+    if not paths and not found:
+        found.append(("ok", f"journal: none yet in {folder}"))
+    for path in paths:
         try:
             verdict, waiting = _check(path)
         except sqlite3.Error as exc:
@@ -197,6 +201,18 @@ def check_journals(settings: Settings) -> list[tuple[str, str]]:
     damaged = sorted(folder.glob("*.damaged-*[0-9x]"))  # each may have its log beside it
     found += [("warn", f"journal {path}: quarantined as damaged") for path in damaged]
     return found
+
+
+def _place(folder: Path) -> list[tuple[str, str]]:
+    """What keeps the service from writing there."""
+    there = next(each for each in (folder, *folder.parents) if os.path.exists(each))
+    if not (os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK)):
+        whose = "" if there == folder else f"made, as {there} can't be "
+        remedy = "set data_dir, or the rights of that folder"
+        return [("fail", f"journal {folder}: can't be {whose}written: {remedy}")]
+    if shutil.disk_usage(there).free < MIN_FREE_BYTES:
+        return [("fail", f"journal {folder}: less than 64 MiB of disk is free: free some")]
+    return []
 
 
 def left_behind(settings: Settings) -> list[tuple[str, str]]:

@@ -44,6 +44,8 @@ _ENDED = (1053, 1077, 1079, 1080, 1927, 4031)  # the connection is closed with i
 
 _ENTRY = re.compile("entry '.*' for key")
 
+_NO_RIGHT_THERE = re.compile(r"Access denied for user ('.*'@'.*') to database '(.*)'")  # 1044
+
 _REMEDIES = {
     1148: "set local_infile = ON in the server's settings",
     3948: "set local_infile = ON in the server's settings",
@@ -94,4 +96,15 @@ def described(exc: BaseException) -> tuple[str, str]:
     code = code_of(exc)
     said = str(exc.args[-1] if exc.args else "").strip() or type(exc).__name__
     text = without_value(" ".join(said.split("\n")[0].split()))
-    return f"{text}: {_REMEDIES[code]}" if code in _REMEDIES else text, f"error {code}"
+    if remedy := _REMEDIES.get(code) or _grant_for(text):
+        text = f"{text}: {remedy}"
+    return text, f"error {code}"
+
+
+def _grant_for(text: str) -> str:
+    """What lets an account in that has no right on a database, not even to know of it."""
+    if not (found := _NO_RIGHT_THERE.fullmatch(text)):
+        return ""
+    account, database = found[1], found[2].replace("`", "``")
+    rights = "SELECT, INSERT, UPDATE, DELETE, CREATE, ALTER, INDEX"
+    return f"if there is one of this name, GRANT {rights} ON `{database}`.* TO {account}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -53,3 +54,12 @@ def test_without_what_it_needs_the_line_says_how_to_get_it() -> None:
     assert found.stderr.startswith("datapipe: msgspec is not installed for ")
     assert "`make run`" in found.stderr
     assert found.stderr.count("\n") == 1
+
+
+def test_ctrl_c_while_it_starts_is_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "msgspec.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    found = subprocess.run(
+        [sys.executable, "-m", "datapipe", "check"], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert (found.returncode, found.stderr) == (-signal.SIGINT, "")
