@@ -32,6 +32,7 @@ _HEADERS = {
 }
 _RETRY_MS = 1000  # until a page that lost its stream reconnects
 _SEND_TIMEOUT_S = 30.0  # until a page that reads nothing is disconnected
+_AT_ONCE = 4  # answers being made of all numbers: with a thousand event types each takes 5 MB
 
 
 @dataclass(slots=True)
@@ -64,6 +65,7 @@ class Pages:
         self._templates = assets.Templates()
         self._sections = assets.Sections(self._templates)
         self._encoded: tuple[News | None, str] = (None, "")
+        self._turns = asyncio.Semaphore(_AT_ONCE)
         app.router.add_get("/", self.page)
         app.router.add_get("/stream", self.stream, allow_head=False)
         app.router.add_get("/status.json", self.status_json)
@@ -80,15 +82,17 @@ class Pages:
         dead = unknown = None
         if not denied:
             dead, unknown = await asyncio.gather(self.dead.shown(), self.unknown.shown())
-        context = {
-            "status": await self.status.whole() | {"refused": self.status.records.refusals()},
-            "view": View.of(request.query),
-            "denied": denied.detail if denied else None,
-            "dead": dead,
-            "unknown": unknown,
-            "keeps_unknown": self.unknown.kept,
-        }
-        text = await asyncio.to_thread(self._templates.page, context)
+        async with self._turns:
+            context = {
+                "status": await self.status.whole() | {"refused": self.status.records.refusals()},
+                "view": View.of(request.query),
+                "denied": denied.detail if denied else None,
+                "dead": dead,
+                "unknown": unknown,
+                "keeps_unknown": self.unknown.kept,
+            }
+            text = await asyncio.to_thread(self._templates.page, context)
+            del context
         headers = {"Cache-Control": "no-store"}
         return web.Response(text=text, content_type="text/html", headers=headers)
 
@@ -137,7 +141,8 @@ class Pages:
     async def status_json(self, request: web.Request) -> web.StreamResponse:
         self.access.may_look(request)
         await self.status.refresh()
-        return responses.plain(await self.status.whole())
+        async with self._turns:
+            return responses.plain(await self.status.whole())
 
     async def refused(self, request: web.Request) -> web.StreamResponse:
         self.access.may_act(request)
@@ -145,9 +150,11 @@ class Pages:
 
     async def metrics(self, request: web.Request) -> web.StreamResponse:
         self.access.may_look(request)
-        status, histograms = await self.status.of_data_dir()
-        # in a thread: thousands of lanes take their time
-        text = await asyncio.to_thread(self.numbers.text, status, histograms)
+        async with self._turns:
+            status, histograms = await self.status.of_data_dir()
+            # in a thread: thousands of lanes take their time
+            text = await asyncio.to_thread(self.numbers.text, status, histograms)
+            del status
         from prometheus_client import CONTENT_TYPE_LATEST  # which that has imported
 
         return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE_LATEST})
