@@ -58,7 +58,7 @@ class Access:
             return Refused(
                 Reason.FORBIDDEN,
                 "the service may be reached from other machines: set admin_key, which is then "
-                "asked for, or, but for gunicorn, host to 127.0.0.1",
+                "asked for, or (but not under gunicorn) host to 127.0.0.1",
             )
         if not _is_loopback(_host_name(request.headers.get("Host", ""))):
             return Refused(
