@@ -339,14 +339,14 @@ def unregistered(
 ) -> list[tuple[str, str]]:
     """What `check` has to say of lanes in which something waits and that are no event types here.
 
-    Args: waiting: how much, by lane. unit: of what.
+    Args: waiting: how much, by lane. unit: of what, as of a single one.
     """
     known = load_registry(settings).kinds
     return [
         (
             "warn",
             f"{mirror}: event type {lane} is not registered here; what waits of it is kept until "
-            f"it is: {count} {unit}",
+            f"it is: {count:,} {unit}{'' if count == 1 else 's'}",
         )
         for lane, count in sorted(waiting.items())
         if count and lane not in known

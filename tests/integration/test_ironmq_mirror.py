@@ -1006,7 +1006,8 @@ async def test_check_warns_of_what_waits_for_a_type_that_is_not_registered(world
     await world.left_by("dead", [segment(lane="signup"), segment()])
     found = await check_mirror(world.settings())
     (warning,) = (text for level, text in found if level == "warn")
-    assert warning.startswith("ironmq: 1 messages of signup wait, which is not an event type here")
+    assert warning.startswith("ironmq: event type signup is not registered here; ")
+    assert warning.endswith(": 1 message")
 
 
 async def test_check_tells_wrong_credentials_from_an_ironmq_that_is_away(world: World) -> None:

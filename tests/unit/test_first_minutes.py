@@ -61,5 +61,7 @@ def test_ctrl_c_while_it_starts_is_no_traceback(tmp_path: Path) -> None:
     found = subprocess.run(
         [sys.executable, "-m", "datapipe", "check"], cwd=ROOT, capture_output=True, text=True,
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        # in the background of a shell it would be ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     assert (found.returncode, found.stderr) == (-signal.SIGINT, "")

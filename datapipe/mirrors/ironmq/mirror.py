@@ -295,4 +295,4 @@ class IronMQPlugin(MirrorPlugin):
         prefix = settings.ironmq_queue_prefix
         lanes = {queue.removeprefix(prefix): size for queue, size in there.items()}
         ours = {lane: size for lane, size in lanes.items() if LANE.fullmatch(lane)}
-        return found + unregistered("ironmq", ours, "messages", settings)
+        return found + unregistered("ironmq", ours, "message", settings)

@@ -197,7 +197,7 @@ def check_journals(settings: Settings) -> list[tuple[str, str]]:
         events = f"{(many := waiting.total())} event{'' if many == 1 else 's'} waiting"
         found.append((level, f"journal {path}: {verdict}, {events}"))
         lanes += waiting
-    found += unregistered("journal", lanes, "events", settings)
+    found += unregistered("journal", lanes, "event", settings)
     damaged = sorted(folder.glob("*.damaged-*[0-9x]"))  # each may have its log beside it
     found += [("warn", f"journal {path}: quarantined as damaged") for path in damaged]
     return found
