@@ -75,13 +75,14 @@ def _lane(
 
 def _facts(status: Mapping[str, Any], said: Sequence[str]) -> list[str]:
     mirror, database = status["mirror"], status["database"]
+    name = formats.kind(mirror["kind"])
     used = f"{formats.size(mirror['bytes'])} of {formats.size(mirror['max_bytes'])} used"
     product = database.get("product", "version")  # an older service names none
     rejected = ", ".join(
         f"{formats.reason(why)} {count:,}" for why, count in sorted(status["rejected"].items())
     )
     return [
-        f"{_name(mirror['kind'])}: {formats.up(mirror['up'])}, {used}{_why(mirror['error'], said)}",
+        f"{name}: {formats.up(mirror['up'])}, {used}{_why(mirror['error'], said)}",
         f"database: {product} {database['version'] or '(not reached yet)'}, "
         f"{formats.up(database['up'])}{_why(database['error'], said)}",
         f"rejected: {rejected or 'nothing'}",
@@ -97,10 +98,6 @@ def _processes(status: Mapping[str, Any]) -> str:
     text = f", {answered} process{'' if answered == 1 else 'es'}"
     text += f", silent: {', '.join(silent)}" if silent else ""
     return text + (f", ended: {', '.join(ended)}" if ended else "")
-
-
-def _name(mirror: str) -> str:
-    return "memory" if mirror == "none" else formats.kind(mirror)
 
 
 def _why(error: str | None, said: Sequence[str]) -> str:

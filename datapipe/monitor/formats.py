@@ -7,6 +7,8 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
+from datapipe.mirrors import name_of
+
 NOTHING = "\N{EN DASH}"
 REASONS = {  # why events are rejected, for people, in the order in which the page shows them
     "no_content": "empty body",
@@ -117,13 +119,14 @@ def text(value: Any) -> str:
 
 
 def kind(value: str) -> str:
-    """Of a mirror, as its makers write it."""
-    return {"ironmq": "IronMQ", "nats": "NATS"}.get(value, value)
+    """What people call a mirror, by itself."""
+    return name_of(value).removeprefix("the ")
 
 
 def durable(value: str) -> str:
     """A mirror, as the heading of what is said of it."""
-    return {"none": "Memory only"}.get(value, kind(value)[:1].upper() + kind(value)[1:])
+    name = kind(value)
+    return f"{name[:1].upper()}{name[1:]}{' only' if value == 'none' else ''}"
 
 
 def alone(value: str) -> str:
@@ -143,6 +146,6 @@ def reason(value: str) -> str:
 FORMATS: dict[str, Callable[[Any], str]] = {
     "count": count, "size": size, "rate": rate, "seconds": seconds, "clock": clock, "text": text,
     "percent": percent, "check": check, "outcome": outcome, "up": up,
-    "kind": kind, "durable": durable, "alone": alone, "reason": reason,
+    "durable": durable, "alone": alone, "reason": reason,
     "zero": lambda value: count(value or 0),
 }  # fmt: skip
