@@ -11,6 +11,7 @@ import asyncio
 import gc
 import importlib
 import json
+import logging
 import os
 import pkgutil
 import select
@@ -186,6 +187,7 @@ def _become(request: dict[str, Any], outputs: list[int]) -> None:
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:
+        logging.shutdown()  # as the interpreter does at its end: lines may wait to be written
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

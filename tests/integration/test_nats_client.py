@@ -132,7 +132,7 @@ async def test_a_service_with_another_database_ends_with_one_clear_line(
     second = await make_service(database_url=postgres.create_database(), **shared).start(wait=False)
     assert await second.wait() == 1
     lines = [line for line in second.lines if "nats_prefix" in str(line.get("error"))]
-    assert [line["event"] for line in lines] == ["stopping"]
+    assert [line["event"] for line in lines] == ["stopping"], second.raw
     assert "database_url" in lines[0]["error"]
     assert not [raw for raw in second.raw if "Traceback" in raw]
     assert await first.stop() == 0
