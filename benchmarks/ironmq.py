@@ -34,20 +34,14 @@ from benchmarks.measure import Bench, Contest, Goal, Sample, in_turn, memory_goa
 TITLE = "IronMQ"
 LATENCY_S = 0.05
 _EVENTS, _CONNECTIONS = 1000, 64
+_SINGLES = (64, 256, 1000)  # connections
 _REQUESTS = "requests_per_million"
 _LETTERS = string.ascii_lowercase + "_"
 
 
 def measure(bench: Bench) -> Iterator[Contest]:
-    few, many = "64 connections", "1,000 connections"
-    singles = {few: 64, "256 connections": 256, many: 1000}
-    goals = [
-        Goal("IronMQ, 64 connections, share", few, figure="share", least=0.9),
-        Goal("IronMQ, 1,000 connections / 64", many, few, least=6),
-        *memory_goals("IronMQ", *singles),
-    ]
-    rivals = {name: partial(_single, bench, count) for name, count in singles.items()}
-    yield in_turn("single events", rivals, bench, goals)
+    rivals = {_named(count): partial(_single, bench, count) for count in _SINGLES}
+    yield in_turn("single events", rivals, bench, single_goals())
     name = "1,000 events a POST"
     goals = [
         Goal("IronMQ, requests a million events", name, figure=_REQUESTS, most=600),
@@ -55,6 +49,19 @@ def measure(bench: Bench) -> Iterator[Contest]:
     ]
     yield in_turn("batches", {name: partial(_batches, bench)}, bench, goals)
     yield _simulated()
+
+
+def single_goals() -> list[Goal]:
+    few, *_, many = rivals = [_named(count) for count in _SINGLES]
+    return [
+        Goal("IronMQ, 64 connections, share", few, figure="share", least=0.9),
+        Goal("IronMQ, 1,000 connections / 64", many, few, least=6),
+        *memory_goals("IronMQ", *rivals),
+    ]
+
+
+def _named(connections: int) -> str:
+    return f"{connections:,} connections"
 
 
 def _simulated() -> Contest:

@@ -27,8 +27,8 @@ _FLUSHES = (
     "disk; the cores are not used up (*machine's busy cores*)."
 )
 _THRICE = (
-    "The nodes write each row three times, on the service's own cores and disk: 1.7 CPU seconds a "
-    "million events (2.4 with sync always) beside the service's 1.2; pulling and acknowledging "
+    "The nodes write each row three times, on the service's own cores and disk: 1.8 CPU seconds a "
+    "million events (2.2 with sync always) beside the service's 1.1; pulling and acknowledging "
     "are little of it."
 )
 _NODES = (
@@ -50,6 +50,11 @@ LIMITS: dict[str, str] = {
     f"single, 256 connections, one process / {_GATHERED}": _KERNEL,
     f"single, 64 connections, one process a core / {_CLUSTERED}": _CORES,
     f"single, 256 connections, one process a core / {_CLUSTERED}": _CORES,
+    "IronMQ, 64 connections, share": (
+        "A bare call to the stand-in takes 51.4 ms alone and up to 52.6 beside others, as its "
+        "client shares the two cores with it, so 0.95 to 0.97 is the most. 1.6 ms (a 32nd of a "
+        "call) an event waits for others to share its call, for each call costs money."
+    ),
     "a file by `datapipe send` / wrk's batches": (
         "Of the 2.6 s that a million events take, 0.4 is the start of the command, before anything "
         "is sent, and 0.3 the last load; from its start to its last answer the command itself "

@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 import pytest
 import structlog
 
-from benchmarks import batch, databases, keys, memory, nats, page, send, single, steady
+from benchmarks import batch, databases, ironmq, keys, memory, nats, page, send, single, steady
 from benchmarks.chart import Bar, Group, svg
 from benchmarks.limits import LIMITS
 from benchmarks.measure import (
@@ -151,7 +151,7 @@ def test_limits_are_those_of_goals_that_there_are() -> None:
     goals += [goal for connections in single.CONNECTIONS for goal in single.goals(connections)]
     goals += [goal for connections in nats.CONNECTIONS for goal in nats.goals(connections)]
     goals += nats.batch_goals() + [goal for name in nats.SYNC for goal in nats.process_goals(name)]
-    goals += databases.batch_goals() + databases.delay_goals()
+    goals += ironmq.single_goals() + databases.batch_goals() + databases.delay_goals()
     goals += [goal for store in STORES for goal in databases.load_goals(store)]
     assert LIMITS.keys() <= {goal.what for goal in goals}
 
