@@ -47,7 +47,7 @@ async def test_a_full_disk_is_down_and_heals(
         await driver.answered(50)  # events are taken all the same
         (disk / "ballast").unlink()
         await loads(service)
-        await summary_is(service, "healthy")
+        await summary_is(service, "healthy", "dead_letters")
     await check_all(driver, service, database)
 
 
