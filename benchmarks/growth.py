@@ -29,7 +29,7 @@ from benchmarks.loads import BATCH_CONNECTIONS, database, figures, warm_up
 from benchmarks.loads import batches as send
 from benchmarks.measure import Bench, Contest, Goal, Sample, in_turn, memory_goals
 from benchmarks.servers import Server
-from tests.postgres import free_port
+from tests.ports import free_port
 
 TITLE = "Growth"
 JOURNAL_BYTES = 8 << 30

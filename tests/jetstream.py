@@ -10,11 +10,8 @@ This file can't be `nats.py`: pytest puts the folder of conftest.py first in the
 
 from __future__ import annotations
 
-import errno
 import json
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -28,13 +25,11 @@ from urllib.request import ProxyHandler, build_opener
 import nats
 from nats.aio.client import Client
 
+from tests.ports import free_ports
+
 SERVER = Path(sys.executable).parent / "nats-server"
 START_S = 60.0
 ASK_S = 2.0
-# below those that the kernel gives to clients (32768 to 60999): a client that tries again and again
-# to reach a node that is down would in the end be given its port, and connect to itself
-PORTS = range(15_000, 32_000)
-
 CONFIGURATION = """\
 server_name: {name}
 listen: "{host}:{port}"
@@ -337,19 +332,3 @@ async def request(client: Client, api: str, body: object) -> dict[str, Any]:
 
 async def _unheard(error: Exception) -> None:
     """A connection lost is what tests are about; nats-py would print it."""
-
-
-def free_ports(host: str, count: int) -> list[int]:
-    """Ports that nobody has there; in another network namespace, any."""
-    found: list[int] = []
-    while len(found) < count:
-        port = random.choice(PORTS)
-        with socket.socket() as probe:
-            try:
-                probe.bind((host, port))
-            except OSError as exc:
-                if exc.errno != errno.EADDRNOTAVAIL:  # there is such an address elsewhere
-                    continue
-        if port not in found:
-            found.append(port)
-    return found

@@ -22,7 +22,7 @@ from uuid import uuid4
 
 import pymysql
 
-from tests.postgres import free_port
+from tests.ports import free_port
 
 # Data folders of a server that never ran, by its version: to make one takes seconds.
 _TEMPLATES = Path(__file__).parent.parent / ".cache" / "mariadb"

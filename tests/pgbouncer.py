@@ -18,7 +18,8 @@ from urllib.parse import urlsplit
 
 import psycopg2
 
-from tests.postgres import free_port, run_as
+from tests.ports import free_port
+from tests.postgres import run_as
 
 
 class PgBouncer:

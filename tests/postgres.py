@@ -12,7 +12,6 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -24,6 +23,8 @@ from typing import Any
 from uuid import uuid4
 
 import psycopg2
+
+from tests.ports import free_port
 
 _SERVERS = Path(__file__).parent.parent / ".cache/servers/node_modules"
 VERSIONS = ("13", "18")  # what there is beside the wheel's 17
@@ -64,12 +65,6 @@ def _new_data(bin: Path) -> Path:
          "--locale=C", "--no-sync"], check=True, capture_output=True, cwd="/", **as_user,
     )  # fmt: skip
     return folder
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Postgres:

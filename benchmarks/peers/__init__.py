@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.servers import ROOT, WORK, Server, running
-from tests.postgres import free_port
+from tests.ports import free_port
 
 _HERE = Path(__file__).parent
 _INSTALLED = ROOT / ".cache" / "peers"

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from playwright.async_api import expect
 
 from tests.browser.chromium import OpenPage
-from tests.postgres import Postgres, free_port
+from tests.ports import free_port
+from tests.postgres import Postgres
 from tests.service import Service, until
 
 CRASH = {"event_name": "crash_report", "user_id": 1, "timestamp": 2, "message": "boom"}

@@ -15,7 +15,7 @@ import aiohttp
 import trustme
 
 from tests.deploy.shipped import moved
-from tests.postgres import free_port
+from tests.ports import free_port
 from tests.service import until
 
 # what the distribution's own file says, for any user and any folder

@@ -15,7 +15,7 @@ from typing import Any
 import aiohttp
 
 from tests.deploy.shipped import installed, moved, status_of
-from tests.postgres import free_port
+from tests.ports import free_port
 
 PROCESSES = 4
 

@@ -19,7 +19,8 @@ import pytest
 from tests.deploy.processes import send, tree
 from tests.deploy.shipped import status_of
 from tests.fault.driver import Driver
-from tests.postgres import Postgres, free_port
+from tests.ports import free_port
+from tests.postgres import Postgres
 from tests.service import ROOT, until
 
 WORKERS = 2

@@ -17,7 +17,7 @@ from tests.deploy.router import Router
 from tests.deploy.tls import CONNECTIONS, TlsPostgres
 from tests.fault.driver import Driver
 from tests.fault.ironmq_process import Queue, running_queue
-from tests.postgres import free_port
+from tests.ports import free_port
 
 OURS = 6  # connections at the most: 3 that load, 2 for the rest, 1 that looks for the address
 

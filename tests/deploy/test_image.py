@@ -16,7 +16,8 @@ import aiohttp
 import pytest
 
 from tests.deploy.engine import IMAGE, SHUT, Engine
-from tests.postgres import Postgres, free_port
+from tests.ports import free_port
+from tests.postgres import Postgres
 from tests.service import ROOT, until
 
 pytestmark = pytest.mark.needs_root

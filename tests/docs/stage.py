@@ -38,7 +38,7 @@ from aiohttp import web
 from tests.browser.chromium import chromium
 from tests.docs import metrics
 from tests.docs.pages import ROOT, Block
-from tests.postgres import free_port
+from tests.ports import free_port
 from tests.service import until
 
 TIMEOUT_S = 60.0

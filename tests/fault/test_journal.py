@@ -15,7 +15,8 @@ import pytest
 
 from tests.commands import command
 from tests.fault.driver import Driver
-from tests.postgres import Postgres, free_port
+from tests.ports import free_port
+from tests.postgres import Postgres
 from tests.service import Service, until
 from tests.wire import ask, crash, post
 

@@ -15,7 +15,8 @@ from tests.commands import command
 from tests.fault.driver import Driver, fill
 from tests.fault.moments import Moment
 from tests.fault.proxy import Proxy
-from tests.postgres import Postgres, free_port
+from tests.ports import free_port
+from tests.postgres import Postgres
 from tests.service import Service, until
 from tests.wire import crash
 

@@ -19,7 +19,8 @@ import pytest
 
 from tests import commands
 from tests.commands import Result
-from tests.postgres import Postgres, free_port
+from tests.ports import free_port
+from tests.postgres import Postgres
 from tests.service import ROOT, Service, until
 from tests.wire import crash, purchase, running
 

@@ -16,7 +16,8 @@ import pytest
 import pytest_asyncio
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.postgres import Postgres, free_port
+from tests.ports import free_port
+from tests.postgres import Postgres
 from tests.service import Service, until
 from tests.wire import ask, crash, get, post, purchase, running
 

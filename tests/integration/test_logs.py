@@ -18,7 +18,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.postgres import free_port
+from tests.ports import free_port
 from tests.service import ROOT, until
 from tests.wire import crash
 

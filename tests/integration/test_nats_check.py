@@ -21,7 +21,8 @@ from datapipe.mirrors.nats.streams import consumer_config, stream_config
 from datapipe.settings import Settings
 from datapipe.sinks import Mark
 from tests import nats_logins as logins
-from tests.jetstream import NatsCluster, free_ports, request
+from tests.jetstream import NatsCluster, request
+from tests.ports import free_ports
 
 LANES = ["crash_report", "install", "purchase"]
 Findings = list[tuple[str, str]]

@@ -18,7 +18,8 @@ from datapipe.mirrors.nats.streams import consumer_config, stream_config
 from datapipe.settings import Settings
 from tests import nats_logins as logins
 from tests.commands import command
-from tests.jetstream import NatsCluster, free_ports, request
+from tests.jetstream import NatsCluster, request
+from tests.ports import free_ports
 from tests.postgres import Postgres
 from tests.service import ROOT, Service, until
 from tests.wire import crash

@@ -12,7 +12,7 @@ import trustme
 from nats.aio.client import Client
 from nats.errors import Error
 
-from tests.jetstream import NatsCluster, free_ports, request
+from tests.jetstream import NatsCluster, request
 from tests.service import until
 
 
@@ -128,7 +128,3 @@ async def test_addresses_users_and_tls_of_ones_own(tmp_path: Path) -> None:
             await make_stream(client, "t_install", 3)
             await publish(client, "t.install.1", "a")
         assert len(cluster.replicas_of("t_install")) == 3
-
-
-def test_ports_differ() -> None:
-    assert len(set(free_ports("127.0.0.1", 50))) == 50

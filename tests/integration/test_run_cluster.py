@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.jetstream import free_ports
+from tests.ports import free_ports
 from tests.service import ROOT, until
 
 
@@ -115,6 +115,16 @@ def living(folder: Path) -> list[int]:
     return found
 
 
+def report(folder: Path, pids: set[int]) -> str:
+    """What these processes are and wait for, and the last words of all logs."""
+    words = [
+        Path(f"/proc/{pid}/{name}").read_text() for pid in pids for name in ("status", "wchan")
+    ]
+    logs = (folder / "var/cluster").glob("*.log")
+    words += [f"{log.name}: {log.read_text()[-3000:]}" for log in logs]
+    return "\n".join(words)
+
+
 async def post(line: str, folder: Path) -> None:
     """Run the line until it is taken: a leader that was killed is missed for seconds."""
 
@@ -179,10 +189,15 @@ async def test_what_a_killed_one_left_is_not_run_twice(place: Path) -> None:
     for pid in found[1].split():
         os.kill(int(pid), signal.SIGTERM)
 
-    async def gone() -> bool:
-        return not any(Path(f"/proc/{pid}").exists() for pid in found[1].split())
+    left = set(map(int, found[1].split()))
 
-    await until(gone, 60, "the end of what was left")
+    async def gone() -> bool:
+        return not left & set(living(place))
+
+    try:
+        await until(gone, 60, "the end of what was left")
+    except AssertionError:
+        pytest.fail(f"still there: {report(place, left & set(living(place)))}")
     async with Run.started(place, port) as run:
         await run.printed("logs")
         for line in run.lines("post"):

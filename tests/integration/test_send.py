@@ -20,7 +20,8 @@ from datapipe.cli import main
 from datapipe.cli.send import client, cut
 from datapipe.errors import ConfigError
 from datapipe.settings import Settings
-from tests.postgres import Postgres, free_port
+from tests.ports import free_port
+from tests.postgres import Postgres
 from tests.service import LINE_BYTES, Service, until, zygote
 from tests.wire import crash, lines, purchase, running
 from tests.zygote import Forked

@@ -29,7 +29,7 @@ from datapipe.cli.send.source import BrokenInput, Source
 from datapipe.cli.send.state import State
 from datapipe.errors import ConfigError, DatapipeError
 from datapipe.settings import Settings
-from tests.postgres import free_port
+from tests.ports import free_port
 
 # --- bytes -> items -> blocks -> pieces ---
 
