@@ -126,7 +126,8 @@ async def test_a_process_a_node_and_a_machine_are_lost(
         }
         front = nginx(tmp_path, "cluster/nginx.conf", places)
         base, trusting = await stack.enter_async_context(front)
-        driver = Driver(lambda: base, seed, tls=trusting)
+        # a NATS server that dies may have stored what it did not confirm: then 503 is not certain
+        driver = Driver(lambda: base, seed, tls=trusting, certain=False)
 
         async with driver.running():
             await driver.answered(200)
