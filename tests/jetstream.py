@@ -30,6 +30,7 @@ from tests.ports import free_ports
 SERVER = Path(sys.executable).parent / "nats-server"
 START_S = 60.0
 ASK_S = 2.0
+
 CONFIGURATION = """\
 server_name: {name}
 listen: "{host}:{port}"
