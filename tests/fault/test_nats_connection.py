@@ -57,3 +57,35 @@ async def test_what_is_subscribed_while_it_reconnects(own_nats: NatsCluster) -> 
             with suppress(MirrorUnavailable):
                 await client.publish("t", "t")
             await asyncio.sleep(0.05)
+
+
+async def test_nothing_is_left_of_a_connection_that_was_just_lost(own_nats: NatsCluster) -> None:
+    """At any turn: what drops its cancellation would keep the process from ending."""
+    before, outlived = asyncio.all_tasks(), []
+    for turns in range(30):
+        client = Client(Settings(mirror="nats", nats_url=own_nats.urls))
+        async with client.connecting():
+            await client.wait_connected(10)
+            client._connection.abort()
+            for _ in range(turns):
+                await asyncio.sleep(0)
+        await asyncio.sleep(0.1)
+        for task in asyncio.all_tasks() - before:
+            outlived.append((turns, task))
+            while not task.done():
+                task.cancel()
+                await asyncio.wait([task], timeout=0.1)
+    assert outlived == []
+
+
+async def test_nodes_that_only_other_nodes_tell_of(own_nats: NatsCluster) -> None:
+    client = Client(Settings(mirror="nats", nats_url=own_nats.nodes[0].url))
+    async with client.connecting(), asyncio.timeout(30):
+        for _ in range(2):
+            await client.wait_connected(10)
+            url = client._connection.connected_url
+            assert url is not None
+            next(each for each in own_nats.nodes if str(each.port) in url.netloc).kill()
+            while client._connected.is_set():
+                await asyncio.sleep(0.01)
+        await client.wait_connected(10)

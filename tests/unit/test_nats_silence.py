@@ -27,6 +27,7 @@ class Node:
 
     def __init__(self, answers: dict[str, bytes | None]) -> None:
         self._answers = answers
+        self.lost = asyncio.Event()
 
     async def request(self, subject: str, payload: bytes, **more: Any) -> mock.Mock:
         await asyncio.sleep(0.005)
@@ -50,14 +51,14 @@ async def left(*answers: tuple[str, bytes | None]) -> bool:
     client._connected.set()
     with suppress(TimeoutError):
         async with asyncio.timeout(3 * SILENT_S):
-            while not client._ended.is_set():
+            while not node.lost.is_set():
                 for subject, _ in answers:
                     with suppress(MirrorUnavailable):
                         if subject == "t.install.1":
                             await client.request("publish", subject)
                         else:
                             await client.api(subject)
-    return client._ended.is_set()
+    return node.lost.is_set()
 
 
 async def test_one_dead_stream_among_healthy_ones_is_no_reason() -> None:

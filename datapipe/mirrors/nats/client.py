@@ -87,7 +87,6 @@ class Client:
         self._creds = settings.nats_creds
         self._connection = Connection()
         self._connected = asyncio.Event()
-        self._ended = asyncio.Event()  # the connection is closed for good, or of no use
         self._silent_since: dict[bool, float] = {}  # of calls that are infos, and of others
         self._error = "not connected yet"
         self._subscriptions: dict[str, OnMessage] = {}
@@ -108,31 +107,27 @@ class Client:
             await close(self._connection)
 
     async def _stay_connected(self) -> None:
-        """nats-py reconnects by itself, but not after all errors, nor from a useless node."""
+        """A connection that is lost, or to a node that is of no use, gives way to another."""
         failures = 0
         while True:
-            ended = self._ended = asyncio.Event()
-
-            async def on_closed(ended: asyncio.Event = ended) -> None:
-                ended.set()
-
-            self._connection = Connection()
+            connection = self._connection = Connection(self._connection)
             self._subscribed.clear()
             try:
-                await self._connection.connect(
+                await connection.connect(
                     **self._options, user_credentials=credentials(self._creds),
-                    error_cb=self._on_error, closed_cb=on_closed,
-                    disconnected_cb=self._on_disconnected, reconnected_cb=self._on_connected,
+                    error_cb=self._on_error, closed_cb=connection.on_closed,
                 )  # fmt: skip
                 failures = 0
                 await self._on_connected()
-                await ended.wait()
+                await connection.lost.wait()
             except Exception as exc:  # whatever a file of credentials or a server makes it raise
                 await self._on_error(exc)
             failures += 1
-            await self._on_disconnected()
-            left = self._connection.connected_url
-            await close(self._connection)
+            self._connected.clear()
+            self.health.fails(time.perf_counter(), self._trouble)
+            left = connection.connected_url
+            connection.abort()
+            await close(connection)
             self._options["servers"] = others_first(self._options["servers"], left)
             await asyncio.sleep(backoff(failures, _RETRY_MAX_S))
 
@@ -157,10 +152,6 @@ class Client:
         self._silent_since.clear()
         self._connected.set()
         await self._subscribe_all()
-
-    async def _on_disconnected(self) -> None:
-        self._connected.clear()
-        self.health.fails(time.perf_counter(), self._trouble)
 
     async def wait_connected(self, timeout_s: float) -> None:
         """Raises: MirrorUnavailable: why not."""
@@ -194,7 +185,6 @@ class Client:
             await self._subscribe_all()
 
     async def _subscribe_all(self) -> None:
-        """What came while nats-py was reconnecting it does not know: it would be deaf for ever."""
         for subject, on_message in list(self._subscriptions.items()):
             if subject not in self._subscribed:
                 self._subscribed.add(subject)
@@ -279,7 +269,7 @@ class Client:
             self._connected.is_set() and now - self._silent_since.setdefault(infos, now) > _SILENT_S
         ):
             self._silent_since.clear()
-            self._ended.set()
+            self._connection.lost.set()
 
     def _unavailable(self, exc: Exception, timeout_s: float, began: float) -> MirrorUnavailable:
         why = self._trouble

@@ -23,7 +23,7 @@ from datapipe.settings import Settings
 
 # A node that is frozen is noticed after three of these; nats-py's own default is minutes.
 _PING_S = 2.0
-_RECONNECT_S = 0.25
+_AGAIN_S = 0.25  # between two tries to reach the same node
 _CLOSE_S = 1.0
 _PENDING_BYTES = 64 << 20
 
@@ -42,30 +42,40 @@ class _Transport(TcpTransport):
 
 
 class Connection(NatsClient):
-    """That of nats-py, with three of its faults repaired.
+    """That of nats-py, with two of its faults repaired; once it is lost, another one is made.
 
-    What could not be sent at once is never sent: nats-py keeps it until it has a connection again,
-    perhaps for hours, and the ledger may have forgotten it when it is stored.
+    nats-py would connect again by itself: in a task that may drop its cancellation, and then goes
+    on for ever and keeps the process from ending; and it would send what it could not send before,
+    perhaps hours later, when the ledger may have forgotten it.
+
+    Args: before: the one before; the nodes that it was told of are known to this one, too.
+    Attributes: lost: set once it is, or of no use.
     """
 
-    async def publish(
-        self,
-        subject: str,
-        payload: bytes = b"",
-        reply: str = "",
-        headers: dict[str, Any] | None = None,
-    ) -> None:
-        if not self.is_connected:
-            raise nats.errors.ConnectionReconnectingError
-        await super().publish(subject, payload, reply, headers)
+    def __init__(self, before: Connection | None = None) -> None:
+        super().__init__()
+        self.lost = asyncio.Event()
+        self._before = before
 
-    async def _attempt_reconnect(self) -> None:
-        self._pending, self._pending_data_size = [], 0  # subscriptions are made anew in any case
-        self.abort()
-        await super()._attempt_reconnect()
+    def _setup_server_pool(self, connect_url: list[str]) -> None:
+        super()._setup_server_pool(connect_url)
+        before, self._before = self._before, None
+        if before is not None:
+            known = {each.uri.netloc for each in self._server_pool}
+            told = [each for each in before._server_pool if each.discovered]
+            self._server_pool += [each for each in told if each.uri.netloc not in known]
+
+    async def _process_op_err(self, e: Exception) -> None:
+        await self._error_cb(e)
+        self.lost.set()
+
+    async def on_closed(self) -> None:
+        """For `connect`: nats-py has closed it."""
+        self.lost.set()
 
     def abort(self) -> None:
         """What the node has not read is not sent to it any more, should it be frozen and thaw."""
+        self._pending, self._pending_data_size = [], 0
         with suppress(Exception):  # no public name reaches the socket
             self._transport._io_writer.transport.abort()  # type: ignore[union-attr]
 
@@ -93,7 +103,7 @@ async def close(connection: Connection) -> None:
     closing = asyncio.create_task(connection.close())
     closing.add_done_callback(lambda task: task.cancelled() or task.exception())
     await asyncio.wait([closing], timeout=_CLOSE_S)
-    closing.cancel()  # nats-py may wait here for what was cancelled
+    closing.cancel()
     connection.abort()  # nats-py waits until all is sent
     await asyncio.wait([closing], timeout=_CLOSE_S)  # the event loop closes the socket meanwhile
 
@@ -176,7 +186,7 @@ def options(settings: Settings) -> dict[str, Any]:
         "nkeys_seed": settings.nats_nkey_file or None,
         "tls": tls,
         "connect_timeout": 2,
-        "reconnect_time_wait": _RECONNECT_S,
+        "reconnect_time_wait": _AGAIN_S,
         "max_reconnect_attempts": -1,
         "ping_interval": _PING_S,
         "max_outstanding_pings": 2,
