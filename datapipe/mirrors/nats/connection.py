@@ -44,9 +44,10 @@ class _Transport(TcpTransport):
 class Connection(NatsClient):
     """That of nats-py, with two of its faults repaired; once it is lost, another one is made.
 
-    nats-py would connect again by itself: in a task that may drop its cancellation, and then goes
-    on for ever and keeps the process from ending; and it would send what it could not send before,
-    perhaps hours later, when the ledger may have forgotten it.
+    nats-py would connect again by itself: in a task that may drop its cancellation (see
+    `pipeline.tasks.background`), goes on for ever then, and keeps the process from ending; and it
+    would send what it could not send before, perhaps hours later, when the ledger may have
+    forgotten it.
 
     Args: before: the one before; the nodes that it was told of are known to this one, too.
     Attributes: lost: set once it is, or of no use.
