@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Mapping
 from types import SimpleNamespace
@@ -60,6 +61,18 @@ async def test_a_new_view_is_shown_at_once_and_news_after_a_rest(monkeypatch: An
     assert await shown(sections, news("2"), B) == {"tiles": "1", "types": "1 b"}
 
 
+async def test_to_wait_for_a_core_earns_no_rest() -> None:
+    class Waiting(Counted):
+        def sections(self, status: Mapping[str, Any]) -> dict[str, str]:
+            time.sleep(0.2)
+            return super().sections(status)
+
+    sections = Sections(Waiting())
+    assert (await shown(sections, news("1"), A))["tiles"] == "1"
+    time.sleep(0.1)
+    assert (await shown(sections, news("2"), A))["tiles"] == "2"
+
+
 async def test_thousands_of_views_take_no_memory_nor_hold_up_news_for_long(
     monkeypatch: Any,
 ) -> None:
@@ -71,7 +84,8 @@ async def test_thousands_of_views_take_no_memory_nor_hold_up_news_for_long(
         now += 1e-6
         return now
 
-    monkeypatch.setattr(assets, "time", SimpleNamespace(monotonic=monotonic))
+    clocks = SimpleNamespace(monotonic=monotonic, thread_time=monotonic)
+    monkeypatch.setattr(assets, "time", clocks)
     templates = Counted()
     sections, first = Sections(templates), news("1")
     views = [View(q=str(n)) for n in range(3000)]
