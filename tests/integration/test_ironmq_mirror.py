@@ -414,7 +414,7 @@ async def test_a_lease_whose_prolonging_was_not_answered_does_not_keep_its_messa
     world: World,
 ) -> None:
     """It was prolonged under a reservation id that nobody knows."""
-    mirror = await world.open(mirror_timeout=0.5)
+    mirror = await world.open(mirror_timeout=5.0)
     await world.left_by("dead", [segment()])
     found = (await world.recover(mirror)).segments
     world.clock.pass_(LEASE_S / 2 + 1)
