@@ -143,9 +143,13 @@ async def store(mirror: Mirror, *segments: Segment) -> None:
 
 async def take_all(mirror: Mirror, lane: str = "install") -> list[Segment]:
     taken: list[Segment] = []
-    while some := await mirror.take(lane, 10_000_000):
-        taken += some
-    return taken
+    async with asyncio.timeout(10):
+        while True:
+            some = await mirror.take(lane, 10_000_000)
+            taken += some
+            # who hands out what is shared may learn of the newest a little later
+            if not some and not (mirror.traits.shared and mirror.waiting(lane).parked):
+                return taken
 
 
 def ids(segments: Sequence[Segment]) -> list[str]:
