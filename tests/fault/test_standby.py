@@ -95,8 +95,14 @@ async def rows(pair: Pair, database: str) -> tuple[int, int]:
 
 
 async def cancelled(pair: Pair, service: Service) -> None:
-    """COMMIT returns, with a WARNING."""
+    """COMMIT returns, with a WARNING, and the service has heard of it."""
+    before = len(service.logged("load failed"))
+
+    async def heard() -> bool:
+        return len(service.logged("load failed")) > before
+
     await pair.a_commit_waits("pg_cancel_backend(pid)")
+    await until(heard, what="a load that failed")
 
 
 async def terminated(pair: Pair, service: Service) -> None:

@@ -41,6 +41,7 @@ class Logging:
         )  # fmt: skip
         self.out, self._in = os.pipe()
         fcntl.fcntl(self._in, F_SETPIPE_SZ, 4096)
+        self._pipe = os.fdopen(self.out, "rb", closefd=False)
         self._session: aiohttp.ClientSession
         self.process: asyncio.subprocess.Process
 
@@ -78,14 +79,19 @@ class Logging:
         """Have the service log five thousand lines, numbered."""
         self.process.send_signal(signal.SIGUSR1)
 
-    async def lines(self) -> list[dict[str, Any]]:
-        """All that is in the pipe, until the service ends."""
+    async def lines(self, last: str = "") -> list[dict[str, Any]]:
+        """What comes out of the pipe, up to a line of this event, or until the service ends."""
 
-        def read() -> bytes:
-            with open(self.out, "rb", closefd=True) as pipe:
-                return pipe.read()
+        def read() -> list[dict[str, Any]]:
+            found: list[dict[str, Any]] = []
+            for line in self._pipe:
+                found.append(json.loads(line))
+                if found[-1]["event"] == last:
+                    return found
+            os.close(self.out)
+            return found
 
-        return [json.loads(line) for line in (await asyncio.to_thread(read)).splitlines()]
+        return await asyncio.to_thread(read)
 
     async def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
@@ -98,9 +104,10 @@ async def test_posts_go_on_while_nobody_reads_the_log(database: str, tmp_path: P
     async with Logging(tmp_path, database).running() as service:
         service.chat()
         await service.post(20)
+        lines = await service.lines("log lines dropped")  # it flows again
         reading = asyncio.create_task(service.lines())
         assert await service.stop() == 0
-        lines = await reading
+        lines += await reading
     numbers = [line["number"] for line in lines if line["event"] == "chat"]
     assert numbers == list(range(len(numbers)))
     assert 1000 <= len(numbers) < 5000
