@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -64,12 +65,12 @@ async def test_a_new_view_is_shown_at_once_and_news_after_a_rest(monkeypatch: An
 async def test_to_wait_for_a_core_earns_no_rest() -> None:
     class Waiting(Counted):
         def sections(self, status: Mapping[str, Any]) -> dict[str, str]:
-            time.sleep(0.2)
+            time.sleep(0.2)  # in a thread, as a busy machine would have it wait
             return super().sections(status)
 
     sections = Sections(Waiting())
     assert (await shown(sections, news("1"), A))["tiles"] == "1"
-    time.sleep(0.1)
+    await asyncio.sleep(0.1)  # by the wall clock the rest would be 1.8 s
     assert (await shown(sections, news("2"), A))["tiles"] == "2"
 
 
